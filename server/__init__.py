@@ -1,0 +1,1 @@
+"""The process: HTTP, configuration, and the engine."""

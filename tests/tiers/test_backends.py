@@ -1,0 +1,133 @@
+"""The contract that every backend keeps, through aiocache's public calls."""
+
+import asyncio
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tiers import MemoryCache
+from tiers.backend import ByteCache
+
+
+async def test_returns_what_was_set(cache: ByteCache) -> None:
+    assert await cache.get("a") is None
+    assert await cache.set("a", b"\x00\xff")
+    assert await cache.get("a") == b"\x00\xff"
+    assert await cache.exists("a")
+    assert await cache.multi_get(["a", "b"]) == [b"\x00\xff", None]
+    assert cache.usage.entries == 1
+
+
+async def test_replaces(cache: ByteCache) -> None:
+    await cache.set("a", b"1")
+    await cache.set("a", b"2")
+    assert await cache.get("a") == b"2"
+    assert cache.usage.entries == 1
+
+
+async def test_deletes_and_clears(cache: ByteCache) -> None:
+    await cache.multi_set([("a", b"1"), ("b", b"2")])
+    assert await cache.delete("a") == 1
+    assert await cache.delete("a") == 0
+    await cache.clear()
+    assert await cache.get("b") is None
+    assert cache.usage.entries == 0
+
+
+async def test_add_keeps_what_is_there(cache: ByteCache) -> None:
+    await cache.add("a", b"1")
+    with pytest.raises(ValueError, match="already exists"):
+        await cache.add("a", b"2")
+    assert await cache.get("a") == b"1"
+
+
+async def test_counts(cache: ByteCache) -> None:
+    assert await cache.increment("n", 2) == 2
+    assert await cache.increment("n", 3) == 5
+    await cache.set("a", b"x")
+    with pytest.raises(TypeError):
+        await cache.increment("a")
+
+
+async def test_expires(cache: ByteCache, clock) -> None:
+    await cache.set("a", b"1", ttl=10)
+    clock.now += 9
+    assert await cache.get("a") == b"1"
+    clock.now += 1
+    assert await cache.get("a") is None
+
+
+async def test_expiry_can_be_changed(cache: ByteCache, clock) -> None:
+    await cache.set("a", b"1", ttl=10)
+    assert await cache.expire("a", 100)
+    clock.now += 50
+    assert await cache.get("a") == b"1"
+    assert not await cache.expire("b", 100)
+
+
+async def test_a_read_sees_a_write_that_is_not_yet_committed(cache: ByteCache) -> None:
+    writing = asyncio.ensure_future(cache.set("a", b"1"))
+    await asyncio.sleep(0)
+    assert await cache.get("a") == b"1"
+    assert await writing
+
+
+async def test_is_bounded(cache: ByteCache) -> None:
+    for number in range(600):
+        await cache.set(f"{number}", bytes(3000))
+    assert cache.usage.bytes <= 1024 * 1024
+    assert cache.usage.evictions > 0
+    assert await cache.get("599") is not None
+    assert await cache.get("0") is None
+
+
+async def test_refuses_what_is_too_large_and_keeps_the_rest(cache: ByteCache) -> None:
+    await cache.set("a", b"1")
+    await cache.set("b", b"1")
+    assert not await cache.set("b", bytes(2 * 1024 * 1024))
+    assert await cache.get("a") == b"1"
+    assert await cache.get("b") is None
+
+
+async def test_memory_drops_the_least_recently_used() -> None:
+    cache = MemoryCache(3 * (1000 + 400))
+    for key in "abc":
+        await cache.set(key, bytes(1000))
+    await cache.get("a")
+    await cache.set("d", bytes(1000))
+    assert await cache.multi_get(["a", "b"]) == [bytes(1000), None]
+
+
+async def test_refuses_to_be_switched_off_silently(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIOCACHE_DISABLE", "1")
+    with pytest.raises(RuntimeError, match="AIOCACHE_DISABLE"):
+        MemoryCache(1000)
+
+
+KEYS = st.sampled_from("abcdef")
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("set"), KEYS, st.binary(max_size=2000)),
+        st.tuples(st.just("get"), KEYS, st.none()),
+        st.tuples(st.just("delete"), KEYS, st.none()),
+    ),
+    max_size=60,
+)
+
+
+@given(STEPS)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+async def test_memory_never_answers_wrong_and_never_grows(steps) -> None:
+    cache, truth = MemoryCache(4000), {}
+    for action, key, value in steps:
+        if action == "set":
+            await cache.set(key, value)
+            truth[key] = value
+        elif action == "delete":
+            await cache.delete(key)
+            truth.pop(key, None)
+        elif (found := await cache.get(key)) is not None:
+            assert found == truth[key]
+        assert cache.usage.bytes <= 4000
+        assert cache.usage.entries == len(list(cache.keys()))

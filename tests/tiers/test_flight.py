@@ -1,0 +1,113 @@
+"""Single flight: one producer, every listener gets everything, and leaving is noticed."""
+
+import asyncio
+
+import pytest
+
+from tiers import Answer, Flight, Flights, Form
+
+ANSWER = Answer(Form.EVENTS, b"")
+
+
+async def read(listener) -> list[bytes]:
+    async with listener:
+        return [item async for item in listener]
+
+
+async def test_many_listeners_share_one_generation() -> None:
+    flights, started = Flights(max_bytes=1000), 0
+
+    async def produce(flight: Flight) -> None:
+        nonlocal started
+        started += 1
+        for number in range(5):
+            await asyncio.sleep(0)
+            await flight.publish(b"%d" % number)
+        flight.end(ANSWER)
+
+    joined = [flights.join("k", Form.EVENTS, produce) for _ in range(200)]
+    results = await asyncio.gather(*(read(listener) for listener, _ in joined))
+    assert started == 1
+    assert results == [[b"0", b"1", b"2", b"3", b"4"]] * 200
+    assert [collapsed for _, collapsed in joined] == [False] + [True] * 199
+    await asyncio.sleep(0)
+    assert len(flights) == 0
+
+
+async def test_ends_when_the_last_listener_leaves() -> None:
+    flights, cancelled = Flights(max_bytes=1000), asyncio.Event()
+
+    async def produce(flight: Flight) -> None:
+        try:
+            await flight.publish(b"first")
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    first, _ = flights.join("k", Form.EVENTS, produce)
+    second, _ = flights.join("k", Form.EVENTS, produce)
+    async with second:
+        async with first:
+            assert await anext(first) == b"first"
+        assert await anext(second) == b"first"
+        assert not cancelled.is_set()
+    await asyncio.wait_for(cancelled.wait(), 5)
+    await flights.finish(1)
+    assert len(flights) == 0
+
+
+async def test_a_newcomer_does_not_join_a_flight_that_is_ending() -> None:
+    flights = Flights(max_bytes=1000)
+
+    async def produce(flight: Flight) -> None:
+        await flight.publish(b"x")
+        flight.end(ANSWER)
+
+    async with flights.join("k", Form.EVENTS, produce)[0]:
+        pass
+    listener, collapsed = flights.join("k", Form.EVENTS, produce)
+    assert not collapsed
+    assert await read(listener) == [b"x"]
+
+
+async def test_an_error_reaches_every_listener() -> None:
+    flights = Flights(max_bytes=1000)
+
+    async def produce(flight: Flight) -> None:
+        await flight.publish(b"x")
+        raise OSError("engine died")
+
+    listeners = [flights.join("k", Form.EVENTS, produce)[0] for _ in range(3)]
+    results = await asyncio.gather(*(read(each) for each in listeners), return_exceptions=True)
+    assert [type(result) for result in results] == [OSError] * 3
+
+
+async def test_a_slow_listener_holds_the_producer_and_not_memory() -> None:
+    flights, published = Flights(max_bytes=10), 0
+
+    async def produce(flight: Flight) -> None:
+        nonlocal published
+        for _ in range(100):
+            await flight.publish(b"12345")
+            published += 1
+        flight.end(ANSWER)
+
+    slow, _ = flights.join("k", Form.EVENTS, produce)
+    async with slow:
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert published == 2
+        assert len([item async for item in slow]) == 100
+
+
+async def test_finish_cancels_what_takes_too_long() -> None:
+    flights = Flights(max_bytes=10)
+
+    async def produce(flight: Flight) -> None:
+        await asyncio.Event().wait()
+
+    listener, _ = flights.join("k", Form.EVENTS, produce)
+    await flights.finish(0)
+    with pytest.raises(ConnectionAbortedError):
+        await read(listener)

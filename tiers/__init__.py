@@ -1,0 +1,27 @@
+"""The cache: answers, their keys, and the tiers that hold them.
+
+Knows nothing of HTTP and nothing of vLLM. `Chain` is the way in; `MemoryCache` and `DiskCache`
+are aiocache backends that also work without the rest.
+"""
+
+from tiers.answer import Answer, Entry, Form
+from tiers.chain import Chain, Hit
+from tiers.disk import DiskCache
+from tiers.flight import Flight, Flights
+from tiers.key import digest
+from tiers.memory import MemoryCache
+from tiers.tier import Tier
+
+__all__ = [
+    "Answer",
+    "Chain",
+    "DiskCache",
+    "Entry",
+    "Flight",
+    "Flights",
+    "Form",
+    "Hit",
+    "MemoryCache",
+    "Tier",
+    "digest",
+]

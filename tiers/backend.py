@@ -1,0 +1,136 @@
+"""The base of our aiocache backends: aiocache's thirteen hooks over five primitives.
+
+A subclass stores bytes under text keys and supplies `read`, `write`, `remove`, `keys` and
+`touch`; all but `write` are synchronous and answer at once. Values are bytes and `None` is a
+miss. aiocache is at https://aiocache.aio-libs.org (0.12).
+"""
+
+import os
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from aiocache.base import BaseCache
+from aiocache.serializers import NullSerializer
+
+
+@dataclass(slots=True)
+class Usage:
+    """What a backend holds and what it has had to do. Counts are since the process started."""
+
+    entries: int = 0
+    bytes: int = 0
+    evictions: int = 0
+    expirations: int = 0
+    damaged: int = 0
+    refused: int = 0
+
+
+class ByteCache(BaseCache):
+    """An aiocache backend for bytes, bounded by its subclass.
+
+    Args:
+        clock: returns Unix seconds; expiry is checked against it on every read.
+
+    Raises:
+        RuntimeError: aiocache is switched off through `AIOCACHE_DISABLE`.
+    """
+
+    def __init__(self, *, clock: Callable[[], float], namespace: str | None = None) -> None:
+        if os.environ.get("AIOCACHE_DISABLE") == "1":
+            raise RuntimeError("AIOCACHE_DISABLE=1 would turn every read into a miss; unset it")
+        super().__init__(
+            serializer=NullSerializer(encoding=None), namespace=namespace, timeout=0, ttl=None
+        )
+        self.clock = clock
+        self.usage = Usage()
+
+    @abstractmethod
+    def read(self, key: str) -> bytes | None:
+        """Return the value, or `None` where there is none or it has expired."""
+
+    @abstractmethod
+    async def write(self, key: str, value: bytes, expires_at: float | None) -> bool:
+        """Store `value`. Returns whether it is stored; later reads see it from the call on."""
+
+    @abstractmethod
+    async def touch(self, key: str, expires_at: float | None) -> bool:
+        """Give an entry another expiry. Returns whether there was one."""
+
+    @abstractmethod
+    async def remove(self, key: str) -> bool:
+        """Drop an entry. Returns whether there was one."""
+
+    @abstractmethod
+    def keys(self) -> Iterable[str]:
+        """Return all keys, in any order."""
+
+    def _expiry(self, ttl: float | None) -> float | None:
+        return None if ttl is None else self.clock() + ttl
+
+    async def _get(self, key: str, encoding: str | None = None, _conn: Any = None) -> bytes | None:
+        return self.read(key)
+
+    async def _gets(self, key: str, encoding: str | None = None, _conn: Any = None) -> bytes | None:
+        return self.read(key)
+
+    async def _multi_get(
+        self, keys: Iterable[str], encoding: str | None = None, _conn: Any = None
+    ) -> list[bytes | None]:
+        return [self.read(key) for key in keys]
+
+    async def _set(
+        self,
+        key: str,
+        value: bytes,
+        ttl: float | None = None,
+        _cas_token: bytes | None = None,
+        _conn: Any = None,
+    ) -> bool:
+        if _cas_token is not None and self.read(key) != _cas_token:
+            return False
+        return await self.write(key, value, self._expiry(ttl))
+
+    async def _multi_set(
+        self, pairs: Iterable[tuple[str, bytes]], ttl: float | None = None, _conn: Any = None
+    ) -> bool:
+        stored = [await self.write(key, value, self._expiry(ttl)) for key, value in pairs]
+        return all(stored)
+
+    async def _add(
+        self, key: str, value: bytes, ttl: float | None = None, _conn: Any = None
+    ) -> bool:
+        if self.read(key) is not None:
+            raise ValueError(f"Key {key} already exists, use .set to update the value")
+        return await self.write(key, value, self._expiry(ttl))
+
+    async def _delete(self, key: str, _conn: Any = None) -> int:
+        return int(await self.remove(key))
+
+    async def _exists(self, key: str, _conn: Any = None) -> bool:
+        return self.read(key) is not None
+
+    async def _increment(self, key: str, delta: int, _conn: Any = None) -> int:
+        try:
+            value = int(self.read(key) or b"0") + delta
+        except ValueError:
+            raise TypeError("Value is not an integer") from None
+        await self.write(key, b"%d" % value, None)
+        return value
+
+    async def _expire(self, key: str, ttl: float | None, _conn: Any = None) -> bool:
+        return await self.touch(key, self._expiry(ttl or None))
+
+    async def _clear(self, namespace: str | None = None, _conn: Any = None) -> bool:
+        for key in [key for key in self.keys() if key.startswith(namespace or "")]:
+            await self.remove(key)
+        return True
+
+    async def _raw(self, command: str, *args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("_conn", None)
+        kwargs.pop("encoding", None)
+        return getattr(self, command)(*args, **kwargs)
+
+    async def _redlock_release(self, key: str, value: bytes) -> int:
+        return int(self.read(key) == value and await self.remove(key))

@@ -1,0 +1,75 @@
+"""A tier: any aiocache backend with a name and a deadline.
+
+The one place that catches a backend's failure, counts it, and makes it a miss: a cache never
+fails a request. Cancellation passes through.
+"""
+
+import logging
+from dataclasses import dataclass
+
+from aiocache.base import BaseCache
+
+from tiers.answer import Entry
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Counts:
+    """What happened at a tier since the process started."""
+
+    hits: int = 0
+    misses: int = 0
+    stores: int = 0
+    errors: int = 0
+
+
+class Tier:
+    """A named level of the chain.
+
+    Args:
+        name: what reports call it.
+        backend: an aiocache backend that stores bytes.
+        deadline_s: seconds that one call may take; 0 for a backend that answers at once.
+    """
+
+    def __init__(self, name: str, backend: BaseCache, *, deadline_s: float = 0) -> None:
+        self.name = name
+        self.backend = backend
+        self.deadline_s = deadline_s
+        self.counts = Counts()
+
+    async def get(self, key: str) -> tuple[bytes, Entry] | None:
+        """Return the entry under `key`, encoded and decoded, or `None`."""
+        try:
+            value = await self.backend.get(key, timeout=self.deadline_s)
+            entry = None if value is None else Entry.decode(value)
+        except Exception as exc:
+            self._failed("read", exc)
+            return None
+        if entry is None:
+            self.counts.misses += 1
+            return None
+        self.counts.hits += 1
+        return value, entry
+
+    async def put(self, key: str, value: bytes, ttl_s: float) -> bool:
+        """Store an encoded entry for `ttl_s` seconds. Returns whether it is stored."""
+        try:
+            stored = await self.backend.set(key, value, ttl=ttl_s, timeout=self.deadline_s)
+        except Exception as exc:
+            self._failed("write", exc)
+            return False
+        self.counts.stores += bool(stored)
+        return bool(stored)
+
+    async def close(self) -> None:
+        """Flush and release the backend."""
+        try:
+            await self.backend.close(timeout=None)
+        except Exception as exc:
+            self._failed("close", exc)
+
+    def _failed(self, action: str, exc: Exception) -> None:
+        self.counts.errors += 1
+        logger.error("the %s tier failed to %s", self.name, action, exc_info=exc)
