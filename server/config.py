@@ -1,0 +1,212 @@
+"""The configuration: one YAML file, whose single fields environment variables may override.
+
+`TIERSERVE__SERVER__PORT=9000` overrides `server.port`. Unknown keys are mistakes. Units stand in
+the names; sizes may be written `256MiB`.
+"""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from tiers.disk import MIN_BYTES
+
+ENV_PREFIX = "TIERSERVE__"
+EMBEDDED = "embedded"
+EMBEDDED_NAME = "SmolLM2-135M-Instruct"
+OWNED_ENGINE_ARGS = frozenset({"model", "served_model_name", "uds", "host", "port", "revision"})
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be made again: models and, by default, the disk tier."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "tierserve"
+
+
+class ConfigError(ValueError):
+    """The configuration can't be used. `mistakes` has one line for each thing that is wrong."""
+
+    def __init__(self, mistakes: list[str]) -> None:
+        super().__init__("\n".join(mistakes))
+        self.mistakes = mistakes
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Listener(_Section):
+    """Where clients connect, and how long a stop may take."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    max_body_bytes: Annotated[ByteSize, Field(ge=1024)] = ByteSize(10 * 1024**2)
+    shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = 30
+
+
+class Model(_Section):
+    """Which model, and what clients call it.
+
+    `source` is `embedded`, a folder, or a Hugging Face name. `version` is a label of yours that
+    becomes part of every key: change it when weights change where tierserve can't see them.
+    """
+
+    source: Annotated[str, Field(min_length=1)] = EMBEDDED
+    name: Annotated[str, Field(min_length=1)] = "smollm2-135m-instruct"
+    revision: str | None = None
+    version: str = ""
+
+
+def _not_ours(args: dict[str, Any]) -> dict[str, Any]:
+    for name in args:
+        if not name.replace("_", "").isalnum():
+            raise ValueError(
+                f"{name!r} should be an option of vLLM with underscores, as max_model_len"
+            )
+        if name in OWNED_ENGINE_ARGS:
+            raise ValueError(f"{name} is set by tierserve; use the sections server and model")
+    return args
+
+
+class Engine(_Section):
+    """vLLM as our child with `args` and `env`, or `upstreams` that somebody else runs."""
+
+    args: Annotated[dict[str, Any], AfterValidator(_not_ours)] = {}
+    env: dict[str, str] = {}
+    upstreams: tuple[Annotated[str, Field(pattern=r"^https?://[^/\s]+(/[^\s?#]*)?$")], ...] = ()
+    timeout_s: Annotated[float, Field(gt=0)] = 600
+    restart_max_delay_s: Annotated[float, Field(ge=1)] = 60
+
+
+class Cache(_Section):
+    """What is cached, and for how long."""
+
+    ttl_s: Annotated[float, Field(gt=0)] = 7 * 24 * 3600
+    nondeterministic: Literal["never", "always"] = "never"
+    max_answer_bytes: Annotated[ByteSize, Field(ge=1024)] = ByteSize(4 * 1024**2)
+
+
+class MemoryTier(_Section):
+    """Answers in this process."""
+
+    max_bytes: Annotated[ByteSize, Field(ge=64 * 1024)] = ByteSize(256 * 1024**2)
+
+
+class DiskTier(_Section):
+    """Answers in an LMDB file, which never exceeds `max_bytes`."""
+
+    path: Path | None = None
+    max_bytes: Annotated[ByteSize, Field(ge=MIN_BYTES)] = ByteSize(4 * 1024**3)
+
+
+class Tiers(_Section):
+    """The tiers, nearest first; `null` leaves one out."""
+
+    memory: MemoryTier | None = MemoryTier()
+    disk: DiskTier | None = DiskTier()
+
+
+class Log(_Section):
+    """What is logged to standard error. `auto` is text on a terminal and JSON elsewhere."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "json", "text"] = "auto"
+
+
+class Config(BaseSettings):
+    """Everything that can be configured."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, env_prefix=ENV_PREFIX, env_nested_delimiter="__"
+    )
+
+    server: Listener = Listener()
+    model: Model = Model()
+    engine: Engine = Engine()
+    cache: Cache = Cache()
+    tiers: Tiers = Tiers()
+    log: Log = Log()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return env_settings, init_settings
+
+
+def load(file: Path) -> Config:
+    """Read the configuration.
+
+    Raises:
+        ConfigError: the file can't be read, or fields are wrong; it names every one of them.
+    """
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+        raise ConfigError([f"{file}: can't be read as YAML: {exc}"]) from exc
+    if data is None:
+        data = {}
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise ConfigError([f"{file}: should hold sections: {', '.join(Config.model_fields)}"])
+    mistakes = _unknown_variables()
+    try:
+        config = Config(**data)
+    except ValidationError as exc:
+        mistakes += [_explain(error) for error in exc.errors()]
+    except Exception as exc:  # noqa: BLE001
+        # pydantic-settings reports a variable that isn't JSON by an exception of its own.
+        mistakes.append(f"environment: {exc}")
+    if mistakes:
+        raise ConfigError(mistakes)
+    disk = config.tiers.disk
+    if disk is None:
+        return config
+    path = (disk.path or cache_folder() / "disk").expanduser()
+    absolute = disk.model_copy(update={"path": file.resolve().parent / path})
+    return config.model_copy(update={"tiers": config.tiers.model_copy(update={"disk": absolute})})
+
+
+def _unknown_variables() -> list[str]:
+    names = sorted(Config.model_fields)
+    return [
+        f"{variable}: no such section; the sections are {', '.join(names)}"
+        for variable in sorted(os.environ)
+        if variable.upper().startswith(ENV_PREFIX)
+        and variable[len(ENV_PREFIX) :].lower().split("__")[0] not in names
+    ]
+
+
+def _explain(error: Any) -> str:
+    """Say where the mistake is, what is wrong, and what would be right."""
+    *parents, last = error["loc"] or ("configuration",)
+    path = ".".join(str(part) for part in (*parents, last))
+    if error["type"] == "extra_forbidden":
+        fields = _fields(parents)
+        near = difflib.get_close_matches(str(last), fields, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(fields)}"
+        return f"{path}: unknown key; {hint}"
+    given = error["input"]
+    shown = f", not {given!r}" if isinstance(given, str | int | float | bool) else ""
+    return f"{path}: {error['msg']}{shown}"
+
+
+def _fields(path: list[Any]) -> list[str]:
+    model: Any = Config
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        choices = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(each for each in choices if hasattr(each, "model_fields"))
+    return sorted(model.model_fields)

@@ -1,0 +1,26 @@
+"""Errors in OpenAI's shape, with vLLM's conventions: `code` is the HTTP status."""
+
+from http import HTTPStatus
+
+import orjson
+from aiohttp import web
+
+
+def error_body(status: int, message: str, *, param: str | None = None) -> bytes:
+    """Return the JSON body of an error."""
+    kind = HTTPStatus(status).phrase.title().replace(" ", "").replace("-", "") + "Error"
+    error = {"message": message, "type": kind, "param": param, "code": status}
+    return orjson.dumps({"error": error})
+
+
+def error_response(
+    status: int, message: str, *, param: str | None = None, retry_after_s: int | None = None
+) -> web.Response:
+    """Return an error as a response."""
+    headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
+    return web.Response(
+        status=status,
+        body=error_body(status, message, param=param),
+        content_type="application/json",
+        headers=headers,
+    )

@@ -1,0 +1,99 @@
+"""Keys of requests: what can change the answer changes the key, and what can't doesn't."""
+
+import orjson
+import pytest
+
+from server.request import BadRequestError, Request, parse
+
+BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
+
+
+def request(body, *, scope: str = "", identity: str = "i", route: str = "/r") -> Request:
+    raw = body if isinstance(body, bytes) else orjson.dumps(body)
+    return parse(route, raw, scope=scope, identity=identity, default_model="m")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stream": True},
+        {"stream": True, "stream_options": {"include_usage": True}},
+        {"user": "u"},
+        {"metadata": {"a": 1}},
+        {"temperature": 0.0},
+        {"model": None},
+        {"n": 1},
+        {"max_tokens": None},
+        {"messages": [{"content": "hi", "role": "user"}]},
+    ],
+)
+def test_same_key(change) -> None:
+    assert request(BODY | change).key == request(BODY).key
+    reordered = dict(reversed((BODY | change).items()))
+    assert request(orjson.dumps(reordered, option=orjson.OPT_INDENT_2)).key == request(BODY).key
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "other"},
+        {"temperature": 0.5},
+        {"seed": 1},
+        {"n": 2},
+        {"unknown": 1},
+        {"logprobs": False},
+        {"logprobs": 0},
+        {"tool_choice": None},
+        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+        {"messages": [{"role": "user", "content": "hi "}]},
+        {"tools": [{"type": "function", "function": {"parameters": {"a": 1, "b": 2}}}]},
+        {"tools": [{"type": "function", "function": {"parameters": {"b": 2, "a": 1}}}]},
+    ],
+)
+def test_other_key(change) -> None:
+    assert request(BODY | change).key != request(BODY).key
+
+
+def test_order_inside_schemas_is_kept() -> None:
+    one = BODY | {"tools": [{"function": {"parameters": {"a": 1, "b": 2}}}]}
+    other = BODY | {"tools": [{"function": {"parameters": {"b": 2, "a": 1}}}]}
+    assert request(one).key != request(other).key
+
+
+def test_scope_identity_and_route_are_in_the_key() -> None:
+    keys = {
+        request(BODY).key,
+        request(BODY, scope="s").key,
+        request(BODY, identity="j").key,
+        request(BODY, route="/q").key,
+    }
+    assert len(keys) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "deterministic"),
+    [
+        ({}, True),
+        ({"temperature": 0.0}, True),
+        ({"temperature": 1, "seed": 7}, True),
+        ({"temperature": 1}, False),
+        ({"temperature": False}, False),
+        ({"temperature": "0"}, False),
+        ({"temperature": None}, False),
+    ],
+)
+def test_what_is_deterministic(change, deterministic: bool) -> None:
+    assert request(BODY | change).deterministic is deterministic
+
+
+def test_usage_is_always_recorded_from_a_stream() -> None:
+    sent = orjson.loads(request(BODY | {"stream": True}).body)
+    assert sent["stream_options"] == {"include_usage": True}
+    raw = orjson.dumps(BODY)
+    assert request(raw).body == raw
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff", b'{"a": NaN}', b"1"])
+def test_refuses_what_is_not_an_object(raw: bytes) -> None:
+    with pytest.raises(BadRequestError, match="the body should be"):
+        request(raw)
