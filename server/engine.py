@@ -1,0 +1,124 @@
+"""The engine: vLLM's own OpenAI server as our child, watched and restarted.
+
+Owns the child process and the folder of its socket. Invariant: at most one child runs, and its
+guard (`server.guard`) ends it when we are gone, however we went.
+"""
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from server.config import Config
+from server.upstream import Upstream
+
+logger = logging.getLogger(__name__)
+
+# `vllm serve` without its console script, which fails in the CPU build.
+_VLLM = "vllm.entrypoints.launchers.api_server.entry"
+_STABLE_S = 60
+_STOP_S = 15
+_LINE_BYTES = 8192
+
+
+class Engine:
+    """Supervises one vLLM server on a Unix socket in a private folder."""
+
+    def __init__(self, config: Config, model: str) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="tierserve-"))
+        socket = str(self.folder / "engine.sock")
+        self.upstream = Upstream("http://engine", timeout_s=config.engine.timeout_s, socket=socket)
+        self.restarts = 0
+        self._max_delay_s = config.engine.restart_max_delay_s
+        self._command = [
+            sys.executable, "-m", "server.guard", str(self.folder),
+            sys.executable, "-m", _VLLM, "--model", model,
+            "--served-model-name", config.model.name, "--uds", socket,
+            *(("--revision", config.model.revision) if config.model.revision else ()),
+            *_flags(config.engine.args),
+        ]  # fmt: skip
+        self._env = os.environ | config.engine.env
+        if Path(model).is_dir():
+            self._env.setdefault("HF_HUB_OFFLINE", "1")
+
+    async def run(self) -> None:
+        """Keep the engine running until cancelled, then end it."""
+        loop, delay_s = asyncio.get_running_loop(), 1.0
+        try:
+            while True:
+                started = loop.time()
+                status = await self._run_once()
+                lived_s = loop.time() - started
+                delay_s = 1.0 if lived_s > _STABLE_S else delay_s
+                logger.error(
+                    "the engine ended with status %d; next start in %.0f s", status, delay_s
+                )
+                await asyncio.sleep(delay_s)
+                delay_s = min(delay_s * 2, self._max_delay_s)
+                self.restarts += 1
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    async def _run_once(self) -> int:
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        (self.folder / "engine.sock").unlink(missing_ok=True)
+        process = await asyncio.create_subprocess_exec(
+            *self._command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=self._env,
+            start_new_session=True,
+        )
+        logger.info("the engine starts")
+        log = asyncio.create_task(_log_lines(process))
+        try:
+            return await process.wait()
+        finally:
+            self.upstream.ready = False
+            with suppress(ProcessLookupError):
+                process.terminate()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), _STOP_S)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            log.cancel()
+
+
+async def _log_lines(process: asyncio.subprocess.Process) -> None:
+    """Log what the engine prints, in pieces of a bounded size."""
+    output = process.stdout
+    if output is None:
+        return
+    rest = b""
+    while piece := await output.read(_LINE_BYTES):
+        *lines, rest = (rest + piece).replace(b"\r", b"\n").split(b"\n")
+        if len(rest) > _LINE_BYTES:
+            lines, rest = [*lines, rest], b""
+        for line in filter(bytes.strip, lines):
+            logger.info("%s", line.decode(errors="replace"))
+
+
+def _flags(args: Mapping[str, Any]) -> Iterator[str]:
+    """Return vLLM's command-line options for the configured ones."""
+    for name, value in args.items():
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            yield flag
+        elif value is False:
+            yield flag.replace("--", "--no-", 1)
+        elif isinstance(value, list):
+            yield flag
+            yield from map(str, value)
+        elif value is not None:
+            yield flag
+            yield orjson.dumps(value).decode() if isinstance(value, dict) else str(value)
