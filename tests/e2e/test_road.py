@@ -1,0 +1,179 @@
+"""The whole road against the real vLLM and the real model. Tests run in the order written."""
+
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+
+from .conftest import MODEL, Server, engine_processes
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+GENERATIONS = "vllm:request_success_total"
+
+
+def ask(server: Server, messages=QUESTION, **options):
+    """Return the parsed answer and the response's Cache-Status."""
+    raw = server.client.chat.completions.with_raw_response.create(
+        model=MODEL, messages=messages, temperature=0, max_tokens=16, **options
+    )
+    return raw.parse(), raw.headers["cache-status"]
+
+
+def ask_stream(server: Server, **options):
+    stream, status = ask(server, stream=True, **options)
+    return list(stream), status
+
+
+def text_of(events) -> str:
+    return "".join(e.choices[0].delta.content or "" for e in events if e.choices)
+
+
+def test_the_front_answers_before_the_engine(server: Server) -> None:
+    assert server.status("/health") == 200
+    with pytest.raises(openai.APIStatusError) as caught:
+        ask(server)
+    assert caught.value.status_code == 503
+    assert caught.value.response.headers["retry-after"]
+    server.wait_ready()
+
+
+def test_miss_then_memory_hit(server: Server) -> None:
+    first, status = ask(server)
+    assert "fwd=miss" in status
+    assert "Paris" in first.choices[0].message.content
+    second, status = ask(server)
+    assert "hit" in status
+    assert "detail=memory" in status
+    assert second.id != first.id
+    assert second.choices == first.choices
+    assert second.usage == first.usage
+
+
+def test_a_body_replays_as_a_stream(server: Server) -> None:
+    body, _ = ask(server)
+    events, status = ask_stream(server, stream_options={"include_usage": True})
+    assert "hit" in status
+    assert events[0].choices[0].delta.role == "assistant"
+    assert text_of(events) == body.choices[0].message.content
+    assert [e.choices[0].finish_reason for e in events if e.choices][-1] == "stop"
+    assert events[-1].usage.total_tokens == body.usage.total_tokens
+    events, _ = ask_stream(server)
+    assert all(event.usage is None for event in events)
+
+
+def test_a_stream_replays_as_stream_and_body(server: Server) -> None:
+    messages = [{"role": "user", "content": "What is the capital of Italy?"}]
+    first, status = ask_stream(server, messages=messages)
+    assert "fwd=miss" in status
+    assert all(event.usage is None for event in first)
+    again, status = ask_stream(server, messages=messages)
+    assert "detail=memory" in status
+    assert [event.choices for event in again] == [event.choices for event in first]
+    body, status = ask(server, messages=messages)
+    assert "hit" in status
+    assert body.choices[0].message.content == text_of(first)
+    assert body.usage.completion_tokens > 0
+
+
+def test_completions(server: Server) -> None:
+    options = {"model": MODEL, "prompt": "Paris is", "temperature": 0, "max_tokens": 5}
+    first = server.client.completions.create(**options)
+    streamed = list(server.client.completions.create(**options, stream=True))
+    assert "".join(event.choices[0].text for event in streamed) == first.choices[0].text
+
+
+def test_chance_is_not_cached(server: Server) -> None:
+    for _ in range(2):
+        raw = server.client.chat.completions.with_raw_response.create(
+            model=MODEL, messages=QUESTION, temperature=0.7, max_tokens=4
+        )
+        assert raw.headers["cache-status"] == "tierserve; fwd=bypass"
+
+
+def test_errors_are_the_engines_and_not_stored(server: Server) -> None:
+    for _ in range(2):
+        with pytest.raises(openai.NotFoundError, match="does not exist"):
+            server.client.chat.completions.create(model="no", messages=QUESTION, temperature=0)
+    with pytest.raises(openai.BadRequestError, match="should be JSON"):
+        server.client.post("/chat/completions", cast_to=object, content=b"{")
+
+
+def test_other_routes_pass_through(server: Server) -> None:
+    assert [model.id for model in server.client.models.list()] == [MODEL]
+    assert server.status("/version") == 200
+    assert server.status("/nowhere") == 404
+
+
+def test_a_shared_prefix_is_reused(server: Server) -> None:
+    system = {"role": "system", "content": "Be brief. " + "Rules are rules. " * 400}
+    ask(server, [system, {"role": "user", "content": "One?"}])
+    second, status = ask(server, [system, {"role": "user", "content": "Two?"}])
+    assert "fwd=miss" in status
+    assert second.usage.prompt_tokens > 1500
+    assert second.usage.prompt_tokens_details.cached_tokens > 1000
+
+
+def test_identical_requests_make_one_generation(server: Server) -> None:
+    before = server.metric("/metrics/engine", GENERATIONS)
+    messages = [{"role": "user", "content": "Name a river."}]
+    with ThreadPoolExecutor(200) as pool:
+        answers = list(pool.map(lambda _: ask(server, messages)[0], range(200)))
+    assert len({answer.choices[0].message.content for answer in answers}) == 1
+    assert server.metric("/metrics/engine", GENERATIONS) - before == 1
+
+
+def test_hanging_up_ends_the_generation_and_stores_nothing(server: Server) -> None:
+    stored = server.metric("/metrics", "tierserve_tier_stores_total")
+    stream = server.client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "Count."}],
+        temperature=0,
+        max_tokens=3000,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    next(iter(stream))
+    assert server.metric("/metrics/engine", "vllm:num_requests_running") == 1
+    stream.close()
+    server.until(lambda: server.metric("/metrics/engine", "vllm:num_requests_running") == 0, 20)
+    assert server.metric("/metrics", "tierserve_tier_stores_total") == stored
+
+
+def test_the_disk_tier_answers_after_a_restart_before_the_engine(server: Server) -> None:
+    before, _ = ask(server)
+    server.stop()
+    server.start()
+    assert server.status("/ready") == 503
+    after, status = ask(server)
+    assert "detail=disk" in status
+    assert after.choices == before.choices
+    events, _ = ask_stream(server)
+    assert text_of(events) == before.choices[0].message.content
+
+
+def test_the_engine_comes_back_after_kill(server: Server) -> None:
+    server.wait_ready()
+    for process in engine_processes():
+        os.kill(process, signal.SIGKILL)
+    server.until(lambda: server.status("/ready") == 503, 20)
+    assert "hit" in ask(server)[1]
+    with pytest.raises(openai.APIStatusError) as caught:
+        ask(server, [{"role": "user", "content": "New?"}])
+    assert caught.value.status_code == 503
+    server.wait_ready()
+    assert "fwd=miss" in ask(server, [{"role": "user", "content": "New?"}])[1]
+
+
+def test_nothing_outlives_kill(server: Server) -> None:
+    server.stop(signal.SIGKILL)
+    server.start()
+    server.stop(signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while engine_processes() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert engine_processes() == []

@@ -1,0 +1,76 @@
+"""Either form out of the other, and what counts as finished."""
+
+import orjson
+import pytest
+
+from server import convert
+from tiers import Answer, Form
+
+CALL = {"id": "call-1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+
+
+def body_of(message, **more) -> dict:
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+    head = {"id": "x", "object": "chat.completion", "created": 1, "model": "m"}
+    return head | {"choices": [choice], "usage": {"total_tokens": 3}} | more
+
+
+def rendered(content: bytes) -> bytes:
+    return Answer(Form.BODY, b"").render(content, b"new", 7)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": "hi\n\nthere"},
+        {"role": "assistant", "content": ""},
+        {"role": "assistant", "content": "hi", "reasoning": "since"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL, CALL | {"id": "call-2"}]},
+    ],
+)
+def test_a_body_survives_becoming_events(message) -> None:
+    body = Answer(Form.BODY, convert.template(body_of(message)))
+    events = convert.as_events(body)
+    again = orjson.loads(rendered(convert.as_body(events)))
+    assert again["choices"][0]["message"] == message
+    assert again["choices"][0]["finish_reason"] == "stop"
+    assert again["usage"] == {"total_tokens": 3}
+    assert (again["id"], again["created"], again["object"]) == ("new", 7, "chat.completion")
+
+
+def test_only_the_outer_id_and_created_are_fresh() -> None:
+    inner = {"role": "assistant", "content": '"id":"x","created":1', "tool_calls": [CALL]}
+    parsed = body_of(inner)
+    made = orjson.loads(rendered(convert.template(parsed)))
+    assert made == parsed | {"id": "new", "created": 7}
+
+
+def test_text_completions_join() -> None:
+    chunks = [
+        {"id": "x", "object": "text_completion", "created": 1, "model": "m", "choices": [choice]}
+        for choice in (
+            {"index": 1, "text": "b", "logprobs": {"tokens": ["b"]}, "finish_reason": "stop"},
+            {"index": 0, "text": "a", "logprobs": {"tokens": ["a"]}, "finish_reason": None},
+            {"index": 0, "text": "c", "logprobs": {"tokens": ["c"]}, "finish_reason": "length"},
+        )
+    ]
+    answer = Answer(Form.EVENTS, b"".join(map(convert.event, chunks)))
+    first, second = orjson.loads(rendered(convert.as_body(answer)))["choices"]
+    assert (first["text"], first["logprobs"]["tokens"]) == ("ac", ["a", "c"])
+    assert (first["finish_reason"], second["text"]) == ("length", "b")
+
+
+@pytest.mark.parametrize(
+    ("reasons", "finished"),
+    [
+        (["stop"], True),
+        (["stop", "length"], True),
+        ([], False),
+        ([None], False),
+        (["stop", None], False),
+        (["abort"], False),
+        (["error"], False),
+    ],
+)
+def test_what_is_finished(reasons, finished: bool) -> None:
+    assert convert.is_finished([{"finish_reason": reason} for reason in reasons]) is finished
