@@ -68,7 +68,6 @@ async def _serve(config: Config, model: str) -> int:
         chain=chain,
         flights=flights,
         upstreams=upstreams,
-        metrics=metrics,
         identity=known_by,
         model=config.model.name,
         cache_all=config.cache.nondeterministic == "always",
@@ -82,9 +81,8 @@ async def _serve(config: Config, model: str) -> int:
         site = web.TCPSite(runner, config.server.host, config.server.port, backlog=1024)
         await site.start()
         logger.info("listening on http://%s:%d", config.server.host, config.server.port)
-        running = asyncio.create_task(engine.run()) if engine is not None else None
-        if running is not None:
-            tasks.append(running)
+        if engine is not None:
+            tasks.append(asyncio.create_task(engine.run()))
         await stop.wait()
         logger.info("stopping; a second signal ends at once")
         await site.stop()

@@ -10,15 +10,15 @@ from aiohttp import web
 
 from server import convert
 from server.errors import error_body, error_response
-from server.metrics import Metrics
 from server.request import BadRequestError, Request, parse
-from server.upstream import UnavailableError, Upstream, Upstreams
+from server.upstream import UnavailableError, Upstreams
 from tiers import Answer, Chain, Entry, Flight, Flights, Form
 from tiers.flight import Listener
 
 RETRY_AFTER_S = 5
 _JSON = "application/json"
 _SSE = "text/event-stream; charset=utf-8"
+_CUT_SHORT = "The engine ended before its answer was complete."
 _DONE = b"data: [DONE]\n\n"
 _ID_PREFIX = {"/v1/chat/completions": "chatcmpl-", "/v1/completions": "cmpl-"}
 ROUTES = tuple(_ID_PREFIX)
@@ -48,13 +48,12 @@ class OpenAI:
         chain: Chain,
         flights: Flights,
         upstreams: Upstreams,
-        metrics: Metrics,
         identity: str,
         model: str,
         cache_all: bool,
     ) -> None:
         self._chain, self._flights, self._upstreams = chain, flights, upstreams
-        self._metrics, self._identity, self._model = metrics, identity, model
+        self._identity, self._model = identity, model
         self._cache_all = cache_all
 
     async def answer(self, http: web.Request) -> web.StreamResponse:
@@ -155,7 +154,7 @@ class OpenAI:
                 raise ConnectionAbortedError("the engine's answer ended too early")
         except (NotAnAnswerError, UnavailableError, aiohttp.ClientError, OSError) as exc:
             if response.prepared:
-                return await _cut(response, exc)
+                return await _cut(response)
             return _failure(exc, http)
         if request.form is Form.BODY:
             body = answer.render(convert.as_body(answer), id_, created)
@@ -184,7 +183,7 @@ class OpenAI:
                 else:
                     answer, finished = await _record_events(reply, flight)
         except aiohttp.ClientConnectorError as exc:
-            _lost(upstream)
+            upstream.ready = False
             raise UnavailableError from exc
         flight.end(answer)
         if finished:
@@ -243,23 +242,18 @@ async def _record_events(reply: aiohttp.ClientResponse, flight: Flight) -> tuple
     return answer, whole and convert.is_finished(ended)
 
 
-def _lost(upstream: Upstream) -> None:
-    upstream.ready = False
-
-
 def _failure(exc: Exception, http: web.Request) -> web.Response:
     http["outcome"] = ("engine", "error")
     if isinstance(exc, NotAnAnswerError):
         return web.Response(status=exc.status, body=exc.body, content_type=exc.content_type)
     if isinstance(exc, UnavailableError):
         return unavailable()
-    return error_response(502, "The engine ended before its answer was complete.")
+    return error_response(502, _CUT_SHORT)
 
 
-async def _cut(response: web.StreamResponse, exc: Exception) -> web.StreamResponse:
+async def _cut(response: web.StreamResponse) -> web.StreamResponse:
     """End a stream that has begun: an error event, and no `[DONE]`."""
-    del exc
-    body = error_body(502, "The engine ended before its answer was complete.")
+    body = error_body(502, _CUT_SHORT)
     with suppress(ConnectionError):
         await response.write(b"data: " + body + b"\n\n")
         await response.write_eof()
