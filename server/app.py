@@ -3,31 +3,31 @@
 import asyncio
 import logging
 import os
-import re
 import signal
-import time
-import uuid
 from collections.abc import Callable
 
 import uvloop
 from aiohttp import web
-from aiohttp.typedefs import Handler, Middleware
+from aiohttp.typedefs import Handler
 from prometheus_client import generate_latest
 
 from server.config import EMBEDDED, EMBEDDED_NAME, Config, cache_folder
-from server.engine import Engine
-from server.errors import error_response
+from server.engine import Engine, State
+from server.errors import unavailable
 from server.identity import identity
-from server.logs import configure
+from server.listener import listen
+from server.logs import AccessLog, configure
 from server.metrics import Metrics
-from server.openai import ROUTES, OpenAI, unavailable
+from server.middleware import wrap
+from server.openai import ROUTES, OpenAI
+from server.passthrough import forward
 from server.upstream import Upstream, Upstreams
 from tiers import Chain, DiskCache, Flights, MemoryCache, Tier
 
 logger = logging.getLogger(__name__)
-access = logging.getLogger("tierserve.access")
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}").fullmatch
+# A commit takes milliseconds; a disk that hangs must not keep us.
+_STORE_S = 5
 
 
 def serve(config: Config) -> int:
@@ -63,7 +63,12 @@ async def _serve(config: Config, model: str) -> int:
         else [Upstream(url, timeout_s=timeout_s) for url in config.engine.upstreams]
     )
     flights = Flights(max_bytes=4 * config.cache.max_answer_bytes)
-    metrics = Metrics(chain, ready=lambda: upstreams.ready)
+    metrics = Metrics(
+        chain,
+        state=lambda: _state(engine, upstreams),
+        restarts=lambda: engine.restarts if engine is not None else 0,
+    )
+    access = AccessLog(config.log)
     road = OpenAI(
         chain=chain,
         flights=flights,
@@ -72,29 +77,39 @@ async def _serve(config: Config, model: str) -> int:
         model=config.model.name,
         cache_all=config.cache.nondeterministic == "always",
     )
-    runner = web.AppRunner(
-        _app(config, road, upstreams, metrics), handler_cancellation=True, access_log=None
-    )
+    app = _app(config, road, upstreams, lambda handler: wrap(handler, metrics, access), metrics)
+    grace_s = config.server.shutdown_grace_s
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=grace_s)
     tasks = [asyncio.create_task(upstream.watch()) for upstream in upstreams.all]
     try:
         await runner.setup()
-        site = web.TCPSite(runner, config.server.host, config.server.port, backlog=1024)
-        await site.start()
-        logger.info("listening on http://%s:%d", config.server.host, config.server.port)
+        if runner.server is None:
+            raise AssertionError("a runner that is set up has a server")
+        listener = await listen(runner.server, config.server.host, config.server.port)
+        host, port = listener.sockets[0].getsockname()[:2]
+        logger.info("listening on http://%s:%d", host, port)
         if engine is not None:
             tasks.append(asyncio.create_task(engine.run()))
         await stop.wait()
         logger.info("stopping; a second signal ends at once")
-        await site.stop()
-        await flights.finish(config.server.shutdown_grace_s)
+        listener.close()
     finally:
+        # Running answers end or are cut within the grace; what they leave is to be stored.
         await runner.cleanup()
+        await flights.finish(_STORE_S)
         await chain.close()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await upstreams.close()
+        access.flush()
     return 0
+
+
+def _state(engine: Engine | None, upstreams: Upstreams) -> State:
+    if engine is not None:
+        return engine.state
+    return State.READY if upstreams.ready else State.DOWN
 
 
 def _stopper(stop: asyncio.Event) -> Callable[[], None]:
@@ -117,10 +132,14 @@ def _chain(config: Config) -> Chain:
     return Chain(tiers, ttl_s=cache.ttl_s, max_answer_bytes=cache.max_answer_bytes)
 
 
-def _app(config: Config, road: OpenAI, upstreams: Upstreams, metrics: Metrics) -> web.Application:
-    app = web.Application(
-        client_max_size=config.server.max_body_bytes, middlewares=[_middleware(metrics)]
-    )
+def _app(
+    config: Config,
+    road: OpenAI,
+    upstreams: Upstreams,
+    wrapped: Callable[[Handler], Handler],
+    metrics: Metrics,
+) -> web.Application:
+    app = web.Application(client_max_size=config.server.max_body_bytes)
 
     async def health(_: web.Request) -> web.Response:
         return web.Response()
@@ -133,52 +152,16 @@ def _app(config: Config, road: OpenAI, upstreams: Upstreams, metrics: Metrics) -
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
 
     async def engine_metrics(http: web.Request) -> web.StreamResponse:
-        return await road.forward(http, path="/metrics")
+        return await forward(http, upstreams, path="/metrics")
 
-    app.router.add_get("/health", health)
-    app.router.add_get("/ready", ready)
-    app.router.add_get("/metrics", own_metrics)
-    app.router.add_get("/metrics/engine", engine_metrics)
+    async def other(http: web.Request) -> web.StreamResponse:
+        return await forward(http, upstreams)
+
     for route in ROUTES:
-        app.router.add_post(route, road.answer)
-    app.router.add_route("*", "/{path:.*}", road.forward)
+        app.router.add_post(route, wrapped(road.answer))
+    app.router.add_get("/health", wrapped(health))
+    app.router.add_get("/ready", wrapped(ready))
+    app.router.add_get("/metrics", wrapped(own_metrics))
+    app.router.add_get("/metrics/engine", wrapped(engine_metrics))
+    app.router.add_route("*", "/{path:.*}", wrapped(other))
     return app
-
-
-def _middleware(metrics: Metrics) -> Middleware:
-    @web.middleware
-    async def around(request: web.Request, handler: Handler) -> web.StreamResponse:
-        given = request.headers.get("X-Request-Id", "")
-        request["id"] = given if _REQUEST_ID(given) else uuid.uuid4().hex
-        request["outcome"] = ("none", "own")
-        started = time.perf_counter()
-        status = 499
-        try:
-            response = await handler(request)
-            status = response.status
-        except web.HTTPRequestEntityTooLarge:
-            response = error_response(413, "The body is larger than server.max_body_bytes allows.")
-            status = 413
-        except (ConnectionError, TimeoutError):
-            raise
-        except Exception:
-            logger.exception("a request failed")
-            response = error_response(500, "Internal error.")
-            status = 500
-        finally:
-            seconds = time.perf_counter() - started
-            tier, outcome = request["outcome"]
-            metrics.observe(tier, outcome, seconds)
-            if access.isEnabledFor(logging.INFO):
-                access.info(
-                    "%s %s %d", request.method, request.path, status,
-                    extra={
-                        "request_id": request["id"], "tier": tier, "outcome": outcome,
-                        "ms": round(seconds * 1000, 3),
-                    },
-                )  # fmt: skip
-        if not response.prepared:
-            response.headers.setdefault("X-Request-Id", request["id"])
-        return response
-
-    return around

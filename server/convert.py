@@ -23,6 +23,11 @@ def template(parsed: dict[str, Any]) -> bytes:
     return b"{" + b",".join(fields) + b"}"
 
 
+def fill(content: bytes, id_: bytes, created: int) -> bytes:
+    """Return a template with a fresh `id` and `created` (Unix s) in place of the marks."""
+    return content.replace(ID, id_).replace(CREATED, b"%d" % created)
+
+
 def event(parsed: dict[str, Any]) -> bytes:
     """Return a server-sent event for one chunk, as a template."""
     return b"data: " + template(parsed) + b"\n\n"

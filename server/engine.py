@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,14 @@ _STOP_S = 15
 _LINE_BYTES = 8192
 
 
+class State(StrEnum):
+    """What can be expected of the engine."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DOWN = "down"
+
+
 class Engine:
     """Supervises one vLLM server on a Unix socket in a private folder."""
 
@@ -38,6 +47,7 @@ class Engine:
         socket = str(self.folder / "engine.sock")
         self.upstream = Upstream("http://engine", timeout_s=config.engine.timeout_s, socket=socket)
         self.restarts = 0
+        self._runs = False
         self._max_delay_s = config.engine.restart_max_delay_s
         self._command = [
             sys.executable, "-m", "server.guard", str(self.folder),
@@ -49,6 +59,13 @@ class Engine:
         self._env = os.environ | config.engine.env
         if Path(model).is_dir():
             self._env.setdefault("HF_HUB_OFFLINE", "1")
+
+    @property
+    def state(self) -> State:
+        """`DOWN` is between the end of one run and the start of the next."""
+        if self.upstream.ready:
+            return State.READY
+        return State.STARTING if self._runs else State.DOWN
 
     async def run(self) -> None:
         """Keep the engine running until cancelled, then end it."""
@@ -79,12 +96,13 @@ class Engine:
             env=self._env,
             start_new_session=True,
         )
+        self._runs = True
         logger.info("the engine starts")
         log = asyncio.create_task(_log_lines(process))
         try:
             return await process.wait()
         finally:
-            self.upstream.ready = False
+            self._runs = self.upstream.ready = False
             with suppress(ProcessLookupError):
                 process.terminate()
             with suppress(TimeoutError):

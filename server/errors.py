@@ -5,6 +5,8 @@ from http import HTTPStatus
 import orjson
 from aiohttp import web
 
+RETRY_AFTER_S = 5
+
 
 def error_body(status: int, message: str, *, param: str | None = None) -> bytes:
     """Return the JSON body of an error."""
@@ -23,4 +25,11 @@ def error_response(
         body=error_body(status, message, param=param),
         content_type="application/json",
         headers=headers,
+    )
+
+
+def unavailable() -> web.Response:
+    """Return what a miss gets while no engine answers."""
+    return error_response(
+        503, "The engine is starting or down; try again.", retry_after_s=RETRY_AFTER_S
     )

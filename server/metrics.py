@@ -1,59 +1,101 @@
 """Prometheus metrics: requests by tier and outcome, what tiers hold, the engine's state."""
 
-from collections.abc import Callable, Iterable
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
+from server.engine import State
 from tiers import Chain
 from tiers.backend import ByteCache
 
-_BUCKETS_S = (
-    0.0001,
-    0.00025,
-    0.0005,
-    0.001,
-    0.0025,
-    0.01,
-    0.05,
-    0.1,
-    0.5,
-    1,
-    2.5,
-    5,
-    10,
-    30,
-    60,
-    300,
-)
+_BOUNDS_S = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300,
+)  # fmt: skip
 
 
 class Metrics:
-    """All metrics of one process, in a registry of their own."""
+    """All metrics of one process, in a registry of their own.
 
-    def __init__(self, chain: Chain, *, ready: Callable[[], bool]) -> None:
+    Args:
+        chain: whose tiers report what they hold and did.
+        state: tells the engine's state.
+        restarts: tells how often the engine was started again.
+    """
+
+    def __init__(
+        self, chain: Chain, *, state: Callable[[], State], restarts: Callable[[], int]
+    ) -> None:
+        self._latencies: dict[tuple[str, str], _Latency] = {}
         self.registry = CollectorRegistry()
-        labels = ("tier", "outcome")
-        self._requests = Counter(
-            "tierserve_requests", "Requests answered", labels, registry=self.registry
-        )
-        self._seconds = Histogram(
-            "tierserve_request_seconds", "Seconds from request to the end of its answer",
-            labels, registry=self.registry, buckets=_BUCKETS_S,
-        )  # fmt: skip
-        Gauge(
-            "tierserve_engine_ready", "1 while an engine answers", registry=self.registry
-        ).set_function(lambda: float(ready()))
-        self.registry.register(_TierCollector(chain))
+        self.registry.register(_Requests(self._latencies))
+        self.registry.register(_Tiers(chain))
+        self.registry.register(_Engine(state, restarts))
 
     def observe(self, tier: str, outcome: str, seconds: float) -> None:
         """Count one answered request."""
-        self._requests.labels(tier, outcome).inc()
-        self._seconds.labels(tier, outcome).observe(seconds)
+        # Plain numbers, since the library's counters would cost a tenth of a hit.
+        latency = self._latencies.get((tier, outcome))
+        if latency is None:
+            latency = self._latencies[tier, outcome] = _Latency()
+        latency.counts[bisect_left(_BOUNDS_S, seconds)] += 1
+        latency.sum_s += seconds
 
 
-class _TierCollector(Collector):
+class _Latency:
+    """A histogram: requests by bucket, the last one being without bound, and their seconds."""
+
+    __slots__ = ("counts", "sum_s")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(_BOUNDS_S) + 1)
+        self.sum_s = 0.0
+
+
+class _Requests(Collector):
+    def __init__(self, latencies: Mapping[tuple[str, str], _Latency]) -> None:
+        self._latencies = latencies
+
+    def collect(self) -> Iterable[Metric]:
+        labels = ("tier", "outcome")
+        requests = CounterMetricFamily("tierserve_requests", "Requests answered", labels=labels)
+        seconds = HistogramMetricFamily(
+            "tierserve_request_seconds", "Seconds from request to the end of its answer",
+            labels=labels,
+        )  # fmt: skip
+        bounds = [*map(str, _BOUNDS_S), "+Inf"]
+        for values, latency in self._latencies.items():
+            requests.add_metric(values, sum(latency.counts))
+            buckets = list(zip(bounds, accumulate(latency.counts), strict=True))
+            seconds.add_metric(values, buckets, latency.sum_s)
+        return requests, seconds
+
+
+class _Engine(Collector):
+    def __init__(self, state: Callable[[], State], restarts: Callable[[], int]) -> None:
+        self._state, self._restarts = state, restarts
+
+    def collect(self) -> Iterable[Metric]:
+        gauge = GaugeMetricFamily(
+            "tierserve_engine_state", "1 for the state that the engine is in", labels=("state",)
+        )
+        now = self._state()
+        for state in State:
+            gauge.add_metric((state,), state == now)
+        restarts = CounterMetricFamily("tierserve_engine_restarts", "Starts after the first")
+        restarts.add_metric((), self._restarts())
+        return gauge, restarts
+
+
+class _Tiers(Collector):
     """Reads the tiers' own counts when asked."""
 
     def __init__(self, chain: Chain) -> None:

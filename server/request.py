@@ -7,8 +7,7 @@ so a new field can never cause a wrong hit.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -27,8 +26,7 @@ class BadRequestError(ValueError):
     """The body can't be understood; the text says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """One parsed request: `route` is its path, `body` what the engine is to be sent."""
 
     route: str

@@ -3,7 +3,9 @@
 import asyncio
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
 
 import aiohttp
 
@@ -73,12 +75,34 @@ class Upstreams:
         """Whether any upstream answers."""
         return any(upstream.ready for upstream in self.all)
 
-    def pick(self) -> Upstream:
-        """Return the next upstream that answers.
+    @asynccontextmanager
+    async def request(
+        self, method: str, path: str, *, data: Any, headers: Mapping[str, str]
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Ask the next upstream that takes the connection; gives the reply as it begins.
 
         Raises:
-            UnavailableError: none does.
+            UnavailableError: none answers.
+            aiohttp.ClientError: the one that was asked failed.
         """
+        while True:
+            upstream = self._pick()
+            try:
+                reply = await upstream.session.request(
+                    method,
+                    upstream.url + path,
+                    data=data,
+                    headers=headers,
+                    allow_redirects=False,
+                )
+                break
+            except aiohttp.ClientConnectorError:
+                # Nothing was sent yet; the next one is asked, and this one once it is back.
+                upstream.ready = False
+        async with reply:
+            yield reply
+
+    def _pick(self) -> Upstream:
         ready = [upstream for upstream in self.all if upstream.ready]
         if not ready:
             raise UnavailableError

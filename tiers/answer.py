@@ -6,10 +6,9 @@ is a template: in their place stand the bytes `ID` and `CREATED`, which JSON for
 (RFC 8259, section 7) and which therefore can't be part of an answer.
 """
 
-from dataclasses import dataclass
 from enum import IntEnum
 from struct import Struct, error
-from typing import Self
+from typing import NamedTuple, Self
 
 ID = b"\x00"
 CREATED = b"\x01"
@@ -27,8 +26,10 @@ class Form(IntEnum):
     """A stream of server-sent events."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+_FORMS = tuple(Form)
+
+
+class Answer(NamedTuple):
     """A finished assistant output, as a template in one of two forms."""
 
     form: Form
@@ -37,13 +38,8 @@ class Answer:
     usage: bytes = b""
     """The event with the token counts, kept apart since only some clients ask for it."""
 
-    def render(self, content: bytes, id_: bytes, created: int) -> bytes:
-        """Return `content`, a part of this answer, with a fresh `id` and `created` (Unix s)."""
-        return content.replace(ID, id_).replace(CREATED, b"%d" % created)
 
-
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """An answer in a tier. Times are Unix seconds."""
 
     answer: Answer
@@ -72,5 +68,7 @@ class Entry:
         content_at = _HEADER.size + usage_bytes
         if version != _VERSION or content_at > len(data):
             raise ValueError("entry is of another format version or cut short")
-        answer = Answer(Form(form), data[content_at:], data[_HEADER.size : content_at])
+        if form >= len(_FORMS):
+            raise ValueError("entry is of an unknown form")
+        answer = Answer(_FORMS[form], data[content_at:], data[_HEADER.size : content_at])
         return cls(answer, stored_at, expires_at)

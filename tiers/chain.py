@@ -5,14 +5,13 @@ Invariant: a lookup returns the entry last stored under that key, not expired, o
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tiers.answer import Answer, Entry
 from tiers.tier import Tier
 
 
-@dataclass(frozen=True, slots=True)
-class Hit:
+class Hit(NamedTuple):
     """An entry that was found, and the name of the tier that had it."""
 
     entry: Entry

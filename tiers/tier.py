@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from aiocache.base import BaseCache
 
 from tiers.answer import Entry
+from tiers.backend import ByteCache
 
 logger = logging.getLogger(__name__)
 
@@ -37,21 +38,27 @@ class Tier:
         self.name = name
         self.backend = backend
         self.deadline_s = deadline_s
+        # Our own backends answer at once; aiocache's layers cost more than such a read.
+        self._near = backend if isinstance(backend, ByteCache) else None
         self.counts = Counts()
 
     async def get(self, key: str) -> tuple[bytes, Entry] | None:
         """Return the entry under `key`, encoded and decoded, or `None`."""
         try:
-            value = await self.backend.get(key, timeout=self.deadline_s)
-            entry = None if value is None else Entry.decode(value)
+            value: bytes | None = (
+                self._near.read(key)
+                if self._near is not None
+                else await self.backend.get(key, timeout=self.deadline_s)
+            )
+            found = None if value is None else (value, Entry.decode(value))
         except Exception as exc:
             self._failed("read", exc)
             return None
-        if entry is None:
+        if found is None:
             self.counts.misses += 1
             return None
         self.counts.hits += 1
-        return value, entry
+        return found
 
     async def put(self, key: str, value: bytes, ttl_s: float) -> bool:
         """Store an encoded entry for `ttl_s` seconds. Returns whether it is stored."""

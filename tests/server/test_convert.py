@@ -16,7 +16,7 @@ def body_of(message, **more) -> dict:
 
 
 def rendered(content: bytes) -> bytes:
-    return Answer(Form.BODY, b"").render(content, b"new", 7)
+    return convert.fill(content, b"new", 7)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,11 @@ def test_only_the_outer_id_and_created_are_fresh() -> None:
     parsed = body_of(inner)
     made = orjson.loads(rendered(convert.template(parsed)))
     assert made == parsed | {"id": "new", "created": 7}
+
+
+def test_what_looks_like_a_mark_in_a_text_is_none() -> None:
+    content = b'{"id":"\x00","created":\x01,"x":"\\u0000"}'
+    assert convert.fill(content, b"abc", 5) == b'{"id":"abc","created":5,"x":"\\u0000"}'
 
 
 def test_text_completions_join() -> None:
