@@ -4,6 +4,8 @@ import asyncio
 import logging
 import sys
 import time
+from functools import lru_cache
+from typing import NamedTuple
 
 import orjson
 from pythonjsonlogger.orjson import OrjsonFormatter
@@ -11,7 +13,7 @@ from pythonjsonlogger.orjson import OrjsonFormatter
 from server.config import Log
 
 _FLUSH_S = 0.2
-_BUFFER_LINES = 1024
+_BATCH = 256
 
 
 def configure(log: Log) -> None:
@@ -25,57 +27,78 @@ def configure(log: Log) -> None:
     logging.basicConfig(level=log.level.upper(), handlers=[handler], force=True)
 
 
+class Access(NamedTuple):
+    """One answered request: when it ended (Unix s), what it was, and the seconds it took."""
+
+    at: float
+    method: str
+    path: str
+    status: int
+    request_id: str
+    tier: str
+    outcome: str
+    seconds: float
+
+
 class AccessLog:
     """One line for each answered request, among the logs and in their format.
 
-    Lines are written in batches and without `logging`, which costs more than a hit.
+    Lines are made and written in batches, without `logging`, which would cost more than a hit.
     """
 
     def __init__(self, log: Log) -> None:
         self._enabled = logging.getLogger().isEnabledFor(logging.INFO)
-        self._json = _is_json(log)
-        self._lines: list[bytes] = []
-        self._second, self._stamp = 0, ""
+        self._line = _json_line if _is_json(log) else _text_line
+        self._waiting: list[Access] = []
 
-    def add(
-        self, method: str, path: str, status: int, id_: str, tier: str, outcome: str, seconds: float
-    ) -> None:
-        """Note a request that took `seconds`; the line is written within a fraction of one."""
+    def add(self, access: Access) -> None:
+        """Note a request; its line is written within a fraction of a second."""
         if not self._enabled:
             return
-        line: bytes
-        if self._json:
-            line = orjson.dumps(
-                {
-                    "asctime": self._now(), "levelname": "INFO", "name": "tierserve.access",
-                    "message": f"{method} {path} {status}", "request_id": id_, "tier": tier,
-                    "outcome": outcome, "ms": round(seconds * 1000, 3),
-                }
-            )  # fmt: skip
-        else:
-            # A path may hold any character, those that end a line included.
-            text = f"{method} {path!a} {status} {tier} {outcome} {seconds * 1000:.3f} ms {id_}"
-            line = f"{self._now()} INFO    tierserve.access: {text}".encode()
-        if not self._lines:
+        if not self._waiting:
             asyncio.get_running_loop().call_later(_FLUSH_S, self.flush)
-        self._lines.append(line)
-        if len(self._lines) >= _BUFFER_LINES:
+        self._waiting.append(access)
+        if len(self._waiting) >= _BATCH:
             self.flush()
 
     def flush(self) -> None:
         """Write the lines that wait."""
-        if self._lines:
+        if self._waiting:
+            lines = b"\n".join(map(self._line, self._waiting)) + b"\n"
+            self._waiting.clear()
             sys.stderr.flush()
-            sys.stderr.buffer.write(b"\n".join(self._lines) + b"\n")
+            sys.stderr.buffer.write(lines)
             sys.stderr.buffer.flush()
-            self._lines.clear()
 
-    def _now(self) -> str:
-        now = time.time()
-        if int(now) != self._second:
-            self._second = int(now)
-            self._stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
-        return f"{self._stamp},{int(now % 1 * 1000):03d}"
+
+def _json_line(access: Access) -> bytes:
+    return orjson.dumps(
+        {
+            "asctime": _stamp(access.at), "levelname": "INFO", "name": "tierserve.access",
+            "message": f"{access.method} {access.path} {access.status}",
+            "request_id": access.request_id, "tier": access.tier, "outcome": access.outcome,
+            "ms": round(access.seconds * 1000, 3),
+        }
+    )  # fmt: skip
+
+
+def _text_line(access: Access) -> bytes:
+    # A path may hold any character, those that end a line included.
+    line = (
+        f"{_stamp(access.at)} INFO    tierserve.access: {access.method} {access.path!a}"
+        f" {access.status} {access.tier} {access.outcome} {access.seconds * 1000:.3f} ms"
+        f" {access.request_id}"
+    )
+    return line.encode()
+
+
+def _stamp(at: float) -> str:
+    return f"{_second(int(at))},{int(at % 1 * 1000):03d}"
+
+
+@lru_cache(2)
+def _second(at: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
 
 
 def _is_json(log: Log) -> bool:

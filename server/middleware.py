@@ -15,7 +15,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from server.errors import error_response
-from server.logs import AccessLog
+from server.logs import Access, AccessLog
 from server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,8 @@ def wrap(handler: Handler, metrics: Metrics, access: AccessLog) -> Handler:
             seconds = time.perf_counter() - started
             tier, outcome = http["outcome"]
             metrics.observe(tier, outcome, seconds)
-            access.add(http.method, http.path, status, id_, tier, outcome, seconds)
+            line = Access(time.time(), http.method, http.path, status, id_, tier, outcome, seconds)
+            access.add(line)
         if not response.prepared:
             response.headers.update(headers)
         return response

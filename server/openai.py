@@ -54,13 +54,8 @@ class OpenAI:
         """Answer from a tier, from a running flight, or from the engine."""
         raw = await http.read()
         try:
-            request = parse(
-                http.path,
-                raw,
-                scope=http.headers.get("Authorization", ""),
-                identity=self._identity,
-                default_model=self._model,
-            )
+            scope = http.headers.get("Authorization", "")
+            request = parse(http.path, raw, scope, self._identity, self._model)
         except BadRequestError as exc:
             return error_response(400, str(exc))
         if not (request.deterministic or self._cache_all):
@@ -78,9 +73,10 @@ class OpenAI:
 
     def _render_hit(self, http: web.Request, request: Request, hit: Hit) -> web.Response:
         now, entry = self._chain.clock(), hit.entry
+        ttl, age = int(entry.expires_at - now), max(0, int(now - entry.stored_at))
         headers = {
-            "Cache-Status": f"tierserve; hit; ttl={int(entry.expires_at - now)}; detail={hit.tier}",
-            "Age": str(max(0, int(now - entry.stored_at))),
+            "Cache-Status": f"tierserve; hit; ttl={ttl}; detail={hit.tier}",
+            "Age": str(age),
         }
         return _render(http, request, entry.answer, headers)
 

@@ -7,6 +7,7 @@ so a new field can never cause a wrong hit.
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import orjson
@@ -20,6 +21,9 @@ _NULL_IS_ABSENT = frozenset(
         "presence_penalty", "response_format", "seed", "stop", "temperature", "top_p",
     }
 )  # fmt: skip
+# Together they bound what is remembered to 16 MiB.
+_REMEMBERED = 1024
+_REMEMBERED_BYTES = 16 * 1024
 
 
 class BadRequestError(ValueError):
@@ -37,8 +41,8 @@ class Request(NamedTuple):
     key: str
 
 
-def parse(route: str, raw: bytes, *, scope: str, identity: str, default_model: str) -> Request:
-    """Parse a body and derive its key.
+def parse(route: str, raw: bytes, scope: str, identity: str, default_model: str) -> Request:
+    """Parse a body and derive its key. A body that comes again byte for byte is remembered.
 
     Args:
         route: the request's path.
@@ -50,6 +54,11 @@ def parse(route: str, raw: bytes, *, scope: str, identity: str, default_model: s
     Raises:
         BadRequestError: the body isn't a JSON object.
     """
+    look = _remembered if len(raw) <= _REMEMBERED_BYTES else _parse
+    return look(route, raw, scope, identity, default_model)
+
+
+def _parse(route: str, raw: bytes, scope: str, identity: str, default_model: str) -> Request:
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as exc:
@@ -72,6 +81,9 @@ def parse(route: str, raw: bytes, *, scope: str, identity: str, default_model: s
         deterministic=_is_zero(body.get("temperature")) or _is_int(body.get("seed")),
         key=key,
     )
+
+
+_remembered = lru_cache(_REMEMBERED)(_parse)
 
 
 def _canonical(body: Mapping[str, Any], default_model: str, *, stream: bool) -> dict[str, Any]:

@@ -6,7 +6,7 @@ handler that reads the same bodies and returns the same bytes. wrk, pinned to an
 them in turn, so that what else the machine does strikes all three alike. A ratio is the median of
 the rounds' ratios.
 
-Needs wrk and two cores. Usage: hits.py [--rounds N] [--seconds N] [--connections N]
+Needs wrk and two cores. Usage: hits.py [--rounds N] [--seconds N] [--connections N] [--questions N]
 """
 
 import argparse
@@ -36,7 +36,6 @@ from server.request import parse
 from tiers import Answer, Chain, DiskCache, Form, Tier
 
 SERVER_CORE, LOAD_CORE = 0, 1
-REQUESTS = 256
 ROUTE = "/v1/chat/completions"
 ENTRY_BYTES = 64 * 1024 * 1024
 CONFIG = """
@@ -65,6 +64,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=int, default=3)
     parser.add_argument("--connections", type=int, default=16)
+    parser.add_argument("--questions", type=int, default=256, help="how many different ones")
     parser.add_argument("--bare", nargs=2, metavar=("PORT", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.bare:
@@ -86,7 +86,7 @@ def _measure(
     folder: Path, question_bytes: int, answer_bytes: int, options: argparse.Namespace
 ) -> None:
     folder.mkdir()
-    bodies = [_question(number, question_bytes) for number in range(REQUESTS)]
+    bodies = [_question(number, question_bytes) for number in range(options.questions)]
     (folder / "bodies").write_bytes(b"\n".join(bodies))
     (folder / "load.lua").write_text(LOAD.format(file=str(folder / "bodies"), route=ROUTE))
     (folder / "answer").write_bytes(_answer(answer_bytes))
@@ -147,7 +147,7 @@ async def _fill(file: Path, bodies: list[bytes], answer: bytes) -> None:
     known_by, name = identity(config, config.model.source), config.model.name
     stored = Answer(Form.BODY, convert.template(orjson.loads(answer)))
     for body in bodies:
-        request = parse(ROUTE, body, scope="", identity=known_by, default_model=name)
+        request = parse(ROUTE, body, "", known_by, name)
         await chain.store(request.key, stored)
     await chain.close()
 
