@@ -13,7 +13,6 @@ from prometheus_client import generate_latest
 
 from server.config import EMBEDDED, EMBEDDED_NAME, Config, cache_folder
 from server.engine import Engine, State
-from server.errors import unavailable
 from server.identity import identity
 from server.listener import listen
 from server.logs import AccessLog, configure
@@ -21,6 +20,7 @@ from server.metrics import Metrics
 from server.middleware import wrap
 from server.openai import ROUTES, OpenAI
 from server.passthrough import forward
+from server.responses import unavailable
 from server.upstream import Upstream, Upstreams
 from tiers import Chain, DiskCache, Flights, MemoryCache, Tier
 

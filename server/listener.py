@@ -5,8 +5,7 @@ import logging
 
 from aiohttp import web
 
-from server.errors import error_response
-from server.middleware import SERVER
+from server.responses import SERVER, error_response
 
 logger = logging.getLogger(__name__)
 

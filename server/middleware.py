@@ -14,28 +14,26 @@ from collections.abc import Iterator
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from server.errors import error_response
 from server.logs import Access, AccessLog
 from server.metrics import Metrics
+from server.responses import SERVER, error_response
 
 logger = logging.getLogger(__name__)
 
-SERVER = "tierserve"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}").fullmatch
 
 
 def wrap(handler: Handler, metrics: Metrics, access: AccessLog) -> Handler:
     """Return `handler` with its surroundings.
 
-    It finds the request's id under `http["id"]`, the headers that each response carries under
-    `http["headers"]`, and leaves which tier answered, and how, under `http["outcome"]`.
+    It finds the request's id under `http["id"]`, and leaves which tier answered, and how, under
+    `http["outcome"]`. A response that it prepares itself needs `own_headers`.
     """
     ids = _request_ids()
 
     async def around(http: web.Request) -> web.StreamResponse:
         given = http.headers.get("X-Request-Id")
         http["id"] = id_ = given if given and _REQUEST_ID(given) else next(ids)
-        http["headers"] = headers = {"Server": SERVER, "X-Request-Id": id_}
         http["outcome"] = ("none", "own")
         started = time.perf_counter()
         status = 499
@@ -58,7 +56,8 @@ def wrap(handler: Handler, metrics: Metrics, access: AccessLog) -> Handler:
             line = Access(time.time(), http.method, http.path, status, id_, tier, outcome, seconds)
             access.add(line)
         if not response.prepared:
-            response.headers.update(headers)
+            headers = response.headers
+            headers["Server"], headers["X-Request-Id"] = SERVER, id_
         return response
 
     return around

@@ -8,10 +8,10 @@ import aiohttp
 from aiohttp import web
 
 from server import convert
-from server.errors import error_body, error_response, unavailable
 from server.passthrough import forward, forwarded
 from server.record import NotAnAnswerError, record
 from server.request import BadRequestError, Request, parse
+from server.responses import error_body, error_response, own_headers, unavailable
 from server.upstream import UnavailableError, Upstreams
 from tiers import Answer, Chain, Flight, Flights, Form, Hit
 from tiers.flight import Listener
@@ -92,7 +92,7 @@ class OpenAI:
             if request.form is Form.EVENTS and flight.form is Form.EVENTS:
                 async for event in listener:
                     if response is None:
-                        response = web.StreamResponse(headers=headers | http["headers"])
+                        response = web.StreamResponse(headers=headers | own_headers(http))
                         response.headers["Content-Type"] = _SSE
                         await response.prepare(http)
                     await response.write(convert.fill(event, id_, created))

@@ -3,7 +3,7 @@
 import aiohttp
 from aiohttp import web
 
-from server.errors import error_response, unavailable
+from server.responses import error_response, own_headers, unavailable
 from server.upstream import UnavailableError, Upstreams
 
 # Of one connection only (RFC 9110, section 7.6.1), or set anew by us.
@@ -46,7 +46,7 @@ async def forward(
         async with upstreams.request(
             http.method, path or http.raw_path, data=data, headers=forwarded(http)
         ) as reply:
-            response = web.StreamResponse(status=reply.status, headers=http["headers"])
+            response = web.StreamResponse(status=reply.status, headers=own_headers(http))
             for name, value in reply.headers.items():
                 if name.lower() not in _OURS:
                     response.headers.add(name, value)

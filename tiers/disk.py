@@ -97,12 +97,13 @@ class DiskCache(ByteCache):
         if (write := self._pending.get(key)) is not None:
             return self._unless_expired(write.value, write.expires_at)
         raw_key = key.encode()
-        with self._env.begin(db=self._entries) as txn:
-            record = txn.get(raw_key)
-        if record is None:
-            return None
         try:
-            value, expires_at, _ = _unpack(raw_key, record)
+            # As a buffer, the value is copied only once.
+            with self._env.begin(db=self._entries, buffers=True) as txn:
+                record = txn.get(raw_key)
+                if record is None:
+                    return None
+                value, expires_at, _ = _unpack(raw_key, record)
         except ValueError:
             self.usage.damaged += 1
             logger.warning("a record of the disk tier did not verify and is a miss")
@@ -277,7 +278,7 @@ def _pack(key: bytes, value: bytes, expires_at: float, sequence: int) -> bytes:
     return _HEADER.pack(_FORMAT, checksum, expires_at, sequence) + value
 
 
-def _unpack(key: bytes, record: bytes) -> tuple[bytes, float, int]:
+def _unpack(key: bytes, record: bytes | memoryview) -> tuple[bytes, float, int]:
     """Return value, expiry and sequence number.
 
     Raises:
@@ -286,6 +287,6 @@ def _unpack(key: bytes, record: bytes) -> tuple[bytes, float, int]:
     if len(record) < _HEADER.size:
         raise ValueError("record is cut short")
     version, checksum, expires_at, sequence = _HEADER.unpack_from(record)
-    if version != _FORMAT or checksum != crc32(memoryview(record)[_CHECKED_FROM:], crc32(key)):
+    if version != _FORMAT or checksum != crc32(record[_CHECKED_FROM:], crc32(key)):
         raise ValueError("record does not verify")
-    return record[_HEADER.size :], expires_at, sequence
+    return bytes(record[_HEADER.size :]), expires_at, sequence

@@ -1,11 +1,20 @@
-"""Errors in OpenAI's shape, with vLLM's conventions: `code` is the HTTP status."""
+"""What responses have in common: headers of ours, and errors in OpenAI's shape.
+
+Errors follow vLLM's conventions: `code` is the HTTP status.
+"""
 
 from http import HTTPStatus
 
 import orjson
 from aiohttp import web
 
+SERVER = "tierserve"
 RETRY_AFTER_S = 5
+
+
+def own_headers(http: web.Request) -> dict[str, str]:
+    """Return the headers that each response carries."""
+    return {"Server": SERVER, "X-Request-Id": http["id"]}
 
 
 def error_body(status: int, message: str, *, param: str | None = None) -> bytes:
