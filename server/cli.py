@@ -27,15 +27,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         config = load(options.config)
+        if options.command == "check":
+            print(_as_yaml(config), end="")
+            return 0
+        from server.app import serve
+
+        return serve(config)
     except ConfigError as exc:
         print(*exc.mistakes, sep="\n", file=sys.stderr)
         return 2
-    if options.command == "check":
-        print(_as_yaml(config), end="")
-        return 0
-    from server.app import serve
-
-    return serve(config)
 
 
 def _as_yaml(config: Config) -> str:

@@ -6,6 +6,7 @@ the names; sizes may be written `256MiB`.
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,8 +14,10 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
 )
 
 from tiers.disk import MIN_BYTES
@@ -22,6 +25,7 @@ from tiers.disk import MIN_BYTES
 ENV_PREFIX = "TIERSERVE__"
 EMBEDDED = "embedded"
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
+_HTTP_URL = re.compile(r"https?://[^/\s]+(/[^\s?#]*)?").fullmatch
 OWNED_ENGINE_ARGS = frozenset({"model", "served_model_name", "uds", "host", "port", "revision"})
 
 
@@ -76,12 +80,18 @@ def _not_ours(args: dict[str, Any]) -> dict[str, Any]:
     return args
 
 
+def _is_base(url: str) -> str:
+    if not _HTTP_URL(url) or url.rstrip("/").endswith("/v1"):
+        raise ValueError("should be as http://host:8000, without /v1 at its end")
+    return url
+
+
 class Engine(_Section):
     """vLLM as our child with `args` and `env`, or `upstreams` that somebody else runs."""
 
     args: Annotated[dict[str, Any], AfterValidator(_not_ours)] = {}
     env: dict[str, str] = {}
-    upstreams: tuple[Annotated[str, Field(pattern=r"^https?://[^/\s]+(/[^\s?#]*)?$")], ...] = ()
+    upstreams: tuple[Annotated[str, AfterValidator(_is_base)], ...] = ()
     timeout_s: Annotated[float, Field(gt=0)] = 600
     restart_max_delay_s: Annotated[float, Field(ge=1)] = 60
 
@@ -144,6 +154,11 @@ class Config(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # One that can't be read is reported on its own, and must not hide other mistakes.
+        if isinstance(env_settings, EnvSettingsSource):
+            unreadable = {name.lower() for name in _unreadable_variables()}
+            given = env_settings.env_vars
+            env_settings.env_vars = {n: v for n, v in given.items() if n not in unreadable}
         return env_settings, init_settings
 
 
@@ -161,14 +176,14 @@ def load(file: Path) -> Config:
         data = {}
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise ConfigError([f"{file}: should hold sections: {', '.join(Config.model_fields)}"])
-    mistakes = _unknown_variables()
+    mistakes = _unknown_variables() + [
+        f"{name}: should be JSON, since the field is a section, a list or a mapping"
+        for name in _unreadable_variables()
+    ]
     try:
         config = Config(**data)
     except ValidationError as exc:
         mistakes += [_explain(error) for error in exc.errors()]
-    except Exception as exc:  # noqa: BLE001
-        # pydantic-settings reports a variable that isn't JSON by an exception of its own.
-        mistakes.append(f"environment: {exc}")
     if mistakes:
         raise ConfigError(mistakes)
     disk = config.tiers.disk
@@ -179,13 +194,28 @@ def load(file: Path) -> Config:
     return config.model_copy(update={"tiers": config.tiers.model_copy(update={"disk": absolute})})
 
 
+def _variables() -> list[str]:
+    return sorted(name for name in os.environ if name.upper().startswith(ENV_PREFIX))
+
+
+def _unreadable_variables() -> list[str]:
+    unreadable = []
+    source = EnvSettingsSource(Config)
+    for variable in _variables():
+        source.env_vars = {variable.lower(): os.environ[variable]}
+        try:
+            source()
+        except SettingsError:
+            unreadable.append(variable)
+    return unreadable
+
+
 def _unknown_variables() -> list[str]:
-    names = sorted(Config.model_fields)
+    sections = sorted(Config.model_fields)
     return [
-        f"{variable}: no such section; the sections are {', '.join(names)}"
-        for variable in sorted(os.environ)
-        if variable.upper().startswith(ENV_PREFIX)
-        and variable[len(ENV_PREFIX) :].lower().split("__")[0] not in names
+        f"{variable}: no such section; the sections are {', '.join(sections)}"
+        for variable in _variables()
+        if variable[len(ENV_PREFIX) :].lower().split("__")[0] not in sections
     ]
 
 
@@ -200,7 +230,9 @@ def _explain(error: Any) -> str:
         return f"{path}: unknown key; {hint}"
     given = error["input"]
     shown = f", not {given!r}" if isinstance(given, str | int | float | bool) else ""
-    return f"{path}: {error['msg']}{shown}"
+    if error["type"] == "model_type":
+        return f"{path}: should hold keys of {', '.join(_fields(error['loc']))}{shown}"
+    return f"{path}: {error['msg'].removeprefix('Value error, ')}{shown}"
 
 
 def _fields(path: list[Any]) -> list[str]:

@@ -7,6 +7,7 @@ guard (`server.guard`) ends it when we are gone, however we went.
 import asyncio
 import logging
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -19,8 +20,9 @@ from typing import Any
 
 import orjson
 
-from server.config import Config
+from server.config import Config, ConfigError
 from server.upstream import Upstream
+from server.weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,8 @@ _VLLM = "vllm.entrypoints.launchers.api_server.entry"
 _STABLE_S = 60
 _STOP_S = 15
 _LINE_BYTES = 8192
+# Of Linux's sockaddr_un, without the final zero.
+_SOCKET_PATH_BYTES = 107
 
 
 class State(StrEnum):
@@ -40,24 +44,32 @@ class State(StrEnum):
 
 
 class Engine:
-    """Supervises one vLLM server on a Unix socket in a private folder."""
+    """Supervises one vLLM server on a Unix socket in a private folder.
 
-    def __init__(self, config: Config, model: str) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="tierserve-"))
+    Raises:
+        ConfigError: the folder for temporary files has too long a path.
+    """
+
+    def __init__(self, config: Config, weights: Weights) -> None:
+        self.folder = Path(tempfile.gettempdir(), f"tierserve-{secrets.token_hex(8)}")
         socket = str(self.folder / "engine.sock")
+        if len(os.fsencode(socket)) > _SOCKET_PATH_BYTES:
+            raise ConfigError(
+                [f"TMPDIR: {self.folder.parent} is too long for a socket in it; set a shorter one"]
+            )
         self.upstream = Upstream("http://engine", timeout_s=config.engine.timeout_s, socket=socket)
         self.restarts = 0
         self._runs = False
         self._max_delay_s = config.engine.restart_max_delay_s
         self._command = [
             sys.executable, "-m", "server.guard", str(self.folder),
-            sys.executable, "-m", _VLLM, "--model", model,
+            sys.executable, "-m", _VLLM, "--model", weights.source,
             "--served-model-name", config.model.name, "--uds", socket,
-            *(("--revision", config.model.revision) if config.model.revision else ()),
+            *(("--revision", weights.revision) if weights.revision else ()),
             *_flags(config.engine.args),
         ]  # fmt: skip
         self._env = os.environ | config.engine.env
-        if Path(model).is_dir():
+        if Path(weights.source).is_dir():
             self._env.setdefault("HF_HUB_OFFLINE", "1")
 
     @property

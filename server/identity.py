@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 
 from server.config import Config
+from server.weights import Weights
 
 _WHOLE_BYTES = 32 * 1024**2
 _SAMPLES = 64
@@ -25,18 +26,20 @@ _CHANGES_NO_ANSWER = frozenset(
 )  # fmt: skip
 
 
-def identity(config: Config, model: str) -> str:
-    """Return what the engine that `config` describes, with the weights `model`, is known by."""
-    engine = config.engine
-    about: dict[str, Any] = {"version": config.model.version, "model": config.model.source}
-    if engine.upstreams:
+def identity(config: Config, weights: Weights | None) -> str:
+    """Return what the engine that `config` describes is known by.
+
+    `weights` are what it is to load; `None` where somebody else runs it.
+    """
+    about: dict[str, Any] = {"version": config.model.version}
+    if weights is None:
+        about["model"] = config.model.source
         about["upstreams"] = config.model.revision
     else:
+        folder = Path(weights.source)
+        about["model"] = fingerprint(folder) if folder.is_dir() else [*weights]
         about["engine"] = _engine_version()
-        about["args"] = _relevant(engine.args)
-        about["revision"] = config.model.revision
-        if (folder := Path(model)).is_dir():
-            about["model"] = fingerprint(folder)
+        about["args"] = _relevant(config.engine.args)
     return orjson.dumps(about, option=orjson.OPT_SORT_KEYS).decode()
 
 

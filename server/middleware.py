@@ -20,6 +20,8 @@ from server.responses import SERVER, error_response
 
 logger = logging.getLogger(__name__)
 
+# As nginx logs it; nobody receives it.
+_CLIENT_GONE = 499
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}").fullmatch
 
 
@@ -36,7 +38,7 @@ def wrap(handler: Handler, metrics: Metrics, access: AccessLog) -> Handler:
         http["id"] = id_ = given if given and _REQUEST_ID(given) else next(ids)
         http["outcome"] = ("none", "own")
         started = time.perf_counter()
-        status = 499
+        status = _CLIENT_GONE
         try:
             response = await handler(http)
             status = response.status
@@ -52,6 +54,8 @@ def wrap(handler: Handler, metrics: Metrics, access: AccessLog) -> Handler:
         finally:
             seconds = time.perf_counter() - started
             tier, outcome = http["outcome"]
+            if status == _CLIENT_GONE:
+                outcome = "aborted"
             metrics.observe(tier, outcome, seconds)
             line = Access(time.time(), http.method, http.path, status, id_, tier, outcome, seconds)
             access.add(line)

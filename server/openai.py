@@ -1,17 +1,17 @@
 """The road of a request that may be cached: parse, lookup, single flight, engine, store, render."""
 
 import time
-from contextlib import suppress
+from collections.abc import Mapping
 from functools import partial
 
 import aiohttp
 from aiohttp import web
 
 from server import convert
-from server.passthrough import forward, forwarded
+from server.passthrough import forward, forwarded, returned
 from server.record import NotAnAnswerError, record
 from server.request import BadRequestError, Request, parse
-from server.responses import error_body, error_response, own_headers, unavailable
+from server.responses import error_response, failure, own_headers, unavailable
 from server.upstream import UnavailableError, Upstreams
 from tiers import Answer, Chain, Flight, Flights, Form, Hit
 from tiers.flight import Listener
@@ -19,7 +19,6 @@ from tiers.flight import Listener
 _JSON = "application/json"
 _SSE = "text/event-stream; charset=utf-8"
 _DONE = b"data: [DONE]\n\n"
-_CUT_SHORT = "The engine ended before its answer was complete."
 _ID_PREFIX = {"/v1/chat/completions": "chatcmpl-", "/v1/completions": "cmpl-"}
 ROUTES = tuple(_ID_PREFIX)
 
@@ -100,9 +99,15 @@ class OpenAI:
                 async for _ in listener:
                     pass
         except (NotAnAnswerError, UnavailableError, aiohttp.ClientError, OSError) as exc:
+            if http.transport is None:
+                # Not the flight has failed: this client has gone.
+                raise ConnectionResetError from exc
             http["outcome"] = ("engine", "error")
-            failure = _failure(exc)
-            return failure if response is None else await _cut(response, failure)
+            failed = _failed(exc)
+            if response is not None:
+                return await _cut(response, failed)
+            failed.headers["Cache-Status"] = status
+            return failed
         answer = flight.answer
         if answer is None:
             raise AssertionError("a flight that ends without an error has an answer")
@@ -113,7 +118,7 @@ class OpenAI:
         await response.write_eof()
         return response
 
-    async def _produce(self, request: Request, headers: dict[str, str], flight: Flight) -> None:
+    async def _produce(self, request: Request, headers: Mapping[str, str], flight: Flight) -> None:
         """Have an engine answer, publish what it says, and store a finished answer."""
         async with self._upstreams.request(
             "POST", request.route, data=request.body, headers=headers
@@ -143,20 +148,15 @@ def _fresh(http: web.Request) -> tuple[bytes, int]:
     return (_ID_PREFIX[http.path] + http["id"]).encode(), int(time.time())
 
 
-def _failure(exc: Exception) -> web.Response:
+def _failed(exc: Exception) -> web.Response:
     if isinstance(exc, NotAnAnswerError):
-        return web.Response(status=exc.status, body=exc.body, content_type=exc.content_type)
-    if isinstance(exc, UnavailableError):
-        return unavailable()
-    if isinstance(exc, TimeoutError):
-        return error_response(504, "The engine did not answer in time.")
-    return error_response(502, _CUT_SHORT)
+        return web.Response(status=exc.status, body=exc.body, headers=returned(exc.headers))
+    return unavailable() if isinstance(exc, UnavailableError) else failure(exc)
 
 
-async def _cut(response: web.StreamResponse, failure: web.Response) -> web.StreamResponse:
+async def _cut(response: web.StreamResponse, failed: web.Response) -> web.StreamResponse:
     """End a stream that has begun: an error event, and no `[DONE]`."""
-    body = failure.body if isinstance(failure.body, bytes) else error_body(502, _CUT_SHORT)
-    with suppress(ConnectionError):
-        await response.write(b"data: " + body.replace(b"\n", b" ") + b"\n\n")
-        await response.write_eof()
+    if isinstance(failed.body, bytes):
+        await response.write(b"data: " + failed.body.replace(b"\n", b" ") + b"\n\n")
+    await response.write_eof()
     return response

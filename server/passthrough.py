@@ -1,9 +1,12 @@
 """Passing a request through to an engine and its reply back, unchanged and without buffering."""
 
+from collections.abc import Mapping
+
 import aiohttp
 from aiohttp import web
+from multidict import CIMultiDict
 
-from server.responses import error_response, own_headers, unavailable
+from server.responses import failure, own_headers, unavailable
 from server.upstream import UnavailableError, Upstreams
 
 # Of one connection only (RFC 9110, section 7.6.1), or set anew by us.
@@ -16,10 +19,26 @@ _OURS = frozenset(
 )  # fmt: skip
 
 
-def forwarded(http: web.Request) -> dict[str, str]:
+# We have undone the first, and must be able to read what comes back.
+_CODINGS = frozenset({"content-encoding", "accept-encoding"})
+
+
+def forwarded(http: web.Request) -> CIMultiDict[str]:
     """Return the headers with which a request goes on to an engine."""
-    headers = {name: value for name, value in http.headers.items() if name.lower() not in _OURS}
-    return headers | {"X-Request-Id": http["id"]}
+    headers = _without(http.headers, _OURS | _CODINGS)
+    headers.update({"X-Request-Id": http["id"], "Accept-Encoding": "identity"})
+    return headers
+
+
+def returned(headers: Mapping[str, str]) -> CIMultiDict[str]:
+    """Return the headers with which an engine's reply goes back to the client."""
+    return _without(headers, _OURS)
+
+
+def _without(headers: Mapping[str, str], names: frozenset[str]) -> CIMultiDict[str]:
+    return CIMultiDict(
+        (name, value) for name, value in headers.items() if name.lower() not in names
+    )
 
 
 async def forward(
@@ -46,10 +65,9 @@ async def forward(
         async with upstreams.request(
             http.method, path or http.raw_path, data=data, headers=forwarded(http)
         ) as reply:
-            response = web.StreamResponse(status=reply.status, headers=own_headers(http))
-            for name, value in reply.headers.items():
-                if name.lower() not in _OURS:
-                    response.headers.add(name, value)
+            headers = returned(reply.headers)
+            headers.update(own_headers(http))
+            response = web.StreamResponse(status=reply.status, headers=headers)
             if reply.content_length is not None and http.method != "HEAD":
                 response.content_length = reply.content_length
             if cache_status is not None:
@@ -62,10 +80,8 @@ async def forward(
     except UnavailableError:
         return unavailable()
     except (aiohttp.ClientError, OSError) as exc:
-        http["outcome"] = ("engine", "error")
         if response is not None:
             # What has begun can only be cut, so that the client sees that it isn't whole.
             raise ConnectionResetError from exc
-        if isinstance(exc, TimeoutError):
-            return error_response(504, "The engine did not answer in time.")
-        return error_response(502, "The engine ended before its answer was complete.")
+        http["outcome"] = ("engine", "error")
+        return failure(exc)

@@ -1,6 +1,6 @@
 """Recording: an answer out of an engine's reply, published while it comes."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import aiohttp
@@ -16,9 +16,9 @@ _EVENT_BYTES = 16 * 1024 * 1024
 class NotAnAnswerError(Exception):
     """The engine's reply is an error, or nothing that we know; it is passed on and never stored."""
 
-    def __init__(self, status: int, content_type: str, body: bytes) -> None:
+    def __init__(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         super().__init__(status)
-        self.status, self.content_type, self.body = status, content_type, body
+        self.status, self.headers, self.body = status, headers, body
 
 
 async def record(
@@ -39,7 +39,7 @@ async def record(
         ConnectionAbortedError: the stream was cut, or is not what engines send.
     """
     if reply.status != 200:
-        raise NotAnAnswerError(reply.status, reply.content_type, await reply.read())
+        raise NotAnAnswerError(reply.status, reply.headers, await reply.read())
     if form is Form.BODY:
         answer, finished = _body(reply, await reply.read())
         await publish(answer.content)
@@ -53,7 +53,7 @@ def _body(reply: aiohttp.ClientResponse, raw: bytes) -> tuple[Answer, bool]:
         finished = convert.is_finished(parsed["choices"])
         return Answer(Form.BODY, convert.template(parsed)), finished
     except (orjson.JSONDecodeError, TypeError, KeyError, AttributeError) as exc:
-        raise NotAnAnswerError(reply.status, reply.content_type, raw) from exc
+        raise NotAnAnswerError(reply.status, reply.headers, raw) from exc
 
 
 async def _events(
@@ -70,9 +70,12 @@ async def _events(
         if not choices and chunk.get("usage"):
             usage = event
             continue
-        for choice in choices:
-            index = choice["index"]
-            reasons[index] = choice.get("finish_reason") or reasons.get(index)
+        try:
+            for choice in choices:
+                index = choice["index"]
+                reasons[index] = choice.get("finish_reason") or reasons.get(index)
+        except (TypeError, KeyError, AttributeError) as exc:
+            raise ConnectionAbortedError("the engine's event has no choices as we know") from exc
         events.append(event)
         await publish(event)
     finished = convert.is_finished([{"finish_reason": reason} for reason in reasons.values()])
@@ -87,9 +90,10 @@ async def _chunks(reply: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]
         if len(rest) > _EVENT_BYTES:
             raise ConnectionAbortedError("the engine's event does not end")
         for part in parts:
-            if not part.startswith(b"data:"):
+            fields = [line for line in part.split(b"\n") if line.startswith(b"data:")]
+            if not fields:
                 continue
-            data = part.removeprefix(b"data:").strip()
+            data = b"\n".join(field.removeprefix(b"data:") for field in fields).strip()
             if data == b"[DONE]":
                 return
             try:
@@ -107,4 +111,5 @@ def _error_in_stream(chunk: dict[str, Any]) -> NotAnAnswerError:
     error = chunk.get("error")
     code = error.get("code") if isinstance(error, dict) else None
     status = code if isinstance(code, int) and 400 <= code <= 599 else 502
-    return NotAnAnswerError(status, "application/json", orjson.dumps(chunk))
+    headers = {"Content-Type": "application/json"}
+    return NotAnAnswerError(status, headers, orjson.dumps(chunk))

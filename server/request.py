@@ -6,6 +6,8 @@ JSON schemas included, since prompts are rendered from it; and so are fields tha
 so a new field can never cause a wrong hit.
 """
 
+import json
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -21,6 +23,8 @@ _NULL_IS_ABSENT = frozenset(
         "presence_penalty", "response_format", "seed", "stop", "temperature", "top_p",
     }
 )  # fmt: skip
+# orjson makes floats of integers beyond 64 bits, so two of them could share a key.
+_has_huge_integer = re.compile(rb"-[0-9]{19}|[0-9]{20}").search
 # Together they bound what is remembered to 16 MiB.
 _REMEMBERED = 1024
 _REMEMBERED_BYTES = 16 * 1024
@@ -61,18 +65,22 @@ def parse(route: str, raw: bytes, scope: str, identity: str, default_model: str)
 def _parse(route: str, raw: bytes, scope: str, identity: str, default_model: str) -> Request:
     try:
         body = orjson.loads(raw)
-    except orjson.JSONDecodeError as exc:
+        if _has_huge_integer(raw):
+            body = json.loads(raw)
+    except ValueError as exc:
         raise BadRequestError(f"the body should be JSON: {exc}") from exc
+    except RecursionError as exc:
+        raise BadRequestError("the body is nested too deeply") from exc
     if not isinstance(body, dict):
         raise BadRequestError("the body should be a JSON object")
     stream = body.get("stream") is True
     options = body.get("stream_options")
     wants_usage = stream and isinstance(options, dict) and options.get("include_usage") is True
     canonical = _canonical(body, default_model, stream=stream)
-    key = digest(scope.encode(), identity.encode(), route.encode(), orjson.dumps(canonical))
+    key = digest(scope.encode(), identity.encode(), route.encode(), _dumps(canonical))
     if stream and not wants_usage and isinstance(options, dict | None):
         # The count is recorded with every answer, and kept from clients that did not ask.
-        raw = orjson.dumps(body | {"stream_options": (options or {}) | {"include_usage": True}})
+        raw = _dumps(body | {"stream_options": (options or {}) | {"include_usage": True}})
     return Request(
         route=route,
         body=raw,
@@ -109,6 +117,17 @@ def _canonical(body: Mapping[str, Any], default_model: str, *, stream: bool) -> 
     if body.get("stream") not in (None, True, False):
         canonical["stream"] = body["stream"]
     return canonical
+
+
+def _dumps(value: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(value)
+    except TypeError:
+        # An integer beyond 64 bits, or deeper than orjson writes.
+        try:
+            return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+        except RecursionError as exc:
+            raise BadRequestError("the body is nested too deeply") from exc
 
 
 def _is_int(value: Any) -> bool:

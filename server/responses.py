@@ -37,6 +37,13 @@ def error_response(
     )
 
 
+def failure(exc: Exception) -> web.Response:
+    """Return what a client gets whose engine failed with `exc`."""
+    if isinstance(exc, TimeoutError):
+        return error_response(504, "The engine did not answer in time.")
+    return error_response(502, "The engine ended before its answer was complete.")
+
+
 def unavailable() -> web.Response:
     """Return what a miss gets while no engine answers."""
     return error_response(

@@ -146,7 +146,7 @@ async def _fill(file: Path, bodies: list[bytes], answer: bytes) -> None:
         ttl_s=config.cache.ttl_s,
         max_answer_bytes=config.cache.max_answer_bytes,
     )
-    known_by, name = identity(config, config.model.source), config.model.name
+    known_by, name = identity(config, None), config.model.name
     stored = Answer(Form.BODY, convert.template(orjson.loads(answer)))
     for body in bodies:
         request = parse(ROUTE, body, "", known_by, name)

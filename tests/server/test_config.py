@@ -47,6 +47,28 @@ def test_unknown_variables_are_mistakes(tmp_path: Path, monkeypatch, name: str) 
         load(write(tmp_path, ""))
 
 
+def test_a_variable_that_should_be_json_is_named(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("TIERSERVE__SERVER__PORT", "many")
+    monkeypatch.setenv("TIERSERVE__ENGINE__ARGS", "max_model_len=4")
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path, ""))
+    named = [line.split(":")[0] for line in caught.value.mistakes]
+    assert named == ["TIERSERVE__ENGINE__ARGS", "server.port"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("engine: {upstreams: ['http://h:1/v1']}", r"engine.upstreams.0: should .* without /v1"),
+        ("engine: {upstreams: ['h:1']}", "engine.upstreams.0: should be as http://"),
+        ("model: m", "model: should hold keys of name, revision, source, version, not 'm'"),
+    ],
+)
+def test_says_what_would_be_right(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load(write(tmp_path, text))
+
+
 @pytest.mark.parametrize("text", ["- a\n", "{", "1: 2\n"])
 def test_refuses_what_is_not_sections(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError):

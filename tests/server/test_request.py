@@ -93,6 +93,24 @@ def test_usage_is_always_recorded_from_a_stream() -> None:
     assert request(raw).body == raw
 
 
+def test_huge_integers_are_kept_apart() -> None:
+    huge = 12345678901234567890123
+    keys = {request(orjson.dumps(BODY)[:-1] + b',"x":%d}' % n).key for n in (huge, huge + 1)}
+    assert len(keys) == 2
+    streamed = request(orjson.dumps(BODY)[:-1] + b',"stream":true,"x":%d}' % huge)
+    assert b"%d" % huge in streamed.body
+    assert request(BODY | {"temperature": 1e300}).key != request(BODY | {"temperature": 1e301}).key
+
+
+def test_deep_bodies_have_keys_or_are_refused() -> None:
+    def nested(depth: int) -> bytes:
+        return orjson.dumps(BODY)[:-1] + b',"x":' + b"[" * depth + b"]" * depth + b"}"
+
+    assert request(nested(400)).key != request(nested(401)).key
+    with pytest.raises(BadRequestError, match="JSON: depth limit"):
+        request(nested(5000))
+
+
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff", b'{"a": NaN}', b"1"])
 def test_refuses_what_is_not_an_object(raw: bytes) -> None:
     with pytest.raises(BadRequestError, match="the body should be"):
