@@ -1,0 +1,203 @@
+"""tierserve as a process in front of an upstream that a test scripts."""
+
+import asyncio
+import itertools
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import orjson
+import pytest
+import pytest_asyncio
+from aiohttp import web
+
+CHAT = "/v1/chat/completions"
+_number = itertools.count()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def question(**more) -> dict:
+    """A question that nobody has asked before."""
+    content = f"question {next(_number)}"
+    return {"messages": [{"role": "user", "content": content}], "temperature": 0} | more
+
+
+def body(text: str = "yes", reason: str | None = "stop") -> dict:
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
+    usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+    head = {"id": "chatcmpl-x", "object": "chat.completion", "created": 1, "model": "m"}
+    return head | {"choices": [choice], "usage": usage}
+
+
+def chunk(delta: dict | None, reason: str | None = None) -> bytes:
+    """One event; with the token counts and no choice where `delta` is None."""
+    made = {"id": "chatcmpl-x", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+    if delta is None:
+        made |= {"choices": [], "usage": {"total_tokens": 2}}
+    else:
+        made |= {"choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
+    return b"data: " + orjson.dumps(made) + b"\n\n"
+
+
+ROLE = chunk({"role": "assistant", "content": ""})
+WHOLE = (ROLE, chunk({"content": "yes"}), chunk({}, "stop"), chunk(None), b"data: [DONE]\n\n")
+
+
+async def answer(http: web.Request) -> web.StreamResponse:
+    """What an engine does, in short."""
+    asked = orjson.loads(await http.read())
+    if not asked.get("stream"):
+        return web.json_response(body())
+    return await stream(http, *WHOLE)
+
+
+async def stream(http: web.Request, *pieces: bytes | asyncio.Event) -> web.StreamResponse:
+    """Send pieces; where an event stands, wait for it."""
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+    await response.prepare(http)
+    for piece in pieces:
+        if isinstance(piece, asyncio.Event):
+            await piece.wait()
+        else:
+            await response.write(piece)
+    return response
+
+
+class Upstream:
+    """An HTTP server that does what `handler` says, and notes what it was asked."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.handler: Callable[[web.Request], Awaitable[web.StreamResponse]] = answer
+        self.asked: list[web.Request] = []
+        self.aborted = asyncio.Event()
+
+    async def start(self) -> None:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", self._handle)
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
+
+    async def stop(self) -> None:
+        await self._runner.cleanup()
+
+    async def _handle(self, http: web.Request) -> web.StreamResponse:
+        if http.path == "/v1/models":
+            return web.json_response({"data": []})
+        self.asked.append(http)
+        try:
+            return await self.handler(http)
+        except asyncio.CancelledError:
+            self.aborted.set()
+            raise
+
+
+class Front:
+    """A tierserve process, and a client of it."""
+
+    def __init__(self, folder: Path, upstreams: list[str]) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = folder / "log"
+        self.config = folder / "config.yaml"
+        self.config.write_bytes(
+            orjson.dumps(
+                {
+                    "server": {
+                        "port": self.port,
+                        "max_body_bytes": 100_000,
+                        "shutdown_grace_s": 20,
+                    },
+                    "model": {"name": "m"},
+                    "engine": {"upstreams": upstreams},
+                    "tiers": {"disk": {"path": str(folder / "disk"), "max_bytes": "4MiB"}},
+                }
+            )
+        )
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "server.cli", "serve", "--config", str(self.config)]
+
+    async def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.process = await asyncio.create_subprocess_exec(*self.command, stderr=log)
+        self.session = aiohttp.ClientSession(self.url)
+        await self.until_ready()
+
+    async def stop(self) -> None:
+        await self.session.close()
+        if self.process.returncode is None:
+            self.process.terminate()
+        await asyncio.wait_for(self.process.wait(), 60)
+
+    async def until_ready(self, status: int = 200) -> None:
+        """Wait for `/ready` to say `status`; 0 stands for no connection."""
+        async with asyncio.timeout(60):
+            while await self.ready() != status:
+                if self.process.returncode is not None:
+                    pytest.fail("tierserve ended:\n" + self.log.read_text()[-4000:])
+                await asyncio.sleep(0.05)
+
+    async def ready(self) -> int:
+        try:
+            async with self.session.get("/ready") as response:
+                return response.status
+        except aiohttp.ClientConnectorError:
+            return 0
+
+    def post(self, asked: dict, **options):
+        return self.session.post(CHAT, json=asked, **options)
+
+    async def ask(self, asked: dict, **options) -> tuple[int, str, bytes]:
+        """Return status, Cache-Status and body."""
+        async with self.post(asked, **options) as response:
+            return response.status, response.headers["Cache-Status"], await response.read()
+
+    async def metric(self, line: str) -> float:
+        async with self.session.get("/metrics") as response:
+            lines = (await response.text()).splitlines()
+        return sum(float(each.rsplit(" ", 1)[1]) for each in lines if each.startswith(line))
+
+
+@asynccontextmanager
+async def running(folder: Path, *upstreams: Upstream) -> AsyncIterator[Front]:
+    made = Front(folder, [upstream.url for upstream in upstreams])
+    try:
+        await made.start()
+        yield made
+    finally:
+        await made.stop()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def _upstream() -> AsyncIterator[Upstream]:
+    made = Upstream()
+    await made.start()
+    yield made
+    await made.stop()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def upstream(_upstream: Upstream) -> Upstream:
+    _upstream.handler = answer
+    _upstream.asked.clear()
+    _upstream.aborted.clear()
+    return _upstream
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def front(_upstream: Upstream, tmp_path_factory) -> AsyncIterator[Front]:
+    async with running(tmp_path_factory.mktemp("front"), _upstream) as made:
+        yield made

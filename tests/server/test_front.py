@@ -1,0 +1,379 @@
+"""The front at its edge, HTTP, with an upstream that does what engines rarely do."""
+
+import asyncio
+import gzip
+import re
+
+import aiohttp
+import orjson
+import pytest
+from aiohttp import web
+
+from .conftest import (
+    CHAT,
+    ROLE,
+    WHOLE,
+    Front,
+    Upstream,
+    body,
+    chunk,
+    question,
+    running,
+    stream,
+)  # fmt: skip
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+async def test_a_hit_is_the_miss_with_an_id_of_its_own(front: Front, upstream: Upstream) -> None:
+    asked = question()
+    answers = []
+    for status in ("tierserve; fwd=miss", r"tierserve; hit; ttl=\d+; detail=memory"):
+        async with front.post(asked) as response:
+            assert re.fullmatch(status, response.headers["Cache-Status"])
+            assert response.headers["Age"] == "0"
+            assert response.headers["Server"] == "tierserve"
+            answers.append(await response.json())
+            assert answers[-1].pop("id") == "chatcmpl-" + response.headers["X-Request-Id"]
+            assert answers[-1].pop("created") > 1_700_000_000
+    expected = body()
+    del expected["id"], expected["created"]
+    assert answers == [expected, expected]
+    assert len(upstream.asked) == 1
+
+
+async def test_a_stream_is_passed_on_and_replayed_event_by_event(
+    front: Front, upstream: Upstream
+) -> None:
+    asked = question(stream=True)
+    texts = [(await front.ask(asked))[2] for _ in range(2)]
+    with_usage = (await front.ask(asked | {"stream_options": {"include_usage": True}}))[2]
+    plain, counts = (b"".join(WHOLE[:3]) + WHOLE[4]), b"".join(WHOLE)
+    for text, expected in zip((*texts, with_usage), (plain, plain, counts), strict=True):
+        ids = set(re.findall(rb'"id":"(.+?)","object":"chat.completion.chunk","created":\d+', text))
+        assert len(ids) == 1
+        fresh = rb'"id":"[^"]+","object":"chat.completion.chunk","created":\d+'
+        same = b'"id":"chatcmpl-x","object":"chat.completion.chunk","created":1'
+        assert re.sub(fresh, same, text) == expected
+    assert len(upstream.asked) == 1
+
+
+@pytest.mark.parametrize("stream_it", [False, True])
+@pytest.mark.parametrize("reason", [None, "abort", "error"])
+async def test_an_unfinished_answer_is_given_and_not_stored(
+    front: Front, upstream: Upstream, reason: str | None, stream_it: bool
+) -> None:
+    async def unfinished(http: web.Request) -> web.StreamResponse:
+        if stream_it:
+            return await stream(http, ROLE, chunk({"content": "y"}, reason), WHOLE[-1])
+        return web.json_response(body("y", reason))
+
+    upstream.handler = unfinished
+    asked = question(stream=stream_it)
+    for _ in range(2):
+        status, cache_status, text = await front.ask(asked)
+        assert (status, cache_status) == (200, "tierserve; fwd=miss")
+        assert b'"content":"y"' in text
+    assert len(upstream.asked) == 2
+
+
+CUT = b"The engine ended before its answer was complete."
+
+
+@pytest.mark.parametrize(
+    ("pieces", "said"),
+    [
+        ([ROLE, chunk({"content": "y"})], CUT),
+        ([ROLE, b"data: {\n\n", WHOLE[-1]], CUT),
+        ([ROLE, b"data: []\n\n", WHOLE[-1]], CUT),
+        ([ROLE, b'data: {"choices":[{}]}\n\n', WHOLE[-1]], CUT),
+        ([ROLE, b'data: {"error":{"message":"no memory","code":500}}\n\n'], b"no memory"),
+    ],
+)
+async def test_a_stream_that_breaks_ends_with_an_error_and_is_not_stored(
+    front: Front, upstream: Upstream, pieces: list[bytes], said: bytes
+) -> None:
+    async def breaking(http: web.Request) -> web.StreamResponse:
+        response = await stream(http, *pieces)
+        if http.transport is not None and len(pieces) == 2:
+            http.transport.close()
+        return response
+
+    upstream.handler = breaking
+    asked = question(stream=True)
+    for _ in range(2):
+        status, cache_status, text = await front.ask(asked)
+        assert (status, cache_status) == (200, "tierserve; fwd=miss")
+        *_, last, empty = text.split(b"\n\n")
+        assert empty == b""
+        assert said in orjson.loads(last.removeprefix(b"data: "))["error"]["message"].encode()
+    assert len(upstream.asked) == 2
+
+
+async def test_an_engine_that_breaks_before_it_answers_is_a_502(
+    front: Front, upstream: Upstream
+) -> None:
+    async def gone(http: web.Request) -> web.StreamResponse:
+        assert http.transport is not None
+        http.transport.close()
+        return web.Response()
+
+    upstream.handler = gone
+    status, cache_status, text = await front.ask(question())
+    assert (status, cache_status) == (502, "tierserve; fwd=miss")
+    assert orjson.loads(text)["error"]["type"] == "BadGatewayError"
+
+
+async def test_an_engines_error_is_passed_on_whole(front: Front, upstream: Upstream) -> None:
+    async def busy(_: web.Request) -> web.StreamResponse:
+        error = {"error": {"message": "slow down", "code": 429}}
+        return web.json_response(error, status=429, headers={"Retry-After": "7"})
+
+    upstream.handler = busy
+    asked = question()
+    for _ in range(2):
+        async with front.post(asked) as response:
+            assert (response.status, response.headers["Retry-After"]) == (429, "7")
+            assert response.headers["Cache-Status"] == "tierserve; fwd=miss"
+            assert (await response.json())["error"]["message"] == "slow down"
+    assert len(upstream.asked) == 2
+
+
+async def test_what_is_no_answer_is_passed_on_and_not_stored(
+    front: Front, upstream: Upstream
+) -> None:
+    async def odd(_: web.Request) -> web.StreamResponse:
+        return web.Response(text="<p>not JSON", content_type="text/html")
+
+    upstream.handler = odd
+    asked = question()
+    for _ in range(2):
+        assert await front.ask(asked) == (200, "tierserve; fwd=miss", b"<p>not JSON")
+    assert len(upstream.asked) == 2
+
+
+async def test_reads_all_of_what_an_event_stream_may_hold(front: Front, upstream: Upstream) -> None:
+    async def rich(http: web.Request) -> web.StreamResponse:
+        named = b"event: message\nid: 7\n" + chunk({"content": "ye"})
+        rest = chunk({"content": "s"}, "stop").replace(b"\n\n", b"\r\n\r\n")
+        return await stream(http, b": hello\n\n", ROLE, named, rest[:-3], rest[-3:], WHOLE[-1])
+
+    upstream.handler = rich
+    asked = question()
+    await front.ask(asked | {"stream": True})
+    _, cache_status, text = await front.ask(asked)
+    assert "hit" in cache_status
+    choice = orjson.loads(text)["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("yes", "stop")
+
+
+async def test_a_listener_that_leaves_does_not_end_the_others(
+    front: Front, upstream: Upstream
+) -> None:
+    go = asyncio.Event()
+
+    async def slow(http: web.Request) -> web.StreamResponse:
+        return await stream(http, ROLE, go, *WHOLE[1:])
+
+    upstream.handler = slow
+    asked = question(stream=True)
+    async with front.post(asked) as first, front.post(asked) as second:
+        assert await first.content.readuntil(b"\n\n")
+        assert second.headers["Cache-Status"] == "tierserve; fwd=miss; collapsed"
+        first.close()
+        go.set()
+        assert (await second.read()).endswith(b"data: [DONE]\n\n")
+    assert not upstream.aborted.is_set()
+    assert "hit" in (await front.ask(asked))[1]
+    assert len(upstream.asked) == 1
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/embeddings"])
+async def test_hanging_up_ends_the_engines_work(
+    front: Front, upstream: Upstream, path: str
+) -> None:
+    never = asyncio.Event()
+    before = await front.metric('tierserve_requests_total{outcome="aborted"')
+
+    async def endless(http: web.Request) -> web.StreamResponse:
+        return await stream(http, ROLE, never)
+
+    upstream.handler = endless
+    async with front.session.post(path, json=question(stream=True)) as response:
+        await response.content.readuntil(b"\n\n")
+        response.close()
+    await asyncio.wait_for(upstream.aborted.wait(), 20)
+    assert await front.metric('tierserve_requests_total{outcome="aborted"') == before + 1
+
+
+async def test_other_routes_pass_without_buffering(front: Front, upstream: Upstream) -> None:
+    go = asyncio.Event()
+
+    async def two_pieces(http: web.Request) -> web.StreamResponse:
+        assert http.raw_path == "/some/route?a=%20b"
+        assert http.headers["X-Mine"] == "1"
+        return await stream(http, b"one", go, b"two")
+
+    upstream.handler = two_pieces
+    async with front.session.put(
+        aiohttp.client.URL("/some/route?a=%20b", encoded=True), data=b"x", headers={"X-Mine": "1"}
+    ) as response:
+        assert await response.content.readexactly(3) == b"one"
+        go.set()
+        assert await response.read() == b"two"
+
+
+async def test_a_cut_pass_through_is_seen_as_cut(front: Front, upstream: Upstream) -> None:
+    async def cut(http: web.Request) -> web.StreamResponse:
+        response = await stream(http, b"some")
+        assert http.transport is not None
+        http.transport.close()
+        return response
+
+    upstream.handler = cut
+    with pytest.raises(aiohttp.ClientPayloadError):
+        async with front.session.get("/elsewhere") as response:
+            await response.read()
+
+
+async def test_compressed_requests_are_understood(front: Front, upstream: Upstream) -> None:
+    asked = question()
+    headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+    packed = gzip.compress(orjson.dumps(asked))
+    for path in (CHAT, "/v1/embeddings"):
+        async with front.session.post(path, data=packed, headers=headers) as response:
+            assert response.status == 200
+    assert "hit" in (await front.ask(asked))[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [("my-id.7", True), ("", False), ("a b", False), ("x" * 129, False)]
+)
+async def test_request_ids_are_returned_and_passed_on(
+    front: Front, upstream: Upstream, given: str, kept: bool
+) -> None:
+    async with front.post(question(), headers={"X-Request-Id": given}) as response:
+        id_ = response.headers["X-Request-Id"]
+    assert (id_ == given) is kept
+    assert upstream.asked[0].headers["X-Request-Id"] == id_
+
+
+async def test_answers_are_not_shared_between_credentials(front: Front, upstream: Upstream) -> None:
+    asked = question()
+    for credential in ("Bearer a", "Bearer b"):
+        headers = {"Authorization": credential}
+        assert (await front.ask(asked, headers=headers))[1] == "tierserve; fwd=miss"
+        assert "hit" in (await front.ask(asked, headers=headers))[1]
+    assert [http.headers["Authorization"] for http in upstream.asked] == ["Bearer a", "Bearer b"]
+
+
+async def test_chance_is_passed_by(front: Front, upstream: Upstream) -> None:
+    asked = question(temperature=0.5)
+    for _ in range(2):
+        assert (await front.ask(asked))[1] == "tierserve; fwd=bypass"
+    assert len(upstream.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n{]", 400),
+        (b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 999999\r\n\r\n", 413),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n", 400),
+        (b"nonsense\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nA: " + b"x" * 20_000 + b"\r\n\r\n", 400),
+    ],
+)
+async def test_bad_requests_get_errors_in_openais_shape(
+    front: Front, upstream: Upstream, sent: bytes, status: int
+) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+    writer.write(sent + (b"x" * 999_999 if status == 413 else b""))
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
+    length = int(re.search(rb"Content-Length: (\d+)", head)[1])
+    error = orjson.loads(await reader.readexactly(length))["error"]
+    writer.close()
+    assert re.match(rb"HTTP/1.[01] %d " % status, head)
+    assert (error["code"], error["param"]) == (status, None)
+    assert error["message"]
+    assert error["type"].endswith("Error")
+    assert b"Server: tierserve" in head
+    assert upstream.asked == []
+
+
+async def test_a_dead_upstream_costs_hits_nothing(front: Front, upstream: Upstream) -> None:
+    asked = question()
+    await front.ask(asked)
+    await upstream.stop()
+    await front.until_ready(503)
+    assert "hit" in (await front.ask(asked))[1]
+    async with front.post(question()) as response:
+        assert response.status == 503
+        assert int(response.headers["Retry-After"]) > 0
+        assert (await response.json())["error"]["type"] == "ServiceUnavailableError"
+    assert await front.metric('tierserve_engine_state{state="down"') == 1
+    await upstream.start()
+    await front.until_ready()
+    assert (await front.ask(question()))[0] == 200
+
+
+async def test_upstreams_take_turns_and_stand_in_for_each_other(tmp_path) -> None:
+    pair = [Upstream(), Upstream()]
+    for each in pair:
+        await each.start()
+    async with running(tmp_path, *pair) as front:
+        async with asyncio.timeout(20):
+            while not all(each.asked for each in pair):
+                assert (await front.ask(question()))[0] == 200
+        await pair[0].stop()
+        statuses = {(await front.ask(question()))[0] for _ in range(4)}
+        assert statuses == {200}
+    await pair[1].stop()
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/embeddings"])
+async def test_a_stop_lets_running_answers_end(upstream: Upstream, tmp_path, path: str) -> None:
+    go = asyncio.Event()
+
+    async def slow(http: web.Request) -> web.StreamResponse:
+        return await stream(http, ROLE, go, *WHOLE[1:])
+
+    asked = question(stream=True)
+    upstream.handler = slow
+    async with running(tmp_path, upstream) as front:
+        async with front.session.post(path, json=asked) as response:
+            await response.content.readuntil(b"\n\n")
+            front.process.terminate()
+            await front.until_ready(0)
+            go.set()
+            assert (await response.read()).endswith(b"data: [DONE]\n\n")
+        assert await asyncio.wait_for(front.process.wait(), 20) == 0
+        if path == CHAT:
+            await front.session.close()
+            await front.start()
+            assert "detail=disk" in (await front.ask(asked))[1]
+
+
+async def test_a_second_signal_ends_at_once(upstream: Upstream, tmp_path) -> None:
+    never = asyncio.Event()
+
+    async def endless(http: web.Request) -> web.StreamResponse:
+        return await stream(http, ROLE, never)
+
+    upstream.handler = endless
+    async with (
+        running(tmp_path, upstream) as front,
+        front.post(question(stream=True)) as response,
+    ):
+        await response.content.readuntil(b"\n\n")
+        front.process.terminate()
+        await front.until_ready(0)
+        front.process.terminate()
+        assert await asyncio.wait_for(front.process.wait(), 10) == 130
+
+
+async def test_a_taken_port_is_said(front: Front, upstream: Upstream) -> None:
+    process = await asyncio.create_subprocess_exec(*front.command, stderr=asyncio.subprocess.PIPE)
+    _, said = await asyncio.wait_for(process.communicate(), 30)
+    assert process.returncode == 1
+    assert b"address already in use" in said
