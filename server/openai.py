@@ -11,7 +11,7 @@ from server import convert
 from server.passthrough import forward, forwarded, returned
 from server.record import NotAnAnswerError, record
 from server.request import BadRequestError, Request, parse
-from server.responses import error_response, failure, own_headers, unavailable
+from server.responses import Whole, error_response, failure, own_headers, unavailable
 from server.upstream import UnavailableError, Upstreams
 from tiers import Answer, Chain, Flight, Flights, Form, Hit
 from tiers.flight import Listener
@@ -70,7 +70,7 @@ class OpenAI:
         async with listener:
             return await self._listen(http, request, listener, collapsed=collapsed)
 
-    def _render_hit(self, http: web.Request, request: Request, hit: Hit) -> web.Response:
+    def _render_hit(self, http: web.Request, request: Request, hit: Hit) -> web.StreamResponse:
         now, entry = self._chain.clock(), hit.entry
         ttl, age = int(entry.expires_at - now), max(0, int(now - entry.stored_at))
         headers = {
@@ -131,7 +131,7 @@ class OpenAI:
 
 def _render(
     http: web.Request, request: Request, answer: Answer, headers: dict[str, str]
-) -> web.Response:
+) -> web.StreamResponse:
     """Return a finished answer in the form that was asked for."""
     id_, created = _fresh(http)
     if request.form is Form.BODY:
@@ -140,7 +140,7 @@ def _render(
         answer = convert.as_events(answer)
         usage = answer.usage if request.wants_usage else b""
         content, headers["Content-Type"] = answer.content + usage + _DONE, _SSE
-    return web.Response(body=convert.fill(content, id_, created), headers=headers)
+    return Whole(http, headers, convert.fill(content, id_, created))
 
 
 def _fresh(http: web.Request) -> tuple[bytes, int]:

@@ -1,12 +1,15 @@
-"""What responses have in common: headers of ours, and errors in OpenAI's shape.
+"""What responses have in common: headers of ours, errors in OpenAI's shape, the quick way out.
 
 Errors follow vLLM's conventions: `code` is the HTTP status.
 """
 
+from collections.abc import Mapping
 from http import HTTPStatus
 
 import orjson
-from aiohttp import web
+from aiohttp import HttpVersion11, web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.helpers import rfc822_formatted_time
 
 SERVER = "tierserve"
 RETRY_AFTER_S = 5
@@ -15,6 +18,44 @@ RETRY_AFTER_S = 5
 def own_headers(http: web.Request) -> dict[str, str]:
     """Return the headers that each response carries."""
     return {"Server": SERVER, "X-Request-Id": http["id"]}
+
+
+class Whole(web.StreamResponse):
+    """A 200 with all of its body, written in one piece with its head.
+
+    aiohttp's `Response` takes a fifth of a hit longer. Answers GET and POST, and has `own_headers`.
+
+    Args:
+        http: what is answered.
+        headers: to be sent beside ours and those of HTTP itself.
+        body: all of it.
+    """
+
+    def __init__(self, http: web.Request, headers: Mapping[str, str], body: bytes) -> None:
+        super().__init__()
+        self._writer = http.writer
+        self._keeps_alive = http.keep_alive and http.version == HttpVersion11
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        end = "" if self._keeps_alive else "Connection: close\r\n"
+        head = (
+            f"HTTP/1.1 200 OK\r\n{lines}Content-Length: {len(body)}\r\nServer: {SERVER}\r\n"
+            f"X-Request-Id: {http['id']}\r\nDate: {rfc822_formatted_time()}\r\n{end}\r\n"
+        )
+        self._whole = head.encode() + body
+
+    @property
+    def prepared(self) -> bool:
+        return True
+
+    @property
+    def keep_alive(self) -> bool:
+        return self._keeps_alive
+
+    async def prepare(self, _: web.BaseRequest) -> AbstractStreamWriter:
+        return self._writer
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        await self._writer.write_eof(self._whole + data)
 
 
 def error_body(status: int, message: str, *, param: str | None = None) -> bytes:
