@@ -15,6 +15,7 @@ from prometheus_client import generate_latest
 
 from server.config import Config, ConfigError
 from server.engine import Engine, State
+from server.freshness import FreshnessRules
 from server.identity import identity
 from server.listener import listen
 from server.logs import AccessLog, configure
@@ -80,6 +81,7 @@ async def _serve(config: Config, weights: Weights | None, known_by: str) -> int:
         upstreams=upstreams,
         identity=known_by,
         model=config.model.name,
+        freshness=FreshnessRules(config.cache).of,
         cache_all=config.cache.nondeterministic == "always",
     )
     app = _app(config, road, upstreams, lambda handler: wrap(handler, metrics, access), metrics)
@@ -137,7 +139,7 @@ def _chain(config: Config) -> Chain:
     if (disk := config.tiers.disk) is not None and disk.path is not None:
         tiers.append(Tier("disk", DiskCache(disk.path, disk.max_bytes)))
     cache = config.cache
-    return Chain(tiers, ttl_s=cache.ttl_s, max_answer_bytes=cache.max_answer_bytes)
+    return Chain(tiers, ttl_jitter=cache.ttl_jitter, max_answer_bytes=cache.max_answer_bytes)
 
 
 def _app(

@@ -96,10 +96,26 @@ class Engine(_Section):
     restart_max_delay_s: Annotated[float, Field(ge=1)] = 60
 
 
-class Cache(_Section):
-    """What is cached, and for how long."""
+class Freshness(_Section):
+    """How long answers are good for: fresh, then while a new one is made, or can't be had."""
 
     ttl_s: Annotated[float, Field(gt=0)] = 7 * 24 * 3600
+    stale_while_revalidate_s: Annotated[float, Field(ge=0)] = 0
+    stale_if_error_s: Annotated[float, Field(ge=0)] = 0
+
+
+class Rule(Freshness):
+    """Freshness for the models and routes that match; `*` stands for any text."""
+
+    model: str = "*"
+    route: str = "*"
+
+
+class Cache(Freshness):
+    """What is cached, and for how long: by the first rule that matches, or else by these."""
+
+    rules: tuple[Rule, ...] = ()
+    ttl_jitter: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     nondeterministic: Literal["never", "always"] = "never"
     max_answer_bytes: Annotated[ByteSize, Field(ge=1024)] = ByteSize(4 * 1024**2)
 

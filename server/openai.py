@@ -1,8 +1,9 @@
 """The road of a request that may be cached: parse, lookup, single flight, engine, store, render."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from math import floor
 
 import aiohttp
 from aiohttp import web
@@ -13,7 +14,7 @@ from server.record import NotAnAnswerError, record
 from server.request import BadRequestError, Request, parse
 from server.responses import Whole, error_response, failure, own_headers, unavailable
 from server.upstream import UnavailableError, Upstreams
-from tiers import Answer, Chain, Flight, Flights, Form, Hit
+from tiers import Answer, Chain, Flight, Flights, Form, Freshness, Hit, State
 from tiers.flight import Listener
 
 _JSON = "application/json"
@@ -21,6 +22,10 @@ _SSE = "text/event-stream; charset=utf-8"
 _DONE = b"data: [DONE]\n\n"
 _ID_PREFIX = {"/v1/chat/completions": "chatcmpl-", "/v1/completions": "cmpl-"}
 ROUTES = tuple(_ID_PREFIX)
+# Of an engine that can't answer, as opposed to one that won't (RFC 5861, section 4).
+_NO_ANSWER = frozenset({500, 502, 503, 504})
+# Above, those who wait for an answer need the engine more.
+_REFRESH_BELOW = 32
 
 
 class OpenAI:
@@ -32,6 +37,7 @@ class OpenAI:
         upstreams: asked on a miss.
         identity: what gives the answers, as `server.identity` says it.
         model: the model that a body without one means.
+        freshness: tells how long the answers of a route and a model are good for.
         cache_all: whether requests that ask for chance are cached too.
     """
 
@@ -43,10 +49,11 @@ class OpenAI:
         upstreams: Upstreams,
         identity: str,
         model: str,
+        freshness: Callable[[str, str], Freshness],
         cache_all: bool,
     ) -> None:
         self._chain, self._flights, self._upstreams = chain, flights, upstreams
-        self._identity, self._model = identity, model
+        self._identity, self._model, self._freshness = identity, model, freshness
         self._cache_all = cache_all
 
     async def answer(self, http: web.Request) -> web.StreamResponse:
@@ -61,29 +68,43 @@ class OpenAI:
             status = "tierserve; fwd=bypass"
             return await forward(http, self._upstreams, body=raw, cache_status=status)
         hit = await self._chain.lookup(request.key)
-        if hit is not None:
-            http["outcome"] = (hit.tier, "hit")
-            return self._render_hit(http, request, hit)
+        if hit is not None and hit.state is not State.FALLBACK:
+            if hit.refresh:
+                self._refresh(http, request)
+            http["outcome"] = (hit.tier, "hit" if hit.state is State.FRESH else "stale")
+            return self._render_hit(http, request, hit, "hit")
         produce = partial(self._produce, request, forwarded(http))
         listener, collapsed = self._flights.join(request.key, request.form, produce)
         http["outcome"] = ("engine", "collapsed" if collapsed else "miss")
+        status = f"tierserve; fwd={'stale' if hit else 'miss'}{'; collapsed' if collapsed else ''}"
         async with listener:
-            return await self._listen(http, request, listener, collapsed=collapsed)
+            response = await self._listen(http, request, listener, status)
+        if hit is None or response.prepared or response.status not in _NO_ANSWER:
+            return response
+        http["outcome"] = (hit.tier, "stale")
+        return self._render_hit(http, request, hit, f"fwd=stale; fwd-status={response.status}")
 
-    def _render_hit(self, http: web.Request, request: Request, hit: Hit) -> web.StreamResponse:
+    def _refresh(self, http: web.Request, request: Request) -> None:
+        """Have a new answer made in the background, in place of the one that is given out now."""
+        if self._upstreams.ready and len(self._flights) < _REFRESH_BELOW:
+            produce = partial(self._produce, request, forwarded(http))
+            self._flights.launch(request.key, request.form, produce)
+
+    def _render_hit(
+        self, http: web.Request, request: Request, hit: Hit, how: str
+    ) -> web.StreamResponse:
         now, entry = self._chain.clock(), hit.entry
-        ttl, age = int(entry.expires_at - now), max(0, int(now - entry.stored_at))
+        ttl, age = floor(entry.expires_at - now), max(0, int(now - entry.stored_at))
         headers = {
-            "Cache-Status": f"tierserve; hit; ttl={ttl}; detail={hit.tier}",
+            "Cache-Status": f"tierserve; {how}; ttl={ttl}; detail={hit.tier}",
             "Age": str(age),
         }
         return _render(http, request, entry.answer, headers)
 
     async def _listen(
-        self, http: web.Request, request: Request, listener: Listener, *, collapsed: bool
+        self, http: web.Request, request: Request, listener: Listener, status: str
     ) -> web.StreamResponse:
         flight = listener.flight
-        status = "tierserve; fwd=miss" + ("; collapsed" if collapsed else "")
         headers = {"Cache-Status": status, "Age": "0"}
         response: web.StreamResponse | None = None
         id_, created = _fresh(http)
@@ -120,13 +141,16 @@ class OpenAI:
 
     async def _produce(self, request: Request, headers: Mapping[str, str], flight: Flight) -> None:
         """Have an engine answer, publish what it says, and store a finished answer."""
+        started = time.monotonic()
         async with self._upstreams.request(
             "POST", request.route, data=request.body, headers=headers
         ) as reply:
             answer, finished = await record(reply, request.form, flight.publish)
         flight.end(answer)
         if finished:
-            await self._chain.store(request.key, answer)
+            freshness = self._freshness(request.route, request.model)
+            took_s = time.monotonic() - started
+            await self._chain.store(request.key, answer, freshness, took_s=took_s)
 
 
 def _render(

@@ -38,6 +38,7 @@ class Request(NamedTuple):
     """One parsed request: `route` is its path, `body` what the engine is to be sent."""
 
     route: str
+    model: str
     body: bytes
     form: Form
     wants_usage: bool
@@ -83,6 +84,7 @@ def _parse(route: str, raw: bytes, scope: str, identity: str, default_model: str
         raw = _dumps(body | {"stream_options": (options or {}) | {"include_usage": True}})
     return Request(
         route=route,
+        model=str(canonical["model"]),
         body=raw,
         form=Form.EVENTS if stream else Form.BODY,
         wants_usage=wants_usage,

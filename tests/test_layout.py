@@ -36,6 +36,6 @@ def test_dependencies_point_one_way(file: Path) -> None:
 
 def test_what_tiers_offers() -> None:
     assert sorted(tiers.__all__) == [
-        "Answer", "Chain", "DiskCache", "Entry", "Flight", "Flights", "Form", "Hit", "MemoryCache",
-        "Tier", "digest",
+        "Answer", "Chain", "DiskCache", "Entry", "Flight", "Flights", "Form", "Freshness",
+        "Hit", "MemoryCache", "State", "Tier", "digest",
     ]  # fmt: skip

@@ -4,7 +4,7 @@ Knows nothing of HTTP and nothing of vLLM. `Chain` is the way in; `MemoryCache` 
 are aiocache backends that also work without the rest.
 """
 
-from tiers.answer import Answer, Entry, Form
+from tiers.answer import Answer, Entry, Form, Freshness, State
 from tiers.chain import Chain, Hit
 from tiers.disk import DiskCache
 from tiers.flight import Flight, Flights
@@ -20,8 +20,10 @@ __all__ = [
     "Flight",
     "Flights",
     "Form",
+    "Freshness",
     "Hit",
     "MemoryCache",
+    "State",
     "Tier",
     "digest",
 ]

@@ -1,21 +1,27 @@
 """The chain of tiers: lookup from the nearest, promotion, storing.
 
-Invariant: a lookup returns the entry last stored under that key, not expired, or a miss.
+Invariant: a lookup returns the entry last stored under that key and says what it may be used for,
+or is a miss.
 """
 
 import time
 from collections.abc import Callable, Sequence
+from math import log
+from random import random
 from typing import NamedTuple
 
-from tiers.answer import Answer, Entry
+from tiers.answer import Answer, Entry, Freshness, State
 from tiers.tier import Tier
 
 
 class Hit(NamedTuple):
-    """An entry that was found, and the name of the tier that had it."""
+    """An entry that was found, the name of the tier that had it, and what it may be used for."""
 
     entry: Entry
     tier: str
+    state: State
+    refresh: bool = False
+    """Whether a new answer should be made now, whatever this one may be used for."""
 
 
 class Chain:
@@ -23,23 +29,27 @@ class Chain:
 
     Args:
         tiers: each is asked only when those before it missed.
-        ttl_s: seconds for which a stored answer is served.
         max_answer_bytes: a larger answer isn't stored.
+        ttl_jitter: by up to this part is each ttl cut by chance, so that what was stored together
+            doesn't expire together.
         clock: returns Unix seconds.
+        chance: returns a number from 0 to below 1.
     """
 
     def __init__(
         self,
         tiers: Sequence[Tier],
         *,
-        ttl_s: float,
         max_answer_bytes: int,
+        ttl_jitter: float = 0,
         clock: Callable[[], float] = time.time,
+        chance: Callable[[], float] = random,
     ) -> None:
         self.tiers = tuple(tiers)
-        self.ttl_s = ttl_s
         self.max_answer_bytes = max_answer_bytes
+        self.ttl_jitter = ttl_jitter
         self.clock = clock
+        self._chance = chance
 
     async def lookup(self, key: str) -> Hit | None:
         """Return the entry under `key` and copy it into the tiers before the one that had it."""
@@ -48,27 +58,51 @@ class Chain:
             if found is None:
                 continue
             value, entry = found
-            left_s = entry.expires_at - self.clock()
-            if left_s <= 0:
+            now = self.clock()
+            state = entry.state(now)
+            if state is State.EXPIRED:
                 continue
             for nearer in self.tiers[:depth]:
-                await nearer.put(key, value, left_s)
-            return Hit(entry, tier.name)
+                await nearer.put(key, value, entry.kept_until - now)
+            refresh = state is State.STALE or self._is_refreshed_early(entry, now)
+            return Hit(entry, tier.name, state, refresh)
         return None
 
-    async def store(self, key: str, answer: Answer) -> bool:
+    async def store(
+        self, key: str, answer: Answer, freshness: Freshness, *, took_s: float = 0
+    ) -> bool:
         """Store a finished answer in every tier. Returns whether any tier holds it.
 
-        When this returns, each tier has done what its durability promises.
+        When this returns, each tier has done what its durability promises. `took_s` are the
+        seconds that it took to generate.
         """
         if len(answer.content) + len(answer.usage) > self.max_answer_bytes:
             return False
         now = self.clock()
-        value = Entry(answer, stored_at=now, expires_at=now + self.ttl_s).encode()
-        stored = [await tier.put(key, value, self.ttl_s) for tier in self.tiers]
+        ttl_s = freshness.ttl_s * (1 - self.ttl_jitter * self._chance())
+        entry = Entry(
+            answer,
+            now,
+            now + ttl_s,
+            took_s,
+            freshness.stale_while_revalidate_s,
+            freshness.stale_if_error_s,
+        )
+        value = entry.encode()
+        stored = [await tier.put(key, value, entry.kept_until - now) for tier in self.tiers]
         return any(stored)
 
     async def close(self) -> None:
         """Flush and close the tiers, nearest first."""
         for tier in self.tiers:
             await tier.close()
+
+    def _is_refreshed_early(self, entry: Entry, now: float) -> bool:
+        """Choose by chance, the more likely the closer the expiry and the dearer the answer.
+
+        So one request of many refreshes what is asked for often, before it expires for all
+        (Vattani et al., «Optimal Probabilistic Cache Stampede Prevention», 2015).
+        """
+        left_s = entry.expires_at - now
+        # The logarithm is beyond 40 once in 10^17 times.
+        return 0 < left_s < 40 * entry.took_s and left_s < -entry.took_s * log(1 - self._chance())

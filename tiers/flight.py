@@ -10,6 +10,7 @@ makes the producer wait for the slowest listener.
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from typing import Self
 
 from tiers.answer import Answer, Form
@@ -138,6 +139,14 @@ class Flights:
         task.add_done_callback(lambda _: self._land(key, flight, task))
         return listener, False
 
+    def launch(self, key: str, form: Form, produce: Callable[[Flight], Awaitable[None]]) -> None:
+        """Start a flight that nobody need listen to, unless there is one under `key`."""
+        if key not in self:
+            listener, _ = self.join(key, form, produce)
+            task = asyncio.create_task(_read(listener))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
     async def finish(self, timeout_s: float) -> None:
         """Wait for the flights in the air, and cancel those that need longer."""
         if not self._tasks:
@@ -147,6 +156,9 @@ class Flights:
             task.cancel()
         if late:
             await asyncio.wait(late)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._by_key
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -162,3 +174,11 @@ class Flights:
         self._tasks.discard(task)
         if self._by_key.get(key) is flight:
             del self._by_key[key]
+
+
+async def _read(listener: Listener) -> None:
+    # Whoever else listens gets the error, too.
+    with suppress(Exception):
+        async with listener:
+            async for _ in listener:
+                pass

@@ -121,6 +121,13 @@ class Front:
                     },
                     "model": {"name": "m"},
                     "engine": {"upstreams": upstreams},
+                    "cache": {
+                        "rules": [
+                            # Stale at once, so that nobody waits for it.
+                            {"model": "swr", "ttl_s": 1e-6, "stale_while_revalidate_s": 3600},
+                            {"model": "sie", "ttl_s": 1e-6, "stale_if_error_s": 3600},
+                        ]
+                    },
                     "tiers": {"disk": {"path": str(folder / "disk"), "max_bytes": "4MiB"}},
                 }
             )
@@ -164,6 +171,13 @@ class Front:
         """Return status, Cache-Status and body."""
         async with self.post(asked, **options) as response:
             return response.status, response.headers["Cache-Status"], await response.read()
+
+    async def ask_alone(self, asked: dict) -> tuple[int, str, bytes]:
+        """Ask until no flight is joined: one lands only when its answer is stored."""
+        async with asyncio.timeout(20):
+            while "collapsed" in (reply := await self.ask(asked))[1]:
+                pass
+        return reply
 
     async def metric(self, line: str) -> float:
         async with self.session.get("/metrics") as response:

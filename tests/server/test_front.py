@@ -15,12 +15,13 @@ from .conftest import (
     WHOLE,
     Front,
     Upstream,
+    answer,
     body,
     chunk,
     question,
     running,
     stream,
-)  # fmt: skip
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -315,6 +316,50 @@ async def test_a_dead_upstream_costs_hits_nothing(front: Front, upstream: Upstre
     await upstream.start()
     await front.until_ready()
     assert (await front.ask(question()))[0] == 200
+
+
+async def test_a_stale_answer_is_given_while_a_new_one_is_made(
+    front: Front, upstream: Upstream
+) -> None:
+    async def newer(_: web.Request) -> web.StreamResponse:
+        return web.json_response(body("newer"))
+
+    asked = question(model="swr")
+    await front.ask(asked)
+    upstream.handler = newer
+    texts = []
+    async with asyncio.timeout(20):
+        while not texts or b"newer" not in texts[-1]:
+            _, cache_status, text = await front.ask(asked)
+            assert re.fullmatch(r"tierserve; hit; ttl=-\d+; detail=memory", cache_status)
+            texts.append(text)
+    assert b"yes" in texts[0]
+    assert len(upstream.asked) >= 2
+
+
+async def test_a_stale_answer_stands_in_for_an_engine_that_fails(
+    front: Front, upstream: Upstream
+) -> None:
+    async def fails(http: web.Request) -> web.StreamResponse:
+        status = 400 if "X-Mine" in http.headers else 500
+        return web.json_response({"error": {"message": "no", "code": status}}, status=status)
+
+    asked = question(model="sie")
+    await front.ask(asked)
+    upstream.handler = fails
+    for stream_it in (False, True):
+        status, cache_status, text = await front.ask_alone(asked | {"stream": stream_it})
+        assert (status, b"yes" in text) == (200, True)
+        said = r"tierserve; fwd=stale; fwd-status=500; ttl=-\d+; detail=memory"
+        assert re.fullmatch(said, cache_status)
+    assert (await front.ask(asked, headers={"X-Mine": "1"}))[0] == 400
+    await upstream.stop()
+    await front.until_ready(503)
+    assert "fwd=stale; fwd-status=503" in (await front.ask(asked))[1]
+    await upstream.start()
+    await front.until_ready()
+    upstream.handler = answer
+    assert (await front.ask(asked))[1] == "tierserve; fwd=stale"
 
 
 async def test_upstreams_take_turns_and_stand_in_for_each_other(tmp_path) -> None:

@@ -1,0 +1,18 @@
+"""The first rule that matches counts."""
+
+from server.config import Cache
+from server.freshness import FreshnessRules
+from tiers import Freshness
+
+
+def test_the_first_rule_that_matches_counts() -> None:
+    rules = [
+        {"model": "small-*", "route": "/v1/completions", "ttl_s": 1},
+        {"model": "small-*", "ttl_s": 2, "stale_if_error_s": 9},
+        {"route": "/v1/completions", "ttl_s": 3},
+    ]
+    of = FreshnessRules(Cache.model_validate({"ttl_s": 4, "rules": rules})).of
+    assert of("/v1/completions", "small-a") == Freshness(1)
+    assert of("/v1/chat/completions", "small-a") == Freshness(2, 0, 9)
+    assert of("/v1/completions", "large") == Freshness(3)
+    assert of("/v1/chat/completions", "large") == Freshness(4)
