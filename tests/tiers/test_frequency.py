@@ -1,0 +1,95 @@
+"""The frequency sketch: never too low until it ages, and the same after a restart."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tiers import digest
+from tiers.frequency import FrequencySketch
+
+KEYS = st.one_of(
+    st.sampled_from("abcdef"), st.integers(0, 99).map(lambda number: digest(b"%d" % number))
+)
+
+
+def key(number: int) -> str:
+    return digest(b"%d" % number)
+
+
+@given(st.lists(KEYS, max_size=300), st.integers(1, 64))
+@settings(deadline=None)
+def test_never_underestimates_before_it_ages(keys: list[str], capacity: int) -> None:
+    sketch = FrequencySketch(capacity)
+    for seen, one in enumerate(keys[: 10 * capacity - 1], start=1):
+        assert sketch.record(one) == sketch.estimate(one)
+        truth = Counter(keys[:seen])
+        assert sketch.estimate(one) >= min(truth[one], 15)
+
+
+def test_is_exact_with_room_to_spare() -> None:
+    sketch = FrequencySketch(1 << 16)
+    for number in range(100):
+        for _ in range(number % 20):
+            sketch.record(key(number))
+    assert [sketch.estimate(key(number)) for number in range(100)] == [
+        min(number % 20, 15) for number in range(100)
+    ]
+
+
+def test_its_errors_are_as_rare_as_promised() -> None:
+    sketch = FrequencySketch(4096)
+    for number in range(4096):
+        sketch.record(key(number))
+    too_high = sum(sketch.estimate(key(number)) > 2 for number in range(4096, 8192))
+    assert too_high < 4096 / 16
+
+
+def test_ages() -> None:
+    sketch = FrequencySketch(64)
+    for _ in range(12):
+        sketch.record("popular once")
+    for number in range(64 * 10):
+        sketch.record(key(number))
+    assert sketch.estimate("popular once") <= 6 + 3
+    for number in range(64 * 10 * 6):
+        sketch.record(key(1000 + number % 16))
+    assert sketch.estimate("popular once") == 0
+
+
+def test_doubles_without_changing_an_estimate() -> None:
+    sketch = FrequencySketch(64)
+    for number in range(300):
+        sketch.record(key(number * number % 90))
+    before = [sketch.estimate(key(number)) for number in range(90)]
+    sketch.double()
+    assert sketch.capacity == 128
+    assert [sketch.estimate(key(number)) for number in range(90)] == before
+
+
+@given(st.lists(KEYS, max_size=100), st.integers(1, 100))
+@settings(deadline=None)
+def test_survives_dump_and_load(keys: list[str], capacity: int) -> None:
+    sketch = FrequencySketch(capacity)
+    for one in keys:
+        sketch.record(one)
+    again = FrequencySketch.load(sketch.dump())
+    assert again.dump() == sketch.dump()
+    for one in keys * 20:
+        assert again.record(one) == sketch.record(one)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\x01\x06", b"\x02" + FrequencySketch(64).dump()[1:], b"\x01\xff" + bytes(8)]
+)
+def test_refuses_what_it_did_not_write(data: bytes) -> None:
+    with pytest.raises(ValueError, match="sketch is"):
+        FrequencySketch.load(data)
+    with pytest.raises(ValueError, match="cut short or too long"):
+        FrequencySketch.load(FrequencySketch(64).dump() + b"x")
+
+
+def test_has_a_capacity() -> None:
+    with pytest.raises(ValueError, match="positive"):
+        FrequencySketch(0)
