@@ -1,24 +1,38 @@
-"""The memory tier's backend: least recently used entries leave first, bounded in bytes.
+"""The memory tier's backend: entries in this process, bounded in bytes; a policy says who leaves.
 
-Owns the entries of this process. Invariant: `usage.bytes` is the sum of what the entries cost
-and never exceeds `max_bytes`.
+Owns the entries. Invariants: `usage.bytes` is the sum of what the entries cost and never exceeds
+`max_bytes` after a call; the policy knows exactly the keys that are in.
 """
 
 import sys
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
 from tiers.backend import ByteCache
+from tiers.policies import DEFAULT, POLICIES, Policy
 
-_OVERHEAD_BYTES = sys.getsizeof("k" * 64) + sys.getsizeof(b"") + sys.getsizeof((0, 0)) + 24 + 120
-"""Key, object headers, expiry, and the entry's share of the dictionary and of its linked list."""
+_OVERHEAD_BYTES = sys.getsizeof("k" * 64) + sys.getsizeof(b"") + sys.getsizeof((0, 0)) + 24 + 100
+"""Key, object headers, expiry and a share of the dictionary; the policy's own comes on top."""
+
+OnEvict = Callable[[str, bytes, float | None], None]
+"""Told key, value and expiry (Unix seconds, or `None`) of an entry that left for room."""
 
 
 class MemoryCache(ByteCache):
-    """An in-process LRU cache of at most `max_bytes`, keys and overhead included.
+    """An in-process cache of at most `max_bytes`, keys and overhead included.
 
     A value that alone is larger than the cache is refused rather than emptying the cache for it.
+
+    Args:
+        max_bytes: what all entries together may take.
+        policy: the name of a policy in `POLICIES`, or one made for `max_bytes`.
+        on_evict: called for each entry that left because of room, after it left; not for what was
+            removed, replaced or had expired. It must not raise.
+        clock: returns Unix seconds.
+        namespace: aiocache's prefix of keys.
+
+    Raises:
+        ValueError: the policy is unknown, or made for another size.
     """
 
     NAME = "memory"
@@ -27,12 +41,23 @@ class MemoryCache(ByteCache):
         self,
         max_bytes: int,
         *,
+        policy: str | Policy = DEFAULT,
+        on_evict: OnEvict | None = None,
         clock: Callable[[], float] = time.time,
         namespace: str | None = None,
     ) -> None:
         super().__init__(clock=clock, namespace=namespace)
+        if isinstance(policy, str):
+            if policy not in POLICIES:
+                raise ValueError(f"unknown policy {policy!r}; there are {', '.join(POLICIES)}")
+            policy = POLICIES[policy](max_bytes)
+        elif policy.max_bytes != max_bytes:
+            raise ValueError(f"the policy is made for {policy.max_bytes} bytes, not {max_bytes}")
         self.max_bytes = max_bytes
-        self._entries: OrderedDict[str, tuple[bytes, float | None]] = OrderedDict()
+        self.policy = policy
+        self.on_evict = on_evict
+        self._overhead_bytes = _OVERHEAD_BYTES + policy.OVERHEAD_BYTES
+        self._entries: dict[str, tuple[bytes, float | None]] = {}
 
     def read(self, key: str) -> bytes | None:
         found = self._entries.get(key)
@@ -43,22 +68,22 @@ class MemoryCache(ByteCache):
             self._drop(key)
             self.usage.expirations += 1
             return None
-        self._entries.move_to_end(key)
+        self.policy.access(key)
         return value
 
     async def write(self, key: str, value: bytes, expires_at: float | None) -> bool:
         self._drop(key)
-        cost = len(value) + _OVERHEAD_BYTES
+        cost = len(value) + self._overhead_bytes
         if cost > self.max_bytes:
             self.usage.refused += 1
             return False
-        while self.usage.bytes + cost > self.max_bytes:
-            self._drop(next(iter(self._entries)))
-            self.usage.evictions += 1
         self._entries[key] = (value, expires_at)
+        self.policy.insert(key, cost)
         self.usage.bytes += cost
         self.usage.entries += 1
-        return True
+        while self.usage.bytes > self.max_bytes:
+            self._evict()
+        return key in self._entries
 
     async def touch(self, key: str, expires_at: float | None) -> bool:
         value = self.read(key)
@@ -73,10 +98,23 @@ class MemoryCache(ByteCache):
     def keys(self) -> Iterable[str]:
         return list(self._entries)
 
+    def _evict(self) -> None:
+        key = self.policy.evict()
+        value, expires_at = self._forget(key)
+        self.usage.evictions += 1
+        expired = expires_at is not None and expires_at <= self.clock()
+        if self.on_evict is not None and not expired:
+            self.on_evict(key, value, expires_at)
+
     def _drop(self, key: str) -> bool:
-        found = self._entries.pop(key, None)
-        if found is None:
+        if key not in self._entries:
             return False
-        self.usage.bytes -= len(found[0]) + _OVERHEAD_BYTES
-        self.usage.entries -= 1
+        self.policy.remove(key)
+        self._forget(key)
         return True
+
+    def _forget(self, key: str) -> tuple[bytes, float | None]:
+        entry = self._entries.pop(key)
+        self.usage.bytes -= len(entry[0]) + self._overhead_bytes
+        self.usage.entries -= 1
+        return entry

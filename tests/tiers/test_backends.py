@@ -3,8 +3,6 @@
 import asyncio
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from tiers import MemoryCache
 from tiers.backend import ByteCache
@@ -90,44 +88,7 @@ async def test_refuses_what_is_too_large_and_keeps_the_rest(cache: ByteCache) ->
     assert await cache.get("b") is None
 
 
-async def test_memory_drops_the_least_recently_used() -> None:
-    cache = MemoryCache(3 * (1000 + 400))
-    for key in "abc":
-        await cache.set(key, bytes(1000))
-    await cache.get("a")
-    await cache.set("d", bytes(1000))
-    assert await cache.multi_get(["a", "b"]) == [bytes(1000), None]
-
-
 async def test_refuses_to_be_switched_off_silently(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIOCACHE_DISABLE", "1")
     with pytest.raises(RuntimeError, match="AIOCACHE_DISABLE"):
         MemoryCache(1000)
-
-
-KEYS = st.sampled_from("abcdef")
-STEPS = st.lists(
-    st.one_of(
-        st.tuples(st.just("set"), KEYS, st.binary(max_size=2000)),
-        st.tuples(st.just("get"), KEYS, st.none()),
-        st.tuples(st.just("delete"), KEYS, st.none()),
-    ),
-    max_size=60,
-)
-
-
-@given(STEPS)
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-async def test_memory_never_answers_wrong_and_never_grows(steps) -> None:
-    cache, truth = MemoryCache(4000), {}
-    for action, key, value in steps:
-        if action == "set":
-            await cache.set(key, value)
-            truth[key] = value
-        elif action == "delete":
-            await cache.delete(key)
-            truth.pop(key, None)
-        elif (found := await cache.get(key)) is not None:
-            assert found == truth[key]
-        assert cache.usage.bytes <= 4000
-        assert cache.usage.entries == len(list(cache.keys()))
