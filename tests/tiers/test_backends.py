@@ -1,6 +1,7 @@
 """The contract that every backend keeps, through aiocache's public calls."""
 
 import asyncio
+import os
 
 import pytest
 
@@ -73,7 +74,7 @@ async def test_a_read_sees_a_write_that_is_not_yet_committed(cache: ByteCache) -
 
 async def test_is_bounded(cache: ByteCache) -> None:
     for number in range(600):
-        await cache.set(f"{number}", bytes(3000))
+        await cache.set(f"{number}", os.urandom(3000))
     assert cache.usage.bytes <= 1024 * 1024
     assert cache.usage.evictions > 0
     assert await cache.get("599") is not None

@@ -1,87 +1,342 @@
-"""What only the disk tier promises: it survives, it is bounded, it never serves damage."""
+"""What only the disk tier promises: it survives, is bounded, and evicts by worth."""
 
+import asyncio
+import logging
 import os
-import signal
-import subprocess
-import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 
+import lmdb
+import orjson
 import pytest
 
 from tiers import DiskCache
+from tiers.disk import Durability, compact
+from tiers.disk.file import DiskFile
+from tiers.disk.record import unpack_blob
+from tiers.disk.verify import verify
 
 MIB = 1024 * 1024
 
 
-async def test_survives_closing(tmp_path: Path) -> None:
-    cache = DiskCache(tmp_path, MIB)
+@pytest.fixture
+async def opened(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[DiskCache]]]:
+    async with AsyncExitStack() as stack:
+
+        async def make(max_bytes: int = MIB, **options) -> DiskCache:
+            cache = DiskCache(tmp_path, max_bytes, **options)
+            stack.push_async_callback(cache.close)
+            await cache.opened()
+            return cache
+
+        yield make
+
+
+def answer(number: int) -> bytes:
+    """Return an answer of about 1 KiB as an engine gives it."""
+    content = " ".join(f"word{number * step % 997}" for step in range(1, 120))
+    message = {"role": "assistant", "content": content}
+    return orjson.dumps({"object": "chat.completion", "choices": [{"message": message}]})
+
+
+async def test_survives_closing(opened) -> None:
+    cache = await opened()
     await cache.set("a", b"1")
+    await cache.set("gone", b"1")
+    await cache.delete("gone")
     await cache.close()
-    again = DiskCache(tmp_path, MIB)
-    assert await again.get("a") == b"1"
-    await again.close()
+    again = await opened()
+    assert await again.multi_get(["a", "gone"]) == [b"1", None]
+    assert again.usage.entries == 1
 
 
-async def test_survives_kill(tmp_path: Path) -> None:
-    program = (
-        "import asyncio, sys, pathlib, time\n"
-        "from tiers import DiskCache\n"
-        "async def main():\n"
-        "    cache = DiskCache(pathlib.Path(sys.argv[1]), 1 << 20)\n"
-        "    for number in range(20):\n"
-        "        await cache.set(str(number), b'v%d' % number)\n"
-        "    print('stored', flush=True)\n"
-        "    time.sleep(60)\n"
-        "asyncio.run(main())\n"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"stored\n"
-        os.kill(process.pid, signal.SIGKILL)
-    cache = DiskCache(tmp_path, MIB)
-    assert [await cache.get(str(number)) for number in range(20)] == [
-        b"v%d" % number for number in range(20)
-    ]
+@pytest.mark.parametrize("durability", Durability)
+async def test_keeps_what_it_is_given_whatever_the_durability(opened, durability) -> None:
+    cache = await opened(durability=durability)
+    await asyncio.gather(*(cache.set(f"{number}", answer(number)) for number in range(20)))
     await cache.close()
+    again = await opened()
+    assert [again.read(f"{n}") for n in range(20)] == [answer(n) for n in range(20)]
 
 
-async def test_the_file_stays_within_its_limit(tmp_path: Path) -> None:
-    cache = DiskCache(tmp_path, MIB)
+async def test_interval_answers_before_the_commit_and_commits_once(opened, monkeypatch) -> None:
+    commits, write = [], DiskFile.write
+
+    def counted(self, changes, read):
+        commits.append(len(changes))
+        return write(self, changes, read)
+
+    monkeypatch.setattr(DiskFile, "write", counted)
+    cache = await opened(durability=Durability.INTERVAL, interval_s=3600)
+    for number in range(50):
+        assert await cache.set(f"{number}", b"1")
+    assert cache.usage.entries == 0
+    await cache.close()
+    assert sum(commits) == 50
+    assert len(commits) <= 2
+
+
+@pytest.mark.parametrize(
+    ("durability", "sync"),
+    [(Durability.COMMIT, True), (Durability.INTERVAL, True), (Durability.OS, False)],
+)
+async def test_lmdb_syncs_as_promised(opened, durability, sync) -> None:
+    cache = await opened(durability=durability)
+    assert cache._file.env.flags()["sync"] is sync
+
+
+async def test_the_file_stays_within_its_limit(opened, tmp_path: Path) -> None:
+    cache = await opened()
     for number in range(2000):
         await cache.set(f"{number}", os.urandom(number % 9000))
+    assert cache.usage.evictions > 1000
     await cache.close()
     assert (tmp_path / "data.mdb").stat().st_size <= MIB
+    assert verify(tmp_path).damaged == 0
 
 
-async def test_a_damaged_record_is_a_miss(tmp_path: Path) -> None:
-    cache = DiskCache(tmp_path, MIB)
-    await cache.set("a", b"precious" * 20)
+async def test_a_smaller_limit_shrinks_the_file(opened, tmp_path: Path) -> None:
+    cache = await opened(8 * MIB)
+    await asyncio.gather(*(cache.set(f"{n}", os.urandom(5000)) for n in range(1000)))
+    await cache.close()
+    assert (tmp_path / "data.mdb").stat().st_size > 4 * MIB
+    again = await opened(2 * MIB)
+    assert await again.get("999") is not None
+    assert await again.get("0") is None
+    assert await again.set("new", os.urandom(5000))
+    assert (tmp_path / "data.mdb").stat().st_size <= 2 * MIB
+
+
+async def test_what_is_worth_least_leaves_first(opened) -> None:
+    cache = await opened(worth=lambda key, size: 100.0 if key.startswith("good") else 1.0)
+    for number in range(20):
+        await cache.set(f"good{number}", os.urandom(3000))
+    for number in range(400):
+        await cache.set(f"poor{number}", os.urandom(3000))
+    assert all(await cache.multi_get([f"good{number}" for number in range(20)]))
+    assert await cache.get("poor0") is None
+
+
+async def test_what_is_worth_much_does_not_stay_for_ever(opened) -> None:
+    cache = await opened(worth=lambda key, size: 5.0 if key == "once dear" else 1.0)
+    await cache.set("once dear", os.urandom(3000))
+    for number in range(3000):
+        await cache.set(f"{number}", os.urandom(3000))
+    assert await cache.get("once dear") is None
+
+
+async def test_what_is_read_stays(opened) -> None:
+    cache = await opened()
+    for number in range(1000):
+        await cache.set(f"{number}", os.urandom(3000))
+        await cache.get("100")
+    assert await cache.get("100") is not None
+    assert await cache.get("101") is None
+
+
+async def test_what_has_expired_leaves_before_anything_alive(opened, clock) -> None:
+    cache = await opened(clock=clock)
+    for number in range(60):
+        await cache.set(f"alive{number}", os.urandom(3000), ttl=1000)
+    for number in range(60):
+        await cache.set(f"short{number}", os.urandom(3000), ttl=10)
+    clock.now += 10
+    for number in range(50):
+        await cache.set(f"new{number}", os.urandom(3000), ttl=1000)
+    assert cache.usage.expirations == 60
+    assert cache.usage.evictions == 0
+    assert cache.usage.entries == 110
+
+
+async def test_a_clock_that_jumps_back_breaks_nothing(opened, clock) -> None:
+    cache = await opened(clock=clock)
+    await cache.set("a", b"1", ttl=10)
+    clock.now -= 500_000
+    for number in range(600):
+        await cache.set(f"{number}", os.urandom(3000), ttl=10)
+    assert await cache.get("599") is not None
+    assert cache.usage.bytes <= MIB
+    clock.now = -5.0
+    await cache.set("before 1970", b"1", ttl=1)
+    assert await cache.get("before 1970") == b"1"
+    clock.now = 2_000_000.0
+    await cache.set("b", b"1")
+    assert await cache.get("before 1970") is None
+
+
+async def test_gives_the_hottest_first(opened, clock) -> None:
+    cache = await opened(worth=lambda key, size: float(key), clock=clock)
+    for key in ("3", "1", "4", "15", "9"):
+        await cache.set(key, key.encode(), ttl=10 if key == "4" else None)
+    assert list(cache.hottest()) == [
+        ("15", b"15", None),
+        ("9", b"9", None),
+        ("4", b"4", clock.now + 10),
+        ("3", b"3", None),
+        ("1", b"1", None),
+    ]
+    clock.now += 10
+    assert [key for key, _, _ in cache.hottest()] == ["15", "9", "3", "1"]
+
+
+async def test_the_hottest_can_be_read_while_the_file_changes(opened) -> None:
+    cache = await opened()
+    for number in range(50):
+        await cache.set(f"{number}", b"1")
+    seen = []
+    for key, _, _ in cache.hottest():
+        seen.append(key)
+        await cache.delete(key)
+    assert seen == [f"{number}" for number in reversed(range(50))]
+
+
+async def test_keeps_blobs(opened) -> None:
+    cache = await opened()
+    assert cache.load("sketch") is None
+    assert await cache.save("sketch", b"\x00" * 1000)
+    assert await cache.save("sketch", b"\x01" * 1000)
+    await cache.close()
+    again = await opened()
+    assert again.load("sketch") == b"\x01" * 1000
+    assert list(again.keys()) == []
+
+
+async def test_compresses_with_a_dictionary_of_its_own(opened) -> None:
+    cache = await opened(8 * MIB)
+    for start in range(0, 800, 100):
+        await asyncio.gather(*(cache.set(f"{n}", answer(n)) for n in range(start, start + 100)))
+    assert cache._file._codec.has_dictionary
+    assert cache.usage.bytes < 800 * len(answer(1)) * 0.75
+    await cache.close()
+    again = await opened(8 * MIB)
+    assert [again.read(f"{n}") for n in range(800)] == [answer(n) for n in range(800)]
+
+
+async def test_a_damaged_dictionary_makes_misses_and_is_no_end(opened, tmp_path: Path) -> None:
+    cache = await opened()
+    await asyncio.gather(*(cache.set(f"{n}", answer(n)) for n in range(500)))
+    await cache.set("late", answer(1))
+    with cache._file.env.begin(db=cache._file.dbs.meta, buffers=True) as txn:
+        dictionary = unpack_blob(b"dictionary", txn.get(b"dictionary"))
     await cache.close()
     file = tmp_path / "data.mdb"
-    file.write_bytes(file.read_bytes().replace(b"precious", b"pRecious"))
+    where = file.read_bytes().index(dictionary[5000:5100])
+    with file.open("r+b") as data:
+        data.seek(where)
+        data.write(b"\x00" * 10)
+    again = await opened()
+    assert again.usage.damaged > 0
+    assert await again.get("late") is None
+    assert await again.set("late", answer(1))
+    assert await again.get("late") == answer(1)
+
+
+async def test_tells_its_numbers(opened) -> None:
+    cache = await opened()
+    for number in range(200):
+        await cache.set(f"{number}", os.urandom(3000))
+    await cache.clear()
+    found = cache.statistics()
+    assert found is not None
+    assert found.entries == 0
+    assert 0 < found.used_bytes < found.free_bytes <= found.file_bytes <= found.map_bytes == MIB
+    assert found.readers >= 1
+
+
+async def test_compaction_gives_back_what_is_free(opened, tmp_path: Path) -> None:
+    cache = await opened()
+    for number in range(150):
+        await cache.set(f"{number}", os.urandom(3000))
+    for number in range(1, 150):
+        await cache.delete(f"{number}")
+    with pytest.raises(OSError, match="another process has the disk tier open"):
+        compact(tmp_path)
+    await cache.close()
+    before, after = compact(tmp_path)
+    assert after < before / 5
+    assert (tmp_path / "data.mdb").stat().st_mode & 0o077 == 0
     again = DiskCache(tmp_path, MIB)
-    assert await again.get("a") is None
-    assert again.usage.damaged == 1
+    assert again.read("0") is not None
     await again.close()
 
 
-async def test_a_file_that_is_not_lmdb_is_set_aside(tmp_path: Path) -> None:
-    (tmp_path / "data.mdb").write_bytes(b"not a database" * 1000)
-    cache = DiskCache(tmp_path, MIB)
-    await cache.set("a", b"1")
+async def test_the_writer_survives_whatever_a_batch_raises(opened, monkeypatch, caplog) -> None:
+    cache, failing = await opened(), True
+
+    def worth(key: str, size: int) -> float:
+        if failing:
+            raise ZeroDivisionError
+        return 1.0
+
+    cache._file._worth = worth
+    for _ in range(3):
+        assert not await cache.set("a", b"1")
+    assert cache.usage.refused == 3
+    assert await cache.get("a") is None
+    failing = False
+    assert await cache.set("a", b"1")
     assert await cache.get("a") == b"1"
-    await cache.close()
-    aside = list(tmp_path.glob("data.mdb.damaged-*"))
-    assert [file.read_bytes()[:14] for file in aside] == [b"not a database"]
+    said = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert said == ["the disk tier can't store", "the disk tier stores again; 3 changes were lost"]
+
+
+async def test_a_full_map_makes_room(opened, monkeypatch) -> None:
+    cache = await opened()
+    for number in range(300):
+        await cache.set(f"{number}", os.urandom(2500))
+    transact, fail = DiskFile._transact, iter([True, False, True])
+
+    def full(self, changes, *args):
+        if changes and next(fail, False):
+            raise lmdb.MapFullError("full")
+        return transact(self, changes, *args)
+
+    monkeypatch.setattr(DiskFile, "_transact", full)
+    evicted, held = cache.usage.evictions, cache.usage.entries
+    assert await cache.set("a", b"1")
+    assert cache.usage.evictions - evicted > 20
+    assert cache.usage.entries < held
+
+
+async def test_a_map_that_another_process_grew_is_adopted(opened, monkeypatch) -> None:
+    cache = await opened()
+    await cache.set("a", b"1")
+    transact, fail = DiskFile._transact, iter([True])
+
+    def resized(self, *args):
+        if next(fail, False):
+            raise lmdb.MapResizedError("resized")
+        return transact(self, *args)
+
+    monkeypatch.setattr(DiskFile, "_transact", resized)
+    assert await cache.set("b", b"2")
+    assert await cache.multi_get(["a", "b"]) == [b"1", b"2"]
+
+
+async def test_opens_again_after_a_panic(opened, monkeypatch) -> None:
+    cache = await opened()
+    await cache.set("a", b"1")
+    transact, fail = DiskFile._transact, iter([True])
+
+    def panic(self, *args):
+        if next(fail, False):
+            raise lmdb.PanicError("panic")
+        return transact(self, *args)
+
+    monkeypatch.setattr(DiskFile, "_transact", panic)
+    monkeypatch.setattr("tiers.disk.writer._FIRST_DELAY_S", 0.0)
+    assert not await cache.set("b", b"2")
+    assert await cache.set("b", b"2")
+    assert await cache.multi_get(["a", "b"]) == [b"1", b"2"]
 
 
 async def test_is_private(tmp_path: Path) -> None:
     cache = DiskCache(tmp_path / "new", MIB)
     await cache.close()
     assert (tmp_path / "new").stat().st_mode & 0o077 == 0
-    assert (tmp_path / "new" / "data.mdb").stat().st_mode & 0o077 == 0
+    for file in (tmp_path / "new").glob("*.*"):
+        assert file.stat().st_mode & 0o077 == 0
 
 
 def test_refuses_a_limit_that_is_too_small(tmp_path: Path) -> None:

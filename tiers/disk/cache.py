@@ -1,0 +1,273 @@
+"""The disk tier's backend: entries in an LMDB file that survive restarts, bounded on disk.
+
+One thread writes, many entries a transaction; the event loop reads inline, since a warm read takes
+microseconds. Invariants: a read sees the last write, from the queue if it isn't committed; the
+file never outgrows `max_bytes`; a record that doesn't verify is a miss.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import inf
+from pathlib import Path
+
+import lmdb
+
+from tiers.backend import ByteCache
+from tiers.disk.file import DiskFile, OtherFormatError, Statistics, reserve_bytes
+from tiers.disk.opening import Opening
+from tiers.disk.transaction import Change, Outcome
+from tiers.disk.writer import Durability, Submission, Writer
+
+logger = logging.getLogger(__name__)
+
+MIN_BYTES = 1024 * 1024
+
+_PENDING_BYTES = 64 * 1024 * 1024
+_UNUSABLE = (OtherFormatError, lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.CorruptedError)
+
+
+def _alike(_key: str, _bytes: int) -> float:
+    return 1.0
+
+
+class DiskCache(ByteCache):
+    """A cache in the LMDB file below the folder `path`, which never exceeds `max_bytes`.
+
+    A file that was closed cleanly, or a new one, is open when the constructor returns. Any other
+    is verified first, by another process in the background: until then every read is a miss, but
+    for what has been written since, and a write is queued and reported as not stored. A file that
+    can't be trusted is set aside under another name, and the cache starts empty.
+
+    What is worth least leaves first, and what hasn't been read for long is worth less. What has
+    expired leaves before that. Several processes may use one folder; the smallest limit counts.
+
+    Args:
+        path: made, private to this user, if it isn't there.
+        max_bytes: at least `MIN_BYTES`.
+        durability: what is true when a write has returned.
+        interval_s: seconds between commits with `Durability.INTERVAL`.
+        worth: what keeping an entry is worth, from its key and its bytes on disk, such as its
+            frequency times its cost over its bytes. Called in the writer's thread.
+
+    Raises:
+        OSError: the folder or the file can't be used.
+        ValueError: `max_bytes` is too small.
+    """
+
+    NAME = "disk"
+
+    def __init__(
+        self,
+        path: Path,
+        max_bytes: int,
+        *,
+        durability: Durability = Durability.COMMIT,
+        interval_s: float = 0.05,
+        worth: Callable[[str, int], float] = _alike,
+        clock: Callable[[], float] = time.time,
+        namespace: str | None = None,
+    ) -> None:
+        super().__init__(clock=clock, namespace=namespace)
+        if max_bytes < MIN_BYTES:
+            raise ValueError(f"max_bytes must be at least {MIN_BYTES}, not {max_bytes}")
+        self.path = path
+        self.max_bytes = max_bytes
+        self._durability = durability
+        self._worth = worth
+        self._pending: dict[str, Submission] = {}
+        self._pending_bytes = 0
+        self._closed = False
+        self._suspect = False
+        self._opening = Opening(path, max_bytes, clock)
+        try:
+            self._file = self._open() if self._opening.try_now() else None
+        except BaseException:
+            self._opening.release(whole=False)
+            raise
+        interval_s = interval_s if durability is Durability.INTERVAL else 0.0
+        self._writer = Writer(self._wait_open, self._settle, interval_s)
+        self._note_read = self._writer.read.append
+
+    def read(self, key: str) -> bytes | None:
+        if (submission := self._pending.get(key)) is not None:
+            return self._unless_expired(submission.change.value, submission.change.expires_at)
+        if (file := self._file) is None:
+            return None
+        try:
+            found = file.get(key.encode())
+        except ValueError:
+            self._drop_damaged(key)
+            return None
+        except lmdb.MapResizedError:
+            # The next commit adopts the size that another process has given the map.
+            return None
+        except lmdb.Error:
+            self._suspect = True
+            raise
+        if found is None:
+            return None
+        self._note_read(key)
+        value, expires_at = found
+        return None if expires_at <= self.clock() else value
+
+    async def write(self, key: str, value: bytes, expires_at: float | None) -> bool:
+        change = Change(key, value, inf if expires_at is None else expires_at)
+        if self._refuses(change):
+            self.usage.refused += 1
+            # Better no entry than the one that this value was to replace.
+            if self._file is None or self.read(key) is not None:
+                self._submit(Change(key, None))
+            return False
+        if self._file is None or self._durability is Durability.INTERVAL:
+            self._submit(change)
+            return self._file is not None
+        return await self._done(change)
+
+    async def touch(self, key: str, expires_at: float | None) -> bool:
+        value = self.read(key)
+        return value is not None and await self.write(key, value, expires_at)
+
+    async def remove(self, key: str) -> bool:
+        if self._file is not None and self.read(key) is None:
+            return False
+        return await self._done(Change(key, None))
+
+    def keys(self) -> Iterable[str]:
+        committed = [] if self._file is None else self._file.all_keys()
+        return {key.decode() for key in committed} | set(self._pending)
+
+    async def opened(self) -> None:
+        """Return when the file is open.
+
+        Raises:
+            OSError: it can't be opened.
+        """
+        await asyncio.shield(asyncio.wrap_future(self._writer.opened))
+
+    def hottest(self) -> Iterator[tuple[str, bytes, float | None]]:
+        """Yield committed entries with their expiry (Unix s), those of the highest priority first.
+
+        Each is read when it is asked for, so what changes meanwhile may be seen or not.
+        """
+        rank = None
+        while (file := self._file) is not None:
+            ranked = file.next_ranked(rank)
+            if ranked is None:
+                return
+            rank = ranked.rank
+            if ranked.expires_at > self.clock():
+                expires_at = None if ranked.expires_at == inf else ranked.expires_at
+                yield ranked.key.decode(), ranked.value, expires_at
+
+    async def save(self, name: str, blob: bytes) -> bool:
+        """Store a blob beside the entries, for good. Returns whether it is stored."""
+        change = Change(f"blob:{name}", blob, is_blob=True)
+        return not self._refuses(change) and await self._done(change)
+
+    def load(self, name: str) -> bytes | None:
+        """Return what was last saved under `name`, or `None` if it is missing or damaged."""
+        if self._file is None:
+            return None
+        try:
+            return self._file.load(f"blob:{name}".encode())
+        except ValueError:
+            self.usage.damaged += 1
+            return None
+
+    def statistics(self) -> Statistics | None:
+        """Return the file in numbers, or `None` while it isn't open."""
+        return None if self._file is None else self._file.statistics()
+
+    async def _close(self, *args: object, **kwargs: object) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._file is None:
+            self._opening.cancel()
+        await self._writer.close()
+        file, self._file = self._file, None
+        if file is not None:
+            await asyncio.to_thread(file.close)
+        self._opening.release(whole=file is not None and not self._suspect)
+
+    def _unless_expired(self, value: bytes | None, expires_at: float) -> bytes | None:
+        return None if expires_at <= self.clock() else value
+
+    def _refuses(self, change: Change) -> bool:
+        value_bytes = len(change.value or b"")
+        return (
+            self._writer.pausing
+            or value_bytes > reserve_bytes(self.max_bytes) // 4
+            or self._pending_bytes + value_bytes > _PENDING_BYTES
+        )
+
+    def _drop_damaged(self, key: str) -> None:
+        self.usage.damaged += 1
+        # There may be more: have the file verified when it is opened next.
+        self._suspect = True
+        logger.warning("a record of the disk tier did not verify and is dropped")
+        with contextlib.suppress(RuntimeError):  # Without a loop nothing can be written.
+            self._submit(Change(key, None))
+
+    async def _done(self, change: Change) -> bool:
+        done = asyncio.get_running_loop().create_future()
+        # Shielded: the thread settles the future even if this caller goes away.
+        return self._submit(change, done) and await asyncio.shield(done)
+
+    def _submit(self, change: Change, done: "asyncio.Future[bool] | None" = None) -> bool:
+        if self._closed:
+            return False
+        submission = Submission(change, asyncio.get_running_loop(), done)
+        if not change.is_blob:
+            self._pending[change.key] = submission
+        self._pending_bytes += submission.bytes
+        self._writer.submit(submission)
+        return True
+
+    def _settle(self, batch: Sequence[Submission], outcome: Outcome | None) -> None:
+        for submission in batch:
+            self._pending_bytes -= submission.bytes
+            if self._pending.get(submission.change.key) is submission:
+                del self._pending[submission.change.key]
+            if submission.done is not None and not submission.done.done():
+                submission.done.set_result(outcome is not None)
+        if outcome is None:
+            self.usage.refused += len(batch)
+            return
+        self.usage.evictions += outcome.evicted
+        self.usage.expirations += outcome.expired
+        self.usage.entries = outcome.entries
+        self.usage.bytes = outcome.used_bytes
+
+    def _wait_open(self) -> DiskFile:
+        """Return the open file; in the writer's thread."""
+        if (file := self._file) is None:
+            self._opening.wait()
+            file = self._file = self._open()
+            self.usage.damaged += self._opening.damaged
+        return file
+
+    def _open(self) -> DiskFile:
+        try:
+            try:
+                file = self._open_file()
+            except _UNUSABLE as exc:
+                self._opening.replace(str(exc))
+                file = self._open_file()
+        except lmdb.Error as exc:
+            raise OSError(f"can't open the disk tier in {self.path}: {exc}") from exc
+        found = file.statistics()
+        self.usage.entries, self.usage.bytes = found.entries, found.used_bytes
+        return file
+
+    def _open_file(self) -> DiskFile:
+        return DiskFile(
+            self.path,
+            self.max_bytes,
+            sync=self._durability is not Durability.OS,
+            clock=self.clock,
+            worth=self._worth,
+        )

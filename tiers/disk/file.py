@@ -1,0 +1,311 @@
+"""The disk tier's LMDB file: its databases, how they are opened and read, and their statistics.
+
+What a write transaction does to them is `transaction`'s subject. Invariant: whoever uses the map
+holds the lock, but for the one thread that writes, so the map can be replaced or closed safely.
+LMDB is described at http://www.lmdb.tech/doc/ and py-lmdb at https://lmdb.readthedocs.io.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import lmdb
+
+from tiers.disk.codec import ZSTD_DICTIONARY, Codec
+from tiers.disk.record import FORMAT, pack_blob, unpack, unpack_blob, unpack_sequence
+from tiers.disk.transaction import (
+    Change,
+    Databases,
+    Outcome,
+    Transaction,
+    place_of,
+    used_bytes,
+)
+
+DATA = "data.mdb"
+
+_FORMAT_NAME = b"format"
+_DICTIONARY_NAME = b"dictionary"
+_MAX_RESERVE_BYTES = 64 * 1024 * 1024
+_ROUNDS = 8
+_DROPS = 1024
+_DROP_BYTES = 16 * 1024
+"""What a transaction may have to copy to drop one entry."""
+_MAX_READERS = 512
+
+
+class OtherFormatError(Exception):
+    """The file was written by another version of this package, or by something else."""
+
+
+class Ranked(NamedTuple):
+    """An entry in the order of eviction, expired or not."""
+
+    rank: bytes
+    key: bytes
+    value: bytes
+    expires_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """The file in numbers. Sizes are in bytes."""
+
+    entries: int
+    used_bytes: int
+    """Pages that hold entries, their indexes and blobs."""
+    free_bytes: int
+    """Pages that are reused before the file grows, those that list them included."""
+    file_bytes: int
+    map_bytes: int
+    """What the file can grow to."""
+    readers: int
+    """Slots of LMDB's table of readers that are taken, by all processes."""
+
+
+class DiskFile:
+    """An open file.
+
+    Args:
+        folder: holds the file; must exist.
+        max_bytes: the file's largest size.
+        sync: whether a commit waits until the disk has it.
+        clock: returns Unix seconds.
+        worth: what keeping an entry is worth, from its key and its bytes in the file.
+
+    Raises:
+        OtherFormatError: the file has another format.
+        lmdb.Error: LMDB can't open it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        max_bytes: int,
+        *,
+        sync: bool = True,
+        clock: Callable[[], float],
+        worth: Callable[[str, int], float],
+    ) -> None:
+        self.folder = folder
+        self.max_bytes = max_bytes
+        self.reserve_bytes = reserve_bytes(max_bytes)
+        self._drops = min(self.reserve_bytes // _DROP_BYTES, _DROPS)
+        self._sync = sync
+        self._clock = clock
+        self._worth = worth
+        self._codec = Codec()
+        self._lock = threading.Lock()
+        self._open()
+
+    def _open(self) -> None:
+        env = lmdb.open(
+            str(self.folder),
+            map_size=self.max_bytes,
+            max_dbs=len(Databases._fields),
+            max_readers=_MAX_READERS,
+            mode=0o600,
+            sync=self._sync,
+        )
+        try:
+            # One transaction, so no other process sees a file without its format.
+            with env.begin(write=True) as txn:
+                if txn.stat()["entries"]:
+                    _check_format(env, txn)
+                names = [name.encode() for name in Databases._fields]
+                self.dbs = Databases(*(env.open_db(name, txn=txn) for name in names))
+                txn.put(_FORMAT_NAME, b"%d" % FORMAT, db=self.dbs.meta, overwrite=False)
+            env.reader_check()
+        except BaseException:
+            env.close()
+            raise
+        self.env = env
+
+    def reopen(self) -> None:
+        """Open the file again, after an error from which LMDB does not recover."""
+        with self._lock:
+            self.env.close()
+            self._open()
+
+    def close(self) -> None:
+        """Sync and close."""
+        with self._lock:
+            self.env.sync(True)
+            self.env.close()
+
+    def get(self, key: bytes) -> tuple[bytes, float] | None:
+        """Return an entry's value and its expiry (Unix s), which may have passed.
+
+        Raises:
+            ValueError: it does not verify.
+            lmdb.MapResizedError: another process has grown the map; the next write adopts it.
+        """
+        # As a buffer, the record is copied only once.
+        with self._lock, self.env.begin(db=self.dbs.entries, buffers=True) as txn:
+            record = txn.get(key)
+            if record is None:
+                return None
+            coding, expires_at, _, payload = unpack(key, record)
+            return self._decode(txn, coding, payload), expires_at
+
+    def next_ranked(self, below: bytes | None) -> Ranked | None:
+        """Return the entry of the highest priority, or of the highest below a rank."""
+        with (
+            self._lock,
+            self.env.begin(buffers=True) as txn,
+            txn.cursor(db=self.dbs.order) as order,
+        ):
+            above = below is not None and order.set_range(below)
+            found = order.prev() if above else order.last()
+            while found:
+                rank = bytes(order.key())
+                place = place_of(txn, self.dbs, unpack_sequence(order.value()))
+                if place is not None and (record := txn.get(place.key, db=self.dbs.entries)):
+                    with contextlib.suppress(ValueError):
+                        coding, expires_at, _, payload = unpack(place.key, record)
+                        value = self._decode(txn, coding, payload)
+                        return Ranked(rank, place.key, value, expires_at)
+                found = order.prev()
+            return None
+
+    def all_keys(self) -> list[bytes]:
+        """Return all keys."""
+        with self._lock, self.env.begin(db=self.dbs.entries) as txn:
+            return list(txn.cursor().iternext(values=False))
+
+    def load(self, name: bytes) -> bytes | None:
+        """Return a blob.
+
+        Raises:
+            ValueError: it does not verify.
+        """
+        with self._lock, self.env.begin(db=self.dbs.meta, buffers=True) as txn:
+            data = txn.get(name)
+            return None if data is None else unpack_blob(name, data)
+
+    def statistics(self) -> Statistics:
+        """Count pages and readers."""
+        with self._lock:
+            with self.env.begin() as txn:
+                used = used_bytes(txn, self.dbs)
+                entries = txn.stat(self.dbs.entries)["entries"]
+            info = self.env.info()
+            page_bytes = self.env.stat()["psize"]
+        return Statistics(
+            entries=entries,
+            used_bytes=used,
+            free_bytes=(info["last_pgno"] + 1) * page_bytes - used,
+            file_bytes=(self.folder / DATA).stat().st_size,
+            map_bytes=info["map_size"],
+            readers=info["num_readers"],
+        )
+
+    # What follows is the writing thread's.
+
+    def write(self, changes: Sequence[Change], read: Collection[str]) -> Outcome:
+        """Commit `changes`, raise the priority of what was `read`, expire, and evict.
+
+        Raises:
+            lmdb.MapFullError: evicting did not make room enough.
+            lmdb.Error: the disk is full or fails; nothing has changed.
+        """
+        target_bytes = self.max_bytes - self.reserve_bytes
+        evicted = 0
+        for _ in range(_ROUNDS):
+            try:
+                done = self._transact(changes, read, target_bytes, self._drops)
+            except lmdb.MapResizedError:
+                with self._lock:
+                    self.env.set_mapsize(0)
+            except lmdb.MapFullError:
+                # A reader that died may hold on to pages that have been freed since.
+                self.env.reader_check()
+                target_bytes = max(0, target_bytes - self.reserve_bytes // 2)
+                evicted += self.evict(target_bytes).evicted
+            else:
+                if done.used_bytes > target_bytes + self.reserve_bytes // 4:
+                    evicted += self.evict(target_bytes).evicted
+                return replace(done, evicted=done.evicted + evicted)
+        raise lmdb.MapFullError("the disk tier could not make room")
+
+    def evict(self, target_bytes: int) -> Outcome:
+        """Evict, in as many transactions as it takes, until `target_bytes` hold the rest.
+
+        Raises:
+            lmdb.MapFullError: there is no room even to evict.
+        """
+        evicted, drops = 0, self._drops
+        while True:
+            try:
+                done = self._transact((), (), target_bytes, drops)
+            except lmdb.MapFullError:
+                if drops == 1:
+                    raise
+                drops //= 2
+                continue
+            evicted += done.evicted
+            if done.used_bytes <= target_bytes or not done.evicted:
+                return replace(done, evicted=evicted)
+
+    def check_readers(self) -> None:
+        """Free the slots of readers that have died."""
+        self.env.reader_check()
+
+    def _transact(
+        self, changes: Sequence[Change], read: Collection[str], target_bytes: int, drops: int
+    ) -> Outcome:
+        if not self._codec.has_dictionary:
+            self._train(changes)
+        with self.env.begin(write=True, buffers=True) as txn:
+            work = Transaction(txn, self.dbs, self._codec, self._worth)
+            work.expire(self._clock(), drops)
+            for change in changes:
+                work.apply(change)
+            work.raise_priorities(read)
+            work.evict(target_bytes, drops)
+            return work.end()
+
+    def _train(self, changes: Sequence[Change]) -> None:
+        """Make the file's dictionary, once enough values have been seen, if it has none."""
+        for change in changes:
+            if change.value is None or (made := self._codec.sample(change.value)) is None:
+                continue
+            with self.env.begin(write=True, db=self.dbs.meta) as txn:
+                data = pack_blob(_DICTIONARY_NAME, made)
+                txn.put(_DICTIONARY_NAME, data, overwrite=False)
+        with self.env.begin(buffers=True) as txn:
+            self.learn(txn)
+
+    def learn(self, txn: "lmdb.Transaction[memoryview]") -> bool:
+        """Use the file's dictionary, which any process may have made. Returns whether it can."""
+        if not self._codec.has_dictionary:
+            data = txn.get(_DICTIONARY_NAME, db=self.dbs.meta)
+            with contextlib.suppress(ValueError):
+                if data is not None:
+                    self._codec.use(unpack_blob(_DICTIONARY_NAME, data))
+        return self._codec.has_dictionary
+
+    def _decode(
+        self, txn: "lmdb.Transaction[memoryview]", coding: int, payload: memoryview
+    ) -> bytes:
+        if coding == ZSTD_DICTIONARY and not self._codec.has_dictionary:
+            self.learn(txn)
+        return self._codec.decode(coding, payload)
+
+
+def reserve_bytes(max_bytes: int) -> int:
+    """Return the room for pages that a transaction copies and for gaps between pages."""
+    return min(max_bytes // 4, _MAX_RESERVE_BYTES)
+
+
+def _check_format(env: lmdb.Environment, txn: "lmdb.Transaction[bytes]") -> None:
+    try:
+        meta = env.open_db(b"meta", txn=txn, create=False)
+    except lmdb.NotFoundError:
+        raise OtherFormatError("it is of another format") from None
+    found = txn.get(_FORMAT_NAME, db=meta)
+    if found != b"%d" % FORMAT:
+        raise OtherFormatError(f"its format is {found!r}, not {FORMAT}")

@@ -1,0 +1,238 @@
+"""Who may open the disk tier's folder, and when its file is trusted.
+
+LMDB trusts its pages: a damaged one can crash the process that reads it. So a file is opened only
+after it was closed cleanly and has not changed since, which a mark beside it tells, or after
+another process has verified it. A file that fails is set aside.
+
+Every open file holds a shared lock on `in-use.lock`; who verifies, compacts or marks it holds the
+exclusive one. Invariant: while a mark exists and matches, the file is whole and nobody writes it.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from tiers.disk.compaction import shrink
+from tiers.disk.file import DATA
+
+logger = logging.getLogger(__name__)
+
+LOCK, MARK = "in-use.lock", "clean"
+
+_POLL_S = 0.1
+_VERIFY_S = 60.0
+_VERIFY_BYTES_PER_S = 5e6
+_PACKAGES = Path(__file__).parents[2]
+
+
+class Compacted(NamedTuple):
+    """The size of the file, in bytes."""
+
+    before: int
+    after: int
+
+
+class Opening:
+    """One process's right to open the file in `folder`.
+
+    Args:
+        folder: made, private to this user, if it isn't there.
+        max_bytes: a larger file is shrunk before it is opened.
+        clock: returns Unix seconds, for the names of files that are set aside.
+
+    Raises:
+        OSError: the folder can't be made or written.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int, clock: Callable[[], float]) -> None:
+        self.folder = folder
+        self._max_bytes = max_bytes
+        self.damaged = 0
+        self._clock = clock
+        self._data = folder / DATA
+        self._mark = folder / MARK
+        self._verifier: subprocess.Popen[str] | None = None
+        self._cancelled = threading.Event()
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as exc:
+            raise type(exc)(
+                exc.errno, f"the disk tier can't use the folder: {exc.strerror}", str(folder)
+            ) from exc
+
+    def try_now(self) -> bool:
+        """Return whether the file may be opened at once."""
+        if self.try_exclusive():
+            if not self._is_ready():
+                return False
+            # Changing the lock lets others in between, so look again.
+            if not self._take(fcntl.LOCK_SH) or not self._is_ready():
+                self._take(fcntl.LOCK_UN)
+                return False
+        elif not self._take(fcntl.LOCK_SH):
+            return False
+        self._mark.unlink(missing_ok=True)
+        return True
+
+    def wait(self) -> None:
+        """Return when the file may be opened, having verified it or set it aside if need be.
+
+        Raises:
+            InterruptedError: `cancel` was called.
+            OSError: the file can't be read or renamed.
+        """
+        while not self.try_now():
+            if self._cancelled.is_set():
+                raise InterruptedError("closed before the file was open")
+            if self.try_exclusive() and not self._is_ready():
+                if not self.is_clean():
+                    self.verify()
+                if self._is_too_large():
+                    shrink(self.folder, self._max_bytes)
+                self.mark()
+            else:
+                self._cancelled.wait(_POLL_S)
+
+    def cancel(self) -> None:
+        """Make `wait` give up."""
+        self._cancelled.set()
+        if (verifier := self._verifier) is not None:
+            verifier.kill()
+
+    def try_exclusive(self) -> bool:
+        """Return whether nobody else has the file open; they can't open it then."""
+        return self._take(fcntl.LOCK_EX)
+
+    def is_clean(self) -> bool:
+        """Return whether there is no file, or one that is as its last user left it."""
+        return not self._data.exists() or self._read_mark() == self._identity()
+
+    def _is_too_large(self) -> bool:
+        return self._data.exists() and self._data.stat().st_size > self._max_bytes
+
+    def _is_ready(self) -> bool:
+        return self.is_clean() and not self._is_too_large()
+
+    def mark(self) -> None:
+        """Note that the file is whole. Needs the exclusive lock."""
+        if self._data.exists():
+            made = self._mark.with_suffix(".new")
+            made.write_text(self._identity())
+            made.replace(self._mark)
+
+    def verify(self) -> None:
+        """Verify the file in another process, and set it aside if it fails.
+
+        Needs the exclusive lock; the other process holds it too, and drops records that fail.
+        """
+        size = self._data.stat().st_size
+        logger.warning("the disk tier's file was not closed cleanly; verifying %d bytes", size)
+        self._verifier = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-m", "tiers.disk.verify", "--repair", str(self.folder)],
+            env=os.environ | {"PYTHONPATH": str(_PACKAGES)},
+            pass_fds=[self._lock],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        try:
+            said, _ = self._verifier.communicate(timeout=_VERIFY_S + size / _VERIFY_BYTES_PER_S)
+        except subprocess.TimeoutExpired:
+            self._verifier.kill()
+            said, _ = self._verifier.communicate()
+            said = json.dumps({"problem": "verifying it took too long"})
+        status = self._verifier.returncode
+        if self._cancelled.is_set():
+            raise InterruptedError("closed before the file was open")
+        try:
+            report = json.loads(said)
+        except ValueError:
+            report = {"problem": f"verifying it ended with status {status}"}
+        if "problem" in report:
+            self.set_aside(report["problem"])
+            return
+        self.damaged = report["damaged"]
+        logger.warning(
+            "the disk tier's file is whole: %d entries, and %d damaged ones that were dropped",
+            report["entries"],
+            self.damaged,
+        )
+
+    def replace(self, problem: str) -> None:
+        """Set aside the file that one was about to open, as `try_now` or `wait` allowed.
+
+        Raises:
+            OSError: another process has it open.
+        """
+        if not self.try_exclusive():
+            raise OSError(
+                errno.EBUSY, f"another process has it open, and {problem}", str(self._data)
+            )
+        self.set_aside(problem)
+        self._take(fcntl.LOCK_SH)
+
+    def set_aside(self, problem: str) -> None:
+        """Rename the file so that a new one is made; only the last such file is kept."""
+        for earlier in self.folder.glob(f"{DATA}.aside-*"):
+            earlier.unlink()
+        aside = self.folder / f"{DATA}.aside-{int(self._clock())}"
+        self._mark.unlink(missing_ok=True)
+        self._data.rename(aside)
+        logger.warning(
+            "the disk tier starts empty: %s; the file is set aside as %s", problem, aside
+        )
+
+    def release(self, *, whole: bool) -> None:
+        """Give up the lock once the file is closed; `whole` if nothing in it has failed."""
+        if whole and self.try_exclusive():
+            self.mark()
+        os.close(self._lock)
+
+    def _take(self, operation: int) -> bool:
+        try:
+            fcntl.flock(self._lock, operation | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _identity(self) -> str:
+        found = self._data.stat()
+        return f"{found.st_size} {found.st_mtime_ns} {found.st_ino}"
+
+    def _read_mark(self) -> str | None:
+        with contextlib.suppress(OSError):
+            return self._mark.read_text()
+        return None
+
+
+def compact(folder: Path) -> Compacted:
+    """Make the file in `folder` as small as its entries, having verified it if need be.
+
+    Raises:
+        OSError: there is no file, another process has it open, or there is no room for a copy.
+        OtherFormatError: the file has another format.
+    """
+    data = folder / DATA
+    before = data.stat().st_size
+    opening = Opening(folder, sys.maxsize, time.time)
+    try:
+        if not opening.try_exclusive():
+            raise OSError(errno.EBUSY, "another process has the disk tier open", str(folder))
+        if not opening.is_clean():
+            opening.verify()
+        shrink(folder)
+        opening.mark()
+        return Compacted(before, data.stat().st_size)
+    finally:
+        opening.release(whole=False)

@@ -1,0 +1,104 @@
+"""The bytes in the disk tier's file: records, rows of its indexes, blobs.
+
+Owns their layout and checksums, and nothing of LMDB. `FORMAT` changes with any of it.
+"""
+
+from struct import Struct
+from typing import NamedTuple
+from zlib import crc32
+
+FORMAT = 2
+
+_HEADER = Struct("<BIBdQ")
+"""Format version, CRC-32 of the key and all that follows, coding, expiry (Unix s), sequence."""
+_HEADER_BYTES = _HEADER.size
+_CHECKED_FROM = Struct("<BI").size
+_CRC = Struct("<I")
+_RANK = Struct(">dQ")
+_SEQUENCE = Struct(">Q")
+_PLACE = Struct("<dQd")
+
+
+class Place(NamedTuple):
+    """Where an entry stands in the two orders, and its key."""
+
+    priority: float
+    tick: int
+    """Tells entries of one priority apart: the one that was stored or read last is above."""
+    expires_at: float
+    key: bytes
+
+
+def pack(key: bytes, coding: int, expires_at: float, sequence: int, payload: bytes) -> bytes:
+    """Return the record of an entry."""
+    rest = _HEADER.pack(FORMAT, 0, coding, expires_at, sequence)[_CHECKED_FROM:]
+    checksum = crc32(payload, crc32(rest, crc32(key)))
+    return _HEADER.pack(FORMAT, checksum, coding, expires_at, sequence) + payload
+
+
+def unpack(key: bytes, record: memoryview) -> tuple[int, float, int, memoryview]:
+    """Return coding, expiry, sequence number, and payload, which lives as long as `record`.
+
+    Raises:
+        ValueError: another format version, or the checksum is wrong.
+    """
+    if len(record) < _HEADER_BYTES:
+        raise ValueError("record is cut short")
+    version, checksum, coding, expires_at, sequence = _HEADER.unpack_from(record)
+    if version != FORMAT or checksum != crc32(record[_CHECKED_FROM:], crc32(key)):
+        raise ValueError("record does not verify")
+    return coding, expires_at, sequence, record[_HEADER_BYTES:]
+
+
+def sequence_of(record: memoryview) -> int:
+    """Return the sequence number of a record that need not verify; 0, which none has, if cut."""
+    return int(_HEADER.unpack_from(record)[4]) if len(record) >= _HEADER.size else 0
+
+
+def pack_rank(number: float, tick: int) -> bytes:
+    """Return a key that sorts by `number`, if it isn't negative, and then by age."""
+    return _RANK.pack(max(number, 0.0), tick)
+
+
+def unpack_rank(rank: bytes | memoryview) -> tuple[float, int]:
+    """Read what `pack_rank` wrote."""
+    number, tick = _RANK.unpack(rank)
+    return number, tick
+
+
+def pack_sequence(sequence: int) -> bytes:
+    """Return a key that sorts by age."""
+    return _SEQUENCE.pack(sequence)
+
+
+def unpack_sequence(key: bytes | memoryview) -> int:
+    """Read what `pack_sequence` wrote."""
+    return int(_SEQUENCE.unpack(key)[0])
+
+
+def pack_place(place: Place) -> bytes:
+    """Return the row of an entry's place."""
+    return _PLACE.pack(place.priority, place.tick, place.expires_at) + place.key
+
+
+def unpack_place(row: memoryview) -> Place:
+    """Read what `pack_place` wrote."""
+    priority, tick, expires_at = _PLACE.unpack_from(row)
+    return Place(priority, tick, expires_at, bytes(row[_PLACE.size :]))
+
+
+def pack_blob(name: bytes, blob: bytes) -> bytes:
+    """Return `blob` after a checksum of it and its name."""
+    return _CRC.pack(crc32(blob, crc32(name))) + blob
+
+
+def unpack_blob(name: bytes, data: memoryview) -> bytes:
+    """Read what `pack_blob` wrote.
+
+    Raises:
+        ValueError: the checksum is wrong.
+    """
+    blob = data[_CRC.size :]
+    if len(data) < _CRC.size or _CRC.unpack_from(data)[0] != crc32(blob, crc32(name)):
+        raise ValueError(f"{name.decode()} does not verify")
+    return bytes(blob)

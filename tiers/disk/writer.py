@@ -1,0 +1,195 @@
+"""The disk tier's writer: one thread, many changes a transaction (group commit).
+
+Owns the queue, the pace, and what happens when the disk fails: the batch fails, is counted and
+said once per episode, and after an error of the disk the next attempt waits, longer each time.
+Invariant: the thread ends only by `close`, and every change that was submitted is settled once.
+"""
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from enum import StrEnum
+
+import lmdb
+
+from tiers.disk.file import DiskFile
+from tiers.disk.transaction import Change, Outcome
+
+logger = logging.getLogger(__name__)
+
+_BATCH_CHANGES = 256
+_BATCH_READS = 1024
+_READS = 4096
+_IDLE_S = 10.0
+_FIRST_DELAY_S = 1.0
+_LAST_DELAY_S = 60.0
+
+
+class Durability(StrEnum):
+    """What is true when a write has returned."""
+
+    COMMIT = "commit"
+    """The entry is on the disk: neither a kill nor a power failure loses it."""
+    INTERVAL = "interval"
+    """The entry is queued. All that is queued is committed to the disk every `interval_s`, so a
+    kill or a power failure loses what was written in the last interval, and no more."""
+    OS = "os"
+    """The entry is in the system's page cache: a kill does not lose it. After a power failure
+    entries may be missing, or the whole file, which is verified first and then set aside."""
+
+
+@dataclass(slots=True, eq=False)
+class Submission:
+    """A change on its way to the disk, and the future of whoever waits for it."""
+
+    change: Change
+    loop: asyncio.AbstractEventLoop
+    done: "asyncio.Future[bool] | None"
+
+    @property
+    def bytes(self) -> int:
+        """What it counts for in limits."""
+        return len(self.change.key) + len(self.change.value or b"")
+
+
+@dataclass(slots=True)
+class _Episode:
+    """A time during which batches fail."""
+
+    lost: int = 0
+    delay_s: float = 0.0
+    until: float = 0.0
+    """On the monotonic clock; nothing is stored before."""
+
+
+class Writer:
+    """The thread that writes, and first opens the file.
+
+    Args:
+        open_file: opens it; called in the thread.
+        settle: told in the event loop of each batch, and of its outcome or that it failed.
+        interval_s: the least time between commits.
+    """
+
+    def __init__(
+        self,
+        open_file: Callable[[], DiskFile],
+        settle: Callable[[Sequence[Submission], Outcome | None], None],
+        interval_s: float,
+    ) -> None:
+        self.opened: Future[DiskFile] = Future()
+        self._open_file = open_file
+        self._settle = settle
+        self._interval_s = interval_s
+        self._committed_at = 0.0
+        self._checked_at = time.monotonic()
+        self._queue: queue.SimpleQueue[Submission | None] = queue.SimpleQueue()
+        self.read: deque[str] = deque(maxlen=_READS)
+        """Keys of entries that were read, whose priority rises with a later commit; append only.
+        The oldest are forgotten."""
+        self._episode: _Episode | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="disk-writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def pausing(self) -> bool:
+        """Whether the disk has failed so lately that nothing should be stored."""
+        return (episode := self._episode) is not None and time.monotonic() < episode.until
+
+    def submit(self, submission: Submission) -> None:
+        """Queue a change."""
+        self._queue.put(submission)
+
+    async def close(self) -> None:
+        """Commit what is queued and end the thread."""
+        self._queue.put(None)
+        await asyncio.to_thread(self._thread.join)
+        # Let the last batch settle.
+        await asyncio.sleep(0)
+
+    def _run(self) -> None:
+        try:
+            file = self._open_file()
+        except Exception as exc:
+            if not isinstance(exc, InterruptedError):
+                logger.exception("the disk tier can't be opened")
+            self.opened.set_exception(exc)
+            self._refuse()
+            return
+        self.opened.set_result(file)
+        going = True
+        while going:
+            batch, going = self._gather(file)
+            self._tell(batch, self._commit(file, batch))
+
+    def _gather(self, file: DiskFile) -> tuple[list[Submission], bool]:
+        """Return what goes into the next commit, and whether another may follow."""
+        batch: list[Submission] = []
+        batch_bytes, wait_s = 0, _IDLE_S
+        while len(batch) < _BATCH_CHANGES and batch_bytes < file.reserve_bytes // 4:
+            try:
+                submission = self._queue.get(wait_s > 0, max(wait_s, 0.0))
+            except queue.Empty:
+                break
+            if submission is None:
+                return batch, False
+            batch.append(submission)
+            batch_bytes += submission.bytes
+            wait_s = self._committed_at + self._interval_s - time.monotonic()
+        return batch, True
+
+    def _commit(self, file: DiskFile, batch: Sequence[Submission]) -> Outcome | None:
+        try:
+            if time.monotonic() - self._checked_at > _LAST_DELAY_S:
+                self._checked_at = time.monotonic()
+                file.check_readers()
+            outcome = file.write([each.change for each in batch], self._take_read())
+        except Exception as exc:  # Whatever it is, this thread has to go on.
+            self._failed(file, batch, exc)
+            return None
+        self._committed_at = time.monotonic()
+        if batch and (episode := self._episode) is not None:
+            self._episode = None
+            logger.warning("the disk tier stores again; %d changes were lost", episode.lost)
+        return outcome
+
+    def _failed(self, file: DiskFile, batch: Sequence[Submission], exc: Exception) -> None:
+        episode = self._episode
+        if episode is None:
+            episode = self._episode = _Episode()
+            logger.error("the disk tier can't store", exc_info=exc)
+        episode.lost += len(batch)
+        if isinstance(exc, lmdb.Error | OSError):
+            episode.delay_s = min(max(episode.delay_s * 2, _FIRST_DELAY_S), _LAST_DELAY_S)
+            episode.until = time.monotonic() + episode.delay_s
+        if isinstance(exc, lmdb.PanicError):
+            # LMDB refuses everything after this until the file is opened again.
+            with contextlib.suppress(lmdb.Error):
+                file.reopen()
+
+    def _take_read(self) -> set[str]:
+        read: set[str] = set()
+        with contextlib.suppress(IndexError):
+            while len(read) < _BATCH_READS:
+                read.add(self.read.popleft())
+        return read
+
+    def _refuse(self) -> None:
+        while (submission := self._queue.get()) is not None:
+            self._tell([submission], None)
+
+    def _tell(self, batch: Sequence[Submission], outcome: Outcome | None) -> None:
+        if batch:
+            self._loop = batch[0].loop
+        if self._loop is not None:
+            # The loop may have been closed under us at exit.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._settle, batch, outcome)
