@@ -24,8 +24,8 @@ MIB = 1024 * 1024
 async def opened(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[DiskCache]]]:
     async with AsyncExitStack() as stack:
 
-        async def make(max_bytes: int = MIB, **options) -> DiskCache:
-            cache = DiskCache(tmp_path, max_bytes, **options)
+        async def make(max_bytes: int = MIB, durability=Durability.OS, **options) -> DiskCache:
+            cache = DiskCache(tmp_path, max_bytes, durability=durability, **options)
             stack.push_async_callback(cache.close)
             await cache.opened()
             return cache
@@ -329,6 +329,23 @@ async def test_opens_again_after_a_panic(opened, monkeypatch) -> None:
     assert not await cache.set("b", b"2")
     assert await cache.set("b", b"2")
     assert await cache.multi_get(["a", "b"]) == [b"1", b"2"]
+
+
+async def test_keys_that_lmdb_does_not_take_are_refused(opened) -> None:
+    cache = await opened()
+    for key in ("", "k" * 512):
+        assert not await cache.set(key, b"1")
+        assert await cache.get(key) is None
+        assert await cache.delete(key) == 0
+    assert await cache.set("k" * 511, b"1")
+    assert cache.usage.refused == 2
+
+
+async def test_a_second_cache_in_the_process_is_refused(opened, tmp_path: Path) -> None:
+    cache = await opened()
+    with pytest.raises(OSError, match="already open in this process"):
+        DiskCache(tmp_path, MIB)
+    assert await cache.set("a", b"1")
 
 
 async def test_is_private(tmp_path: Path) -> None:

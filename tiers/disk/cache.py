@@ -16,7 +16,7 @@ from pathlib import Path
 import lmdb
 
 from tiers.backend import ByteCache
-from tiers.disk.file import DiskFile, OtherFormatError, Statistics, reserve_bytes
+from tiers.disk.file import MAX_KEY_BYTES, DiskFile, OtherFormatError, Statistics, reserve_bytes
 from tiers.disk.opening import Opening
 from tiers.disk.transaction import Change, Outcome
 from tiers.disk.writer import Durability, Submission, Writer
@@ -42,7 +42,11 @@ class DiskCache(ByteCache):
     can't be trusted is set aside under another name, and the cache starts empty.
 
     What is worth least leaves first, and what hasn't been read for long is worth less. What has
-    expired leaves before that. Several processes may use one folder; the smallest limit counts.
+    expired leaves before that. Several processes may use one folder, each through one cache; the
+    smallest limit counts.
+
+    A value larger than a sixteenth of `max_bytes` or 16 MiB, or a key of more than 511 bytes, is
+    refused; so is everything for a while after the disk has failed.
 
     Args:
         path: made, private to this user, if it isn't there.
@@ -96,13 +100,17 @@ class DiskCache(ByteCache):
             return self._unless_expired(submission.change.value, submission.change.expires_at)
         if (file := self._file) is None:
             return None
+        raw_key = key.encode()
         try:
-            found = file.get(key.encode())
+            found = file.get(raw_key)
         except ValueError:
             self._drop_damaged(key)
             return None
         except lmdb.MapResizedError:
             # The next commit adopts the size that another process has given the map.
+            return None
+        except lmdb.BadValsizeError:
+            # No entry has such a key.
             return None
         except lmdb.Error:
             self._suspect = True
@@ -201,6 +209,7 @@ class DiskCache(ByteCache):
         return (
             self._writer.pausing
             or value_bytes > reserve_bytes(self.max_bytes) // 4
+            or not 0 < len(change.key.encode()) <= MAX_KEY_BYTES
             or self._pending_bytes + value_bytes > _PENDING_BYTES
         )
 

@@ -8,7 +8,7 @@ LMDB is described at http://www.lmdb.tech/doc/ and py-lmdb at https://lmdb.readt
 import contextlib
 import threading
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,8 @@ from tiers.disk.transaction import (
 )
 
 DATA = "data.mdb"
+MAX_KEY_BYTES = 511
+"""LMDB's limit."""
 
 _FORMAT_NAME = b"format"
 _DICTIONARY_NAME = b"dictionary"
@@ -213,10 +215,10 @@ class DiskFile:
             lmdb.Error: the disk is full or fails; nothing has changed.
         """
         target_bytes = self.max_bytes - self.reserve_bytes
-        evicted = 0
+        outcome = Outcome()
         for _ in range(_ROUNDS):
             try:
-                done = self._transact(changes, read, target_bytes, self._drops)
+                outcome = outcome.then(self._transact(changes, read, target_bytes, self._drops))
             except lmdb.MapResizedError:
                 with self._lock:
                     self.env.set_mapsize(0)
@@ -224,11 +226,11 @@ class DiskFile:
                 # A reader that died may hold on to pages that have been freed since.
                 self.env.reader_check()
                 target_bytes = max(0, target_bytes - self.reserve_bytes // 2)
-                evicted += self.evict(target_bytes).evicted
+                outcome = outcome.then(self.evict(target_bytes))
             else:
-                if done.used_bytes > target_bytes + self.reserve_bytes // 4:
-                    evicted += self.evict(target_bytes).evicted
-                return replace(done, evicted=done.evicted + evicted)
+                if outcome.used_bytes > target_bytes + self.reserve_bytes // 4:
+                    outcome = outcome.then(self.evict(target_bytes))
+                return outcome
         raise lmdb.MapFullError("the disk tier could not make room")
 
     def evict(self, target_bytes: int) -> Outcome:
@@ -237,7 +239,7 @@ class DiskFile:
         Raises:
             lmdb.MapFullError: there is no room even to evict.
         """
-        evicted, drops = 0, self._drops
+        outcome, drops = Outcome(), self._drops
         while True:
             try:
                 done = self._transact((), (), target_bytes, drops)
@@ -246,9 +248,9 @@ class DiskFile:
                     raise
                 drops //= 2
                 continue
-            evicted += done.evicted
+            outcome = outcome.then(done)
             if done.used_bytes <= target_bytes or not done.evicted:
-                return replace(done, evicted=evicted)
+                return outcome
 
     def check_readers(self) -> None:
         """Free the slots of readers that have died."""

@@ -163,7 +163,7 @@ class Opening:
             self.set_aside(report["problem"])
             return
         self.damaged = report["damaged"]
-        logger.warning(
+        logger.info(
             "the disk tier's file is whole: %d entries, and %d damaged ones that were dropped",
             report["entries"],
             self.damaged,

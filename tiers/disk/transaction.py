@@ -10,10 +10,10 @@ read any more falls behind without being touched, and to evict is to take the fi
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from struct import Struct, error
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import lmdb
 
@@ -74,6 +74,12 @@ class Outcome:
     expired: int = 0
     entries: int = 0
     used_bytes: int = 0
+
+    def then(self, later: Self) -> Self:
+        """Return the outcome of this transaction and a later one."""
+        return replace(
+            later, evicted=self.evicted + later.evicted, expired=self.expired + later.expired
+        )
 
 
 class Transaction:

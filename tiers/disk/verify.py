@@ -22,6 +22,7 @@ from tiers.disk.record import pack_rank, pack_sequence, unpack
 from tiers.disk.transaction import place_of
 
 _BATCH = 1000
+_REPAIR_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +58,10 @@ def verify(folder: Path, *, repair: bool = False) -> Report:
     """
     if problems := _problems(folder):
         raise ValueError(f"its pages are damaged: {problems[0]} ({len(problems)} problems)")
+    # To drop an entry takes room as well.
+    max_bytes = (folder / DATA).stat().st_size + _REPAIR_BYTES
     try:
-        file = DiskFile(folder, (folder / DATA).stat().st_size, clock=float, worth=_no_worth)
+        file = DiskFile(folder, max_bytes, clock=float, worth=_no_worth)
     except (OtherFormatError, lmdb.Error) as exc:
         raise ValueError(str(exc)) from exc
     try:

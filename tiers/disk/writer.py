@@ -25,8 +25,7 @@ from tiers.disk.transaction import Change, Outcome
 logger = logging.getLogger(__name__)
 
 _BATCH_CHANGES = 256
-_BATCH_READS = 1024
-_READS = 4096
+_READS = 1024
 _IDLE_S = 10.0
 _FIRST_DELAY_S = 1.0
 _LAST_DELAY_S = 60.0
@@ -36,13 +35,15 @@ class Durability(StrEnum):
     """What is true when a write has returned."""
 
     COMMIT = "commit"
-    """The entry is on the disk: neither a kill nor a power failure loses it."""
+    """The entry is on the disk, so neither a kill nor a power failure loses it."""
     INTERVAL = "interval"
-    """The entry is queued. All that is queued is committed to the disk every `interval_s`, so a
-    kill or a power failure loses what was written in the last interval, and no more."""
+    """The entry is queued. What is queued is committed to the disk when `interval_s` have passed
+    since the last commit, or sooner, so a kill or a power failure loses what was written in the
+    last interval and during the commit after it, and the file stays whole."""
     OS = "os"
-    """The entry is in the system's page cache: a kill does not lose it. After a power failure
-    entries may be missing, or the whole file, which is verified first and then set aside."""
+    """The entry is in the system's page cache, so a kill does not lose it; the file is synced when
+    it is closed. After a power failure entries may be missing, or the file be damaged, which the
+    next start finds out, and then it starts empty."""
 
 
 @dataclass(slots=True, eq=False)
@@ -175,12 +176,13 @@ class Writer:
             with contextlib.suppress(lmdb.Error):
                 file.reopen()
 
-    def _take_read(self) -> set[str]:
-        read: set[str] = set()
+    def _take_read(self) -> list[str]:
+        """Return the keys that were read, each once, the one that was read last at the end."""
+        read: list[str] = []
         with contextlib.suppress(IndexError):
-            while len(read) < _BATCH_READS:
-                read.add(self.read.popleft())
-        return read
+            while True:
+                read.append(self.read.pop())
+        return list(dict.fromkeys(read))[::-1]
 
     def _refuse(self) -> None:
         while (submission := self._queue.get()) is not None:

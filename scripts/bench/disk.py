@@ -1,0 +1,182 @@
+"""The disk tier alone, beside the memory tier: speed, start-up, stalls, bytes.
+
+Values are answers of about 2 KB cut from Python's help, keys are digests, as in service. Lookups
+are of random keys that are there; stores are of new keys, by many tasks at once. A stall is how
+late the event loop wakes a task that asked for a millisecond, while the tasks store.
+
+Usage: disk.py [--entries N] [--operations N] [--tasks N] [--folder PATH]
+"""
+
+import argparse
+import asyncio
+import gc
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import orjson
+import uvloop
+
+from tiers import DiskCache, MemoryCache, digest
+from tiers.backend import ByteCache
+from tiers.disk import Durability
+from tiers.disk.file import DATA, DiskFile
+from tiers.disk.opening import MARK, Opening
+from tiers.disk.transaction import Change
+
+GIB = 1024**3
+TEXT = "\n".join(topics.values())
+BATCH = 2000
+
+
+def main() -> int:
+    """Run everything and print the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--entries", type=int, default=1_000_000, help="on disk at start-up")
+    parser.add_argument("--operations", type=int, default=20_000, help="lookups and stores")
+    parser.add_argument("--tasks", type=int, default=64, help="that store at once")
+    parser.add_argument("--folder", type=Path, help="where the files are made")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="tierserve-bench-", dir=options.folder) as folder:
+        uvloop.run(_speed(Path(folder), options))
+        uvloop.run(_start(Path(folder) / "start", options))
+    return 0
+
+
+async def _speed(folder: Path, options: argparse.Namespace) -> None:
+    print(f"{'tier':<18} {'lookups/s':>10} {'p50 µs':>7} {'p99 µs':>7}"
+          f" {'stores/s':>9} {'p50 ms':>7} {'p99 ms':>7} {'stall ms':>9}")  # fmt: skip
+    await _measure("memory", MemoryCache(GIB), options)
+    for durability in Durability:
+        cache = DiskCache(folder / durability, GIB, durability=durability)
+        await _measure(f"disk, {durability}", cache, options)
+
+
+async def _measure(name: str, cache: ByteCache, options: argparse.Namespace) -> None:
+    pairs = [(_key(number), _answer(number)) for number in range(options.operations)]
+    waiting, stores = iter(pairs), []
+
+    async def store() -> None:
+        for key, value in waiting:
+            began = time.perf_counter()
+            if not await cache.set(key, value, ttl=3600):
+                raise ValueError("a store was refused")
+            stores.append(time.perf_counter() - began)
+            await asyncio.sleep(0)
+
+    # The garbage collector's walk over this script's own values is no stall of the tier's.
+    gc.collect()
+    gc.freeze()
+    began = time.perf_counter()
+    stall = await _longest_stall(lambda: _together(store, options.tasks))
+    store_s = time.perf_counter() - began
+    if isinstance(cache, DiskCache):
+        # What is queued has to be on its way before lookups are timed.
+        await cache.save("end", b"")
+    lookups = []
+    for key, _ in random.Random(1).sample(pairs, len(pairs)):  # noqa: S311
+        began = time.perf_counter()
+        found = cache.read(key)
+        lookups.append(time.perf_counter() - began)
+        if found is None:
+            raise ValueError("an entry is missing")
+    await cache.close()
+    lookup, stored = sorted(lookups), sorted(stores)
+    print(f"{name:<18} {len(pairs) / sum(lookups):>10,.0f} {_at(lookup, 50) * 1e6:>7.1f}"
+          f" {_at(lookup, 99) * 1e6:>7.1f} {len(pairs) / store_s:>9,.0f}"
+          f" {_at(stored, 50) * 1e3:>7.2f} {_at(stored, 99) * 1e3:>7.2f}"
+          f" {stall * 1e3:>9.1f}", flush=True)  # fmt: skip
+
+
+async def _start(folder: Path, options: argparse.Namespace) -> None:
+    raw_bytes = _fill(folder, options.entries)
+    file_bytes = (folder / DATA).stat().st_size
+    rows = [("clean start", await _opening(folder))]
+    began = time.perf_counter()
+    cache = DiskCache(folder, 64 * GIB)
+    found = cache.statistics()
+    used_bytes = 0 if found is None else found.used_bytes
+    hottest = sum(1 for _, _ in zip(range(10_000), cache.hottest(), strict=False))
+    rows.append((f"the {hottest:,} hottest", time.perf_counter() - began))
+    await cache.close()
+    (folder / MARK).unlink()
+    rows.append(("start after a kill", await _opening(folder)))
+    each = [size / options.entries for size in (raw_bytes, used_bytes, file_bytes)]
+    print(f"\n{options.entries:,} entries; bytes each: {each[0]:,.0f} in the answer,"
+          f" {each[1]:,.0f} in pages that are used, {each[2]:,.0f} in the file")  # fmt: skip
+    for name, seconds in rows:
+        print(f"{name:<20} {seconds:>8.3f} s")
+
+
+async def _opening(folder: Path) -> float:
+    """Return the seconds until the first lookup is answered with a hit."""
+    began = time.perf_counter()
+    cache = DiskCache(folder, 64 * GIB)
+    await cache.opened()
+    if cache.read(_key(0)) is None:
+        raise ValueError("an entry is missing")
+    took = time.perf_counter() - began
+    await cache.close()
+    return took
+
+
+def _fill(folder: Path, entries: int) -> int:
+    """Make a file that was closed cleanly; return the bytes of its answers."""
+    answers = [_answer(number) for number in range(2000)]
+    opening = Opening(folder, 64 * GIB, time.time)
+    opening.try_exclusive()
+    file = DiskFile(folder, 64 * GIB, sync=False, clock=time.time, worth=lambda *_: 1.0)
+    raw_bytes, expires_at = 0, time.time() + 86400
+    for start in range(0, entries, BATCH):
+        batch = []
+        for number in range(start, min(start + BATCH, entries)):
+            value = answers[number % len(answers)]
+            raw_bytes += len(value)
+            batch.append(Change(_key(number), value, expires_at))
+        file.write(batch, ())
+        if sys.stderr.isatty() or start % 100_000 == 0:
+            print(f"\rfilling: {start + len(batch):,} of {entries:,}", end="", file=sys.stderr)
+    print(file=sys.stderr)
+    file.close()
+    opening.release(whole=True)
+    return raw_bytes
+
+
+async def _together(work: Callable[[], Awaitable[None]], tasks: int) -> None:
+    await asyncio.gather(*(work() for _ in range(tasks)))
+
+
+async def _longest_stall(work: Callable[[], Awaitable[None]]) -> float:
+    """Do the work; return by how many seconds the loop was late at most."""
+    task, longest = asyncio.ensure_future(work()), 0.0
+    while not task.done():
+        began = time.perf_counter()
+        await asyncio.sleep(0.001)
+        longest = max(longest, time.perf_counter() - began - 0.001)
+    await task
+    return longest
+
+
+def _key(number: int) -> str:
+    return digest(b"%d" % number)
+
+
+def _answer(number: int) -> bytes:
+    begin, length = number * 7919 % (len(TEXT) - 4000), 200 + number * 104729 % 3600
+    content = TEXT[begin : begin + length]
+    message = {"role": "assistant", "content": content}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+    usage = {"prompt_tokens": number % 999, "completion_tokens": len(content) // 5}
+    return orjson.dumps({"object": "chat.completion", "choices": [choice], "usage": usage})
+
+
+def _at(ordered: list[float], percent: int) -> float:
+    return ordered[min(len(ordered) * percent // 100, len(ordered) - 1)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

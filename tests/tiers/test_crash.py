@@ -1,0 +1,387 @@
+"""Kills, full disks, damage: what the disk tier must survive.
+
+Short by default; with TIERSERVE_LONG=1 the random tests take many more rounds. What may crash
+runs in a process of its own, forked from a server that has imported everything once.
+"""
+
+import asyncio
+import logging
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from hashlib import shake_128
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+from tiers import DiskCache
+from tiers.disk.file import DATA, DiskFile
+from tiers.disk.verify import verify
+
+MIB = 1024 * 1024
+LONG = os.environ.get("TIERSERVE_LONG") == "1"
+KILLS = 200 if LONG else 30
+FLIPS = 1000 if LONG else 60
+NOBODY = 65534
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["tests.tiers.test_crash"])
+
+
+def value_of(key: str) -> bytes:
+    """Return the one value of a key: half random, half text, of up to 9 KB."""
+    size = int.from_bytes(shake_128(key.encode()).digest(2)) % 4500
+    return shake_128(key.encode()).digest(size) + f"{key} is what was asked. ".encode() * (
+        size // 20
+    )
+
+
+class Child:
+    """A process that runs `work(connection, *args)`; leaving it kills it with -9."""
+
+    def __init__(self, work: Callable[..., None], *args: object) -> None:
+        self.connection, theirs = processes.Pipe()
+        self.process = processes.Process(target=work, args=(theirs, *args), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.process.kill()
+        self.process.join()
+
+    def receive(self) -> Iterator[object]:
+        """Yield what the process sends until it ends."""
+        while True:
+            try:
+                yield self.connection.recv()
+            except EOFError:
+                return
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def remount(folder: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+
+
+def write_for_ever(connection: Connection, folder: Path, max_bytes: int, start: int) -> None:
+    async def main() -> None:
+        cache = DiskCache(folder, max_bytes)
+        await cache.opened()
+
+        async def store(number: int) -> None:
+            while True:
+                if await cache.set(f"{number}", value_of(f"{number}")):
+                    connection.send(f"{number}")
+                number += 8
+
+        await asyncio.gather(*(store(start + number) for number in range(8)))
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("max_bytes", "kills"), [(1024 * MIB, KILLS), (MIB, KILLS // 3)], ids=["large", "evicting"]
+)
+def test_a_kill_loses_nothing_that_was_acknowledged(tmp_path: Path, max_bytes, kills) -> None:
+    chance = random.Random(kills)
+    acknowledged: set[str] = set()
+    for start in range(0, kills * 100_000, 100_000):
+        with Child(write_for_ever, tmp_path, max_bytes, start) as child:
+            left = chance.randrange(1, 120)
+            for key in child.receive():
+                acknowledged.add(key)
+                left -= 1
+                if left == 0:
+                    child.process.kill()
+        assert left <= 0
+        report = verify(tmp_path)
+        assert report.damaged == 0
+        file = DiskFile(tmp_path, max_bytes, clock=float, worth=lambda key, size: 1.0)
+        found = {key.decode() for key in file.all_keys()}
+        if max_bytes > MIB:
+            assert acknowledged <= found
+        for key in found:
+            value, _ = file.get(key.encode())
+            assert value == value_of(key)
+        file.close()
+        assert (tmp_path / DATA).stat().st_size <= max_bytes
+
+
+def write_and_close(connection: Connection, folder: Path, max_bytes: int, keys: range) -> None:
+    async def main() -> None:
+        cache = DiskCache(folder, max_bytes)
+        await cache.opened()
+        connection.send("open")
+        connection.recv()
+        stored = [await cache.set(f"{key}", value_of(f"{key}")) for key in keys]
+        read = [cache.read(f"{key}") in (None, value_of(f"{key}")) for key in keys]
+        await cache.close()
+        connection.send((all(stored), all(read)))
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("max_bytes", [64 * MIB, MIB])
+def test_two_processes_write_at_once(tmp_path: Path, max_bytes: int) -> None:
+    with (
+        Child(write_and_close, tmp_path, max_bytes, range(300)) as one,
+        Child(write_and_close, tmp_path, max_bytes, range(200, 500)) as other,
+    ):
+        assert [child.connection.recv() for child in (one, other)] == ["open", "open"]
+        for child in (one, other):
+            child.connection.send("go")
+        assert [list(child.receive()) for child in (one, other)] == [[(True, True)]] * 2
+    assert verify(tmp_path).damaged == 0
+    file = DiskFile(tmp_path, max_bytes, clock=float, worth=lambda key, size: 1.0)
+    found = {key.decode() for key in file.all_keys()}
+    assert all(file.get(key.encode())[0] == value_of(key) for key in found)
+    file.close()
+    if max_bytes > MIB:
+        assert found == {f"{key}" for key in range(500)}
+    assert (tmp_path / DATA).stat().st_size <= max_bytes
+    assert (tmp_path / "clean").exists()
+
+
+async def test_the_smallest_limit_counts(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, MIB)
+    with Child(write_and_close, tmp_path, 62 * MIB, range(1000)) as child:
+        assert child.connection.recv() == "open"
+        child.connection.send("go")
+        assert list(child.receive()) == [(True, True)]
+    assert (tmp_path / DATA).stat().st_size > 2 * MIB
+    assert await cache.get("999") in (None, value_of("999"))
+    assert await cache.set("mine", b"1")
+    assert await cache.multi_get(["999", "mine"]) == [value_of("999"), b"1"]
+    assert cache.usage.bytes <= MIB
+    await cache.close()
+    again = DiskCache(tmp_path, MIB)
+    await again.opened()
+    assert await again.get("mine") == b"1"
+    assert (tmp_path / DATA).stat().st_size <= MIB
+    await again.close()
+
+
+async def test_the_other_process_is_killed(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, 64 * MIB)
+    with Child(write_for_ever, tmp_path, 64 * MIB, 0) as child:
+        for key in child.receive():
+            assert await cache.get(str(key)) == value_of(str(key))
+            if int(str(key)) > 100:
+                break
+    assert await cache.set("mine", b"1")
+    await cache.close()
+    assert verify(tmp_path).damaged == 0
+
+
+async def fill(cache: DiskCache) -> list[str]:
+    """Store until a store is refused; return the keys of those that were not."""
+    stored: list[str] = []
+    while await cache.set(f"{len(stored)}", os.urandom(10_000)):
+        stored.append(f"{len(stored)}")
+    return stored
+
+
+async def test_a_full_disk(disk: Path, caplog, monkeypatch) -> None:
+    cache = DiskCache(disk, 64 * MIB)
+    stored = await fill(cache)
+    assert len(stored) > 100
+    assert all(await cache.multi_get(stored))
+    for number in range(10):
+        assert not await cache.set(f"more {number}", os.urandom(10_000))
+    errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert len(errors) == 1
+    assert cache.usage.refused == 11
+    assert all(await cache.multi_get(stored))
+    remount(disk, "size=64m")
+    monkeypatch.setattr(cache._writer._episode, "until", 0.0)
+    assert await cache.set("more", os.urandom(10_000))
+    assert caplog.records[-1].message.startswith("the disk tier stores again")
+    await cache.close()
+    assert verify(disk).damaged == 0
+
+
+def fill_up_to_a_limit(connection: Connection, folder: Path) -> None:
+    async def main() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2 * MIB, 2 * MIB))
+        cache = DiskCache(folder, 64 * MIB)
+        stored = await fill(cache)
+        connection.send((len(stored), all(cache.read(key) for key in stored)))
+        await cache.close()
+
+    asyncio.run(main())
+
+
+def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
+    with Child(fill_up_to_a_limit, tmp_path) as child:
+        ((stored, all_there),) = child.receive()
+        child.process.join()
+        assert child.process.exitcode == 0
+    assert stored > 50
+    assert all_there
+    assert verify(tmp_path).damaged == 0
+
+
+def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "disk").write_text("")
+    with pytest.raises(OSError, match=r"can't use the folder.*disk'"):
+        DiskCache(tmp_path / "disk", MIB)
+
+
+def test_a_folder_that_is_read_only(disk: Path) -> None:
+    remount(disk, "ro")
+    with pytest.raises(OSError, match=r"can't use the folder: Read-only file system.*disk'"):
+        DiskCache(disk, MIB)
+
+
+def open_as_nobody(connection: Connection, folder: Path) -> None:
+    os.setgroups([])
+    os.setuid(NOBODY)
+    try:
+        DiskCache(folder, MIB)
+    except OSError as exc:
+        connection.send(str(exc))
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+def test_a_folder_of_somebody_else(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir(mode=0o700)
+    with Child(open_as_nobody, tmp_path / "disk") as child:
+        (said,) = child.receive()
+    assert "the disk tier can't use the folder: Permission denied" in said
+
+
+def serve_damaged(connection: Connection, whole: Path, folder: Path, trials: list[int]) -> None:
+    """Flip a bit in a copy of the file, open it, read all and write; once for each trial."""
+
+    async def serve(place: int) -> tuple[int, int, int]:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(whole, folder)
+        with (folder / DATA).open("r+b") as file:
+            file.seek(place // 8)
+            byte = file.read(1)[0]
+            file.seek(place // 8)
+            file.write(bytes([byte ^ 1 << place % 8]))
+        cache = DiskCache(folder, 8 * MIB)
+        await cache.opened()
+        right = wrong = 0
+        for number in range(200):
+            found = cache.read(f"{number}")
+            right += found == value_of(f"{number}")
+            wrong += found not in (None, value_of(f"{number}"))
+        for number in range(100, 300):
+            await cache.set(f"{number}", value_of(f"{number}"))
+        for number in range(100, 300):
+            wrong += cache.read(f"{number}") != value_of(f"{number}")
+        await cache.close()
+        return right, wrong, len(list(folder.glob(f"{DATA}.aside-*")))
+
+    for place in trials:
+        connection.send((place, None))
+        connection.send((place, asyncio.run(serve(place))))
+
+
+async def test_flipped_bits(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path / "whole", 8 * MIB)
+    await asyncio.gather(*(cache.set(f"{n}", value_of(f"{n}"), ttl=1e9) for n in range(200)))
+    await cache.close()
+    bits = (tmp_path / "whole" / DATA).stat().st_size * 8
+    trials = random.Random(1).sample(range(bits), FLIPS)
+    halves = [trials[::2], trials[1::2]]
+    children = [
+        Child(serve_damaged, tmp_path / "whole", tmp_path / f"copy{number}", half)
+        for number, half in enumerate(halves)
+    ]
+    kept = started = ended = 0
+    for child in children:
+        with child:
+            place = None
+            for place, result in child.receive():
+                started += result is None
+                if result is not None:
+                    right, wrong, aside = result
+                    assert wrong == 0, f"bit {place}"
+                    assert right >= 199 or (right, aside) == (0, 1), f"bit {place}"
+                    kept += right >= 199
+                    ended += 1
+            child.process.join()
+            assert child.process.exitcode == 0, f"bit {place}"
+    assert started == ended == FLIPS
+    assert kept > FLIPS / 2
+
+
+def test_another_format_is_set_aside(tmp_path: Path, caplog, monkeypatch) -> None:
+    async def main() -> list[bytes | None]:
+        cache = DiskCache(tmp_path, MIB)
+        await cache.opened()
+        before = await cache.get("a")
+        await cache.set("a", b"1")
+        await cache.close()
+        return [before]
+
+    assert asyncio.run(main()) == [None]
+    assert asyncio.run(main()) == [b"1"]
+    monkeypatch.setattr("tiers.disk.file.FORMAT", 99)
+    assert asyncio.run(main()) == [None]
+    assert "its format is b'2', not 99" in caplog.text
+    assert len(list(tmp_path.glob(f"{DATA}.aside-*"))) == 1
+
+
+async def test_what_is_not_lmdb_is_set_aside(tmp_path: Path) -> None:
+    (tmp_path / DATA).write_bytes(b"not a database" * 1000)
+    cache = DiskCache(tmp_path, MIB)
+    assert await cache.get("a") is None
+    assert not await cache.set("a", b"1")
+    assert await cache.get("a") == b"1"
+    await cache.opened()
+    assert await cache.set("b", b"1")
+    assert await cache.get("a") == b"1"
+    await cache.close()
+    aside = list(tmp_path.glob(f"{DATA}.aside-*"))
+    assert [file.read_bytes()[:14] for file in aside] == [b"not a database"]
+
+
+async def test_closing_does_not_wait_for_the_verifier(tmp_path: Path) -> None:
+    (tmp_path / DATA).write_bytes(b"not a database" * 1000)
+    cache = DiskCache(tmp_path, MIB)
+    waiting = asyncio.ensure_future(cache.delete("a"))
+    await asyncio.sleep(0)
+    await cache.close()
+    assert await waiting == 0
+    assert (tmp_path / DATA).exists()
+
+
+async def test_a_damaged_record_that_nobody_noticed_is_a_miss(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, MIB)
+    value = os.urandom(3000)
+    await cache.set("a", value)
+    await cache.set("b", b"1")
+    # The page changes behind the open file, as when memory or the disk fail.
+    with (tmp_path / DATA).open("r+b") as file:
+        where = (tmp_path / DATA).read_bytes().index(value)
+        file.seek(where)
+        file.write(b"\x00" * 10)
+    assert await cache.multi_get(["a", "b"]) == [None, b"1"]
+    assert cache.usage.damaged == 1
+    await cache.close()
+    assert not (tmp_path / "clean").exists()
+    assert verify(tmp_path).damaged == 0
