@@ -21,6 +21,7 @@ from typing import Self
 import pytest
 
 from tiers import DiskCache
+from tiers.disk import Durability
 from tiers.disk.file import DATA, DiskFile
 from tiers.disk.verify import verify
 
@@ -281,15 +282,15 @@ def serve_damaged(connection: Connection, whole: Path, folder: Path, trials: lis
             byte = file.read(1)[0]
             file.seek(place // 8)
             file.write(bytes([byte ^ 1 << place % 8]))
-        cache = DiskCache(folder, 8 * MIB)
+        cache = DiskCache(folder, 8 * MIB, durability=Durability.OS)
         await cache.opened()
         right = wrong = 0
         for number in range(200):
             found = cache.read(f"{number}")
             right += found == value_of(f"{number}")
             wrong += found not in (None, value_of(f"{number}"))
-        for number in range(100, 300):
-            await cache.set(f"{number}", value_of(f"{number}"))
+        news = [f"{number}" for number in range(100, 300)]
+        await asyncio.gather(*(cache.set(key, value_of(key)) for key in news))
         for number in range(100, 300):
             wrong += cache.read(f"{number}") != value_of(f"{number}")
         await cache.close()

@@ -33,6 +33,10 @@ def _alike(_key: str, _bytes: int) -> float:
     return 1.0
 
 
+def _is_key(key: str) -> bool:
+    return 0 < len(key.encode()) <= MAX_KEY_BYTES
+
+
 class DiskCache(ByteCache):
     """A cache in the LMDB file below the folder `path`, which never exceeds `max_bytes`.
 
@@ -42,8 +46,8 @@ class DiskCache(ByteCache):
     can't be trusted is set aside under another name, and the cache starts empty.
 
     What is worth least leaves first, and what hasn't been read for long is worth less. What has
-    expired leaves before that. Several processes may use one folder, each through one cache; the
-    smallest limit counts.
+    expired leaves before that. Several processes may use one folder, each through one cache; of
+    several limits the smallest holds for the entries, and the largest for the file.
 
     A value larger than a sixteenth of `max_bytes` or 16 MiB, or a key of more than 511 bytes, is
     refused; so is everything for a while after the disk has failed.
@@ -209,7 +213,7 @@ class DiskCache(ByteCache):
         return (
             self._writer.pausing
             or value_bytes > reserve_bytes(self.max_bytes) // 4
-            or not 0 < len(change.key.encode()) <= MAX_KEY_BYTES
+            or not _is_key(change.key)
             or self._pending_bytes + value_bytes > _PENDING_BYTES
         )
 
@@ -227,7 +231,7 @@ class DiskCache(ByteCache):
         return self._submit(change, done) and await asyncio.shield(done)
 
     def _submit(self, change: Change, done: "asyncio.Future[bool] | None" = None) -> bool:
-        if self._closed:
+        if self._closed or not _is_key(change.key):
             return False
         submission = Submission(change, asyncio.get_running_loop(), done)
         if not change.is_blob:

@@ -65,7 +65,7 @@ class Statistics:
     map_bytes: int
     """What the file can grow to."""
     readers: int
-    """Slots of LMDB's table of readers that are taken, by all processes."""
+    """The most slots of LMDB's table of readers that all processes have taken at once."""
 
 
 class DiskFile:

@@ -92,17 +92,17 @@ class Opening:
             InterruptedError: `cancel` was called.
             OSError: the file can't be read or renamed.
         """
-        while not self.try_now():
-            if self._cancelled.is_set():
-                raise InterruptedError("closed before the file was open")
-            if self.try_exclusive() and not self._is_ready():
-                if not self.is_clean():
-                    self.verify()
-                if self._is_too_large():
-                    shrink(self.folder, self._max_bytes)
-                self.mark()
-            else:
-                self._cancelled.wait(_POLL_S)
+        try:
+            while not self.try_now():
+                if self._cancelled.is_set():
+                    raise InterruptedError("closed before the file was open")
+                if self.try_exclusive() and not self._is_ready():
+                    self._make_ready()
+                else:
+                    self._cancelled.wait(_POLL_S)
+        except BaseException:
+            self._take(fcntl.LOCK_UN)
+            raise
 
     def cancel(self) -> None:
         """Make `wait` give up."""
@@ -117,6 +117,13 @@ class Opening:
     def is_clean(self) -> bool:
         """Return whether there is no file, or one that is as its last user left it."""
         return not self._data.exists() or self._read_mark() == self._identity()
+
+    def _make_ready(self) -> None:
+        if not self.is_clean():
+            self.verify()
+        if self._is_too_large():
+            shrink(self.folder, self._max_bytes)
+        self.mark()
 
     def _is_too_large(self) -> bool:
         return self._data.exists() and self._data.stat().st_size > self._max_bytes
@@ -143,9 +150,10 @@ class Opening:
             env=os.environ | {"PYTHONPATH": str(_PACKAGES)},
             pass_fds=[self._lock],
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
             text=True,
         )
+        if self._cancelled.is_set():
+            self._verifier.kill()
         try:
             said, _ = self._verifier.communicate(timeout=_VERIFY_S + size / _VERIFY_BYTES_PER_S)
         except subprocess.TimeoutExpired:
@@ -180,7 +188,8 @@ class Opening:
                 errno.EBUSY, f"another process has it open, and {problem}", str(self._data)
             )
         self.set_aside(problem)
-        self._take(fcntl.LOCK_SH)
+        if not self._take(fcntl.LOCK_SH):
+            raise OSError(errno.EBUSY, "another process opened it first", str(self._data))
 
     def set_aside(self, problem: str) -> None:
         """Rename the file so that a new one is made; only the last such file is kept."""
@@ -195,8 +204,10 @@ class Opening:
 
     def release(self, *, whole: bool) -> None:
         """Give up the lock once the file is closed; `whole` if nothing in it has failed."""
-        if whole and self.try_exclusive():
-            self.mark()
+        # Without a mark, on a full disk for instance, the next start verifies.
+        with contextlib.suppress(OSError):
+            if whole and self.try_exclusive():
+                self.mark()
         os.close(self._lock)
 
     def _take(self, operation: int) -> bool:

@@ -96,6 +96,7 @@ class Writer:
         """Keys of entries that were read, whose priority rises with a later commit; append only.
         The oldest are forgotten."""
         self._episode: _Episode | None = None
+        self._is_broken = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="disk-writer", daemon=True)
         self._thread.start()
@@ -171,10 +172,12 @@ class Writer:
         if isinstance(exc, lmdb.Error | OSError):
             episode.delay_s = min(max(episode.delay_s * 2, _FIRST_DELAY_S), _LAST_DELAY_S)
             episode.until = time.monotonic() + episode.delay_s
-        if isinstance(exc, lmdb.PanicError):
-            # LMDB refuses everything after this until the file is opened again.
+        if isinstance(exc, lmdb.PanicError) or self._is_broken:
+            # LMDB refuses everything until the file is opened again.
+            self._is_broken = True
             with contextlib.suppress(lmdb.Error):
                 file.reopen()
+                self._is_broken = False
 
     def _take_read(self) -> list[str]:
         """Return the keys that were read, each once, the one that was read last at the end."""
