@@ -5,6 +5,7 @@ import gc
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 
@@ -26,12 +27,26 @@ from server.passthrough import forward
 from server.responses import unavailable
 from server.upstream import Upstream, Upstreams
 from server.weights import Weights, locate
-from tiers import Chain, DiskCache, Flights, MemoryCache, Tier
+from tiers import (
+    Chain,
+    Demotion,
+    DiskCache,
+    Flights,
+    FrequencySketch,
+    MemoryCache,
+    Movement,
+    Tier,
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
 # A commit takes milliseconds; a disk that hangs must not keep us.
 _STORE_S = 5
+# As many keys as answers of this size fill the tiers, but not more than 4 MiB of counters.
+_ENTRY_BYTES = 1024
+_SKETCH_KEYS = 1024**2
+# Demotions that wait for the disk.
+_DEMOTION_BYTES = 16 * 1024**2
 # Requests leave few cycles behind; a collection for each ten of them would be waste.
 _GC_ALLOCATIONS = 50_000
 
@@ -61,7 +76,7 @@ async def _serve(config: Config, weights: Weights | None, known_by: str) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _stopper(stop))
     timeout_s = config.engine.timeout_s
-    chain = _chain(config)
+    chain, movement = _chain(config)
     engine = None if weights is None else Engine(config, weights)
     upstreams = Upstreams(
         [engine.upstream]
@@ -98,6 +113,7 @@ async def _serve(config: Config, weights: Weights | None, known_by: str) -> int:
         # What is there now stays: looking it over again and again would cost 5% of all hits.
         gc.freeze()
         gc.set_threshold(_GC_ALLOCATIONS)
+        movement.start()
         if engine is not None:
             tasks.append(asyncio.create_task(engine.run()))
         await stop.wait()
@@ -107,6 +123,7 @@ async def _serve(config: Config, weights: Weights | None, known_by: str) -> int:
         # Running answers end or are cut within the grace; what they leave is to be stored.
         await runner.cleanup()
         await flights.finish(_STORE_S)
+        await movement.close()
         await chain.close()
         for task in tasks:
             task.cancel()
@@ -132,14 +149,34 @@ def _stopper(stop: asyncio.Event) -> Callable[[], None]:
     return on_signal
 
 
-def _chain(config: Config) -> Chain:
-    tiers = []
-    if (memory := config.tiers.memory) is not None:
-        tiers.append(Tier("memory", MemoryCache(memory.max_bytes)))
-    if (disk := config.tiers.disk) is not None and disk.path is not None:
-        tiers.append(Tier("disk", DiskCache(disk.path, disk.max_bytes)))
-    cache = config.cache
-    return Chain(tiers, ttl_jitter=cache.ttl_jitter, max_answer_bytes=cache.max_answer_bytes)
+def _chain(config: Config) -> tuple[Chain, Movement]:
+    where, cache, farther = config.tiers, config.cache, []
+    max_bytes = sum(tier.max_bytes for tier in (where.memory, where.disk) if tier is not None)
+    frequency = FrequencySketch(min(max(max_bytes // _ENTRY_BYTES, 1024), _SKETCH_KEYS))
+    disk = None
+    if (on_disk := where.disk) is not None and on_disk.path is not None:
+        disk = DiskCache(
+            on_disk.path,
+            on_disk.max_bytes,
+            durability=on_disk.durability,
+            interval_s=on_disk.interval_ms / 1000,
+            worth=lambda key, size: (1 + frequency.estimate(key)) / size,
+        )
+        farther.append(Tier(disk.NAME, disk))
+    demotion = Demotion(farther, frequency, max_bytes=_DEMOTION_BYTES, clock=time.time)
+    tiers = farther
+    if (memory := where.memory) is not None:
+        cache_ = MemoryCache(memory.max_bytes, policy=memory.policy, on_evict=demotion.offer)
+        tiers = [Tier(cache_.NAME, cache_), *farther]
+    chain = Chain(
+        tiers,
+        frequency=frequency,
+        max_answer_bytes=cache.max_answer_bytes,
+        promote_after=where.promote_after,
+        write=where.write,
+        ttl_jitter=cache.ttl_jitter,
+    )
+    return chain, Movement(tiers, disk, frequency, demotion, write=where.write)
 
 
 def _app(

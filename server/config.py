@@ -20,7 +20,9 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from tiers.disk import MIN_BYTES
+from tiers.disk import MIN_BYTES, Durability
+from tiers.movement import Write
+from tiers.policies import DEFAULT, POLICIES
 
 ENV_PREFIX = "TIERSERVE__"
 EMBEDDED = "embedded"
@@ -120,22 +122,41 @@ class Cache(Freshness):
     max_answer_bytes: Annotated[ByteSize, Field(ge=1024)] = ByteSize(4 * 1024**2)
 
 
+def _is_policy(name: str) -> str:
+    if name not in POLICIES:
+        raise ValueError(f"should be one of {', '.join(POLICIES)}")
+    return name
+
+
 class MemoryTier(_Section):
-    """Answers in this process."""
+    """Answers in this process; `policy` says which leave for room."""
 
     max_bytes: Annotated[ByteSize, Field(ge=64 * 1024)] = ByteSize(256 * 1024**2)
+    policy: Annotated[str, AfterValidator(_is_policy)] = DEFAULT
 
 
 class DiskTier(_Section):
-    """Answers in an LMDB file, which never exceeds `max_bytes`."""
+    """Answers in an LMDB file, which never exceeds `max_bytes`.
+
+    `durability` says when an answer counts as stored: synced (`commit`), synced within
+    `interval_ms` (`interval`), or when the operating system likes (`os`).
+    """
 
     path: Path | None = None
     max_bytes: Annotated[ByteSize, Field(ge=MIN_BYTES)] = ByteSize(4 * 1024**3)
+    durability: Durability = Durability.COMMIT
+    interval_ms: Annotated[float, Field(ge=1, le=60_000)] = 50
 
 
 class Tiers(_Section):
-    """The tiers, nearest first; `null` leaves one out."""
+    """The tiers, nearest first, `null` leaving one out, and how entries move between them.
 
+    `write` says whether answers reach the disk at once (`on_insert`), or when memory evicts them
+    (`on_evict`). A hit is promoted once it was asked for `promote_after` times lately.
+    """
+
+    write: Write = Write.ON_INSERT
+    promote_after: Annotated[int, Field(ge=1, le=15)] = 2
     memory: MemoryTier | None = MemoryTier()
     disk: DiskTier | None = DiskTier()
 

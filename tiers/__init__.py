@@ -8,22 +8,28 @@ from tiers.answer import Answer, Entry, Form, Freshness, State
 from tiers.chain import Chain, Hit
 from tiers.disk import DiskCache
 from tiers.flight import Flight, Flights
+from tiers.frequency import FrequencySketch
 from tiers.key import digest
 from tiers.memory import MemoryCache
+from tiers.movement import Demotion, Movement, Write
 from tiers.tier import Tier
 
 __all__ = [
     "Answer",
     "Chain",
+    "Demotion",
     "DiskCache",
     "Entry",
     "Flight",
     "Flights",
     "Form",
+    "FrequencySketch",
     "Freshness",
     "Hit",
     "MemoryCache",
+    "Movement",
     "State",
     "Tier",
+    "Write",
     "digest",
 ]

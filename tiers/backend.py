@@ -7,7 +7,7 @@ miss. aiocache is at https://aiocache.aio-libs.org (0.12).
 
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,21 @@ class ByteCache(BaseCache):
     def keys(self) -> Iterable[str]:
         """Return all keys, in any order."""
 
+    def holds(self, key: str) -> bool:
+        """Return whether there is an entry, which doesn't count as reading it."""
+        return self.read(key) is not None
+
+    def victim(self, value_bytes: int) -> str | None:
+        """Return the key that would leave first for a value of `value_bytes`.
+
+        `None` where there is room, or where the backend can't tell.
+        """
+        return None
+
+    def entries(self) -> Iterator[tuple[str, bytes, float | None]]:
+        """Yield key, value and expiry (Unix s) of all entries, where the backend can tell."""
+        return iter(())
+
     def _expiry(self, ttl: float | None) -> float | None:
         return None if ttl is None else self.clock() + ttl
 
@@ -109,7 +124,7 @@ class ByteCache(BaseCache):
         return int(await self.remove(key))
 
     async def _exists(self, key: str, _conn: Any = None) -> bool:
-        return self.read(key) is not None
+        return self.holds(key)
 
     async def _increment(self, key: str, delta: int, _conn: Any = None) -> int:
         try:

@@ -1,4 +1,4 @@
-"""The chain of tiers: lookup from the nearest, promotion, storing.
+"""The chain of tiers: lookup from the nearest, promotion of what is asked for often, storing.
 
 Invariant: a lookup returns the entry last stored under that key and says what it may be used for,
 or is a miss.
@@ -11,6 +11,8 @@ from random import random
 from typing import NamedTuple
 
 from tiers.answer import Answer, Entry, Freshness, State
+from tiers.frequency import FrequencySketch
+from tiers.movement import Write
 from tiers.tier import Tier
 
 
@@ -29,7 +31,11 @@ class Chain:
 
     Args:
         tiers: each is asked only when those before it missed.
+        frequency: counts how often each key is asked for.
         max_answer_bytes: a larger answer isn't stored.
+        promote_after: a hit is copied to nearer tiers once it was asked for so often, and more
+            often than what it would push out there.
+        write: whether a new answer is stored in all tiers or in the nearest.
         ttl_jitter: by up to this part is each ttl cut by chance, so that what was stored together
             doesn't expire together.
         clock: returns Unix seconds.
@@ -40,19 +46,25 @@ class Chain:
         self,
         tiers: Sequence[Tier],
         *,
+        frequency: FrequencySketch,
         max_answer_bytes: int,
+        promote_after: int = 2,
+        write: Write = Write.ON_INSERT,
         ttl_jitter: float = 0,
         clock: Callable[[], float] = time.time,
         chance: Callable[[], float] = random,
     ) -> None:
         self.tiers = tuple(tiers)
+        self._frequency = frequency
+        self._promote_after, self._write = promote_after, write
         self.max_answer_bytes = max_answer_bytes
         self.ttl_jitter = ttl_jitter
         self.clock = clock
         self._chance = chance
 
     async def lookup(self, key: str) -> Hit | None:
-        """Return the entry under `key` and copy it into the tiers before the one that had it."""
+        """Return the entry under `key`, which may be promoted for it. Counts as asking for it."""
+        asked = self._frequency.record(key)
         for depth, tier in enumerate(self.tiers):
             found = await tier.get(key)
             if found is None:
@@ -62,8 +74,9 @@ class Chain:
             state = entry.state(now)
             if state is State.EXPIRED:
                 continue
-            for nearer in self.tiers[:depth]:
-                await nearer.put(key, value, entry.kept_until - now)
+            if asked >= self._promote_after:
+                for nearer in self.tiers[:depth]:
+                    await self._promote(nearer, key, value, asked, entry.kept_until - now)
             refresh = state is State.STALE or self._is_refreshed_early(entry, now)
             return Hit(entry, tier.name, state, refresh)
         return None
@@ -71,7 +84,7 @@ class Chain:
     async def store(
         self, key: str, answer: Answer, freshness: Freshness, *, took_s: float = 0
     ) -> bool:
-        """Store a finished answer in every tier. Returns whether any tier holds it.
+        """Store a finished answer. Returns whether any tier holds it.
 
         When this returns, each tier has done what its durability promises. `took_s` are the
         seconds that it took to generate.
@@ -89,13 +102,24 @@ class Chain:
             freshness.stale_if_error_s,
         )
         value = entry.encode()
-        stored = [await tier.put(key, value, entry.kept_until - now) for tier in self.tiers]
-        return any(stored)
+        stored = False
+        for tier in self.tiers:
+            stored = await tier.put(key, value, entry.kept_until - now) or stored
+            if stored and self._write is Write.ON_EVICT:
+                break
+        return stored
 
     async def close(self) -> None:
         """Flush and close the tiers, nearest first."""
         for tier in self.tiers:
             await tier.close()
+
+    async def _promote(self, tier: Tier, key: str, value: bytes, asked: int, ttl_s: float) -> None:
+        victim = tier.victim(len(value))
+        beats = victim is None or asked > self._frequency.estimate(victim)
+        # Something newer may have been stored while the farther tier was asked.
+        if beats and not await tier.holds(key):
+            tier.counts.promotions += await tier.put(key, value, ttl_s)
 
     def _is_refreshed_early(self, entry: Entry, now: float) -> bool:
         """Choose by chance, the more likely the closer the expiry and the dearer the answer.

@@ -1,11 +1,10 @@
 """How often each key has been asked for lately, in constant memory.
 
-Pure and in process; whoever owns a sketch persists it with `dump` and `load`.
+Pure and in process; whoever owns a sketch persists it with `dump` and `restore`.
 """
 
 from hashlib import blake2b
 from struct import Struct, error
-from typing import Self
 
 _HEADER = Struct("<BBQ")
 """Format version, base-2 logarithm of the width, records since the counters were halved."""
@@ -14,7 +13,6 @@ _VERSION = 1
 _ROWS = 4
 _MOST = 15
 _SAMPLE_FACTOR = 10
-_LARGEST_LOG2 = 32
 _HALVES = bytes(count >> 1 for count in range(256))
 _DIGEST_DIGITS = 64
 
@@ -100,29 +98,28 @@ class FrequencySketch:
         self._resize(width.bit_length())
 
     def dump(self) -> bytes:
-        """Return the bytes from which `load` makes the same sketch."""
+        """Return the bytes that `restore` reads."""
         head = _HEADER.pack(_VERSION, self.capacity.bit_length() - 1, self._records)
         return head + bytes(self._table)
 
-    @classmethod
-    def load(cls, data: bytes) -> Self:
-        """Read what `dump` wrote.
+    def restore(self, data: bytes) -> None:
+        """Count on from what `dump` wrote of a sketch of the same capacity.
 
         Raises:
-            ValueError: the bytes are of another format version or length.
+            ValueError: the bytes are of another format version, capacity, or length.
         """
         try:
             version, log2, records = _HEADER.unpack_from(data)
         except error as exc:
             raise ValueError("sketch is cut short") from exc
-        if version != _VERSION or log2 > _LARGEST_LOG2:
+        if version != _VERSION:
             raise ValueError("sketch is of another format version")
-        if len(data) != _HEADER.size + (_ROWS << log2):
+        if 1 << log2 != self.capacity:
+            raise ValueError("sketch is of another capacity")
+        if len(data) != _HEADER.size + len(self._table):
             raise ValueError("sketch is cut short or too long")
-        sketch = cls(1 << log2)
-        sketch._table[:] = data[_HEADER.size :]
-        sketch._records = records
-        return sketch
+        self._table[:] = data[_HEADER.size :]
+        self._records = records
 
     def _resize(self, log2: int) -> None:
         self.capacity = 1 << log2

@@ -6,7 +6,7 @@ Owns the entries. Invariants: `usage.bytes` is the sum of what the entries cost 
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from tiers.backend import ByteCache
 from tiers.policies import DEFAULT, POLICIES, Policy
@@ -97,6 +97,17 @@ class MemoryCache(ByteCache):
 
     def keys(self) -> Iterable[str]:
         return list(self._entries)
+
+    def holds(self, key: str) -> bool:
+        found = self._entries.get(key)
+        return found is not None and (found[1] is None or found[1] > self.clock())
+
+    def victim(self, value_bytes: int) -> str | None:
+        fits = self.usage.bytes + value_bytes + self._overhead_bytes <= self.max_bytes
+        return None if fits else self.policy.victim()
+
+    def entries(self) -> Iterator[tuple[str, bytes, float | None]]:
+        return iter([(key, *entry) for key, entry in self._entries.items()])
 
     def _evict(self) -> None:
         key = self.policy.evict()

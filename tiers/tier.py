@@ -5,6 +5,7 @@ fails a request. Cancellation passes through.
 """
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from aiocache.base import BaseCache
@@ -22,6 +23,10 @@ class Counts:
     hits: int = 0
     misses: int = 0
     stores: int = 0
+    promotions: int = 0
+    """Stores of what a farther tier had."""
+    demotions: int = 0
+    """Stores of what a nearer tier evicted."""
     errors: int = 0
 
 
@@ -69,6 +74,22 @@ class Tier:
             return False
         self.counts.stores += bool(stored)
         return bool(stored)
+
+    async def holds(self, key: str) -> bool:
+        """Return whether there is an entry under `key`, which doesn't count as asking for it."""
+        try:
+            return bool(await self.backend.exists(key, timeout=self.deadline_s))
+        except Exception as exc:
+            self._failed("read", exc)
+            return False
+
+    def victim(self, value_bytes: int) -> str | None:
+        """Return the key that would leave first for a value of that size, or `None` for room."""
+        return None if self._near is None else self._near.victim(value_bytes)
+
+    def entries(self) -> Iterator[tuple[str, bytes, float | None]]:
+        """Yield key, encoded entry and expiry (Unix s) of all, where the backend can tell."""
+        return iter(()) if self._near is None else self._near.entries()
 
     async def close(self) -> None:
         """Flush and release the backend."""

@@ -34,7 +34,7 @@ from server import convert
 from server.config import load
 from server.identity import identity
 from server.request import parse
-from tiers import Answer, Chain, DiskCache, Form, Freshness, Tier
+from tiers import Answer, Chain, DiskCache, Form, FrequencySketch, Freshness, Tier
 
 SERVER_CORE, LOAD_CORE = 0, 1
 ROUTE = "/v1/chat/completions"
@@ -143,6 +143,7 @@ async def _fill(file: Path, bodies: list[bytes], answer: bytes) -> None:
         raise ValueError("the benchmark's configuration has a disk tier")
     chain = Chain(
         [Tier("disk", DiskCache(disk.path, disk.max_bytes))],
+        frequency=FrequencySketch(1),
         max_answer_bytes=config.cache.max_answer_bytes,
     )
     known_by, name = identity(config, None), config.model.name

@@ -396,7 +396,7 @@ async def test_a_stop_lets_running_answers_end(upstream: Upstream, tmp_path, pat
         if path == CHAT:
             await front.session.close()
             await front.start()
-            assert "detail=disk" in (await front.ask(asked))[1]
+            assert "tierserve; hit" in (await front.ask(asked))[1]
 
 
 async def test_a_second_signal_ends_at_once(upstream: Upstream, tmp_path) -> None:

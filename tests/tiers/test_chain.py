@@ -4,15 +4,26 @@ from pathlib import Path
 
 import pytest
 
-from tiers import Answer, Chain, DiskCache, Form, Freshness, MemoryCache, State, Tier
+from tiers import (
+    Answer,
+    Chain,
+    DiskCache,
+    Form,
+    FrequencySketch,
+    Freshness,
+    MemoryCache,
+    State,
+    Tier,
+)
 from tiers.backend import ByteCache
 
 ANSWER = Answer(Form.BODY, b"{}")
 
 
-def chain_of(clock, *backends: ByteCache, max_answer_bytes: int = 1000) -> Chain:
+def chain_of(clock, *backends: ByteCache, **options) -> Chain:
     tiers = [Tier(backend.NAME, backend) for backend in backends]
-    return Chain(tiers, max_answer_bytes=max_answer_bytes, clock=clock)
+    options = {"frequency": FrequencySketch(1024), "max_answer_bytes": 1000} | options
+    return Chain(tiers, clock=clock, **options)
 
 
 async def test_finds_what_was_stored_nearest_first(clock, tmp_path: Path) -> None:
@@ -29,7 +40,7 @@ async def test_finds_what_was_stored_nearest_first(clock, tmp_path: Path) -> Non
 
 async def test_promotes_with_the_time_that_is_left(clock, tmp_path: Path) -> None:
     memory, disk = MemoryCache(10_000, clock=clock), DiskCache(tmp_path, 1 << 20, clock=clock)
-    chain = chain_of(clock, memory, disk)
+    chain = chain_of(clock, memory, disk, promote_after=1)
     await chain.store("k", ANSWER, Freshness(60))
     await memory.clear()
     clock.now += 30
@@ -41,7 +52,9 @@ async def test_promotes_with_the_time_that_is_left(clock, tmp_path: Path) -> Non
 
 
 async def test_does_not_store_what_is_too_large(clock) -> None:
-    chain = chain_of(clock, MemoryCache(10_000, clock=clock), max_answer_bytes=1)
+    chain = chain_of(
+        clock, MemoryCache(10_000, clock=clock), frequency=FrequencySketch(1024), max_answer_bytes=1
+    )
     assert not await chain.store("k", ANSWER, Freshness(60))
     assert await chain.lookup("k") is None
 
@@ -60,7 +73,8 @@ async def test_a_failing_tier_is_a_miss(clock) -> None:
     hit = await chain.lookup("k")
     assert hit is not None
     assert hit.entry.answer == ANSWER
-    assert chain.tiers[0].counts.errors == 3
+    # To store, and to look up; the hit was not asked for often enough to be promoted.
+    assert chain.tiers[0].counts.errors == 2
 
 
 async def test_foreign_bytes_are_a_miss(clock) -> None:
@@ -88,10 +102,7 @@ async def test_says_what_a_stale_entry_may_be_used_for(clock) -> None:
 async def test_cuts_ttls_by_chance_within_the_jitter(clock) -> None:
     for chance, left_s in ((0.0, 60), (0.5, 57), (0.999, 54.006)):
         memory = MemoryCache(10_000, clock=clock)
-        chain = Chain(
-            [Tier("memory", memory)], max_answer_bytes=10, ttl_jitter=0.1, clock=clock,
-            chance=lambda chance=chance: chance,
-        )  # fmt: skip
+        chain = chain_of(clock, memory, ttl_jitter=0.1, chance=lambda chance=chance: chance)
         await chain.store("k", ANSWER, Freshness(60))
         hit = await chain.lookup("k")
         assert hit is not None
@@ -100,10 +111,7 @@ async def test_cuts_ttls_by_chance_within_the_jitter(clock) -> None:
 
 async def test_refreshes_early_the_likelier_the_closer_the_end(clock) -> None:
     """With a chance of one half, from took_s * ln 2 = 6.9 s before the end on."""
-    chain = Chain(
-        [Tier("memory", MemoryCache(10_000, clock=clock))], max_answer_bytes=10, clock=clock,
-        chance=lambda: 0.5,
-    )  # fmt: skip
+    chain = chain_of(clock, MemoryCache(10_000, clock=clock), chance=lambda: 0.5)
     await chain.store("k", ANSWER, Freshness(60), took_s=10)
     refreshed = []
     for _ in range(3):

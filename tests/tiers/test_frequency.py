@@ -70,11 +70,12 @@ def test_doubles_without_changing_an_estimate() -> None:
 
 @given(st.lists(KEYS, max_size=100), st.integers(1, 100))
 @settings(deadline=None)
-def test_survives_dump_and_load(keys: list[str], capacity: int) -> None:
+def test_survives_dump_and_restore(keys: list[str], capacity: int) -> None:
     sketch = FrequencySketch(capacity)
     for one in keys:
         sketch.record(one)
-    again = FrequencySketch.load(sketch.dump())
+    again = FrequencySketch(capacity)
+    again.restore(sketch.dump())
     assert again.dump() == sketch.dump()
     for one in keys * 20:
         assert again.record(one) == sketch.record(one)
@@ -85,9 +86,11 @@ def test_survives_dump_and_load(keys: list[str], capacity: int) -> None:
 )
 def test_refuses_what_it_did_not_write(data: bytes) -> None:
     with pytest.raises(ValueError, match="sketch is"):
-        FrequencySketch.load(data)
+        FrequencySketch(64).restore(data)
     with pytest.raises(ValueError, match="cut short or too long"):
-        FrequencySketch.load(FrequencySketch(64).dump() + b"x")
+        FrequencySketch(64).restore(FrequencySketch(64).dump() + b"x")
+    with pytest.raises(ValueError, match="another capacity"):
+        FrequencySketch(64).restore(FrequencySketch(128).dump())
 
 
 def test_has_a_capacity() -> None:

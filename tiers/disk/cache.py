@@ -100,30 +100,13 @@ class DiskCache(ByteCache):
         self._note_read = self._writer.read.append
 
     def read(self, key: str) -> bytes | None:
-        if (submission := self._pending.get(key)) is not None:
-            return self._unless_expired(submission.change.value, submission.change.expires_at)
-        if (file := self._file) is None:
-            return None
-        raw_key = key.encode()
-        try:
-            found = file.get(raw_key)
-        except ValueError:
-            self._drop_damaged(key)
-            return None
-        except lmdb.MapResizedError:
-            # The next commit adopts the size that another process has given the map.
-            return None
-        except lmdb.BadValsizeError:
-            # No entry has such a key.
-            return None
-        except lmdb.Error:
-            self._suspect = True
-            raise
-        if found is None:
-            return None
-        self._note_read(key)
-        value, expires_at = found
-        return None if expires_at <= self.clock() else value
+        value = self._find(key)
+        if value is not None:
+            self._note_read(key)
+        return value
+
+    def holds(self, key: str) -> bool:
+        return self._find(key) is not None
 
     async def write(self, key: str, value: bytes, expires_at: float | None) -> bool:
         change = Change(key, value, inf if expires_at is None else expires_at)
@@ -204,6 +187,31 @@ class DiskCache(ByteCache):
         if file is not None:
             await asyncio.to_thread(file.close)
         self._opening.release(whole=file is not None and not self._suspect)
+
+    def _find(self, key: str) -> bytes | None:
+        if (submission := self._pending.get(key)) is not None:
+            return self._unless_expired(submission.change.value, submission.change.expires_at)
+        if (file := self._file) is None:
+            return None
+        raw_key = key.encode()
+        try:
+            found = file.get(raw_key)
+        except ValueError:
+            self._drop_damaged(key)
+            return None
+        except lmdb.MapResizedError:
+            # The next commit adopts the size that another process has given the map.
+            return None
+        except lmdb.BadValsizeError:
+            # No entry has such a key.
+            return None
+        except lmdb.Error:
+            self._suspect = True
+            raise
+        if found is None:
+            return None
+        value, expires_at = found
+        return None if expires_at <= self.clock() else value
 
     def _unless_expired(self, value: bytes | None, expires_at: float) -> bytes | None:
         return None if expires_at <= self.clock() else value

@@ -1,0 +1,138 @@
+"""Frequency decides what goes up and down, and what was learned survives a restart."""
+
+from pathlib import Path
+
+import pytest
+
+from tiers import (
+    Answer,
+    Chain,
+    Demotion,
+    DiskCache,
+    Form,
+    FrequencySketch,
+    Freshness,
+    MemoryCache,
+    Movement,
+    Tier,
+    Write,
+)  # fmt: skip
+
+ROOM_FOR_TWO = 6000
+ANSWER = Answer(Form.BODY, bytes(1800))
+WEEK = Freshness(7 * 24 * 3600)
+
+
+class House:
+    """A memory tier with room for two answers over a disk tier."""
+
+    def __init__(self, folder: Path, clock, *, write: Write = Write.ON_INSERT) -> None:
+        self.frequency = FrequencySketch(1024)
+        self.disk = DiskCache(
+            folder, 1 << 20, worth=lambda key, _: self.frequency.estimate(key), clock=clock
+        )
+        disk = Tier("disk", self.disk)
+        demotion = Demotion([disk], self.frequency, max_bytes=10_000, clock=clock)
+        self.demotion = demotion
+        self.memory = MemoryCache(ROOM_FOR_TWO, on_evict=demotion.offer, clock=clock)
+        tiers = [Tier("memory", self.memory), disk]
+        self.chain = Chain(
+            tiers, frequency=self.frequency, max_answer_bytes=10_000, write=write, clock=clock
+        )
+        self.movement = Movement(
+            tiers, self.disk, self.frequency, demotion, write=write, clock=clock
+        )
+
+    async def tier_of(self, key: str) -> str | None:
+        hit = await self.chain.lookup(key)
+        return hit and hit.tier
+
+    async def close(self) -> None:
+        await self.movement.close()
+        await self.chain.close()
+
+
+@pytest.fixture
+async def house(tmp_path: Path, clock):
+    made = House(tmp_path, clock)
+    yield made
+    await made.close()
+
+
+async def test_what_is_asked_for_once_stays_on_disk(house: House) -> None:
+    await house.disk.set("a", b"", ttl=1)
+    await house.chain.store("a", ANSWER, WEEK)
+    await house.memory.delete("a")
+    assert [await house.tier_of("a") for _ in range(3)] == ["disk", "disk", "memory"]
+    assert house.chain.tiers[0].counts.promotions == 1
+
+
+async def test_a_promotion_has_to_beat_what_it_pushes_out(house: House) -> None:
+    for key in "abc":
+        await house.chain.store(key, ANSWER, WEEK)
+    held = [key for key in "abc" if house.memory.holds(key)]
+    (out,) = set("abc") - set(held)
+    for key in held * 3:
+        await house.tier_of(key)
+    assert [await house.tier_of(out) for _ in range(4)] == ["disk"] * 4
+    assert await house.tier_of(out) == "memory"
+
+
+async def test_on_evict_writes_to_disk_what_memory_evicts(tmp_path: Path, clock) -> None:
+    house = House(tmp_path, clock, write=Write.ON_EVICT)
+    for key in "abc":
+        await house.tier_of(key)
+        await house.chain.store(key, ANSWER, WEEK)
+    await house.demotion.close()
+    on_disk = [key for key in "abc" if house.disk.holds(key)]
+    assert len(on_disk) == 1
+    assert not house.memory.holds(on_disk[0])
+    assert house.chain.tiers[1].counts.demotions == 1
+    await house.close()
+    again = House(tmp_path, clock)
+    assert [await again.tier_of(key) for key in "abc"] == ["disk"] * 3
+    await again.close()
+
+
+async def test_what_is_too_cold_is_not_demoted(tmp_path: Path, clock) -> None:
+    house = House(tmp_path, clock, write=Write.ON_EVICT)
+    for key in "abc":
+        await house.chain.store(key, ANSWER, WEEK)
+    await house.demotion.close()
+    assert [key for key in "abc" if house.disk.holds(key)] == []
+    await house.close()
+
+
+async def test_demotion_is_bounded_and_keeps_what_is_newer(house: House) -> None:
+    frequency = house.frequency
+    for key in ("old", "large", "other"):
+        frequency.record(key)
+    await house.disk.set("old", b"newer")
+    expires_at = house.chain.clock() + 60
+    house.demotion.offer("old", b"older", expires_at)
+    house.demotion.offer("large", bytes(9_990), expires_at)
+    house.demotion.offer("other", bytes(100), expires_at)
+    await house.demotion.close()
+    assert house.demotion.dropped == 1
+    assert await house.disk.get("old") == b"newer"
+    assert house.disk.holds("large")
+    assert not house.disk.holds("other")
+
+
+async def test_a_restart_refills_memory_hottest_first(tmp_path: Path, clock) -> None:
+    house = House(tmp_path, clock)
+    for key in "abcdef":
+        await house.chain.store(key, ANSWER, WEEK)
+    house.memory.max_bytes = 0
+    for key in "ebebebe":
+        await house.memory.clear()
+        assert await house.tier_of(key) == "disk"
+    await house.close()
+
+    again = House(tmp_path, clock)
+    assert again.frequency.estimate("e") == 0
+    again.movement.start()
+    await again.movement.remembered.wait()
+    assert again.frequency.estimate("e") == 4
+    assert [again.memory.holds(key) for key in "abcdef"] == [False, True, False, False, True, False]
+    await again.close()

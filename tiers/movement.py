@@ -1,0 +1,174 @@
+"""Movement between tiers beside requests: demotion, and what is remembered over a restart.
+
+Promotion is the chain's, since a hit leads to it. Two things are remembered in the disk tier: how
+often each key was asked for and, by the order in which entries would leave, which are the hottest.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+
+from tiers.disk import DiskCache
+from tiers.frequency import FrequencySketch
+from tiers.tier import Tier
+
+logger = logging.getLogger(__name__)
+
+_SKETCH = "frequency"
+_SAVE_EVERY_S = 300
+_REFILL_AT_ONCE = 16
+
+
+class Write(StrEnum):
+    """When entries reach the farther tiers."""
+
+    ON_INSERT = "on_insert"
+    """At once: nothing is lost."""
+    ON_EVICT = "on_evict"
+    """When the nearest tier evicts them, and at the end: fewer writes, lost by kill -9."""
+
+
+class Demotion:
+    """Writes what a tier evicts to farther tiers, unless it is there or too cold.
+
+    Args:
+        to: the farther tiers.
+        frequency: a key of which it knows nothing any more is too cold.
+        max_bytes: of the queue; what doesn't fit is dropped and counted.
+        clock: returns Unix seconds.
+    """
+
+    def __init__(
+        self,
+        to: Sequence[Tier],
+        frequency: FrequencySketch,
+        *,
+        max_bytes: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self.dropped = 0
+        self._to, self._frequency = tuple(to), frequency
+        self._max_bytes, self._clock = max_bytes, clock
+        self._queue: deque[tuple[str, bytes, float]] = deque()
+        self._queue_bytes = 0
+        self._running: asyncio.Task[None] | None = None
+
+    def offer(self, key: str, value: bytes, expires_at: float | None) -> None:
+        """Take what was evicted; never waits."""
+        if expires_at is None or self._frequency.estimate(key) == 0:
+            return
+        if self._queue_bytes + len(value) > self._max_bytes:
+            self.dropped += 1
+            return
+        self._queue.append((key, value, expires_at))
+        self._queue_bytes += len(value)
+        if self._running is None:
+            self._running = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        """Write what is left in the queue."""
+        if self._running is not None:
+            await self._running
+
+    async def _run(self) -> None:
+        while self._queue:
+            key, value, expires_at = self._queue.popleft()
+            self._queue_bytes -= len(value)
+            left_s = expires_at - self._clock()
+            if left_s > 0:
+                await _demote(self._to, key, value, left_s)
+        self._running = None
+
+
+class Movement:
+    """What goes on beside requests while a chain is in use.
+
+    Args:
+        tiers: the chain's.
+        disk: the backend of one of them, which remembers.
+        frequency: the chain's.
+        demotion: from the nearest tier.
+        write: when it is `ON_EVICT`, the nearest tier is written to the others at the end.
+        clock: returns Unix seconds.
+    """
+
+    def __init__(
+        self,
+        tiers: Sequence[Tier],
+        disk: DiskCache | None,
+        frequency: FrequencySketch,
+        demotion: Demotion,
+        *,
+        write: Write,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._nearest, *self._farther = tiers
+        self._disk, self._frequency, self._demotion = disk, frequency, demotion
+        self._write, self._clock = write, clock
+        self._task: asyncio.Task[None] | None = None
+        self.remembered = asyncio.Event()
+        """Set when what was remembered has been taken over, as far as it could be."""
+
+    def start(self) -> None:
+        """Take over what was remembered, in the background."""
+        if self._disk is not None:
+            self._task = asyncio.create_task(self._run(self._disk))
+
+    async def close(self) -> None:
+        """Finish demotions and save what is to be remembered; the tiers must still be open."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        await self._demotion.close()
+        if self._write is Write.ON_EVICT:
+            for key, value, expires_at in self._nearest.entries():
+                if expires_at is not None and expires_at > self._clock():
+                    await _demote(self._farther, key, value, expires_at - self._clock())
+        if self._disk is not None:
+            await self._save(self._disk)
+
+    async def _run(self, disk: DiskCache) -> None:
+        try:
+            await disk.opened()
+        except OSError:
+            # The tier has said so itself.
+            self.remembered.set()
+            return
+        await self._remember(disk)
+        while True:
+            await asyncio.sleep(_SAVE_EVERY_S)
+            await self._save(disk)
+
+    async def _remember(self, disk: DiskCache) -> None:
+        if (saved := disk.load(_SKETCH)) is not None:
+            try:
+                self._frequency.restore(saved)
+            except ValueError as exc:
+                logger.info("frequencies start anew: %s", exc)
+        if self._nearest.backend is not disk:
+            await self._refill(disk)
+        self.remembered.set()
+
+    async def _refill(self, disk: DiskCache) -> None:
+        """Copy the hottest entries into the nearest tier, hottest first, until that is full."""
+        for number, (key, value, expires_at) in enumerate(disk.hottest()):
+            if self._nearest.victim(len(value)) is not None:
+                return
+            if expires_at is not None and not await self._nearest.holds(key):
+                await self._nearest.put(key, value, expires_at - self._clock())
+            if number % _REFILL_AT_ONCE == 0:
+                # Requests go first.
+                await asyncio.sleep(0)
+
+    async def _save(self, disk: DiskCache) -> None:
+        if not await disk.save(_SKETCH, self._frequency.dump()):
+            logger.warning("the frequencies could not be saved")
+
+
+async def _demote(to: Sequence[Tier], key: str, value: bytes, ttl_s: float) -> None:
+    for tier in to:
+        if not await tier.holds(key):
+            tier.counts.demotions += await tier.put(key, value, ttl_s)
