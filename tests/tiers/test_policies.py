@@ -142,6 +142,15 @@ def test_lfu_breaks_ties_by_recency_and_ages() -> None:
     assert not replay.held & set("abc")
 
 
+def test_lfu_finds_its_victim_among_few_ranks() -> None:
+    policy = LFU(3)
+    policy.insert("a", 1)
+    for _ in range(1000):
+        policy.access("a")
+    assert max(policy._by_rank) <= 256
+    assert policy.victim() == "a"
+
+
 def test_sieve_spares_what_was_visited_and_keeps_its_hand() -> None:
     replay = Replay(SIEVE(3))
     replay.ask("abcab")

@@ -4,6 +4,9 @@ from collections import OrderedDict, defaultdict
 
 from tiers.policies.base import Policy
 
+_MOST = 255
+"""Where counts end, so that no rank is further above the age and the lowest is soon found."""
+
 
 class LFU(Policy):
     """The entry with the lowest rank leaves; among equals, the one asked for longest ago.
@@ -29,7 +32,7 @@ class LFU(Policy):
         self._place(key, self._age + 1)
 
     def access(self, key: str) -> None:
-        count = self._counts[key] + 1
+        count = min(self._counts[key] + 1, _MOST)
         self._take(key)
         self._counts[key] = count
         self._place(key, self._age + count)
@@ -41,6 +44,7 @@ class LFU(Policy):
     def victim(self) -> str | None:
         if not self._ranks:
             return None
+        # No rank is below the age: what was evicted had the lowest, and ranks only grow.
         rank = self._age
         while rank not in self._by_rank:
             rank += 1
@@ -50,7 +54,6 @@ class LFU(Policy):
         key = self.victim()
         if key is None:
             raise KeyError("nothing is in")
-        # No rank is below the age, and both only grow, so `victim` never searches twice.
         self._age = self._ranks[key]
         self.remove(key)
         return key

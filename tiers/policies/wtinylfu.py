@@ -67,11 +67,12 @@ class WTinyLFU(Policy):
     def victim(self) -> str | None:
         while True:
             rival = next(iter(self._probation or self._protected), None)
-            if not self._window or (rival and self._window_bytes <= self._window_target):
+            overflows = self._window_bytes > self._window_target
+            if not self._window or (rival is not None and not overflows):
                 return rival
             candidate, size = next(iter(self._window.items()))
             main_target = self.max_bytes - self._window_target
-            if self._window_bytes <= self._window_target or size > main_target:
+            if not overflows or size > main_target:
                 return candidate
             if self._probation_bytes + self._protected_bytes + size > main_target:
                 return rival if self._beats(candidate, rival) else candidate
