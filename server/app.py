@@ -14,7 +14,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 from prometheus_client import generate_latest
 
-from server.config import Config, ConfigError
+from server.config import Config, ConfigError, Tiers
 from server.engine import Engine, State
 from server.freshness import FreshnessRules
 from server.identity import identity
@@ -151,8 +151,7 @@ def _stopper(stop: asyncio.Event) -> Callable[[], None]:
 
 def _chain(config: Config) -> tuple[Chain, Movement]:
     where, cache, farther = config.tiers, config.cache, []
-    max_bytes = sum(tier.max_bytes for tier in (where.memory, where.disk) if tier is not None)
-    frequency = FrequencySketch(min(max(max_bytes // _ENTRY_BYTES, 1024), _SKETCH_KEYS))
+    frequency = FrequencySketch(_sketch_keys(where))
     disk = None
     if (on_disk := where.disk) is not None and on_disk.path is not None:
         disk = DiskCache(
@@ -177,6 +176,16 @@ def _chain(config: Config) -> tuple[Chain, Movement]:
         ttl_jitter=cache.ttl_jitter,
     )
     return chain, Movement(tiers, disk, frequency, demotion, write=where.write)
+
+
+def _sketch_keys(tiers: Tiers) -> int:
+    """Return how many keys the tiers may hold, as far as the sketch's size is worth it."""
+    sizes = [tier.max_bytes for tier in (tiers.memory, tiers.disk) if tier is not None]
+    keys = min(sum(sizes) // _ENTRY_BYTES, _SKETCH_KEYS)
+    if tiers.disk is not None:
+        # The sketch itself is kept there.
+        keys = min(keys, tiers.disk.max_bytes // 256)
+    return max(keys, 1024)
 
 
 def _app(

@@ -1,8 +1,11 @@
 """Answers out of what an engine sends, and either form out of the other.
 
-The engine's JSON is kept as it came but for `id` and `created` at the top level.
+The engine's JSON is kept as it came but for marks: bytes that JSON forbids unescaped (RFC 8259,
+section 7) and that therefore can't be part of an answer. They stand for the `id` and `created` at
+the top level, and around what belongs only into a stream without token counts.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +14,14 @@ import orjson
 from tiers import Answer, Form
 from tiers.answer import CREATED, ID
 
+_UNCOUNTED, _END = b"\x02", b"\x03"
 _MARKS = {"id": b'"' + ID + b'"', "created": CREATED}
 _UNFINISHED = (None, "abort", "error")
+_without_uncounted = re.compile(_UNCOUNTED + b"[^" + _END + b"]*" + _END).sub
+
+
+class NotConvertibleError(ValueError):
+    """The answer isn't of the shape that the other form could be made of."""
 
 
 def template(parsed: dict[str, Any]) -> bytes:
@@ -23,14 +32,31 @@ def template(parsed: dict[str, Any]) -> bytes:
     return b"{" + b",".join(fields) + b"}"
 
 
+def event(parsed: dict[str, Any]) -> bytes:
+    """Return a server-sent event for one chunk, as a template."""
+    return b"data: " + template(parsed) + b"\n\n"
+
+
+def stamped(last: bytes, usage: dict[str, Any]) -> bytes:
+    """Return the last event with what vLLM puts there where no token counts follow."""
+    if not usage.get("system_fingerprint"):
+        return last
+    stamp = b',"system_fingerprint":' + orjson.dumps(usage["system_fingerprint"])
+    return last.removesuffix(b"}\n\n") + _UNCOUNTED + stamp + _END + b"}\n\n"
+
+
 def fill(content: bytes, id_: bytes, created: int) -> bytes:
     """Return a template with a fresh `id` and `created` (Unix s) in place of the marks."""
     return content.replace(ID, id_).replace(CREATED, b"%d" % created)
 
 
-def event(parsed: dict[str, Any]) -> bytes:
-    """Return a server-sent event for one chunk, as a template."""
-    return b"data: " + template(parsed) + b"\n\n"
+def counted(content: bytes, *, wants_usage: bool) -> bytes:
+    """Return events as they are where token counts follow, or where none do."""
+    if _UNCOUNTED not in content:
+        return content
+    if wants_usage:
+        return _without_uncounted(b"", content)
+    return content.replace(_UNCOUNTED, b"").replace(_END, b"")
 
 
 def is_finished(choices: Any) -> bool:
@@ -38,10 +64,21 @@ def is_finished(choices: Any) -> bool:
     return bool(choices) and all(c.get("finish_reason") not in _UNFINISHED for c in choices)
 
 
-def as_body(answer: Answer) -> bytes:
-    """Return the answer as the template of a JSON body."""
-    if answer.form is Form.BODY:
-        return answer.content
+def as_form(answer: Answer, form: Form) -> Answer:
+    """Return the answer in that form.
+
+    Raises:
+        NotConvertibleError: it can't be made of this answer.
+    """
+    if answer.form is form:
+        return answer
+    try:
+        return _as_body(answer) if form is Form.BODY else _as_events(answer)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as exc:
+        raise NotConvertibleError(f"can't be made {form.name}: {exc!r}") from exc
+
+
+def _as_body(answer: Answer) -> Answer:
     chunks = [_parse(part) for part in answer.content.split(b"\n\n") if part]
     usage = _parse(answer.usage.strip()) if answer.usage else {}
     choices: dict[int, dict[str, Any]] = {}
@@ -52,18 +89,14 @@ def as_body(answer: Answer) -> bytes:
         message = choice.get("message", {})
         if message.get("tool_calls") and not message["content"]:
             message["content"] = None
-    first = chunks[0] | {"choices": [choices[index] for index in sorted(choices)]}
-    first["object"] = first["object"].removesuffix(".chunk")
-    first["system_fingerprint"] = usage.get("system_fingerprint")
-    if "usage" in usage:
-        first["usage"] = usage["usage"]
-    return template(first)
+    body = chunks[0] | {"choices": [choices[index] for index in sorted(choices)]}
+    body["object"] = body["object"].removesuffix(".chunk")
+    body["system_fingerprint"] = usage.get("system_fingerprint")
+    body |= {name: usage[name] for name in ("usage", "metrics") if usage.get(name)}
+    return Answer(Form.BODY, template(body))
 
 
-def as_events(answer: Answer) -> Answer:
-    """Return the answer in the form of events."""
-    if answer.form is Form.EVENTS:
-        return answer
+def _as_events(answer: Answer) -> Answer:
     body = _parse(b"data: " + answer.content)
     chat = "message" in body["choices"][0]
     head = {
@@ -73,18 +106,17 @@ def as_events(answer: Answer) -> Answer:
         "model": body.get("model"),
     }
     deltas = _chat_deltas if chat else _text_deltas
-    events = [
+    *events, last = [
         event(head | {"choices": [delta]}) for choice in body["choices"] for delta in deltas(choice)
     ]
     usage = head | {"choices": [], "usage": body.get("usage")}
-    if body.get("system_fingerprint"):
-        usage["system_fingerprint"] = body["system_fingerprint"]
-    return Answer(Form.EVENTS, b"".join(events), event(usage))
+    usage |= {name: body[name] for name in ("system_fingerprint", "metrics") if body.get(name)}
+    return Answer(Form.EVENTS, b"".join([*events, stamped(last, usage)]), event(usage))
 
 
 def _parse(part: bytes) -> Any:
     plain = part.removeprefix(b"data: ").replace(_MARKS["id"], b'""').replace(CREATED, b"0")
-    return orjson.loads(plain)
+    return orjson.loads(counted(plain, wants_usage=True))
 
 
 def _text_deltas(choice: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -92,18 +124,18 @@ def _text_deltas(choice: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _chat_deltas(choice: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    index, message = choice["index"], choice["message"]
-    unsaid = {"index": index, "logprobs": None, "finish_reason": None}
-    yield unsaid | {"delta": {"role": message["role"], "content": ""}}
-    if message.get("reasoning"):
-        yield unsaid | {"delta": {"reasoning": message["reasoning"]}}
-    calls = message.get("tool_calls") or []
+    message = dict(choice["message"])
+    unsaid = {"index": choice["index"], "logprobs": None, "finish_reason": None}
+    yield unsaid | {"delta": {"role": message.pop("role"), "content": ""}}
+    content, calls = message.pop("content", None), message.pop("tool_calls", None)
+    # Such as reasoning, which comes before what was reasoned about.
+    if rest := {name: value for name, value in message.items() if value}:
+        yield unsaid | {"delta": rest}
     if calls:
         numbered = [{"index": number} | call for number, call in enumerate(calls)]
         yield unsaid | {"delta": {"tool_calls": numbered}}
-    last = {key: value for key, value in choice.items() if key != "message"}
-    content = {"content": message["content"]} if message.get("content") else {}
-    yield last | {"delta": content}
+    last = {name: value for name, value in choice.items() if name != "message"}
+    yield last | {"delta": {"content": content} if content else {}}
 
 
 def _merge(choice: dict[str, Any], part: dict[str, Any]) -> None:
@@ -127,18 +159,23 @@ def _merge(choice: dict[str, Any], part: dict[str, Any]) -> None:
 def _merge_message(message: dict[str, Any], delta: dict[str, Any]) -> None:
     for key, value in delta.items():
         if key == "tool_calls":
-            for call in value:
+            for call in value or ():
                 _merge_call(message.setdefault("tool_calls", []), call)
-        elif key in ("content", "reasoning", "refusal") and value is not None:
+        elif key != "role" and isinstance(value, str):
             message[key] = (message.get(key) or "") + value
         elif value:
             message[key] = value
 
 
 def _merge_call(calls: list[dict[str, Any]], part: dict[str, Any]) -> None:
-    while len(calls) <= part["index"]:
+    index = part.get("index", 0)
+    while len(calls) <= index:
         calls.append({"id": None, "type": "function", "function": {"name": "", "arguments": ""}})
-    call = calls[part["index"]]
-    call["id"] = part.get("id") or call["id"]
-    for key, value in (part.get("function") or {}).items():
-        call["function"][key] += value or ""
+    call = calls[index]
+    for key, value in part.items():
+        if key == "function":
+            for name, text in (value or {}).items():
+                if isinstance(text, str):
+                    call["function"][name] = call["function"].get(name, "") + text
+        elif key != "index" and value is not None:
+            call[key] = value

@@ -54,7 +54,7 @@ def wrap(handler: Handler, metrics: Metrics, access: AccessLog) -> Handler:
         finally:
             seconds = time.perf_counter() - started
             tier, outcome = http["outcome"]
-            if status == _CLIENT_GONE:
+            if status == _CLIENT_GONE and outcome != "error":
                 outcome = "aborted"
             metrics.observe(tier, outcome, seconds)
             line = Access(time.time(), http.method, http.path, status, id_, tier, outcome, seconds)

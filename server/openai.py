@@ -1,5 +1,7 @@
 """The road of a request that may be cached: parse, lookup, single flight, engine, store, render."""
 
+import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,13 +19,15 @@ from server.upstream import UnavailableError, Upstreams
 from tiers import Answer, Chain, Flight, Flights, Form, Freshness, Hit, State
 from tiers.flight import Listener
 
+logger = logging.getLogger(__name__)
+
 _JSON = "application/json"
 _SSE = "text/event-stream; charset=utf-8"
 _DONE = b"data: [DONE]\n\n"
 _ID_PREFIX = {"/v1/chat/completions": "chatcmpl-", "/v1/completions": "cmpl-"}
 ROUTES = tuple(_ID_PREFIX)
-# Of an engine that can't answer, as opposed to one that won't (RFC 5861, section 4).
-_NO_ANSWER = frozenset({500, 502, 503, 504})
+# Below a millisecond or two; more would stop all others.
+_CONVERT_INLINE_BYTES = 64 * 1024
 # Above, those who wait for an answer need the engine more.
 _REFRESH_BELOW = 32
 
@@ -64,25 +68,50 @@ class OpenAI:
             request = parse(http.path, raw, scope, self._identity, self._model)
         except BadRequestError as exc:
             return error_response(400, str(exc))
-        if not (request.deterministic or self._cache_all):
-            status = "tierserve; fwd=bypass"
-            return await forward(http, self._upstreams, body=raw, cache_status=status)
-        hit = await self._chain.lookup(request.key)
+        control = http.headers.get("Cache-Control", "").lower()
+        if self._may_keep(http, request) and "no-store" not in control:
+            try:
+                return await self._answer(http, request, anew="no-cache" in control)
+            except convert.NotConvertibleError as exc:
+                logger.warning("an answer was given in one form and asked for in another: %s", exc)
+        return await forward(http, self._upstreams, body=raw, cache_status="tierserve; fwd=bypass")
+
+    def _may_keep(self, http: web.Request, request: Request) -> bool:
+        # The engine knows what else a query or another type of content may mean.
+        return (
+            request.repeatable
+            and (request.deterministic or self._cache_all)
+            and not http.query_string
+            and http.headers.get("Content-Type", "").startswith(_JSON)
+        )
+
+    async def _answer(
+        self, http: web.Request, request: Request, *, anew: bool
+    ) -> web.StreamResponse:
+        hit = None if anew else await self._chain.lookup(request.key)
         if hit is not None and hit.state is not State.FALLBACK:
             if hit.refresh:
                 self._refresh(http, request)
-            http["outcome"] = (hit.tier, "hit" if hit.state is State.FRESH else "stale")
-            return self._render_hit(http, request, hit, "hit")
+            return await self._render_hit(http, request, hit, "hit")
         produce = partial(self._produce, request, forwarded(http))
         listener, collapsed = self._flights.join(request.key, request.form, produce)
         http["outcome"] = ("engine", "collapsed" if collapsed else "miss")
-        status = f"tierserve; fwd={'stale' if hit else 'miss'}{'; collapsed' if collapsed else ''}"
-        async with listener:
-            response = await self._listen(http, request, listener, status)
-        if hit is None or response.prepared or response.status not in _NO_ANSWER:
-            return response
-        http["outcome"] = (hit.tier, "stale")
-        return self._render_hit(http, request, hit, f"fwd=stale; fwd-status={response.status}")
+        forwarded_for = "request" if anew else "stale" if hit else "miss"
+        status = f"tierserve; fwd={forwarded_for}{'; collapsed' if collapsed else ''}"
+        try:
+            async with listener:
+                return await self._listen(http, request, listener, status)
+        except (NotAnAnswerError, UnavailableError, aiohttp.ClientError, OSError) as exc:
+            if http.transport is None:
+                # Not the flight has failed: this client has gone.
+                raise ConnectionResetError from exc
+            if hit is not None and _cannot_answer(exc):
+                told = f"; fwd-status={exc.status}" if isinstance(exc, NotAnAnswerError) else ""
+                return await self._render_hit(http, request, hit, f"fwd=stale{told}")
+            http["outcome"] = ("engine", "error")
+            failed = _failed(exc)
+            failed.headers["Cache-Status"] = status
+            return failed
 
     def _refresh(self, http: web.Request, request: Request) -> None:
         """Have a new answer made in the background, in place of the one that is given out now."""
@@ -90,7 +119,7 @@ class OpenAI:
             produce = partial(self._produce, request, forwarded(http))
             self._flights.launch(request.key, request.form, produce)
 
-    def _render_hit(
+    async def _render_hit(
         self, http: web.Request, request: Request, hit: Hit, how: str
     ) -> web.StreamResponse:
         now, entry = self._chain.clock(), hit.entry
@@ -99,43 +128,42 @@ class OpenAI:
             "Cache-Status": f"tierserve; {how}; ttl={ttl}; detail={hit.tier}",
             "Age": str(age),
         }
-        return _render(http, request, entry.answer, headers)
+        response = await _render(http, request, entry.answer, headers)
+        http["outcome"] = (hit.tier, "hit" if hit.state is State.FRESH else "stale")
+        return response
 
     async def _listen(
         self, http: web.Request, request: Request, listener: Listener, status: str
     ) -> web.StreamResponse:
+        """Give out what a flight brings.
+
+        Raises:
+            NotAnAnswerError, UnavailableError, aiohttp.ClientError, OSError: it failed before
+                anything was given out.
+            NotConvertibleError: its answer can't be given in the form that was asked for.
+        """
         flight = listener.flight
         headers = {"Cache-Status": status, "Age": "0"}
-        response: web.StreamResponse | None = None
+        if not request.form is flight.form is Form.EVENTS:
+            async for _ in listener:
+                pass
+            return await _render(http, request, _answer_of(flight), headers)
         id_, created = _fresh(http)
+        response: web.StreamResponse | None = None
         try:
-            if request.form is Form.EVENTS and flight.form is Form.EVENTS:
-                async for event in listener:
-                    if response is None:
-                        response = web.StreamResponse(headers=headers | own_headers(http))
-                        response.headers["Content-Type"] = _SSE
-                        await response.prepare(http)
-                    await response.write(convert.fill(event, id_, created))
-            else:
-                async for _ in listener:
-                    pass
-        except (NotAnAnswerError, UnavailableError, aiohttp.ClientError, OSError) as exc:
-            if http.transport is None:
-                # Not the flight has failed: this client has gone.
-                raise ConnectionResetError from exc
+            async for event in listener:
+                if response is None:
+                    response = await _begin(http, headers)
+                event = convert.counted(event, wants_usage=request.wants_usage)
+                await response.write(convert.fill(event, id_, created))
+        except (NotAnAnswerError, aiohttp.ClientError, OSError) as exc:
+            if response is None or http.transport is None:
+                raise
             http["outcome"] = ("engine", "error")
-            failed = _failed(exc)
-            if response is not None:
-                return await _cut(response, failed)
-            failed.headers["Cache-Status"] = status
-            return failed
-        answer = flight.answer
-        if answer is None:
-            raise AssertionError("a flight that ends without an error has an answer")
-        if response is None:
-            return _render(http, request, answer, headers)
-        tail = convert.fill(answer.usage, id_, created) if request.wants_usage else b""
-        await response.write(tail + _DONE)
+            return await _cut(response, _failed(exc))
+        response = response or await _begin(http, headers)
+        tail = _answer_of(flight).usage if request.wants_usage else b""
+        await response.write(convert.fill(tail, id_, created) + _DONE)
         await response.write_eof()
         return response
 
@@ -145,7 +173,9 @@ class OpenAI:
         async with self._upstreams.request(
             "POST", request.route, data=request.body, headers=headers
         ) as reply:
-            answer, finished = await record(reply, request.form, flight.publish)
+            answer, finished = await record(
+                reply, request.form, flight.publish, 4 * self._chain.max_answer_bytes
+            )
         flight.end(answer)
         if finished:
             freshness = self._freshness(request.route, request.model)
@@ -153,23 +183,44 @@ class OpenAI:
             await self._chain.store(request.key, answer, freshness, took_s=took_s)
 
 
-def _render(
+async def _render(
     http: web.Request, request: Request, answer: Answer, headers: dict[str, str]
 ) -> web.StreamResponse:
     """Return a finished answer in the form that was asked for."""
-    id_, created = _fresh(http)
-    if request.form is Form.BODY:
-        content, headers["Content-Type"] = convert.as_body(answer), _JSON
-    else:
-        answer = convert.as_events(answer)
+    form = request.form
+    if answer.form is not form:
+        if len(answer.content) < _CONVERT_INLINE_BYTES:
+            answer = convert.as_form(answer, form)
+        else:
+            answer = await asyncio.to_thread(convert.as_form, answer, form)
+    content, headers["Content-Type"] = answer.content, _JSON
+    if form is Form.EVENTS:
         usage = answer.usage if request.wants_usage else b""
-        content, headers["Content-Type"] = answer.content + usage + _DONE, _SSE
-    return Whole(http, headers, convert.fill(content, id_, created))
+        content = convert.counted(content, wants_usage=request.wants_usage) + usage + _DONE
+        headers["Content-Type"] = _SSE
+    return Whole(http, headers, convert.fill(content, *_fresh(http)))
+
+
+async def _begin(http: web.Request, headers: dict[str, str]) -> web.StreamResponse:
+    response = web.StreamResponse(headers=headers | own_headers(http) | {"Content-Type": _SSE})
+    await response.prepare(http)
+    return response
+
+
+def _answer_of(flight: Flight) -> Answer:
+    if flight.answer is None:
+        raise AssertionError("a flight that ends without an error has an answer")
+    return flight.answer
 
 
 def _fresh(http: web.Request) -> tuple[bytes, int]:
     """Return the `id` and `created` of an answer given now."""
     return (_ID_PREFIX[http.path] + http["id"]).encode(), int(time.time())
+
+
+def _cannot_answer(exc: Exception) -> bool:
+    """Whether an engine can't answer, as opposed to won't (RFC 5861, section 4)."""
+    return not isinstance(exc, NotAnAnswerError) or exc.status in (500, 502, 503, 504)
 
 
 def _failed(exc: Exception) -> web.Response:

@@ -1,6 +1,6 @@
 """Passing a request through to an engine and its reply back, unchanged and without buffering."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import aiohttp
 from aiohttp import web
@@ -25,7 +25,8 @@ _CODINGS = frozenset({"content-encoding", "accept-encoding"})
 
 def forwarded(http: web.Request) -> CIMultiDict[str]:
     """Return the headers with which a request goes on to an engine."""
-    headers = _without(http.headers, _OURS | _CODINGS)
+    hop = {name.strip().lower() for name in http.headers.get("Connection", "").split(",")}
+    headers = _without(http.headers, _OURS | _CODINGS | hop)
     headers.update({"X-Request-Id": http["id"], "Accept-Encoding": "identity"})
     return headers
 
@@ -35,7 +36,7 @@ def returned(headers: Mapping[str, str]) -> CIMultiDict[str]:
     return _without(headers, _OURS)
 
 
-def _without(headers: Mapping[str, str], names: frozenset[str]) -> CIMultiDict[str]:
+def _without(headers: Mapping[str, str], names: Collection[str]) -> CIMultiDict[str]:
     return CIMultiDict(
         (name, value) for name, value in headers.items() if name.lower() not in names
     )
@@ -63,7 +64,7 @@ async def forward(
     response: web.StreamResponse | None = None
     try:
         async with upstreams.request(
-            http.method, path or http.raw_path, data=data, headers=forwarded(http)
+            http.method, path or http.rel_url.raw_path_qs, data=data, headers=forwarded(http)
         ) as reply:
             headers = returned(reply.headers)
             headers.update(own_headers(http))
@@ -71,17 +72,23 @@ async def forward(
             if reply.content_length is not None and http.method != "HEAD":
                 response.content_length = reply.content_length
             if cache_status is not None:
-                response.headers["Cache-Status"] = cache_status
+                # Caches nearer to the engine stand first.
+                theirs = reply.headers.get("Cache-Status")
+                response.headers["Cache-Status"] = (
+                    f"{theirs}, {cache_status}" if theirs else cache_status
+                )
             await response.prepare(http)
             async for piece in reply.content.iter_any():
                 await response.write(piece)
             await response.write_eof()
             return response
     except UnavailableError:
+        http["outcome"] = ("engine", "error")
         return unavailable()
     except (aiohttp.ClientError, OSError) as exc:
+        if http.transport is not None:
+            http["outcome"] = ("engine", "error")
         if response is not None:
             # What has begun can only be cut, so that the client sees that it isn't whole.
             raise ConnectionResetError from exc
-        http["outcome"] = ("engine", "error")
         return failure(exc)

@@ -22,7 +22,10 @@ class NotAnAnswerError(Exception):
 
 
 async def record(
-    reply: aiohttp.ClientResponse, form: Form, publish: Callable[[bytes], Awaitable[None]]
+    reply: aiohttp.ClientResponse,
+    form: Form,
+    publish: Callable[[bytes], Awaitable[None]],
+    max_bytes: int,
 ) -> tuple[Answer, bool]:
     """Read a reply to its end.
 
@@ -30,9 +33,10 @@ async def record(
         reply: to a request that asked for `form`.
         form: a body is published whole, events one by one but for the one with the token counts.
         publish: takes templates (`server.convert`).
+        max_bytes: of events more than this are published, but none is kept for the answer.
 
     Returns:
-        The answer, and whether it is finished and may be stored.
+        The answer, without content if that was too large, and whether it may be stored.
 
     Raises:
         NotAnAnswerError: the reply isn't an answer.
@@ -44,7 +48,10 @@ async def record(
         answer, finished = _body(reply, await reply.read())
         await publish(answer.content)
         return answer, finished
-    return await _events(reply, publish)
+    events = _Events(publish, max_bytes)
+    async for chunk in _chunks(reply):
+        await events.add(chunk)
+    return await events.end()
 
 
 def _body(reply: aiohttp.ClientResponse, raw: bytes) -> tuple[Answer, bool]:
@@ -56,30 +63,61 @@ def _body(reply: aiohttp.ClientResponse, raw: bytes) -> tuple[Answer, bool]:
         raise NotAnAnswerError(reply.status, reply.headers, raw) from exc
 
 
-async def _events(
-    reply: aiohttp.ClientResponse, publish: Callable[[bytes], Awaitable[None]]
-) -> tuple[Answer, bool]:
-    events: list[bytes] = []
-    usage = b""
-    reasons: dict[int, object] = {}
-    async for chunk in _chunks(reply):
+class _Events:
+    """What is recorded of one stream."""
+
+    def __init__(self, publish: Callable[[bytes], Awaitable[None]], max_bytes: int) -> None:
+        self._publish, self._max_bytes = publish, max_bytes
+        self._kept: list[bytes] = []
+        self._bytes = 0
+        self._usage: dict[str, Any] = {}
+        self._reasons: dict[int, object] = {}
+        # The last event says what only the token counts tell, so one that may be it is kept back.
+        self._held = b""
+
+    async def add(self, chunk: dict[str, Any]) -> None:
+        """Take the next event; all but the last and the one with the token counts are published."""
         choices = chunk.get("choices")
         if not isinstance(choices, list):
             raise _error_in_stream(chunk)
-        event = convert.event(chunk)
         if not choices and chunk.get("usage"):
-            usage = event
-            continue
+            self._usage = chunk
+            return
+        if self._held:
+            await self._give(self._held)
+            self._held = b""
+        event = convert.event(chunk)
+        if self._finishes(choices):
+            self._held = event
+        else:
+            await self._give(event)
+
+    async def end(self) -> tuple[Answer, bool]:
+        """Publish what was kept back; returns what `record` does."""
+        if self._held:
+            await self._give(convert.stamped(self._held, self._usage))
+        counts = convert.event(self._usage) if self._usage else b""
+        if self._bytes > self._max_bytes:
+            return Answer(Form.EVENTS, b"", counts), False
+        reasons = [{"finish_reason": reason} for reason in self._reasons.values()]
+        return Answer(Form.EVENTS, b"".join(self._kept), counts), convert.is_finished(reasons)
+
+    def _finishes(self, choices: list[Any]) -> bool:
+        finishes = False
         try:
             for choice in choices:
-                index = choice["index"]
-                reasons[index] = choice.get("finish_reason") or reasons.get(index)
+                reason = choice.get("finish_reason")
+                self._reasons[choice["index"]] = reason or self._reasons.get(choice["index"])
+                finishes = finishes or bool(reason)
         except (TypeError, KeyError, AttributeError) as exc:
             raise ConnectionAbortedError("the engine's event has no choices as we know") from exc
-        events.append(event)
-        await publish(event)
-    finished = convert.is_finished([{"finish_reason": reason} for reason in reasons.values()])
-    return Answer(Form.EVENTS, b"".join(events), usage), finished
+        return finishes
+
+    async def _give(self, event: bytes) -> None:
+        self._bytes += len(event)
+        if self._bytes <= self._max_bytes:
+            self._kept.append(event)
+        await self._publish(event)
 
 
 async def _chunks(reply: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:

@@ -16,6 +16,21 @@ import orjson
 
 from tiers import Form, digest
 
+# What vLLM answers alike in a body and in a stream. Of anything else it may leave out or refuse
+# something in one of them, so there the form is part of the key.
+_ALIKE_IN_BOTH_FORMS = frozenset(
+    {
+        "cache_salt", "chat_template_kwargs", "frequency_penalty", "ignore_eos", "logit_bias",
+        "logprobs", "max_completion_tokens", "max_tokens", "messages", "metadata", "min_p",
+        "min_tokens", "model", "n", "parallel_tool_calls", "presence_penalty", "priority", "prompt",
+        "reasoning_effort", "repetition_penalty", "request_id", "response_format", "seed",
+        "skip_special_tokens", "stop", "stop_token_ids", "stream", "stream_options",
+        "structured_outputs", "temperature", "tool_choice", "tools", "top_k", "top_logprobs",
+        "top_p", "user",
+    }
+)  # fmt: skip
+# They name what exists at one moment only.
+_UNREPEATABLE = ("kv_transfer_params", "ec_transfer_params")
 _IRRELEVANT = frozenset({"stream", "user", "metadata", "request_id", "priority"})
 _NULL_IS_ABSENT = frozenset(
     {
@@ -25,7 +40,8 @@ _NULL_IS_ABSENT = frozenset(
 )  # fmt: skip
 # orjson makes floats of integers beyond 64 bits, so two of them could share a key.
 _has_huge_integer = re.compile(rb"-[0-9]{19}|[0-9]{20}").search
-# Together they bound what is remembered to 16 MiB.
+_CONTINUOUS = "continuous_usage_stats"
+# Together they bound the bodies that are remembered to 16 MiB.
 _REMEMBERED = 1024
 _REMEMBERED_BYTES = 16 * 1024
 
@@ -43,6 +59,8 @@ class Request(NamedTuple):
     form: Form
     wants_usage: bool
     deterministic: bool
+    repeatable: bool
+    """Whether the same request means the same tomorrow."""
     key: str
 
 
@@ -77,17 +95,24 @@ def _parse(route: str, raw: bytes, scope: str, identity: str, default_model: str
     stream = body.get("stream") is True
     options = body.get("stream_options")
     wants_usage = stream and isinstance(options, dict) and options.get("include_usage") is True
-    canonical = _canonical(body, default_model, stream=stream)
-    key = digest(scope.encode(), identity.encode(), route.encode(), _dumps(canonical))
+    canonical = _canonical(body, default_model, stream=stream, wants_usage=wants_usage)
+    if not body.keys() <= _ALIKE_IN_BOTH_FORMS:
+        canonical["stream"] = stream
+    # A header may hold bytes that are no text.
+    raw_scope = scope.encode(errors="surrogateescape")
+    key = digest(raw_scope, identity.encode(), route.encode(), _dumps(canonical))
     if stream and not wants_usage and isinstance(options, dict | None):
         # The count is recorded with every answer, and kept from clients that did not ask.
-        raw = _dumps(body | {"stream_options": (options or {}) | {"include_usage": True}})
+        counting = {k: v for k, v in (options or {}).items() if k != _CONTINUOUS}
+        raw = _dumps(body | {"stream_options": counting | {"include_usage": True}})
     return Request(
         route=route,
         model=str(canonical["model"]),
         body=raw,
         form=Form.EVENTS if stream else Form.BODY,
         wants_usage=wants_usage,
+        repeatable=not any(body.get(name) for name in _UNREPEATABLE)
+        and not _names_remote_media(body.get("messages")),
         deterministic=_is_zero(body.get("temperature")) or _is_int(body.get("seed")),
         key=key,
     )
@@ -96,15 +121,18 @@ def _parse(route: str, raw: bytes, scope: str, identity: str, default_model: str
 _remembered = lru_cache(_REMEMBERED)(_parse)
 
 
-def _canonical(body: Mapping[str, Any], default_model: str, *, stream: bool) -> dict[str, Any]:
+def _canonical(
+    body: Mapping[str, Any], default_model: str, *, stream: bool, wants_usage: bool
+) -> dict[str, Any]:
     canonical = {}
     for name in sorted(body):
         value = body[name]
         if name in _IRRELEVANT or (value is None and name in _NULL_IS_ABSENT):
             continue
         if name == "stream_options" and stream and isinstance(value, dict | None):
-            # Other options than this one change the events.
-            value = {k: v for k, v in (value or {}).items() if k != "include_usage" and v}
+            # Other options than these change the events.
+            same = {"include_usage"} if wants_usage else {"include_usage", _CONTINUOUS}
+            value = {k: v for k, v in (value or {}).items() if k not in same and v}
             if not value:
                 continue
         elif name == "messages" and isinstance(value, list):
@@ -115,10 +143,28 @@ def _canonical(body: Mapping[str, Any], default_model: str, *, stream: bool) -> 
     canonical["model"] = body.get("model") or default_model
     if canonical.get("n") == 1:
         del canonical["n"]
-    # Not a boolean in the request: an odd value of `stream` is the engine's to judge.
-    if body.get("stream") not in (None, True, False):
-        canonical["stream"] = body["stream"]
+    # An odd value of `stream` is the engine's to judge.
+    if not isinstance(body.get("stream"), bool | None):
+        canonical["stream"] = [body["stream"]]
     return canonical
+
+
+def _names_remote_media(messages: Any) -> bool:
+    """Whether a message names media elsewhere, which may change there."""
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict) and any(map(_is_remote, part.items())):
+                return True
+    return False
+
+
+def _is_remote(field: tuple[str, Any]) -> bool:
+    name, value = field
+    if not name.endswith("_url"):
+        return False
+    url = value.get("url") if isinstance(value, dict) else value
+    return not (isinstance(url, str) and url.startswith("data:"))
 
 
 def _dumps(value: dict[str, Any]) -> bytes:

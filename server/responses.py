@@ -60,7 +60,8 @@ class Whole(web.StreamResponse):
 
 def error_body(status: int, message: str, *, param: str | None = None) -> bytes:
     """Return the JSON body of an error."""
-    kind = HTTPStatus(status).phrase.title().replace(" ", "").replace("-", "") + "Error"
+    kind = HTTPStatus(status).phrase.title().replace(" ", "").replace("-", "")
+    kind = kind.removesuffix("Error") + "Error"
     error = {"message": message, "type": kind, "param": param, "code": status}
     return orjson.dumps({"error": error})
 

@@ -8,10 +8,15 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
+from yarl import URL
 
 logger = logging.getLogger(__name__)
 
 _CONNECT_S = 5
+_PROBE_S = 10
+# Below the five seconds after which vLLM closes a connection that idles: one that is closed while
+# a request is on its way fails it.
+_KEEP_ALIVE_S = 3
 _PROBE_DOWN_S = 0.5
 _PROBE_UP_S = 2.0
 # More than any engine runs at once; the rest waits for a connection, not for memory.
@@ -34,33 +39,43 @@ class Upstream:
     def __init__(self, url: str, *, timeout_s: float, socket: str | None = None) -> None:
         self.url = url.rstrip("/")
         self.ready = False
-        connector: aiohttp.BaseConnector = (
-            aiohttp.TCPConnector(limit=_CONNECTIONS)
-            if socket is None
-            else aiohttp.UnixConnector(socket, limit=_CONNECTIONS)
+        self._socket = socket
+        self.session = self._session(
+            aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=timeout_s)
         )
-        self.session = aiohttp.ClientSession(
-            connector=connector,
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=timeout_s),
-            auto_decompress=False,
-        )
+        # Of its own, so that it never waits for a connection that works.
+        self._probing = self._session(aiohttp.ClientTimeout(total=_PROBE_S))
+
+    def _session(self, timeout: aiohttp.ClientTimeout) -> aiohttp.ClientSession:
+        connector: aiohttp.BaseConnector
+        if self._socket is None:
+            connector = aiohttp.TCPConnector(limit=_CONNECTIONS, keepalive_timeout=_KEEP_ALIVE_S)
+        else:
+            connector = aiohttp.UnixConnector(
+                self._socket, limit=_CONNECTIONS, keepalive_timeout=_KEEP_ALIVE_S
+            )
+        return aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False)
 
     async def watch(self) -> None:
         """Keep `ready` true to whether the upstream answers, until cancelled."""
         while True:
             before, self.ready = self.ready, await self._answers()
             if self.ready != before:
-                logger.info("upstream %s", "ready" if self.ready else "not ready")
+                logger.info("%s is %s", self.url, "ready" if self.ready else "not ready")
             await asyncio.sleep(_PROBE_UP_S if self.ready else _PROBE_DOWN_S)
 
     async def _answers(self) -> bool:
         try:
-            timeout = aiohttp.ClientTimeout(total=_CONNECT_S)
-            async with self.session.get(f"{self.url}/v1/models", timeout=timeout) as response:
+            async with self._probing.get(f"{self.url}/v1/models") as response:
                 # One that wants a key answers too.
                 return response.status in (200, 401, 403)
         except (aiohttp.ClientError, OSError, TimeoutError):
             return False
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self.session.close()
+        await self._probing.close()
 
 
 class Upstreams:
@@ -90,13 +105,13 @@ class Upstreams:
             try:
                 reply = await upstream.session.request(
                     method,
-                    upstream.url + path,
+                    URL(upstream.url + path, encoded=True),
                     data=data,
                     headers=headers,
                     allow_redirects=False,
                 )
                 break
-            except aiohttp.ClientConnectorError:
+            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
                 # Nothing was sent yet; the next one is asked, and this one once it is back.
                 upstream.ready = False
         async with reply:
@@ -111,4 +126,4 @@ class Upstreams:
     async def close(self) -> None:
         """Close all connections."""
         for upstream in self.all:
-            await upstream.session.close()
+            await upstream.close()

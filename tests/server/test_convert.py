@@ -30,8 +30,8 @@ def rendered(content: bytes) -> bytes:
 )
 def test_a_body_survives_becoming_events(message) -> None:
     body = Answer(Form.BODY, convert.template(body_of(message)))
-    events = convert.as_events(body)
-    again = orjson.loads(rendered(convert.as_body(events)))
+    events = convert.as_form(body, Form.EVENTS)
+    again = orjson.loads(rendered(convert.as_form(events, Form.BODY).content))
     assert again["choices"][0]["message"] == message
     assert again["choices"][0]["finish_reason"] == "stop"
     assert again["usage"] == {"total_tokens": 3}
@@ -60,7 +60,7 @@ def test_text_completions_join() -> None:
         )
     ]
     answer = Answer(Form.EVENTS, b"".join(map(convert.event, chunks)))
-    first, second = orjson.loads(rendered(convert.as_body(answer)))["choices"]
+    first, second = orjson.loads(rendered(convert.as_form(answer, Form.BODY).content))["choices"]
     assert (first["text"], first["logprobs"]["tokens"]) == ("ac", ["a", "c"])
     assert (first["finish_reason"], second["text"]) == ("length", "b")
 

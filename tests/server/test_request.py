@@ -18,6 +18,7 @@ def request(body, *, scope: str = "", identity: str = "i", route: str = "/r") ->
     [
         {"stream": True},
         {"stream": True, "stream_options": {"include_usage": True}},
+        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
         {"user": "u"},
         {"metadata": {"a": 1}},
         {"temperature": 0.0},
@@ -44,7 +45,10 @@ def test_same_key(change) -> None:
         {"logprobs": False},
         {"logprobs": 0},
         {"tool_choice": None},
-        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+        {
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        },
         {"messages": [{"role": "user", "content": "hi "}]},
         {"tools": [{"type": "function", "function": {"parameters": {"a": 1, "b": 2}}}]},
         {"tools": [{"type": "function", "function": {"parameters": {"b": 2, "a": 1}}}]},
