@@ -6,8 +6,9 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from importlib.util import find_spec
+from typing import Any
 
 import uvloop
 from aiohttp import web
@@ -15,11 +16,11 @@ from aiohttp.typedefs import Handler
 from prometheus_client import generate_latest
 
 from server.config import Config, ConfigError, Tiers
-from server.engine import Engine, State
+from server.engine import Engine, EngineState
 from server.freshness import FreshnessRules
-from server.identity import identity
+from server.identity import Identity
 from server.listener import listen
-from server.logs import AccessLog, configure
+from server.logs import AccessLog, LogStream, configure
 from server.metrics import Metrics
 from server.middleware import wrap
 from server.openai import ROUTES, OpenAI
@@ -40,8 +41,10 @@ from tiers import (
 
 logger = logging.getLogger(__name__)
 
-# A commit takes milliseconds; a disk that hangs must not keep us.
+# For answers that ended just now: a commit takes milliseconds.
 _STORE_S = 5
+# For all that is still to be written; a disk that hangs must not keep us.
+_CLOSE_S = 20
 # As many keys as answers of this size fill the tiers, but not more than 4 MiB of counters.
 _ENTRY_BYTES = 1024
 _SKETCH_KEYS = 1024**2
@@ -57,20 +60,24 @@ def serve(config: Config) -> int:
     Raises:
         ConfigError: the weights or the engine that the configuration names aren't there.
     """
-    configure(config.log)
-    weights = None
-    if not config.engine.upstreams:
-        if find_spec("vllm") is None:
-            raise ConfigError(["engine: vLLM isn't installed; run scripts/setup or set upstreams"])
-        weights = locate(config.model)
+    log = configure(config.log)
     try:
-        return uvloop.run(_serve(config, weights, identity(config, weights)))
+        weights = None
+        if not config.engine.upstreams:
+            if find_spec("vllm") is None:
+                raise ConfigError(["engine: vLLM isn't installed; run scripts/setup"])
+            weights = locate(config.model)
+        return uvloop.run(_serve(config, log, weights, Identity(config, weights)))
     except OSError as exc:
         logger.error("can't serve: %s", exc)
         return 1
+    finally:
+        log.close()
 
 
-async def _serve(config: Config, weights: Weights | None, known_by: str) -> int:
+async def _serve(
+    config: Config, log: LogStream, weights: Weights | None, known_by: Identity
+) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -89,7 +96,7 @@ async def _serve(config: Config, weights: Weights | None, known_by: str) -> int:
         state=lambda: _state(engine, upstreams),
         restarts=lambda: engine.restarts if engine is not None else 0,
     )
-    access = AccessLog(config.log)
+    access = AccessLog(config.log, log)
     road = OpenAI(
         chain=chain,
         flights=flights,
@@ -102,7 +109,16 @@ async def _serve(config: Config, weights: Weights | None, known_by: str) -> int:
     app = _app(config, road, upstreams, lambda handler: wrap(handler, metrics, access), metrics)
     grace_s = config.server.shutdown_grace_s
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=grace_s)
-    tasks = [asyncio.create_task(upstream.watch()) for upstream in upstreams.all]
+    failures: list[BaseException] = []
+    tasks: list[asyncio.Task[None]] = []
+
+    def go_on(work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        task.add_done_callback(lambda task: _watched(task, failures, stop))
+        tasks.append(task)
+
+    for upstream in upstreams.all:
+        go_on(upstream.watch())
     try:
         await runner.setup()
         if runner.server is None:
@@ -115,7 +131,7 @@ async def _serve(config: Config, weights: Weights | None, known_by: str) -> int:
         gc.set_threshold(_GC_ALLOCATIONS)
         movement.start()
         if engine is not None:
-            tasks.append(asyncio.create_task(engine.run()))
+            go_on(engine.run())
         await stop.wait()
         logger.info("stopping; a second signal ends at once")
         listener.close()
@@ -123,20 +139,42 @@ async def _serve(config: Config, weights: Weights | None, known_by: str) -> int:
         # Running answers end or are cut within the grace; what they leave is to be stored.
         await runner.cleanup()
         await flights.finish(_STORE_S)
-        await movement.close()
-        await chain.close()
+        stored = await _closed(movement, chain)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await upstreams.close()
         access.flush()
-    return 0
+    if not stored:
+        # The thread that hangs would keep the process.
+        log.close()
+        os._exit(1)
+    return int(bool(failures))
 
 
-def _state(engine: Engine | None, upstreams: Upstreams) -> State:
+async def _closed(movement: Movement, chain: Chain) -> bool:
+    try:
+        async with asyncio.timeout(_CLOSE_S):
+            await movement.close()
+            await chain.close()
+    except TimeoutError:
+        logger.error("the tiers did not close in %d s; what was not stored is lost", _CLOSE_S)
+        return False
+    return True
+
+
+def _watched(task: asyncio.Task[None], failures: list[BaseException], stop: asyncio.Event) -> None:
+    """Stop, rather than go on without a part of us that ended by a mistake."""
+    if not task.cancelled() and (exc := task.exception()) is not None:
+        logger.critical("a task of the server failed", exc_info=exc)
+        failures.append(exc)
+        stop.set()
+
+
+def _state(engine: Engine | None, upstreams: Upstreams) -> EngineState:
     if engine is not None:
         return engine.state
-    return State.READY if upstreams.ready else State.DOWN
+    return EngineState.READY if upstreams.ready else EngineState.DOWN
 
 
 def _stopper(stop: asyncio.Event) -> Callable[[], None]:
@@ -154,13 +192,16 @@ def _chain(config: Config) -> tuple[Chain, Movement]:
     frequency = FrequencySketch(_sketch_keys(where))
     disk = None
     if (on_disk := where.disk) is not None and on_disk.path is not None:
-        disk = DiskCache(
-            on_disk.path,
-            on_disk.max_bytes,
-            durability=on_disk.durability,
-            interval_s=on_disk.interval_ms / 1000,
-            worth=lambda key, size: (1 + frequency.estimate(key)) / size,
-        )
+        try:
+            disk = DiskCache(
+                on_disk.path,
+                on_disk.max_bytes,
+                durability=on_disk.durability,
+                interval_s=on_disk.interval_ms / 1000,
+                worth=lambda key, size: (1 + frequency.estimate(key)) / size,
+            )
+        except OSError as exc:
+            raise ConfigError([f"tiers.disk.path: should be a folder for us alone: {exc}"]) from exc
         farther.append(Tier(disk.NAME, disk))
     demotion = Demotion(farther, frequency, max_bytes=_DEMOTION_BYTES, clock=time.time)
     tiers = farther

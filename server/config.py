@@ -8,10 +8,18 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)  # fmt: skip
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -24,11 +32,17 @@ from tiers.disk import MIN_BYTES, Durability
 from tiers.movement import Write
 from tiers.policies import DEFAULT, POLICIES
 
+_CENTURY_S = 100 * 366 * 24 * 3600
+Seconds = Annotated[float, Field(ge=0, le=_CENTURY_S)]
+PositiveSeconds = Annotated[float, Field(gt=0, le=_CENTURY_S)]
+
 ENV_PREFIX = "TIERSERVE__"
 EMBEDDED = "embedded"
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 _HTTP_URL = re.compile(r"https?://[^/\s]+(/[^\s?#]*)?").fullmatch
-OWNED_ENGINE_ARGS = frozenset({"model", "served_model_name", "uds", "host", "port", "revision"})
+OWNED_ENGINE_ARGS = frozenset(
+    {"config", "host", "model", "port", "revision", "served_model_name", "uds"}
+)
 
 
 def cache_folder() -> Path:
@@ -72,13 +86,13 @@ class Model(_Section):
 
 
 def _not_ours(args: dict[str, Any]) -> dict[str, Any]:
-    for name in args:
-        if not name.replace("_", "").isalnum():
-            raise ValueError(
-                f"{name!r} should be an option of vLLM with underscores, as max_model_len"
-            )
-        if name in OWNED_ENGINE_ARGS:
-            raise ValueError(f"{name} is set by tierserve; use the sections server and model")
+    odd = [name for name in args if not name.replace("_", "").isalnum()]
+    if odd:
+        raise ValueError(
+            f"{', '.join(odd)} should be written as vLLM's options with underscores: max_model_len"
+        )
+    if owned := sorted(OWNED_ENGINE_ARGS & args.keys()):
+        raise ValueError(f"{', '.join(owned)}: set by tierserve; use sections server and model")
     return args
 
 
@@ -91,31 +105,43 @@ def _is_base(url: str) -> str:
 class Engine(_Section):
     """vLLM as our child with `args` and `env`, or `upstreams` that somebody else runs."""
 
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
     args: Annotated[dict[str, Any], AfterValidator(_not_ours)] = {}
     env: dict[str, str] = {}
     upstreams: tuple[Annotated[str, AfterValidator(_is_base)], ...] = ()
-    timeout_s: Annotated[float, Field(gt=0)] = 600
-    restart_max_delay_s: Annotated[float, Field(ge=1)] = 60
+    timeout_s: PositiveSeconds = 600
+    restart_max_delay_s: Annotated[float, Field(ge=1, le=3600)] = 60
+
+    @model_validator(mode="after")
+    def _is_ours_or_not(self) -> Self:
+        if self.upstreams and (self.args or self.env):
+            raise ValueError("args and env are for an engine of ours; leave them out of upstreams")
+        return self
 
 
-class Freshness(_Section):
-    """How long answers are good for: fresh, then while a new one is made, or can't be had."""
+class Rule(_Section):
+    """Freshness for the models and routes that match; what it leaves out is as in `cache`.
 
-    ttl_s: Annotated[float, Field(gt=0)] = 7 * 24 * 3600
-    stale_while_revalidate_s: Annotated[float, Field(ge=0)] = 0
-    stale_if_error_s: Annotated[float, Field(ge=0)] = 0
-
-
-class Rule(Freshness):
-    """Freshness for the models and routes that match; `*` stands for any text."""
+    `*` stands for any text.
+    """
 
     model: str = "*"
     route: str = "*"
+    ttl_s: PositiveSeconds | None = None
+    stale_while_revalidate_s: Seconds | None = None
+    stale_if_error_s: Seconds | None = None
 
 
-class Cache(Freshness):
-    """What is cached, and for how long: by the first rule that matches, or else by these."""
+class Cache(_Section):
+    """What is cached, and for how long: by the first rule that matches, or else by these.
 
+    After `ttl_s`, an answer may be given out while a new one is made, or where none can be had.
+    """
+
+    ttl_s: PositiveSeconds = 7 * 24 * 3600
+    stale_while_revalidate_s: Seconds = 0
+    stale_if_error_s: Seconds = 0
     rules: tuple[Rule, ...] = ()
     ttl_jitter: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     nondeterministic: Literal["never", "always"] = "never"
@@ -199,6 +225,17 @@ class Config(BaseSettings):
         return env_settings, init_settings
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is a mistake, not a choice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise yaml.MarkedYAMLError(f"{', '.join(twice)} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load(file: Path) -> Config:
     """Read the configuration.
 
@@ -206,7 +243,7 @@ def load(file: Path) -> Config:
         ConfigError: the file can't be read, or fields are wrong; it names every one of them.
     """
     try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+        data = yaml.load(file.read_text(encoding="utf-8"), _Loader)  # noqa: S506
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
         raise ConfigError([f"{file}: can't be read as YAML: {exc}"]) from exc
     if data is None:
@@ -274,7 +311,7 @@ def _explain(error: Any) -> str:
 
 def _fields(path: list[Any]) -> list[str]:
     model: Any = Config
-    for part in path:
+    for part in (part for part in path if isinstance(part, str)):
         annotation = model.model_fields[part].annotation
         choices = [annotation, *getattr(annotation, "__args__", ())]
         model = next(each for each in choices if hasattr(each, "model_fields"))

@@ -85,10 +85,6 @@ def _as_body(answer: Answer) -> Answer:
     for chunk in chunks:
         for part in chunk["choices"]:
             _merge(choices.setdefault(part["index"], {"index": part["index"]}), part)
-    for choice in choices.values():
-        message = choice.get("message", {})
-        if message.get("tool_calls") and not message["content"]:
-            message["content"] = None
     body = chunks[0] | {"choices": [choices[index] for index in sorted(choices)]}
     body["object"] = body["object"].removesuffix(".chunk")
     body["system_fingerprint"] = usage.get("system_fingerprint")

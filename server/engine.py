@@ -7,6 +7,7 @@ guard (`server.guard`) ends it when we are gone, however we went.
 import asyncio
 import logging
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -28,14 +29,18 @@ logger = logging.getLogger(__name__)
 
 # `vllm serve` without its console script, which fails in the CPU build.
 _VLLM = "vllm.entrypoints.launchers.api_server.entry"
+# It is asked for these all the time, and we log what clients ask for.
+_QUIET = {"disable_access_log_for_endpoints": "/health,/metrics,/v1/models"}
 _STABLE_S = 60
 _STOP_S = 15
 _LINE_BYTES = 8192
+# As in «(EngineCore pid=7) ERROR 11-24 …».
+_LEVEL = re.compile(rb"(?:\([^)]*\) )?(DEBUG|INFO|WARNING|ERROR|CRITICAL) ").match
 # Of Linux's sockaddr_un, without the final zero.
 _SOCKET_PATH_BYTES = 107
 
 
-class State(StrEnum):
+class EngineState(StrEnum):
     """What can be expected of the engine."""
 
     STARTING = "starting"
@@ -60,37 +65,39 @@ class Engine:
         self.upstream = Upstream("http://engine", timeout_s=config.engine.timeout_s, socket=socket)
         self.restarts = 0
         self._runs = False
+        self._was_ready_s = 0.0
         self._max_delay_s = config.engine.restart_max_delay_s
         self._command = [
             sys.executable, "-m", "server.guard", str(self.folder),
             sys.executable, "-m", _VLLM, "--model", weights.source,
             "--served-model-name", config.model.name, "--uds", socket,
             *(("--revision", weights.revision) if weights.revision else ()),
-            *_flags(config.engine.args),
+            *_flags(_QUIET | config.engine.args),
         ]  # fmt: skip
         self._env = os.environ | config.engine.env
         if Path(weights.source).is_dir():
             self._env.setdefault("HF_HUB_OFFLINE", "1")
 
     @property
-    def state(self) -> State:
+    def state(self) -> EngineState:
         """`DOWN` is between the end of one run and the start of the next."""
         if self.upstream.ready:
-            return State.READY
-        return State.STARTING if self._runs else State.DOWN
+            return EngineState.READY
+        return EngineState.STARTING if self._runs else EngineState.DOWN
 
     async def run(self) -> None:
         """Keep the engine running until cancelled, then end it."""
-        loop, delay_s = asyncio.get_running_loop(), 1.0
+        delay_s = 1.0
         try:
             while True:
-                started = loop.time()
-                status = await self._run_once()
-                lived_s = loop.time() - started
-                delay_s = 1.0 if lived_s > _STABLE_S else delay_s
-                logger.error(
-                    "the engine ended with status %d; next start in %.0f s", status, delay_s
-                )
+                try:
+                    status = await self._run_once()
+                    logger.error("the engine ended with status %d", status)
+                except OSError as exc:
+                    logger.error("the engine could not be started: %s", exc)
+                # Loading may take minutes, so only what was ready counts as having run.
+                delay_s = 1.0 if self._was_ready_s > _STABLE_S else delay_s
+                logger.info("the engine is started again in %.0f s", delay_s)
                 await asyncio.sleep(delay_s)
                 delay_s = min(delay_s * 2, self._max_delay_s)
                 self.restarts += 1
@@ -114,6 +121,7 @@ class Engine:
         try:
             return await process.wait()
         finally:
+            self._was_ready_s = self.upstream.ready_s
             self._runs = self.upstream.ready = False
             with suppress(ProcessLookupError):
                 process.terminate()
@@ -135,7 +143,9 @@ async def _log_lines(process: asyncio.subprocess.Process) -> None:
         if len(rest) > _LINE_BYTES:
             lines, rest = [*lines, rest], b""
         for line in filter(bytes.strip, lines):
-            logger.info("%s", line.decode(errors="replace"))
+            level = _LEVEL(line)
+            number = logging.getLevelName(level[1].decode()) if level else logging.INFO
+            logger.log(number, "%s", line.decode(errors="replace"))
 
 
 def _flags(args: Mapping[str, Any]) -> Iterator[str]:

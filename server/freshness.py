@@ -3,23 +3,24 @@
 from fnmatch import fnmatchcase
 from functools import lru_cache
 
-from server import config
+from server.config import Cache
 from tiers import Freshness
 
 
 class FreshnessRules:
     """The rules of the configuration, of which the first that matches counts."""
 
-    def __init__(self, cache: config.Cache) -> None:
+    def __init__(self, cache: Cache) -> None:
         self._cache = cache
-        # Clients choose the model's name, so what is remembered is bounded.
+        # Of routes there are two, of names as many as the engine has.
         self.of = lru_cache(1024)(self._of)
 
     def _of(self, route: str, model: str) -> Freshness:
-        matching = (
-            rule
-            for rule in self._cache.rules
-            if fnmatchcase(route, rule.route) and fnmatchcase(model, rule.model)
-        )
-        chosen: config.Freshness = next(matching, self._cache)
-        return Freshness(chosen.ttl_s, chosen.stale_while_revalidate_s, chosen.stale_if_error_s)
+        cache = self._cache
+        default = Freshness(cache.ttl_s, cache.stale_while_revalidate_s, cache.stale_if_error_s)
+        for rule in cache.rules:
+            if fnmatchcase(route, rule.route) and fnmatchcase(model, rule.model):
+                said = (rule.ttl_s, rule.stale_while_revalidate_s, rule.stale_if_error_s)
+                pairs = zip(said, default, strict=True)
+                return Freshness(*(ours if ours is not None else theirs for ours, theirs in pairs))
+        return default

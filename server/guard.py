@@ -32,7 +32,9 @@ def main() -> int:
 
 
 def _watch(child: "subprocess.Popen[bytes]") -> None:
-    sys.stdin.buffer.read()
+    # Not through sys.stdin, whose lock a thread must not hold when the interpreter ends.
+    while os.read(0, 4096):
+        pass
     _stop(child)
     deadline = time.monotonic() + _GRACE_S
     while child.poll() is None and time.monotonic() < deadline:

@@ -5,6 +5,8 @@ The identity is part of every key, so swapped weights or another engine can't se
 
 import hashlib
 from collections.abc import Mapping
+from datetime import date
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,37 @@ import orjson
 from server.config import Config
 from server.weights import Weights
 
+# Where Hugging Face models keep them.
+_TEMPLATES = ("tokenizer_config.json", "*chat_template*", "additional_chat_templates/*")
 _WHOLE_BYTES = 32 * 1024**2
 _SAMPLES = 64
 _SAMPLE_BYTES = 64 * 1024
 _CHANGES_NO_ANSWER = frozenset(
     {
-        "api_server_count", "disable_log_stats", "enable_log_requests", "enable_prefix_caching",
-        "enable_prompt_tokens_details", "gpu_memory_utilization", "max_num_batched_tokens",
+        "api_key", "api_server_count", "disable_log_stats", "download_dir", "enable_log_requests",
+        "enable_prefix_caching", "gpu_memory_utilization", "max_num_batched_tokens",
         "max_num_seqs", "stream_interval", "uvicorn_log_level",
+        "CUDA_VISIBLE_DEVICES", "HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN",
+        "OMP_NUM_THREADS", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND",
+        "VLLM_LOGGING_LEVEL",
     }
 )  # fmt: skip
+
+
+class Identity:
+    """What the engine is known by at the moment it is asked for.
+
+    A chat template that tells the date gives other prompts each day, so then the day is part of it.
+    """
+
+    def __init__(self, config: Config, weights: Weights | None) -> None:
+        self._lasting = identity(config, weights)
+        self._is_dated = weights is not None and _tells_time(config, weights)
+        self._on = lru_cache(2)(lambda day: f"{self._lasting} {day}")
+
+    def __call__(self) -> str:
+        # The engine's templates tell the local date, as this does.
+        return self._on(date.today()) if self._is_dated else self._lasting  # noqa: DTZ011
 
 
 def identity(config: Config, weights: Weights | None) -> str:
@@ -33,26 +56,26 @@ def identity(config: Config, weights: Weights | None) -> str:
     """
     about: dict[str, Any] = {"version": config.model.version}
     if weights is None:
-        about["model"] = config.model.source
-        about["upstreams"] = config.model.revision
+        about["model"] = [config.model.source, config.model.revision]
     else:
-        folder = Path(weights.source)
-        about["model"] = fingerprint(folder) if folder.is_dir() else [*weights]
+        about["model"] = [_content(weights.source), weights.revision]
         about["engine"] = _engine_version()
         about["args"] = _relevant(config.engine.args)
+        about["env"] = _relevant(config.engine.env)
     return orjson.dumps(about, option=orjson.OPT_SORT_KEYS).decode()
 
 
-def fingerprint(folder: Path) -> str:
-    """Return a digest of a model's files.
+def fingerprint(path: Path) -> str:
+    """Return a digest of a file, or of the files of a folder.
 
     Small files are read whole; of large ones the size, the time of change, and samples spread
     over the file, since reading all weights would take minutes.
     """
     state = hashlib.blake2b(digest_size=32)
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
         stat = file.stat()
-        state.update(f"{file.relative_to(folder)}\0{stat.st_size}\0".encode())
+        state.update(f"{file.relative_to(path)}\0{stat.st_size}\0".encode())
         with file.open("rb") as stream:
             if stat.st_size <= _WHOLE_BYTES:
                 state.update(stream.read())
@@ -65,7 +88,33 @@ def fingerprint(folder: Path) -> str:
 
 
 def _relevant(args: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in args.items() if name not in _CHANGES_NO_ANSWER}
+    return {n: _content(value) for n, value in args.items() if n not in _CHANGES_NO_ANSWER}
+
+
+def _content(value: Any) -> Any:
+    """Return the value, with digests of what is there in place of paths."""
+    if isinstance(value, dict):
+        return {name: _content(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_content(each) for each in value]
+    if isinstance(value, str):
+        # A LoRA module is written name=path.
+        *name, path = value.split("=", 1)
+        if Path(path).is_file() or ("/" in path and Path(path).is_dir()):
+            return [*name, fingerprint(Path(path))]
+    return value
+
+
+def _tells_time(config: Config, weights: Weights) -> bool:
+    """Whether a chat template tells the time, as far as we can see it; if we can't, it may."""
+    folder = Path(weights.source)
+    if not folder.is_dir():
+        return True
+    given = str(config.engine.args.get("chat_template", ""))
+    files = [Path(given)] if given and Path(given).is_file() else []
+    files += [file for name in _TEMPLATES for file in folder.glob(name)]
+    texts = [given, *(file.read_text(encoding="utf-8", errors="replace") for file in files)]
+    return any("strftime_now" in text for text in texts)
 
 
 def _engine_version() -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from typing import Any
 
 from aiohttp import web
 
@@ -29,6 +30,11 @@ class _Protocol(web.RequestHandler):
         response.headers["Server"] = SERVER
         response.force_close()
         return response
+
+    def log_exception(self, *args: Any, **more: Any) -> None:
+        # A body that can't be decoded has been answered, and is no failure of ours.
+        if not isinstance(more.get("exc_info"), web.RequestPayloadError):
+            super().log_exception(*args, **more)
 
 
 async def listen(server: web.Server, host: str, port: int) -> asyncio.Server:

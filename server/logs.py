@@ -3,9 +3,12 @@
 import asyncio
 import logging
 import sys
+import threading
 import time
+from contextlib import suppress
 from functools import lru_cache
-from typing import NamedTuple
+from queue import SimpleQueue
+from typing import BinaryIO, NamedTuple
 
 import orjson
 from pythonjsonlogger.orjson import OrjsonFormatter
@@ -14,17 +17,64 @@ from server.config import Log
 
 _FLUSH_S = 0.2
 _BATCH = 256
+_CLOSE_S = 2
 
 
-def configure(log: Log) -> None:
-    """Set up logging for the whole process."""
-    handler = logging.StreamHandler(sys.stderr)
+class LogStream:
+    """Standard error, written by a thread: a reader that stalls or goes stops nobody.
+
+    What doesn't fit into the queue is dropped, and how much that was is said later.
+    """
+
+    def __init__(self, target: BinaryIO, max_bytes: int = 8 * 1024**2) -> None:
+        self._target, self._max_bytes = target, max_bytes
+        self._queue: SimpleQueue[bytes | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._queued_bytes = self._dropped = 0
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    def write(self, text: str | bytes) -> None:
+        """Queue text; never waits and never fails."""
+        data = text if isinstance(text, bytes) else text.encode(errors="backslashreplace")
+        with self._lock:
+            if self._queued_bytes + len(data) > self._max_bytes:
+                self._dropped += 1
+                return
+            dropped, self._dropped = self._dropped, 0
+            said = b"%d log writes were dropped\n" % dropped if dropped else b""
+            data = said + data
+            self._queued_bytes += len(data)
+        self._queue.put(data)
+
+    def flush(self) -> None:
+        """Do nothing: the thread writes as soon as it can."""
+
+    def close(self) -> None:
+        """Write what is queued, but don't wait long for a reader that stalls."""
+        self._queue.put(None)
+        self._thread.join(_CLOSE_S)
+
+    def _run(self) -> None:
+        while (data := self._queue.get()) is not None:
+            with suppress(OSError, ValueError):
+                self._target.write(data)
+                self._target.flush()
+            with self._lock:
+                self._queued_bytes -= len(data)
+
+
+def configure(log: Log) -> LogStream:
+    """Set up logging for the whole process; returns the stream, to be closed at the end."""
+    stream = LogStream(sys.stderr.buffer)
+    handler = logging.StreamHandler(stream)
     if _is_json(log):
         fields = "%(asctime)s %(levelname)s %(name)s %(message)s"
         handler.setFormatter(OrjsonFormatter(fields))
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     logging.basicConfig(level=log.level.upper(), handlers=[handler], force=True)
+    return stream
 
 
 class Access(NamedTuple):
@@ -46,7 +96,8 @@ class AccessLog:
     Lines are made and written in batches, without `logging`, which would cost more than a hit.
     """
 
-    def __init__(self, log: Log) -> None:
+    def __init__(self, log: Log, stream: LogStream) -> None:
+        self._stream = stream
         self._enabled = logging.getLogger().isEnabledFor(logging.INFO)
         self._line = _json_line if _is_json(log) else _text_line
         self._waiting: list[Access] = []
@@ -66,9 +117,7 @@ class AccessLog:
         if self._waiting:
             lines = b"\n".join(map(self._line, self._waiting)) + b"\n"
             self._waiting.clear()
-            sys.stderr.flush()
-            sys.stderr.buffer.write(lines)
-            sys.stderr.buffer.flush()
+            self._stream.write(lines)
 
 
 def _json_line(access: Access) -> bytes:

@@ -13,7 +13,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from server.engine import State
+from server.engine import EngineState
 from tiers import Chain
 from tiers.backend import ByteCache
 
@@ -32,7 +32,7 @@ class Metrics:
     """
 
     def __init__(
-        self, chain: Chain, *, state: Callable[[], State], restarts: Callable[[], int]
+        self, chain: Chain, *, state: Callable[[], EngineState], restarts: Callable[[], int]
     ) -> None:
         self._latencies: dict[tuple[str, str], _Latency] = {}
         self.registry = CollectorRegistry()
@@ -80,7 +80,7 @@ class _Requests(Collector):
 
 
 class _Engine(Collector):
-    def __init__(self, state: Callable[[], State], restarts: Callable[[], int]) -> None:
+    def __init__(self, state: Callable[[], EngineState], restarts: Callable[[], int]) -> None:
         self._state, self._restarts = state, restarts
 
     def collect(self) -> Iterable[Metric]:
@@ -88,7 +88,7 @@ class _Engine(Collector):
             "tierserve_engine_state", "1 for the state that the engine is in", labels=("state",)
         )
         now = self._state()
-        for state in State:
+        for state in EngineState:
             gauge.add_metric((state,), state == now)
         restarts = CounterMetricFamily("tierserve_engine_restarts", "Starts after the first")
         restarts.add_metric((), self._restarts())

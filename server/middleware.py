@@ -45,6 +45,10 @@ def wrap(handler: Handler, metrics: Metrics, access: AccessLog) -> Handler:
         except web.HTTPRequestEntityTooLarge:
             response = error_response(413, "The body is larger than server.max_body_bytes allows.")
             status = 413
+        except web.RequestPayloadError:
+            response = error_response(400, "The body does not have its Content-Encoding.")
+            response.force_close()
+            status = 400
         except ConnectionError:
             raise
         except Exception:

@@ -39,7 +39,7 @@ class OpenAI:
         chain: where answers are kept.
         flights: the generations under way.
         upstreams: asked on a miss.
-        identity: what gives the answers, as `server.identity` says it.
+        identity: tells what gives the answers now, as `server.identity` says it.
         model: the model that a body without one means.
         freshness: tells how long the answers of a route and a model are good for.
         cache_all: whether requests that ask for chance are cached too.
@@ -51,7 +51,7 @@ class OpenAI:
         chain: Chain,
         flights: Flights,
         upstreams: Upstreams,
-        identity: str,
+        identity: Callable[[], str],
         model: str,
         freshness: Callable[[str, str], Freshness],
         cache_all: bool,
@@ -65,7 +65,7 @@ class OpenAI:
         raw = await http.read()
         try:
             scope = http.headers.get("Authorization", "")
-            request = parse(http.path, raw, scope, self._identity, self._model)
+            request = parse(http.path, raw, scope, self._identity(), self._model)
         except BadRequestError as exc:
             return error_response(400, str(exc))
         control = http.headers.get("Cache-Control", "").lower()

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 import aiohttp
 from aiohttp import web
 from multidict import CIMultiDict
+from yarl import URL
 
 from server.responses import failure, own_headers, unavailable
 from server.upstream import UnavailableError, Upstreams
@@ -68,6 +69,8 @@ async def forward(
         ) as reply:
             headers = returned(reply.headers)
             headers.update(own_headers(http))
+            if location := headers.get("Location"):
+                headers["Location"] = _seen_from_here(URL(location), reply.url)
             response = web.StreamResponse(status=reply.status, headers=headers)
             if reply.content_length is not None and http.method != "HEAD":
                 response.content_length = reply.content_length
@@ -86,9 +89,19 @@ async def forward(
         http["outcome"] = ("engine", "error")
         return unavailable()
     except (aiohttp.ClientError, OSError) as exc:
+        if isinstance(unread := http.content.exception(), web.RequestPayloadError):
+            # The client's mistake, met while its body was passed on.
+            raise unread from exc
         if http.transport is not None:
             http["outcome"] = ("engine", "error")
         if response is not None:
             # What has begun can only be cut, so that the client sees that it isn't whole.
             raise ConnectionResetError from exc
         return failure(exc)
+
+
+def _seen_from_here(location: URL, engine: URL) -> str:
+    """Return where a redirect leads, without the engine's address, which is nobody's business."""
+    if location.is_absolute() and location.origin() == engine.origin():
+        return location.raw_path_qs
+    return str(location)

@@ -112,8 +112,9 @@ def _parse(route: str, raw: bytes, scope: str, identity: str, default_model: str
         form=Form.EVENTS if stream else Form.BODY,
         wants_usage=wants_usage,
         repeatable=not any(body.get(name) for name in _UNREPEATABLE)
-        and not _names_remote_media(body.get("messages")),
-        deterministic=_is_zero(body.get("temperature")) or _is_int(body.get("seed")),
+        and not _names_remote_media(body.get("messages"))
+        and _is_plain(options),
+        deterministic=_is_zero(body.get("temperature")) or _is_seed(body.get("seed")),
         key=key,
     )
 
@@ -140,13 +141,21 @@ def _canonical(
         elif isinstance(value, float) and value.is_integer():
             value = int(value)
         canonical[name] = value
-    canonical["model"] = body.get("model") or default_model
+    if body.get("model") in (None, ""):
+        canonical["model"] = default_model
     if canonical.get("n") == 1:
         del canonical["n"]
     # An odd value of `stream` is the engine's to judge.
     if not isinstance(body.get("stream"), bool | None):
         canonical["stream"] = [body["stream"]]
     return canonical
+
+
+def _is_plain(options: Any) -> bool:
+    """Whether we understand `stream_options` as an engine does, which takes 1 for true."""
+    if not isinstance(options, dict):
+        return options is None
+    return all(isinstance(value, bool | None) for value in options.values())
 
 
 def _names_remote_media(messages: Any) -> bool:
@@ -178,8 +187,9 @@ def _dumps(value: dict[str, Any]) -> bytes:
             raise BadRequestError("the body is nested too deeply") from exc
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_seed(value: Any) -> bool:
+    # vLLM takes -1 for none.
+    return isinstance(value, int) and not isinstance(value, bool) and value != -1
 
 
 def _is_zero(value: Any) -> bool:

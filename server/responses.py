@@ -34,9 +34,13 @@ class Whole(web.StreamResponse):
     def __init__(self, http: web.Request, headers: Mapping[str, str], body: bytes) -> None:
         super().__init__()
         self._writer = http.writer
-        self._keeps_alive = http.keep_alive and http.version == HttpVersion11
+        self._keeps_alive = http.keep_alive
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        end = "" if self._keeps_alive else "Connection: close\r\n"
+        end = ""
+        if not self._keeps_alive:
+            end = "Connection: close\r\n"
+        elif http.version < HttpVersion11:
+            end = "Connection: keep-alive\r\n"
         head = (
             f"HTTP/1.1 200 OK\r\n{lines}Content-Length: {len(body)}\r\nServer: {SERVER}\r\n"
             f"X-Request-Id: {http['id']}\r\nDate: {rfc822_formatted_time()}\r\n{end}\r\n"

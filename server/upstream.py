@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -38,7 +39,7 @@ class Upstream:
 
     def __init__(self, url: str, *, timeout_s: float, socket: str | None = None) -> None:
         self.url = url.rstrip("/")
-        self.ready = False
+        self._ready_since: float | None = None
         self._socket = socket
         self.session = self._session(
             aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=timeout_s)
@@ -55,6 +56,21 @@ class Upstream:
                 self._socket, limit=_CONNECTIONS, keepalive_timeout=_KEEP_ALIVE_S
             )
         return aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it answered when it was last asked."""
+        return self._ready_since is not None
+
+    @ready.setter
+    def ready(self, ready: bool) -> None:
+        if ready != self.ready:
+            self._ready_since = time.monotonic() if ready else None
+
+    @property
+    def ready_s(self) -> float:
+        """Seconds for which it has been ready; 0 if it isn't."""
+        return 0.0 if self._ready_since is None else time.monotonic() - self._ready_since
 
     async def watch(self) -> None:
         """Keep `ready` true to whether the upstream answers, until cancelled."""

@@ -55,15 +55,20 @@ class Tier:
                 if self._near is not None
                 else await self.backend.get(key, timeout=self.deadline_s)
             )
-            found = None if value is None else (value, Entry.decode(value))
         except Exception as exc:
             self._failed("read", exc)
             return None
-        if found is None:
-            self.counts.misses += 1
-            return None
-        self.counts.hits += 1
-        return found
+        if value is not None:
+            try:
+                entry = Entry.decode(value)
+            except ValueError as exc:
+                # Of another version of ours; the next answer replaces it.
+                logger.debug("the %s tier holds what can't be read: %s", self.name, exc)
+            else:
+                self.counts.hits += 1
+                return value, entry
+        self.counts.misses += 1
+        return None
 
     async def put(self, key: str, value: bytes, ttl_s: float) -> bool:
         """Store an encoded entry for `ttl_s` seconds. Returns whether it is stored."""

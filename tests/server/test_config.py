@@ -61,6 +61,15 @@ def test_a_variable_that_should_be_json_is_named(tmp_path: Path, monkeypatch) ->
     [
         ("engine: {upstreams: ['http://h:1/v1']}", r"engine.upstreams.0: should .* without /v1"),
         ("engine: {upstreams: ['h:1']}", "engine.upstreams.0: should be as http://"),
+        (
+            "engine: {upstreams: ['http://h:1'], args: {dtype: half}}",
+            "engine: args and env are for",
+        ),
+        ("cache: {rules: [{stale_if_error: 1}]}", "cache.rules.0.stale_if_error: unknown key; did"),
+        ("cache: {ttl_s: .inf}", "cache.ttl_s: Input should be less"),
+        ("cache: {ttl_s: .nan}", "cache.ttl_s: Input should be"),
+        ("cache: {ttl_s: 1, ttl_s: 2}", "ttl_s stands twice"),
+        ("tiers: {memory: {policy: best}}", "tiers.memory.policy: should be one of arc, fifo"),
         ("model: m", "model: should hold keys of name, revision, source, version, not 'm'"),
     ],
 )
@@ -76,8 +85,13 @@ def test_refuses_what_is_not_sections(tmp_path: Path, text: str) -> None:
 
 
 def test_engine_args_that_we_set_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"engine.args: .*port is set by tierserve"):
-        load(write(tmp_path, "engine: {args: {port: 1}}"))
+    with pytest.raises(ConfigError, match=r"engine.args: model, port: set by tierserve"):
+        load(write(tmp_path, "engine: {args: {port: 1, model: m}}"))
+
+
+def test_the_engines_environment_may_hold_numbers(tmp_path: Path) -> None:
+    config = load(write(tmp_path, "engine: {env: {VLLM_CPU_KVCACHE_SPACE: 2}}"))
+    assert config.engine.env == {"VLLM_CPU_KVCACHE_SPACE": "2"}
 
 
 def test_relative_paths_are_relative_to_the_file(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ def rendered(content: bytes) -> bytes:
         {"role": "assistant", "content": "hi\n\nthere"},
         {"role": "assistant", "content": ""},
         {"role": "assistant", "content": "hi", "reasoning": "since"},
-        {"role": "assistant", "content": None, "tool_calls": [CALL, CALL | {"id": "call-2"}]},
+        {"role": "assistant", "content": "hi", "reasoning_content": "since", "x": [{"y": 1}]},
+        {"role": "assistant", "content": "", "tool_calls": [CALL, CALL | {"id": "call-2"}]},
     ],
 )
 def test_a_body_survives_becoming_events(message) -> None:
@@ -63,6 +64,68 @@ def test_text_completions_join() -> None:
     first, second = orjson.loads(rendered(convert.as_form(answer, Form.BODY).content))["choices"]
     assert (first["text"], first["logprobs"]["tokens"]) == ("ac", ["a", "c"])
     assert (first["finish_reason"], second["text"]) == ("length", "b")
+
+
+def chat_events(*deltas: dict) -> Answer:
+    head = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+    *unfinished, last = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
+    choices = [*unfinished, last | {"finish_reason": "stop"}]
+    events = [convert.event(head | {"choices": [choice]}) for choice in choices]
+    return Answer(Form.EVENTS, b"".join(events))
+
+
+def test_every_text_of_a_delta_is_joined() -> None:
+    call = {"function": {"name": "f", "arguments": "{"}, "id": "call-1"}
+    answer = chat_events(
+        {"role": "assistant", "content": ""},
+        {"reasoning_content": "Let me "},
+        {"reasoning_content": "think", "content": None},
+        {"tool_calls": [call]},
+        {"tool_calls": [{"function": {"arguments": "}", "strict": None}}]},
+        {"content": "y"},
+    )
+    body = orjson.loads(rendered(convert.as_form(answer, Form.BODY).content))
+    assert body["choices"][0]["message"] == {
+        "role": "assistant",
+        "content": "y",
+        "reasoning_content": "Let me think",
+        "tool_calls": [
+            {"id": "call-1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(Form.EVENTS, b""),
+        Answer(Form.EVENTS, b'data: {"choices":[{"delta":{}}]}\n\n'),
+        Answer(Form.EVENTS, b'data: {"choices":[{"index":0,"delta":null}]}\n\n'),
+        Answer(Form.BODY, b'{"choices":[]}'),
+        Answer(Form.BODY, b'{"choices":[{"index":0,"message":{}}],"object":"x"}'),
+        Answer(Form.BODY, b"[]"),
+    ],
+)
+def test_what_has_no_other_form_is_said(answer: Answer) -> None:
+    other = Form.BODY if answer.form is Form.EVENTS else Form.EVENTS
+    with pytest.raises(convert.NotConvertibleError):
+        convert.as_form(answer, other)
+
+
+def test_the_fingerprint_is_where_vllm_puts_it() -> None:
+    body = Answer(
+        Form.BODY,
+        convert.template(body_of({"role": "assistant", "content": "hi"}, system_fingerprint="fp")),
+    )
+    events = convert.as_form(body, Form.EVENTS)
+    for wants_usage in (False, True):
+        content = convert.counted(events.content, wants_usage=wants_usage)
+        chunks = [orjson.loads(rendered(part)[6:]) for part in content.split(b"\n\n") if part]
+        fingerprints = [chunk.get("system_fingerprint") for chunk in chunks]
+        assert fingerprints == [None, None if wants_usage else "fp"]
+    assert orjson.loads(rendered(events.usage)[6:])["system_fingerprint"] == "fp"
+    again = orjson.loads(rendered(convert.as_form(events, Form.BODY).content))
+    assert again["system_fingerprint"] == "fp"
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,13 @@ def test_the_first_rule_that_matches_counts() -> None:
         {"model": "small-*", "route": "/v1/completions", "ttl_s": 1},
         {"model": "small-*", "ttl_s": 2, "stale_if_error_s": 9},
         {"route": "/v1/completions", "ttl_s": 3},
+        {"model": "tiny", "stale_while_revalidate_s": 7},
     ]
-    of = FreshnessRules(Cache.model_validate({"ttl_s": 4, "rules": rules})).of
-    assert of("/v1/completions", "small-a") == Freshness(1)
+    of = FreshnessRules(
+        Cache.model_validate({"ttl_s": 4, "stale_if_error_s": 5, "rules": rules})
+    ).of
+    assert of("/v1/completions", "small-a") == Freshness(1, 0, 5)
     assert of("/v1/chat/completions", "small-a") == Freshness(2, 0, 9)
-    assert of("/v1/completions", "large") == Freshness(3)
-    assert of("/v1/chat/completions", "large") == Freshness(4)
+    assert of("/v1/completions", "large") == Freshness(3, 0, 5)
+    assert of("/v1/chat/completions", "large") == Freshness(4, 0, 5)
+    assert of("/v1/chat/completions", "tiny") == Freshness(4, 7, 5)

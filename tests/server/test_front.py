@@ -237,6 +237,109 @@ async def test_a_cut_pass_through_is_seen_as_cut(front: Front, upstream: Upstrea
             await response.read()
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/embeddings"])
+async def test_a_body_that_is_not_what_it_says_is_a_clients_mistake(
+    front: Front, upstream: Upstream, path: str
+) -> None:
+    headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+    async with front.session.post(path, data=b"no gzip", headers=headers) as response:
+        assert response.status == 400
+        assert (await response.json())["error"]["type"] == "BadRequestError"
+
+
+async def test_a_redirect_does_not_lead_past_us(front: Front, upstream: Upstream) -> None:
+    async def redirect(_: web.Request) -> web.StreamResponse:
+        return web.Response(status=307, headers={"Location": f"{upstream.url}/there?a=%20b"})
+
+    upstream.handler = redirect
+    async with front.session.get("/here", allow_redirects=False) as response:
+        assert response.headers["Location"] == "/there?a=%20b"
+
+
+@pytest.mark.parametrize(
+    ("sent", "expected"),
+    [
+        ({"Cache-Control": "no-store"}, ["tierserve; fwd=bypass"] * 2),
+        ({"Content-Type": "text/plain"}, ["tierserve; fwd=bypass"] * 2),
+        ({"Cache-Control": "max-age=0, No-Cache"}, ["tierserve; fwd=request"] * 2),
+    ],
+)
+async def test_what_a_client_may_ask_of_the_tiers(
+    front: Front, upstream: Upstream, sent: dict, expected: list[str]
+) -> None:
+    asked = question()
+    headers = {"Content-Type": "application/json"} | sent
+    data = orjson.dumps(asked)
+    said = []
+    async with asyncio.timeout(20):
+        while len(said) < 2:
+            async with front.session.post(CHAT, data=data, headers=headers) as response:
+                assert response.status == 200
+                said += [s for s in [response.headers["Cache-Status"]] if "collapsed" not in s]
+    assert said == expected
+    stored = "no-store" not in sent.values() and "text/plain" not in sent.values()
+    assert ("hit" in (await front.ask(asked))[1]) is stored
+
+
+async def test_a_query_is_the_engines_to_understand(front: Front, upstream: Upstream) -> None:
+    for _ in range(2):
+        async with front.session.post(CHAT + "?api-version=3", json=question()) as response:
+            assert response.headers["Cache-Status"] == "tierserve; fwd=bypass"
+    assert upstream.asked[0].query_string == "api-version=3"
+
+
+async def test_absolute_targets_and_hop_by_hop_headers(front: Front, upstream: Upstream) -> None:
+    async def fine(_: web.Request) -> web.StreamResponse:
+        return web.Response()
+
+    upstream.handler = fine
+    reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+    writer.write(
+        b"GET http://a.example/x//%7Ey?q HTTP/1.1\r\nHost: a.example\r\n"
+        b"Connection: X-Hop\r\nX-Hop: 1\r\nX-End: 2\r\n\r\n"
+    )
+    assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+    writer.close()
+    (asked,) = upstream.asked
+    assert asked.raw_path == "/x//%7Ey?q"
+    assert "X-Hop" not in asked.headers
+    assert asked.headers["X-End"] == "2"
+
+
+async def test_headers_that_are_no_text_are_no_failure(front: Front, upstream: Upstream) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+    raw = orjson.dumps(question())
+    writer.write(
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer \xff\r\n"
+        b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(raw), raw)
+    )
+    assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+    writer.close()
+
+
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+async def test_connections_stay_or_close_as_asked(
+    front: Front, upstream: Upstream, version: bytes
+) -> None:
+    raw = orjson.dumps(question())
+    for wish in (b"keep-alive", b"close"):
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        asked = (
+            b"POST /v1/chat/completions HTTP/%s\r\nHost: a\r\nConnection: %s\r\n"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+            % (version, wish, len(raw), raw)
+        )
+        for _ in range(2 if wish == b"keep-alive" else 1):
+            writer.write(asked)
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
+            assert (b"Connection: close" in head) is (wish == b"close")
+            length = int(re.search(rb"Content-Length: (\d+)", head)[1])
+            await reader.readexactly(length)
+        if wish == b"close":
+            assert await asyncio.wait_for(reader.read(), 20) == b""
+        writer.close()
+
+
 async def test_compressed_requests_are_understood(front: Front, upstream: Upstream) -> None:
     asked = question()
     headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}

@@ -38,6 +38,8 @@ def test_same_key(change) -> None:
     "change",
     [
         {"model": "other"},
+        {"model": 0},
+        {"model": False},
         {"temperature": 0.5},
         {"seed": 1},
         {"n": 2},
@@ -80,6 +82,7 @@ def test_scope_identity_and_route_are_in_the_key() -> None:
         ({}, True),
         ({"temperature": 0.0}, True),
         ({"temperature": 1, "seed": 7}, True),
+        ({"temperature": 1, "seed": -1}, False),
         ({"temperature": 1}, False),
         ({"temperature": False}, False),
         ({"temperature": "0"}, False),
@@ -88,6 +91,36 @@ def test_scope_identity_and_route_are_in_the_key() -> None:
 )
 def test_what_is_deterministic(change, deterministic: bool) -> None:
     assert request(BODY | change).deterministic is deterministic
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kv_transfer_params": {"do_remote_decode": True}},
+        {"stream_options": {"include_usage": 1}},
+        {"stream_options": 3},
+        {"messages": [{"content": [{"type": "image_url", "image_url": {"url": "http://h/a"}}]}]},
+        {"messages": [{"content": [{"type": "audio_url", "audio_url": "http://h/a"}]}]},
+    ],
+)
+def test_what_is_not_repeatable(change) -> None:
+    assert request(BODY).repeatable
+    assert not request(BODY | change).repeatable
+
+
+def test_media_that_are_sent_along_are_repeatable() -> None:
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    assert request(BODY | {"messages": [{"content": [part, "text"]}, 3]}).repeatable
+
+
+@pytest.mark.parametrize("name", ["prompt_logprobs", "echo", "return_token_ids", "unknown"])
+def test_what_may_differ_between_the_forms_is_kept_apart(name: str) -> None:
+    one, other = BODY | {name: 1}, BODY | {name: 1, "stream": True}
+    assert request(one).key != request(other).key
+
+
+def test_any_bytes_may_be_a_scope() -> None:
+    assert request(BODY, scope="\udcff").key != request(BODY, scope="\udcfe").key
 
 
 def test_usage_is_always_recorded_from_a_stream() -> None:

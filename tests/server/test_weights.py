@@ -3,12 +3,13 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
 
 from server.config import Config, ConfigError, Model
-from server.identity import fingerprint, identity
+from server.identity import Identity, fingerprint, identity
 from server.weights import Weights, locate
 
 CONFIG = Config()
@@ -50,6 +51,39 @@ def test_options_that_change_output_are_known(folder: Path) -> None:
     assert known() != known(dtype="float32")
     assert known() == known(max_num_seqs=3)
     assert known() != identity(Config(model=Model(version="2")), Weights(str(folder)))
+
+
+def test_files_that_options_name_are_known_by_their_content(folder: Path, tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("a")
+    args = {"chat_template": str(template), "lora_modules": [f"name={template}"]}
+    for name, value in args.items():
+        config = Config.model_validate({"engine": {"args": {name: value}}})
+        template.write_text("a")
+        before = identity(config, Weights(str(folder / "model.safetensors")))
+        template.write_text("b")
+        assert identity(config, Weights(str(folder / "model.safetensors"))) != before
+
+
+def test_the_engines_environment_is_known(folder: Path) -> None:
+    def known(**env) -> str:
+        return identity(Config.model_validate({"engine": {"env": env}}), Weights(str(folder)))
+
+    assert known() != known(VLLM_ATTENTION_BACKEND="x")
+    assert known() == known(VLLM_CPU_KVCACHE_SPACE="3", HF_TOKEN="secret")
+
+
+def test_a_template_that_tells_the_date_gives_other_keys_each_day(folder, monkeypatch) -> None:
+    day = SimpleNamespace(today=lambda: "Monday")
+    monkeypatch.setattr("server.identity.date", day)
+    known = Identity(CONFIG, Weights(str(folder)))
+    (folder / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}")
+    dated = Identity(CONFIG, Weights(str(folder)))
+    before = known(), dated()
+    assert dated() == before[1]
+    day.today = lambda: "Tuesday"
+    assert known() == before[0]
+    assert dated() != before[1]
 
 
 def test_a_hubs_model_is_pinned_to_the_local_commit(tmp_path: Path, monkeypatch) -> None:
