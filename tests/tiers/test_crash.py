@@ -361,6 +361,29 @@ async def test_what_is_not_lmdb_is_set_aside(tmp_path: Path) -> None:
     assert [file.read_bytes()[:14] for file in aside] == [b"not a database"]
 
 
+@pytest.mark.parametrize(
+    ("program", "bound_s", "said"),
+    [("kill -SEGV $$", 60.0, "ended with status -11"), ("sleep 600", -1e9, "took too long")],
+)
+async def test_a_verifier_that_fails_is_damage(
+    tmp_path: Path, monkeypatch, caplog, program: str, bound_s: float, said: str
+) -> None:
+    cache = DiskCache(tmp_path / "disk", MIB)
+    await cache.set("a", b"1")
+    await cache.close()
+    (tmp_path / "disk" / "clean").unlink()
+    verifier = tmp_path / "python"
+    verifier.write_text(f"#!/bin/sh\nexec 1>&-\n{program}\n")
+    verifier.chmod(0o700)
+    monkeypatch.setattr("tiers.disk.opening.sys.executable", str(verifier))
+    monkeypatch.setattr("tiers.disk.opening._VERIFY_S", bound_s)
+    again = DiskCache(tmp_path / "disk", MIB)
+    await again.opened()
+    assert await again.get("a") is None
+    assert said in caplog.text
+    await again.close()
+
+
 async def test_closing_does_not_wait_for_the_verifier(tmp_path: Path) -> None:
     (tmp_path / DATA).write_bytes(b"not a database" * 1000)
     cache = DiskCache(tmp_path, MIB)

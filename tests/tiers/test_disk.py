@@ -3,13 +3,17 @@
 import asyncio
 import logging
 import os
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import lmdb
 import orjson
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tiers import DiskCache
 from tiers.disk import Durability, compact
@@ -17,7 +21,10 @@ from tiers.disk.file import DiskFile
 from tiers.disk.record import unpack_blob
 from tiers.disk.verify import verify
 
+from .conftest import Clock
+
 MIB = 1024 * 1024
+LONG = os.environ.get("TIERSERVE_LONG") == "1"
 
 
 @pytest.fixture
@@ -346,6 +353,71 @@ async def test_a_second_cache_in_the_process_is_refused(opened, tmp_path: Path) 
     with pytest.raises(OSError, match="already open in this process"):
         DiskCache(tmp_path, MIB)
     assert await cache.set("a", b"1")
+
+
+KEYS = st.sampled_from([f"key{number}" for number in range(40)])
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("set"),
+            KEYS,
+            st.sampled_from([0, 100, 3000, 40_000, 60_000]),
+            st.sampled_from([None, 5, 50]),
+        ),
+        st.tuples(st.just("get"), KEYS),
+        st.tuples(st.just("delete"), KEYS),
+        st.tuples(st.just("expire"), KEYS, st.integers(1, 50)),
+        st.tuples(st.just("wait"), st.integers(-20, 20)),
+        st.tuples(st.just("reopen")),
+    ),
+    min_size=60,
+    max_size=150,
+)
+
+
+@given(STEPS)
+@settings(deadline=None, max_examples=300 if LONG else 30)
+async def test_never_answers_wrong_and_keeps_its_indexes(steps) -> None:
+    clock, truth = Clock(), {}
+    with TemporaryDirectory() as folder:
+
+        def opened() -> DiskCache:
+            path = Path(folder)
+            return DiskCache(path, MIB, durability=Durability.OS, clock=clock, worth=by_size)
+
+        cache = opened()
+        for number, (action, *of) in enumerate(steps):
+            if action == "set":
+                key, size, ttl = of
+                value = b"%d" % number + random.Random(number).randbytes(size)
+                assert await cache.set(key, value, ttl=ttl)
+                truth[key] = value, None if ttl is None else clock.now + ttl
+            elif action == "get":
+                found, (value, expires_at) = cache.read(of[0]), truth.get(of[0], (None, None))
+                alive = expires_at is None or clock.now < expires_at
+                assert found is None or (found == value and alive)
+            elif action == "delete":
+                await cache.delete(of[0])
+                truth.pop(of[0], None)
+            elif action == "expire":
+                if await cache.expire(*of):
+                    truth[of[0]] = truth[of[0]][0], clock.now + of[1]
+            elif action == "wait":
+                clock.now += of[0]
+            else:
+                await cache.close()
+                cache = opened()
+            assert cache.usage.bytes <= MIB
+        with cache._file.env.begin() as txn:
+            dbs = cache._file.dbs
+            rows = [txn.stat(db)["entries"] for db in (dbs.entries, dbs.places, dbs.order)]
+        assert rows == [cache.usage.entries] * 3
+        await cache.close()
+        assert verify(Path(folder)).damaged == 0
+
+
+def by_size(key: str, size: int) -> float:
+    return 1000.0 / size
 
 
 async def test_is_private(tmp_path: Path) -> None:
