@@ -134,7 +134,10 @@ def write_and_close(connection: Connection, folder: Path, max_bytes: int, keys: 
         await cache.opened()
         connection.send("open")
         connection.recv()
-        stored = [await cache.set(f"{key}", value_of(f"{key}")) for key in keys]
+        stored: list[bool] = []
+        for key in range(keys.start, keys.stop, 20):
+            batch = [f"{each}" for each in range(key, min(key + 20, keys.stop))]
+            stored += await asyncio.gather(*(cache.set(each, value_of(each)) for each in batch))
         read = [cache.read(f"{key}") in (None, value_of(f"{key}")) for key in keys]
         await cache.close()
         connection.send((all(stored), all(read)))

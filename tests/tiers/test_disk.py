@@ -364,6 +364,7 @@ STEPS = st.lists(
             st.sampled_from([0, 100, 3000, 40_000, 60_000]),
             st.sampled_from([None, 5, 50]),
         ),
+        st.tuples(st.just("fill"), st.integers(0, 30)),
         st.tuples(st.just("get"), KEYS),
         st.tuples(st.just("delete"), KEYS),
         st.tuples(st.just("expire"), KEYS, st.integers(1, 50)),
@@ -375,44 +376,67 @@ STEPS = st.lists(
 )
 
 
+class Model:
+    """A disk tier beside a plain dictionary of value and expiry."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.clock = Clock()
+        self.sets = 0
+        self.truth: dict[str, tuple[bytes, float | None]] = {}
+        self.cache = self.opened()
+
+    def opened(self) -> DiskCache:
+        return DiskCache(
+            self.folder, MIB, durability=Durability.OS, clock=self.clock, worth=by_size
+        )
+
+    async def set(self, key: str, size: int, ttl: float | None) -> None:
+        self.sets += 1
+        value = random.Random(size).randbytes(size) + b"%d" % self.sets
+        assert await self.cache.set(key, value, ttl=ttl)
+        self.truth[key] = value, None if ttl is None else self.clock.now + ttl
+
+    async def fill(self, start: int) -> None:
+        for number in range(start, start + 10):
+            await self.set(f"key{number}", 50_000, None)
+
+    async def get(self, key: str) -> None:
+        found, (value, expires_at) = self.cache.read(key), self.truth.get(key, (None, None))
+        assert found in (None, value)
+        assert found is None or expires_at is None or self.clock.now < expires_at
+
+    async def delete(self, key: str) -> None:
+        await self.cache.delete(key)
+        self.truth.pop(key, None)
+
+    async def expire(self, key: str, ttl: int) -> None:
+        if await self.cache.expire(key, ttl):
+            self.truth[key] = self.truth[key][0], self.clock.now + ttl
+
+    async def wait(self, seconds: int) -> None:
+        self.clock.now += seconds
+
+    async def reopen(self) -> None:
+        await self.cache.close()
+        self.cache = self.opened()
+
+    def rows(self) -> list[int]:
+        dbs = self.cache._file.dbs
+        with self.cache._file.env.begin() as txn:
+            return [txn.stat(db)["entries"] for db in (dbs.entries, dbs.places, dbs.order)]
+
+
 @given(STEPS)
 @settings(deadline=None, max_examples=300 if LONG else 30)
 async def test_never_answers_wrong_and_keeps_its_indexes(steps) -> None:
-    clock, truth = Clock(), {}
     with TemporaryDirectory() as folder:
-
-        def opened() -> DiskCache:
-            path = Path(folder)
-            return DiskCache(path, MIB, durability=Durability.OS, clock=clock, worth=by_size)
-
-        cache = opened()
-        for number, (action, *of) in enumerate(steps):
-            if action == "set":
-                key, size, ttl = of
-                value = b"%d" % number + random.Random(number).randbytes(size)
-                assert await cache.set(key, value, ttl=ttl)
-                truth[key] = value, None if ttl is None else clock.now + ttl
-            elif action == "get":
-                found, (value, expires_at) = cache.read(of[0]), truth.get(of[0], (None, None))
-                alive = expires_at is None or clock.now < expires_at
-                assert found is None or (found == value and alive)
-            elif action == "delete":
-                await cache.delete(of[0])
-                truth.pop(of[0], None)
-            elif action == "expire":
-                if await cache.expire(*of):
-                    truth[of[0]] = truth[of[0]][0], clock.now + of[1]
-            elif action == "wait":
-                clock.now += of[0]
-            else:
-                await cache.close()
-                cache = opened()
-            assert cache.usage.bytes <= MIB
-        with cache._file.env.begin() as txn:
-            dbs = cache._file.dbs
-            rows = [txn.stat(db)["entries"] for db in (dbs.entries, dbs.places, dbs.order)]
-        assert rows == [cache.usage.entries] * 3
-        await cache.close()
+        model = Model(Path(folder))
+        for action, *of in steps:
+            await getattr(model, action)(*of)
+            assert model.cache.usage.bytes <= MIB
+        assert model.rows() == [model.cache.usage.entries] * 3
+        await model.cache.close()
         assert verify(Path(folder)).damaged == 0
 
 

@@ -186,7 +186,8 @@ class DiskCache(ByteCache):
         file, self._file = self._file, None
         if file is not None:
             await asyncio.to_thread(file.close)
-        self._opening.release(whole=file is not None and not self._suspect)
+        is_suspect = self._suspect or self._writer.is_suspect
+        self._opening.release(whole=file is not None and not is_suspect)
 
     def _find(self, key: str) -> bytes | None:
         if (submission := self._pending.get(key)) is not None:

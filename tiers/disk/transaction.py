@@ -26,6 +26,7 @@ from tiers.disk.record import (
     pack_rank,
     pack_sequence,
     sequence_of,
+    unpack,
     unpack_blob,
     unpack_place,
     unpack_rank,
@@ -122,14 +123,16 @@ class Transaction:
         coding, payload = self._codec.encode(change.value)
         record_bytes = pack(key, coding, change.expires_at, self._sequence, payload)
         priority = self._priority(change.key, len(record_bytes))
-        place = Place(priority, self._sequence, change.expires_at, key)
-        sequence = pack_sequence(self._sequence)
         self._txn.put(key, record_bytes, db=self._dbs.entries)
-        self._txn.put(sequence, pack_place(place), db=self._dbs.places, append=True)
-        self._txn.put(pack_rank(priority, self._sequence), sequence, db=self._dbs.order)
-        if change.expires_at < inf:
-            rank = pack_rank(change.expires_at, self._sequence)
-            self._txn.put(rank, b"", db=self._dbs.expiries)
+        self._put_rows(self._sequence, Place(priority, self._sequence, change.expires_at, key))
+
+    def index(self, key: bytes) -> None:
+        """Give an entry whose record verifies its rows, the lowest priority among them."""
+        record = self._txn.get(key, db=self._dbs.entries)
+        if record is not None:
+            _, expires_at, sequence, _ = unpack(key, record)
+            self._put_rows(sequence, Place(self._floor, sequence, expires_at, key))
+            self._sequence = max(self._sequence, sequence)
 
     def raise_priorities(self, keys: Iterable[str]) -> None:
         """Give entries that were read the priority that they would have if stored now."""
@@ -194,15 +197,17 @@ class Transaction:
     def _read_state(self) -> tuple[int, float]:
         data = self._txn.get(_STATE_NAME, db=self._dbs.meta)
         try:
-            sequence, floor = (
-                (0, 0.0) if data is None else _STATE.unpack(unpack_blob(_STATE_NAME, data))
-            )
+            if data is not None:
+                sequence, floor = _STATE.unpack(unpack_blob(_STATE_NAME, data))
+                return sequence, floor
         except (ValueError, error):
-            sequence, floor = 0, 0.0
-        with self._txn.cursor(db=self._dbs.places) as places:
-            last = unpack_sequence(places.key()) if places.last() else 0
-        # The rows of a damaged file may be ahead of its state.
-        return max(sequence, last), floor
+            pass
+        with (
+            self._txn.cursor(db=self._dbs.places) as places,
+            self._txn.cursor(db=self._dbs.order) as order,
+        ):
+            sequence = unpack_sequence(places.key()) if places.last() else 0
+            return sequence, unpack_rank(order.key())[0] if order.first() else 0.0
 
     def _priority(self, key: str, record_bytes: int) -> float:
         worth = self._worth(key, record_bytes)
@@ -219,6 +224,13 @@ class Transaction:
         if record is None or sequence_of(record) != sequence:
             return False
         return self._txn.delete(place.key, db=self._dbs.entries)
+
+    def _put_rows(self, sequence: int, place: Place) -> None:
+        name = pack_sequence(sequence)
+        self._txn.put(name, pack_place(place), db=self._dbs.places)
+        self._txn.put(pack_rank(place.priority, place.tick), name, db=self._dbs.order)
+        if place.expires_at < inf:
+            self._txn.put(pack_rank(place.expires_at, sequence), b"", db=self._dbs.expiries)
 
     def _drop_rows(self, sequence: int, key: bytes) -> None:
         place = place_of(self._txn, self._dbs, sequence)

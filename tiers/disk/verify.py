@@ -16,12 +16,12 @@ from pathlib import Path
 import lmdb
 import lmdb.verify
 
-from tiers.disk.codec import ZSTD_DICTIONARY
+from tiers.disk.codec import ZSTD_DICTIONARY, Codec
 from tiers.disk.file import DATA, DiskFile, OtherFormatError
 from tiers.disk.record import pack_rank, pack_sequence, unpack
-from tiers.disk.transaction import place_of
+from tiers.disk.transaction import Databases, Transaction, place_of
 
-_BATCH = 1000
+_BATCH = 10_000
 _REPAIR_BYTES = 64 * 1024 * 1024
 
 
@@ -31,13 +31,13 @@ class Report:
 
     entries: int
     damaged: int
-    """Of them, entries that don't verify or that no index holds."""
+    """Of them, entries that don't verify."""
 
 
 def main() -> int:
     """Verify, print, and return 0 if the file can be used."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--repair", action="store_true", help="drop the entries that are damaged")
+    parser.add_argument("--repair", action="store_true", help="drop damaged entries")
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()
     try:
@@ -50,7 +50,7 @@ def main() -> int:
 
 
 def verify(folder: Path, *, repair: bool = False) -> Report:
-    """Verify the file in `folder`; with `repair`, drop the entries that are damaged.
+    """Verify the file in `folder`; with `repair`, drop damaged entries and mend the indexes.
 
     Raises:
         ValueError: its pages are damaged, or it has another format.
@@ -58,16 +58,16 @@ def verify(folder: Path, *, repair: bool = False) -> Report:
     """
     if problems := _problems(folder):
         raise ValueError(f"its pages are damaged: {problems[0]} ({len(problems)} problems)")
-    # To drop an entry takes room as well.
+    # To repair takes room as well.
     max_bytes = (folder / DATA).stat().st_size + _REPAIR_BYTES
     try:
         file = DiskFile(folder, max_bytes, clock=float, worth=_no_worth)
     except (OtherFormatError, lmdb.Error) as exc:
         raise ValueError(str(exc)) from exc
     try:
-        entries, damaged = _walk(file)
-        if repair:
-            _drop(file, damaged)
+        entries, damaged, is_indexed = _walk(file)
+        if repair and (damaged or not is_indexed):
+            _repair(file, damaged)
     except lmdb.Error as exc:
         raise ValueError(f"its pages are damaged: {exc}") from exc
     finally:
@@ -84,46 +84,67 @@ def _problems(folder: Path) -> list[str]:
         return [str(exc)]
 
 
-def _walk(file: DiskFile) -> tuple[int, list[bytes]]:
-    """Return the number of entries, and the keys of those that are damaged."""
-    damaged, dbs = [], file.dbs
+def _walk(file: DiskFile) -> tuple[int, list[bytes], bool]:
+    """Return the number of entries, the keys of damaged ones, and whether the indexes are right.
+
+    Raises:
+        ValueError: an entry isn't found by its key.
+    """
+    damaged, is_indexed, expiring = [], True, 0
+    dbs = file.dbs
     with file.env.begin(buffers=True) as txn:
-        for db, key_bytes in ((dbs.order, 16), (dbs.expiries, 16), (dbs.places, 8)):
-            if any(len(key) != key_bytes for key in txn.cursor(db=db).iternext(values=False)):
-                raise ValueError("an index of it is damaged")
+        if any(any(db.flags().values()) for db in dbs):
+            raise ValueError("its pages are damaged: a database has flags")
         for buffer, record in txn.cursor(db=dbs.entries):
             key = bytes(buffer)
-            if not _is_whole(txn, file, key, record):
+            if txn.get(key, db=dbs.entries) is None:
+                raise ValueError("its pages are damaged: an entry isn't found by its key")
+            try:
+                coding, expires_at, sequence, _ = unpack(key, record)
+                key.decode()
+            except ValueError:
                 damaged.append(key)
-        return txn.stat(dbs.entries)["entries"], damaged
+                continue
+            if coding == ZSTD_DICTIONARY and not file.learn(txn):
+                damaged.append(key)
+            expiring += expires_at < inf
+            is_indexed = is_indexed and _is_indexed(txn, dbs, key, expires_at, sequence)
+        entries, *rows = (txn.stat(db)["entries"] for db in dbs[:4])
+    return entries, damaged, is_indexed and rows == [entries, entries, expiring]
 
 
-def _is_whole(
-    txn: "lmdb.Transaction[memoryview]", file: DiskFile, key: bytes, record: memoryview
+def _is_indexed(
+    txn: "lmdb.Transaction[memoryview]",
+    dbs: Databases,
+    key: bytes,
+    expires_at: float,
+    sequence: int,
 ) -> bool:
-    try:
-        coding, expires_at, sequence, _ = unpack(key, record)
-        key.decode()
-    except ValueError:
-        return False
-    place = place_of(txn, file.dbs, sequence)
+    place = place_of(txn, dbs, sequence)
     if place is None or (place.key, place.expires_at) != (key, expires_at):
         return False
-    if coding == ZSTD_DICTIONARY and not file.learn(txn):
+    name = txn.get(pack_rank(place.priority, place.tick), db=dbs.order)
+    if name is None or bytes(name) != pack_sequence(sequence):
         return False
-    rank = txn.get(pack_rank(place.priority, place.tick), db=file.dbs.order)
-    if rank is None or bytes(rank) != pack_sequence(sequence):
-        return False
-    return expires_at == inf or (
-        txn.get(pack_rank(expires_at, sequence), db=file.dbs.expiries) is not None
-    )
+    rank = pack_rank(expires_at, sequence)
+    return expires_at == inf or txn.get(rank, db=dbs.expiries) is not None
 
 
-def _drop(file: DiskFile, keys: list[bytes]) -> None:
+def _repair(file: DiskFile, damaged: list[bytes]) -> None:
+    """Drop the damaged entries, and make the indexes anew; what was worth most is forgotten."""
+    with file.env.begin(write=True) as txn:
+        for key in damaged:
+            txn.delete(key, db=file.dbs.entries)
+        for db in (file.dbs.places, file.dbs.order, file.dbs.expiries):
+            txn.drop(db, delete=False)
+    with file.env.begin(db=file.dbs.entries) as txn:
+        keys = list(txn.cursor().iternext(values=False))
     for start in range(0, len(keys), _BATCH):
-        with file.env.begin(write=True, db=file.dbs.entries) as txn:
+        with file.env.begin(write=True, buffers=True) as txn:
+            work = Transaction(txn, file.dbs, Codec(), _no_worth)
             for key in keys[start : start + _BATCH]:
-                txn.delete(key)
+                work.index(key)
+            work.end()
 
 
 def _no_worth(_key: str, _bytes: int) -> float:

@@ -96,6 +96,8 @@ class Writer:
         """Keys of entries that were read, whose priority rises with a later commit; append only.
         The oldest are forgotten."""
         self._episode: _Episode | None = None
+        self.is_suspect = False
+        """Whether something failed that a full disk doesn't explain."""
         self._is_broken = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="disk-writer", daemon=True)
@@ -169,6 +171,8 @@ class Writer:
             episode = self._episode = _Episode()
             logger.error("the disk tier can't store", exc_info=exc)
         episode.lost += len(batch)
+        if not isinstance(exc, lmdb.DiskError | lmdb.MapFullError | OSError):
+            self.is_suspect = True
         if isinstance(exc, lmdb.Error | OSError):
             episode.delay_s = min(max(episode.delay_s * 2, _FIRST_DELAY_S), _LAST_DELAY_S)
             episode.until = time.monotonic() + episode.delay_s
