@@ -124,14 +124,16 @@ class Transaction:
         record_bytes = pack(key, coding, change.expires_at, self._sequence, payload)
         priority = self._priority(change.key, len(record_bytes))
         self._txn.put(key, record_bytes, db=self._dbs.entries)
-        self._put_rows(self._sequence, Place(priority, self._sequence, change.expires_at, key))
+        place = Place(priority, self._sequence, change.expires_at, key)
+        self._put_rows(self._sequence, place, is_newest=True)
 
     def index(self, key: bytes) -> None:
         """Give an entry whose record verifies its rows, the lowest priority among them."""
         record = self._txn.get(key, db=self._dbs.entries)
         if record is not None:
             _, expires_at, sequence, _ = unpack(key, record)
-            self._put_rows(sequence, Place(self._floor, sequence, expires_at, key))
+            place = Place(self._floor, sequence, expires_at, key)
+            self._put_rows(sequence, place, is_newest=False)
             self._sequence = max(self._sequence, sequence)
 
     def raise_priorities(self, keys: Iterable[str]) -> None:
@@ -206,7 +208,8 @@ class Transaction:
             self._txn.cursor(db=self._dbs.places) as places,
             self._txn.cursor(db=self._dbs.order) as order,
         ):
-            sequence = unpack_sequence(places.key()) if places.last() else 0
+            # The ticks that were given since the last place are unknown, but they are fewer.
+            sequence = unpack_sequence(places.key()) + (1 << 32) if places.last() else 0
             return sequence, unpack_rank(order.key())[0] if order.first() else 0.0
 
     def _priority(self, key: str, record_bytes: int) -> float:
@@ -225,9 +228,10 @@ class Transaction:
             return False
         return self._txn.delete(place.key, db=self._dbs.entries)
 
-    def _put_rows(self, sequence: int, place: Place) -> None:
+    def _put_rows(self, sequence: int, place: Place, *, is_newest: bool) -> None:
         name = pack_sequence(sequence)
-        self._txn.put(name, pack_place(place), db=self._dbs.places)
+        # Appending fills pages; LMDB would leave them half empty.
+        self._txn.put(name, pack_place(place), db=self._dbs.places, append=is_newest)
         self._txn.put(pack_rank(place.priority, place.tick), name, db=self._dbs.order)
         if place.expires_at < inf:
             self._txn.put(pack_rank(place.expires_at, sequence), b"", db=self._dbs.expiries)
