@@ -129,7 +129,7 @@ def _fill(folder: Path, entries: int) -> int:
     answers = [_answer(number) for number in range(2000)]
     opening = Opening(folder, 64 * GIB, time.time)
     opening.try_exclusive()
-    file = DiskFile(folder, 64 * GIB, sync=False, clock=time.time, worth=lambda *_: 1.0)
+    file = DiskFile(folder, 64 * GIB, sync=False)
     raw_bytes, expires_at = 0, time.time() + 86400
     for start in range(0, entries, BATCH):
         batch = []

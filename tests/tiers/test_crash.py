@@ -118,7 +118,7 @@ def test_a_kill_loses_nothing_that_was_acknowledged(tmp_path: Path, max_bytes, k
         assert left <= 0
         report = verify(tmp_path)
         assert report.damaged == 0
-        file = DiskFile(tmp_path, max_bytes, clock=float, worth=lambda key, size: 1.0)
+        file = DiskFile(tmp_path, max_bytes)
         found = {key.decode() for key in file.all_keys()}
         if max_bytes > MIB:
             assert acknowledged <= found
@@ -157,7 +157,7 @@ def test_two_processes_write_at_once(tmp_path: Path, max_bytes: int) -> None:
             child.connection.send("go")
         assert [list(child.receive()) for child in (one, other)] == [[(True, True)]] * 2
     assert verify(tmp_path).damaged == 0
-    file = DiskFile(tmp_path, max_bytes, clock=float, worth=lambda key, size: 1.0)
+    file = DiskFile(tmp_path, max_bytes)
     found = {key.decode() for key in file.all_keys()}
     assert all(file.get(key.encode())[0] == value_of(key) for key in found)
     file.close()

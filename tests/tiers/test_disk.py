@@ -288,19 +288,24 @@ async def test_the_writer_survives_whatever_a_batch_raises(opened, monkeypatch, 
     assert said == ["the disk tier can't store", "the disk tier stores again; 3 changes were lost"]
 
 
+def fail_once(monkeypatch: pytest.MonkeyPatch, error: lmdb.Error) -> None:
+    """Let the next transaction that changes something fail."""
+    transact, errors = DiskFile._transact, [error]
+
+    def failing(self, changes, *args):
+        if changes and errors:
+            raise errors.pop()
+        return transact(self, changes, *args)
+
+    monkeypatch.setattr(DiskFile, "_transact", failing)
+
+
 async def test_a_full_map_makes_room(opened, monkeypatch) -> None:
     cache = await opened()
     for number in range(300):
         await cache.set(f"{number}", os.urandom(2500))
-    transact, fail = DiskFile._transact, iter([True, False, True])
-
-    def full(self, changes, *args):
-        if changes and next(fail, False):
-            raise lmdb.MapFullError("full")
-        return transact(self, changes, *args)
-
-    monkeypatch.setattr(DiskFile, "_transact", full)
     evicted, held = cache.usage.evictions, cache.usage.entries
+    fail_once(monkeypatch, lmdb.MapFullError("full"))
     assert await cache.set("a", b"1")
     assert cache.usage.evictions - evicted > 20
     assert cache.usage.entries < held
@@ -309,14 +314,7 @@ async def test_a_full_map_makes_room(opened, monkeypatch) -> None:
 async def test_a_map_that_another_process_grew_is_adopted(opened, monkeypatch) -> None:
     cache = await opened()
     await cache.set("a", b"1")
-    transact, fail = DiskFile._transact, iter([True])
-
-    def resized(self, *args):
-        if next(fail, False):
-            raise lmdb.MapResizedError("resized")
-        return transact(self, *args)
-
-    monkeypatch.setattr(DiskFile, "_transact", resized)
+    fail_once(monkeypatch, lmdb.MapResizedError("resized"))
     assert await cache.set("b", b"2")
     assert await cache.multi_get(["a", "b"]) == [b"1", b"2"]
 
@@ -324,14 +322,7 @@ async def test_a_map_that_another_process_grew_is_adopted(opened, monkeypatch) -
 async def test_opens_again_after_a_panic(opened, monkeypatch) -> None:
     cache = await opened()
     await cache.set("a", b"1")
-    transact, fail = DiskFile._transact, iter([True])
-
-    def panic(self, *args):
-        if next(fail, False):
-            raise lmdb.PanicError("panic")
-        return transact(self, *args)
-
-    monkeypatch.setattr(DiskFile, "_transact", panic)
+    fail_once(monkeypatch, lmdb.PanicError("panic"))
     monkeypatch.setattr("tiers.disk.writer._FIRST_DELAY_S", 0.0)
     assert not await cache.set("b", b"2")
     assert await cache.set("b", b"2")

@@ -16,7 +16,14 @@ from pathlib import Path
 import lmdb
 
 from tiers.backend import ByteCache
-from tiers.disk.file import MAX_KEY_BYTES, DiskFile, OtherFormatError, Statistics, reserve_bytes
+from tiers.disk.file import (
+    MAX_KEY_BYTES,
+    DiskFile,
+    OtherFormatError,
+    Statistics,
+    alike,
+    reserve_bytes,
+)
 from tiers.disk.opening import Opening
 from tiers.disk.transaction import Change, Outcome
 from tiers.disk.writer import Durability, Submission, Writer
@@ -27,10 +34,6 @@ MIN_BYTES = 1024 * 1024
 
 _PENDING_BYTES = 64 * 1024 * 1024
 _UNUSABLE = (OtherFormatError, lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.CorruptedError)
-
-
-def _alike(_key: str, _bytes: int) -> float:
-    return 1.0
 
 
 def _is_key(key: str) -> bool:
@@ -74,7 +77,7 @@ class DiskCache(ByteCache):
         *,
         durability: Durability = Durability.COMMIT,
         interval_s: float = 0.05,
-        worth: Callable[[str, int], float] = _alike,
+        worth: Callable[[str, int], float] = alike,
         clock: Callable[[], float] = time.time,
         namespace: str | None = None,
     ) -> None:

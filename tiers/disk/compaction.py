@@ -5,7 +5,6 @@ whole and that nobody else has open: `opening` sees to both.
 """
 
 import os
-import time
 from pathlib import Path
 
 from tiers.disk.file import DATA, DiskFile, reserve_bytes
@@ -21,7 +20,7 @@ def shrink(folder: Path, max_bytes: int | None = None) -> None:
     """
     size = (folder / DATA).stat().st_size
     # To evict takes room as well.
-    file = DiskFile(folder, size + reserve_bytes(size), clock=time.time, worth=_no_worth)
+    file = DiskFile(folder, size + reserve_bytes(size))
     copy = folder / f"{DATA}.compacted"
     try:
         if max_bytes is not None:
@@ -40,7 +39,3 @@ def shrink(folder: Path, max_bytes: int | None = None) -> None:
     directory = os.open(folder, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
-
-
-def _no_worth(_key: str, _bytes: int) -> float:
-    return 0.0

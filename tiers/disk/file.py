@@ -7,6 +7,7 @@ LMDB is described at http://www.lmdb.tech/doc/ and py-lmdb at https://lmdb.readt
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,11 @@ class Statistics:
     """The most slots of LMDB's table of readers that all processes have taken at once."""
 
 
+def alike(_key: str, _bytes: int) -> float:
+    """Return the same worth for every entry, so that what was not read for longest leaves first."""
+    return 1.0
+
+
 class DiskFile:
     """An open file.
 
@@ -89,8 +95,8 @@ class DiskFile:
         max_bytes: int,
         *,
         sync: bool = True,
-        clock: Callable[[], float],
-        worth: Callable[[str, int], float],
+        clock: Callable[[], float] = time.time,
+        worth: Callable[[str, int], float] = alike,
     ) -> None:
         self.folder = folder
         self.max_bytes = max_bytes

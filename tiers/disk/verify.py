@@ -19,7 +19,7 @@ import lmdb
 import lmdb.verify
 
 from tiers.disk.codec import ZSTD_DICTIONARY, Codec
-from tiers.disk.file import DATA, DiskFile, OtherFormatError
+from tiers.disk.file import DATA, DiskFile, OtherFormatError, alike
 from tiers.disk.record import pack_rank, pack_sequence, unpack
 from tiers.disk.transaction import Databases, Transaction, place_of
 
@@ -67,7 +67,7 @@ def verify(folder: Path, *, repair: bool = False) -> Report:
     # To repair takes room as well.
     max_bytes = (folder / DATA).stat().st_size + _REPAIR_BYTES
     try:
-        file = DiskFile(folder, max_bytes, clock=float, worth=_no_worth)
+        file = DiskFile(folder, max_bytes)
     except (OtherFormatError, lmdb.Error) as exc:
         raise ValueError(str(exc)) from exc
     try:
@@ -179,14 +179,10 @@ def _repair(file: DiskFile, damaged: list[bytes]) -> None:
         keys = list(txn.cursor().iternext(values=False))
     for start in range(0, len(keys), _BATCH):
         with file.env.begin(write=True, buffers=True) as txn:
-            work = Transaction(txn, file.dbs, Codec(), _no_worth)
+            work = Transaction(txn, file.dbs, Codec(), alike)
             for key in keys[start : start + _BATCH]:
                 work.index(key)
             work.end()
-
-
-def _no_worth(_key: str, _bytes: int) -> float:
-    return 0.0
 
 
 if __name__ == "__main__":
