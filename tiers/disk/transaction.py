@@ -125,7 +125,7 @@ class Transaction:
         priority = self._priority(change.key, len(record_bytes))
         self._txn.put(key, record_bytes, db=self._dbs.entries)
         place = Place(priority, self._sequence, change.expires_at, key)
-        self._put_rows(self._sequence, place, is_newest=True)
+        self._put_rows(self._sequence, place)
 
     def index(self, key: bytes) -> None:
         """Give an entry whose record verifies its rows, the lowest priority among them."""
@@ -133,7 +133,7 @@ class Transaction:
         if record is not None:
             _, expires_at, sequence, _ = unpack(key, record)
             place = Place(self._floor, sequence, expires_at, key)
-            self._put_rows(sequence, place, is_newest=False)
+            self._put_rows(sequence, place)
             self._sequence = max(self._sequence, sequence)
 
     def raise_priorities(self, keys: Iterable[str]) -> None:
@@ -228,10 +228,9 @@ class Transaction:
             return False
         return self._txn.delete(place.key, db=self._dbs.entries)
 
-    def _put_rows(self, sequence: int, place: Place, *, is_newest: bool) -> None:
+    def _put_rows(self, sequence: int, place: Place) -> None:
         name = pack_sequence(sequence)
-        # Appending fills pages; LMDB would leave them half empty.
-        self._txn.put(name, pack_place(place), db=self._dbs.places, append=is_newest)
+        self._txn.put(name, pack_place(place), db=self._dbs.places)
         self._txn.put(pack_rank(place.priority, place.tick), name, db=self._dbs.order)
         if place.expires_at < inf:
             self._txn.put(pack_rank(place.expires_at, sequence), b"", db=self._dbs.expiries)
