@@ -198,6 +198,7 @@ def _chain(config: Config) -> tuple[Chain, Movement]:
                 on_disk.max_bytes,
                 durability=on_disk.durability,
                 interval_s=on_disk.interval_ms / 1000,
+                compresses=on_disk.compression == "zstd",
                 worth=lambda key, size: (1 + frequency.estimate(key)) / size,
             )
         except OSError as exc:

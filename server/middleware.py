@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from server.logs import Access, AccessLog
+from server.logs import AccessLog
 from server.metrics import Metrics
 from server.responses import SERVER, error_response
 
@@ -61,8 +61,8 @@ def wrap(handler: Handler, metrics: Metrics, access: AccessLog) -> Handler:
             if status == _CLIENT_GONE and outcome != "error":
                 outcome = "aborted"
             metrics.observe(tier, outcome, seconds)
-            line = Access(time.time(), http.method, http.path, status, id_, tier, outcome, seconds)
-            access.add(line)
+            at = time.time()
+            access.add(at, http.method, http.path, status, id_, tier, outcome, seconds)
         if not response.prepared:
             headers = response.headers
             headers["Server"], headers["X-Request-Id"] = SERVER, id_

@@ -77,12 +77,13 @@ class OpenAI:
         return await forward(http, self._upstreams, body=raw, cache_status="tierserve; fwd=bypass")
 
     def _may_keep(self, http: web.Request, request: Request) -> bool:
+        content_type = http.headers.get("Content-Type", "")
         # The engine knows what else a query or another type of content may mean.
         return (
             request.repeatable
             and (request.deterministic or self._cache_all)
-            and not http.query_string
-            and http.headers.get("Content-Type", "").startswith(_JSON)
+            and "?" not in http.raw_path
+            and content_type.partition(";")[0].strip().lower() == _JSON
         )
 
     async def _answer(

@@ -7,22 +7,25 @@ from hashlib import blake2b
 from struct import Struct, error
 
 _HEADER = Struct("<BBQ")
-"""Format version, base-2 logarithm of the width, records since the counters were halved."""
-_VERSION = 1
+"""Format version, base-2 logarithm of the capacity, records since the counters were halved."""
+_VERSION = 2
 
-_ROWS = 4
+_COUNTERS = 4
+_BLOCK_KEYS = 16
 _MOST = 15
 _SAMPLE_FACTOR = 10
 _HALVES = bytes(count >> 1 for count in range(256))
 _DIGEST_DIGITS = 64
 
-# A count-min sketch: four rows of small counters, and in each row one counter for a key, chosen by
-# other bits of the key's digest. Keys share counters, so a counter may be too high and never too
-# low; the estimate is the least of the four. A record raises only the counters that are at this
-# least (conservative update), which keeps the others' excess small. With as many counters a row as
-# keys that matter, w, a row's excess is above 2n/w with a probability of at most 1/2 after n
-# records, and so the estimate's with at most 1/16 (Cormode and Muthukrishnan, "An Improved Data
-# Stream Summary: The Count-Min Sketch and its Applications", 2005).
+# A count-min sketch: small counters, of which the bits of a key's digest choose four. Keys share
+# counters, so a counter may be too high and never too low; the estimate is the least of the four. A
+# record raises only the counters that are at this least (conservative update), which keeps the
+# others' excess small. With four counters for each key that matters, w keys in all, a counter's
+# excess is above 2n/w with a probability of about 1/2 after n records, and so the estimate's with
+# about 1/16 (Cormode and Muthukrishnan, "An Improved Data Stream Summary: The Count-Min Sketch and
+# its Applications", 2005). All four lie in one block of 64 bytes, one in each quarter, so that a
+# record waits for one line of memory and not for four; that is how Caffeine's FrequencySketch is
+# laid out (https://github.com/ben-manes/caffeine).
 #
 # Counters end at 15 and all are halved when ten times the capacity has been recorded. So what was
 # popular once is forgotten in a few periods, and a count above 10 means more than a fair share of
@@ -36,7 +39,7 @@ _DIGEST_DIGITS = 64
 class FrequencySketch:
     """Approximate counts of requests by key, halved periodically.
 
-    Takes 4 bytes per key of `capacity`, rounded up to a power of two.
+    Takes 4 bytes per key of `capacity`, rounded up to a power of two of at least 16.
 
     Args:
         capacity: the number of keys that matter, such as what the tiers can hold.
@@ -48,19 +51,19 @@ class FrequencySketch:
     def __init__(self, capacity: int) -> None:
         if capacity < 1:
             raise ValueError(f"capacity must be positive, not {capacity}")
-        self._resize(max(capacity - 1, 1).bit_length())
-        self._table = bytearray(_ROWS * self.capacity)
+        self._resize(max((capacity - 1).bit_length(), _BLOCK_KEYS.bit_length() - 1))
+        self._table = bytearray(_COUNTERS * self.capacity)
         self._records = 0
 
     def record(self, key: str) -> int:
         """Count one more request for `key` and return the new estimate."""
-        # Spelt out, not a loop over the rows: every hit pays for it.
+        # Spelt out, not a loop: every hit pays for it.
         bits = _bits(key)
-        mask, width, table = self._mask, self.capacity, self._table
-        at_0 = bits & mask
-        at_1 = (bits >> 14 & mask) + width
-        at_2 = (bits >> 28 & mask) + width * 2
-        at_3 = (bits >> 42 & mask) + width * 3
+        table = self._table
+        at_0 = ((bits & self._mask) << 6) + (bits >> 32 & 15)
+        at_1 = (at_0 & ~15) + 16 + (bits >> 36 & 15)
+        at_2 = (at_0 & ~15) + 32 + (bits >> 40 & 15)
+        at_3 = (at_0 & ~15) + 48 + (bits >> 44 & 15)
         least = min(table[at_0], table[at_1], table[at_2], table[at_3])
         if least < _MOST:
             raised = least + 1
@@ -81,21 +84,19 @@ class FrequencySketch:
     def estimate(self, key: str) -> int:
         """Return how often `key` was recorded lately, at most 15; too high rather than too low."""
         bits = _bits(key)
-        mask, width, table = self._mask, self.capacity, self._table
+        block = (bits & self._mask) << 6
         return min(
-            table[bits & mask],
-            table[(bits >> 14 & mask) + width],
-            table[(bits >> 28 & mask) + width * 2],
-            table[(bits >> 42 & mask) + width * 3],
+            self._table[block + (bits >> 32 & 15)],
+            self._table[block + 16 + (bits >> 36 & 15)],
+            self._table[block + 32 + (bits >> 40 & 15)],
+            self._table[block + 48 + (bits >> 44 & 15)],
         )
 
     def double(self) -> None:
         """Make room for twice as many keys; estimates stay as they are."""
-        width, table = self.capacity, self._table
-        rows = (table[row * width : (row + 1) * width] for row in range(_ROWS))
-        # The new index has one more bit, so a counter of before stands for two of now.
-        self._table = bytearray().join(row * 2 for row in rows)
-        self._resize(width.bit_length())
+        # The block's number has one more bit, so a block of before stands for two of now.
+        self._table *= 2
+        self._resize(self.capacity.bit_length())
 
     def dump(self) -> bytes:
         """Return the bytes that `restore` reads."""
@@ -123,7 +124,7 @@ class FrequencySketch:
 
     def _resize(self, log2: int) -> None:
         self.capacity = 1 << log2
-        self._mask = self.capacity - 1
+        self._mask = self.capacity // _BLOCK_KEYS - 1
         self._sample = _SAMPLE_FACTOR * self.capacity
 
     def _halve(self) -> None:

@@ -25,6 +25,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from random import Random
 
 import orjson
 import uvloop
@@ -39,6 +40,7 @@ from tiers import Answer, Chain, DiskCache, Form, FrequencySketch, Freshness, Ti
 SERVER_CORE, LOAD_CORE = 0, 1
 ROUTE = "/v1/chat/completions"
 ENTRY_BYTES = 64 * 1024 * 1024
+WORDS = ["the", "sky", "scatters", "light", "of", "short", "waves", "more", "than", "red", "so"]
 CONFIG = """
 server: {{port: {port}}}
 engine: {{upstreams: ["http://127.0.0.1:1"]}}
@@ -65,7 +67,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=int, default=3)
     parser.add_argument("--connections", type=int, default=32)
-    parser.add_argument("--questions", type=int, default=256, help="how many different ones")
+    parser.add_argument("--questions", type=int, default=512, help="how many different ones")
     parser.add_argument("--bare", nargs=2, metavar=("PORT", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.bare:
@@ -91,7 +93,7 @@ def _measure(
     bodies = [_question(number, question_bytes) for number in range(options.questions)]
     (folder / "bodies").write_bytes(b"\n".join(bodies))
     (folder / "load.lua").write_text(LOAD.format(file=str(folder / "bodies"), route=ROUTE))
-    (folder / "answer").write_bytes(_answer(answer_bytes))
+    (folder / "answer").write_bytes(_answer(0, answer_bytes))
     with ExitStack() as stack:
         bare = stack.enter_context(
             _server("bare", [__file__, "--bare", "{port}", str(folder / "answer")])
@@ -101,7 +103,7 @@ def _measure(
             config = folder / f"{name}.yaml"
             text = CONFIG.format(port=0, memory=memory, disk=folder / name, max_bytes=ENTRY_BYTES)
             config.write_text(text)
-            asyncio.run(_fill(config, bodies, (folder / "answer").read_bytes()))
+            asyncio.run(_fill(config, bodies, answer_bytes))
             command = ["-m", "server.cli", "serve", "--config", str(config)]
             products.append(stack.enter_context(_server(name, command)))
         urls = [bare, *products]
@@ -125,8 +127,10 @@ def _question(number: int, size: int) -> bytes:
     return orjson.dumps({"model": "m", "messages": messages, "temperature": 0, "max_tokens": 500})
 
 
-def _answer(size: int) -> bytes:
-    message = {"role": "assistant", "content": ("The sky scatters light. " * size)[:size]}
+def _answer(number: int, size: int) -> bytes:
+    # Words by chance, so that compression has something to do.
+    words = Random(number).choices(WORDS, k=size)  # noqa: S311
+    message = {"role": "assistant", "content": " ".join(words)[:size]}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
     usage = {"prompt_tokens": 20, "total_tokens": 120, "completion_tokens": 100}
     return orjson.dumps(
@@ -135,7 +139,7 @@ def _answer(size: int) -> bytes:
     )  # fmt: skip
 
 
-async def _fill(file: Path, bodies: list[bytes], answer: bytes) -> None:
+async def _fill(file: Path, bodies: list[bytes], answer_bytes: int) -> None:
     """Store an answer to every body in the disk tier that `file` describes."""
     config = load(file)
     disk = config.tiers.disk
@@ -147,8 +151,8 @@ async def _fill(file: Path, bodies: list[bytes], answer: bytes) -> None:
         max_answer_bytes=config.cache.max_answer_bytes,
     )
     known_by, name = identity(config, None), config.model.name
-    stored = Answer(Form.BODY, convert.template(orjson.loads(answer)))
-    for body in bodies:
+    for number, body in enumerate(bodies):
+        stored = Answer(Form.BODY, convert.template(orjson.loads(_answer(number, answer_bytes))))
         request = parse(ROUTE, body, "", known_by, name)
         await chain.store(request.key, stored, Freshness(config.cache.ttl_s))
     await chain.close()

@@ -210,7 +210,7 @@ async def test_keeps_blobs(opened) -> None:
 
 
 async def test_compresses_with_a_dictionary_of_its_own(opened) -> None:
-    cache = await opened(8 * MIB)
+    cache = await opened(8 * MIB, compresses=True)
     for start in range(0, 800, 100):
         await asyncio.gather(*(cache.set(f"{n}", answer(n)) for n in range(start, start + 100)))
     assert cache._file._codec.has_dictionary
@@ -221,7 +221,7 @@ async def test_compresses_with_a_dictionary_of_its_own(opened) -> None:
 
 
 async def test_a_damaged_dictionary_makes_misses_and_is_no_end(opened, tmp_path: Path) -> None:
-    cache = await opened()
+    cache = await opened(compresses=True)
     await asyncio.gather(*(cache.set(f"{n}", answer(n)) for n in range(500)))
     await cache.set("late", answer(1))
     with cache._file.env.begin(db=cache._file.dbs.meta, buffers=True) as txn:
@@ -379,7 +379,12 @@ class Model:
 
     def opened(self) -> DiskCache:
         return DiskCache(
-            self.folder, MIB, durability=Durability.OS, clock=self.clock, worth=by_size
+            self.folder,
+            MIB,
+            durability=Durability.OS,
+            compresses=True,
+            clock=self.clock,
+            worth=by_size,
         )
 
     async def set(self, key: str, size: int, ttl: float | None) -> None:

@@ -82,7 +82,7 @@ def test_survives_dump_and_restore(keys: list[str], capacity: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"\x01\x06", b"\x02" + FrequencySketch(64).dump()[1:], b"\x01\xff" + bytes(8)]
+    "data", [b"", b"\x01\x06", b"\x01" + FrequencySketch(64).dump()[1:], b"\x01\xff" + bytes(8)]
 )
 def test_refuses_what_it_did_not_write(data: bytes) -> None:
     with pytest.raises(ValueError, match="sketch is"):

@@ -59,6 +59,7 @@ class DiskCache(ByteCache):
         path: made, private to this user, if it isn't there.
         max_bytes: at least `MIN_BYTES`.
         durability: what is true when a write has returned.
+        compresses: whether values take less of the file, and more time to be read.
         interval_s: seconds between commits with `Durability.INTERVAL`.
         worth: what keeping an entry is worth, from its key and its bytes on disk, such as its
             frequency times its cost over its bytes. Called in the writer's thread.
@@ -77,6 +78,7 @@ class DiskCache(ByteCache):
         *,
         durability: Durability = Durability.COMMIT,
         interval_s: float = 0.05,
+        compresses: bool = False,
         worth: Callable[[str, int], float] = alike,
         clock: Callable[[], float] = time.time,
         namespace: str | None = None,
@@ -87,6 +89,7 @@ class DiskCache(ByteCache):
         self.path = path
         self.max_bytes = max_bytes
         self._durability = durability
+        self._compresses = compresses
         self._worth = worth
         self._pending: dict[str, Submission] = {}
         self._pending_bytes = 0
@@ -293,6 +296,7 @@ class DiskCache(ByteCache):
             self.path,
             self.max_bytes,
             sync=self._durability is not Durability.OS,
+            compresses=self._compresses,
             clock=self.clock,
             worth=self._worth,
         )

@@ -1,8 +1,9 @@
 """Compression of the disk tier's values: zstd, with a dictionary trained on the first of them.
 
 Answers are short JSON texts that share their skeleton, so a dictionary is worth more than the
-level: it saves two thirds of the bytes and is quicker than zstd without it. Compression is the
-writer's; `decode` may be called by one thread at a time. zstd is RFC 8878.
+level: it saves two thirds of the bytes and is quicker than zstd without it. It costs a hit about a
+tenth (scripts/bench/hits.py), so it is a choice; what was stored with it can be read without.
+Compression is the writer's; `decode` may be called by one thread at a time. zstd is RFC 8878.
 """
 
 from zstandard import (
@@ -23,11 +24,16 @@ _SMALLEST_BYTES = 64
 
 
 class Codec:
-    """Codes values; without a dictionary until it has been given one."""
+    """Codes values; without a dictionary until it has been given one.
 
-    def __init__(self) -> None:
+    Args:
+        compresses: whether values are stored compressed; else it only reads such.
+    """
+
+    def __init__(self, *, compresses: bool) -> None:
         self.has_dictionary = False
-        self._samples: list[bytes | bytearray | memoryview] | None = []
+        self._compresses = compresses
+        self._samples: list[bytes | bytearray | memoryview] | None = [] if compresses else None
         self._compressor = ZstdCompressor(level=_LEVEL)
         self._decompressors = {ZSTD: ZstdDecompressor()}
 
@@ -55,7 +61,7 @@ class Codec:
 
     def encode(self, value: bytes) -> tuple[int, bytes]:
         """Return the coding and the payload, which is never longer than `value`."""
-        if len(value) >= _SMALLEST_BYTES:
+        if self._compresses and len(value) >= _SMALLEST_BYTES:
             payload = self._compressor.compress(value)
             if len(payload) < len(value):
                 return ZSTD_DICTIONARY if self.has_dictionary else ZSTD, payload

@@ -81,6 +81,7 @@ class DiskFile:
         folder: holds the file; must exist.
         max_bytes: the file's largest size.
         sync: whether a commit waits until the disk has it.
+        compresses: whether values are stored compressed.
         clock: returns Unix seconds.
         worth: what keeping an entry is worth, from its key and its bytes in the file.
 
@@ -95,6 +96,7 @@ class DiskFile:
         max_bytes: int,
         *,
         sync: bool = True,
+        compresses: bool = False,
         clock: Callable[[], float] = time.time,
         worth: Callable[[str, int], float] = alike,
     ) -> None:
@@ -105,7 +107,7 @@ class DiskFile:
         self._sync = sync
         self._clock = clock
         self._worth = worth
-        self._codec = Codec()
+        self._codec = Codec(compresses=compresses)
         self._lock = threading.Lock()
         self._open()
 

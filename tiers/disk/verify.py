@@ -179,7 +179,7 @@ def _repair(file: DiskFile, damaged: list[bytes]) -> None:
         keys = list(txn.cursor().iternext(values=False))
     for start in range(0, len(keys), _BATCH):
         with file.env.begin(write=True, buffers=True) as txn:
-            work = Transaction(txn, file.dbs, Codec(), alike)
+            work = Transaction(txn, file.dbs, Codec(compresses=False), alike)
             for key in keys[start : start + _BATCH]:
                 work.index(key)
             work.end()
