@@ -33,9 +33,10 @@ _VLLM = "vllm.entrypoints.launchers.api_server.entry"
 _QUIET = {"disable_access_log_for_endpoints": "/health,/metrics,/v1/models"}
 _STABLE_S = 60
 _STOP_S = 15
+_LAST_WORDS_S = 5
 _LINE_BYTES = 8192
-# As in «(EngineCore pid=7) ERROR 11-24 …».
-_LEVEL = re.compile(rb"(?:\([^)]*\) )?(DEBUG|INFO|WARNING|ERROR|CRITICAL) ").match
+# As in «(EngineCore pid=7) ERROR 11-24 …», or «(APIServer pid=1) ERROR:    …» of uvicorn.
+_LEVEL = re.compile(rb"(?:\([^)]*\) )?(DEBUG|INFO|WARNING|ERROR|CRITICAL):? ").match
 # Of Linux's sockaddr_un, without the final zero.
 _SOCKET_PATH_BYTES = 107
 
@@ -105,6 +106,7 @@ class Engine:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     async def _run_once(self) -> int:
+        self._was_ready_s = 0.0
         self.folder.mkdir(mode=0o700, exist_ok=True)
         (self.folder / "engine.sock").unlink(missing_ok=True)
         process = await asyncio.create_subprocess_exec(
@@ -129,6 +131,8 @@ class Engine:
                 await asyncio.wait_for(process.wait(), _STOP_S)
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            # Why it ended is often the last that it says.
+            await asyncio.wait([log], timeout=_LAST_WORDS_S)
             log.cancel()
 
 
@@ -142,10 +146,16 @@ async def _log_lines(process: asyncio.subprocess.Process) -> None:
         *lines, rest = (rest + piece).replace(b"\r", b"\n").split(b"\n")
         if len(rest) > _LINE_BYTES:
             lines, rest = [*lines, rest], b""
-        for line in filter(bytes.strip, lines):
-            level = _LEVEL(line)
-            number = logging.getLevelName(level[1].decode()) if level else logging.INFO
-            logger.log(number, "%s", line.decode(errors="replace"))
+        for line in lines:
+            _log(line)
+    _log(rest)
+
+
+def _log(line: bytes) -> None:
+    if line.strip():
+        level = _LEVEL(line)
+        number = logging.getLevelName(level[1].decode()) if level else logging.INFO
+        logger.log(number, "%s", line.decode(errors="replace"))
 
 
 def _flags(args: Mapping[str, Any]) -> Iterator[str]:
