@@ -44,9 +44,7 @@ class LogStream:
             if self._queued_bytes + len(data) > self._max_bytes:
                 self._dropped += 1
                 return
-            dropped, self._dropped = self._dropped, 0
-            said = b"%d log writes were dropped\n" % dropped if dropped else b""
-            data = said + data
+            data = self._drops() + data
             self._queued_bytes += len(data)
         self._queue.put(data)
 
@@ -55,8 +53,17 @@ class LogStream:
 
     def close(self) -> None:
         """Write what is queued, but don't wait long for a reader that stalls."""
+        with self._lock:
+            data = self._drops()
+            self._queued_bytes += len(data)
+        self._queue.put(data)
         self._queue.put(None)
         self._thread.join(_CLOSE_S)
+
+    def _drops(self) -> bytes:
+        """Return the line that says what was dropped, if anything was; it is said once."""
+        dropped, self._dropped = self._dropped, 0
+        return b"%d log writes were dropped\n" % dropped if dropped else b""
 
     def _run(self) -> None:
         while (data := self._queue.get()) is not None:
