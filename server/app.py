@@ -95,6 +95,7 @@ async def _serve(
         chain,
         state=lambda: _state(engine, upstreams),
         restarts=lambda: engine.restarts if engine is not None else 0,
+        dropped=lambda: movement.dropped,
     )
     access = AccessLog(config.log, log)
     road = OpenAI(

@@ -29,15 +29,21 @@ class Metrics:
         chain: whose tiers report what they hold and did.
         state: tells the engine's state.
         restarts: tells how often the engine was started again.
+        dropped: tells how many demotions found no room in the queue.
     """
 
     def __init__(
-        self, chain: Chain, *, state: Callable[[], EngineState], restarts: Callable[[], int]
+        self,
+        chain: Chain,
+        *,
+        state: Callable[[], EngineState],
+        restarts: Callable[[], int],
+        dropped: Callable[[], int],
     ) -> None:
         self._latencies: dict[tuple[str, str], _Latency] = {}
         self.registry = CollectorRegistry()
         self.registry.register(_Requests(self._latencies))
-        self.registry.register(_Tiers(chain))
+        self.registry.register(_Tiers(chain, dropped))
         self.registry.register(_Engine(state, restarts))
 
     def observe(self, tier: str, outcome: str, seconds: float) -> None:
@@ -98,8 +104,8 @@ class _Engine(Collector):
 class _Tiers(Collector):
     """Reads the tiers' own counts when asked."""
 
-    def __init__(self, chain: Chain) -> None:
-        self._chain = chain
+    def __init__(self, chain: Chain, dropped: Callable[[], int]) -> None:
+        self._chain, self._dropped = chain, dropped
 
     def collect(self) -> Iterable[Metric]:
         tiers = self._chain.tiers
@@ -111,8 +117,11 @@ class _Tiers(Collector):
             yield gauge
         for name in ("evictions", "expirations", "damaged", "refused"):
             yield _counter(name, [(tier, getattr(usage, name)) for tier, usage in usages])
-        for name in ("hits", "misses", "stores", "errors"):
+        for name in ("hits", "misses", "stores", "promotions", "demotions", "errors"):
             yield _counter(name, [(tier.name, getattr(tier.counts, name)) for tier in tiers])
+        dropped = CounterMetricFamily("tierserve_demotions_dropped", "For which the queue was full")
+        dropped.add_metric((), self._dropped())
+        yield dropped
 
 
 def _counter(name: str, values: Iterable[tuple[str, int]]) -> Metric:

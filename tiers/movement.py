@@ -112,6 +112,11 @@ class Movement:
         self.remembered = asyncio.Event()
         """Set when what was remembered has been taken over, as far as it could be."""
 
+    @property
+    def dropped(self) -> int:
+        """How many demotions found no room in the queue."""
+        return self._demotion.dropped
+
     def start(self) -> None:
         """Take over what was remembered, in the background."""
         if self._disk is not None:

@@ -1,0 +1,101 @@
+"""What the metrics say of what happened."""
+
+import pytest
+
+from server.engine import EngineState
+from server.metrics import _BOUNDS_S, Metrics
+from tiers import Chain, DiskCache, FrequencySketch, MemoryCache, Tier
+from tiers.tier import Counts
+
+MISS = {"tier": "engine", "outcome": "miss"}
+
+
+def made(
+    *tiers: Tier, state=lambda: EngineState.READY, restarts=lambda: 0, dropped=lambda: 0
+) -> Metrics:
+    chain = Chain(tiers, frequency=FrequencySketch(1), max_answer_bytes=1)
+    return Metrics(chain, state=state, restarts=restarts, dropped=dropped)
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(f"tierserve_{name}", labels)
+
+
+def buckets(metrics: Metrics) -> list[float | None]:
+    bounds = [*map(str, _BOUNDS_S), "+Inf"]
+    return [value(metrics, "request_seconds_bucket", **MISS, le=bound) for bound in bounds]
+
+
+@pytest.mark.parametrize("number", range(len(_BOUNDS_S)))
+def test_a_bound_belongs_to_its_bucket(number: int) -> None:
+    bound = _BOUNDS_S[number]
+    for seconds, first in ((bound * 0.999, number), (bound, number), (bound * 1.001, number + 1)):
+        metrics = made()
+        metrics.observe("engine", "miss", seconds)
+        assert buckets(metrics) == [0] * first + [1] * (len(_BOUNDS_S) + 1 - first)
+
+
+def test_bounds_are_in_order() -> None:
+    assert list(_BOUNDS_S) == sorted(set(_BOUNDS_S))
+
+
+def test_buckets_count_all_below_them() -> None:
+    metrics = made()
+    for seconds in (1000, 0.00005, 0.002, 0.002, 400):
+        metrics.observe("engine", "miss", seconds)
+    counts = dict(zip((*_BOUNDS_S, "+Inf"), buckets(metrics), strict=True))
+    assert [counts[bound] for bound in (0.0001, 0.001, 0.0025, 300, "+Inf")] == [1, 1, 3, 3, 5]
+    assert value(metrics, "request_seconds_sum", **MISS) == pytest.approx(1400.00405)
+    assert value(metrics, "request_seconds_count", **MISS) == 5
+    assert value(metrics, "requests_total", **MISS) == 5
+
+
+def test_requests_are_counted_by_tier_and_outcome() -> None:
+    metrics = made()
+    for tier, outcome in (("memory", "hit"), ("memory", "hit"), ("disk", "hit"), ("disk", "stale")):
+        metrics.observe(tier, outcome, 0.001)
+    assert value(metrics, "requests_total", tier="memory", outcome="hit") == 2
+    assert value(metrics, "requests_total", tier="disk", outcome="hit") == 1
+    assert value(metrics, "requests_total", tier="disk", outcome="stale") == 1
+    assert value(metrics, "requests_total", tier="memory", outcome="stale") is None
+
+
+async def test_tiers_say_what_they_hold_and_did(tmp_path) -> None:
+    memory, disk = Tier("memory", MemoryCache(4096)), Tier("disk", DiskCache(tmp_path, 1024**2))
+    metrics = made(memory, disk)
+    for tier, puts in ((memory, 2), (disk, 3)):
+        for number in range(puts):
+            assert await tier.put(str(number), bytes(1024), 60)
+        await tier.get("none")
+    for tier in (memory, disk):
+        assert value(metrics, "tier_entries", tier=tier.name) == tier.backend.usage.entries > 0
+        assert value(metrics, "tier_bytes", tier=tier.name) == tier.backend.usage.bytes > 0
+        assert value(metrics, "tier_misses_total", tier=tier.name) == 1
+    assert value(metrics, "tier_stores_total", tier="memory") == 2
+    assert value(metrics, "tier_stores_total", tier="disk") == 3
+    await disk.close()
+
+
+def test_every_count_of_a_tier_is_told() -> None:
+    tier = Tier("memory", MemoryCache(1024))
+    metrics = made(tier, dropped=lambda: 9)
+    for number, name in enumerate(Counts.__slots__):
+        setattr(tier.counts, name, number)
+        assert value(metrics, f"tier_{name}_total", tier="memory") == number
+    assert value(metrics, "demotions_dropped_total") == 9
+
+
+def test_what_a_tier_lost_is_told() -> None:
+    memory = Tier("memory", MemoryCache(1024))
+    metrics = made(memory)
+    for number, name in enumerate(("evictions", "expirations", "damaged", "refused")):
+        setattr(memory.backend.usage, name, number)
+        assert value(metrics, f"tier_{name}_total", tier="memory") == number
+
+
+@pytest.mark.parametrize("state", EngineState)
+def test_the_engine_is_in_one_state(state: EngineState) -> None:
+    metrics = made(state=lambda: state, restarts=lambda: 3)
+    told = {each: value(metrics, "engine_state", state=each) for each in EngineState}
+    assert told == {each: each is state for each in EngineState}
+    assert value(metrics, "engine_restarts_total") == 3
