@@ -262,5 +262,5 @@ def _app(
     app.router.add_get("/ready", wrapped(ready))
     app.router.add_get("/metrics", wrapped(own_metrics))
     app.router.add_get("/metrics/engine", wrapped(engine_metrics))
-    app.router.add_route("*", "/{path:.*}", wrapped(other))
+    app.router.add_route("*", "/{path:(?s:.*)}", wrapped(other))
     return app
