@@ -3,11 +3,20 @@
 import asyncio
 import gzip
 import re
+import time
+from collections import Counter
+from functools import partial
 
 import aiohttp
 import orjson
 import pytest
 from aiohttp import web
+
+from server import convert
+from server.config import load
+from server.identity import identity
+from server.request import parse
+from tiers import Answer, Chain, DiskCache, Form, FrequencySketch, Freshness, Tier
 
 from .conftest import (
     CHAT,
@@ -527,3 +536,137 @@ async def test_a_taken_port_is_said(front: Front, upstream: Upstream) -> None:
     _, said = await asyncio.wait_for(process.communicate(), 30)
     assert process.returncode == 1
     assert b"address already in use" in said
+
+
+async def test_an_age_is_counted_from_when_the_answer_was_stored(
+    upstream: Upstream, tmp_path
+) -> None:
+    asked = question()
+    stored_at = time.time() - 1000
+    front = Front(tmp_path, [upstream.url])
+    config = load(front.config)
+    disk = config.tiers.disk
+    clock = partial(float, stored_at)
+    chain = Chain(
+        [Tier("disk", DiskCache(disk.path, disk.max_bytes, clock=clock))],
+        frequency=FrequencySketch(1),
+        max_answer_bytes=10_000,
+        clock=clock,
+    )
+    key = parse(CHAT, orjson.dumps(asked), "", identity(config, None), "m").key
+    answer = Answer(Form.BODY, convert.template(body("old")))
+    assert await chain.store(key, answer, Freshness(2000))
+    await chain.close()
+    try:
+        await front.start()
+        for stream_it in (False, True):
+            before = time.time()
+            async with front.post(asked | {"stream": stream_it}) as response:
+                assert b"old" in await response.read()
+                ttl = int(re.search(r"hit; ttl=(\d+);", response.headers["Cache-Status"])[1])
+                age = int(response.headers["Age"])
+            after = time.time()
+            assert int(before - stored_at) <= age <= int(after - stored_at)
+            assert int(stored_at + 2000 - after) <= ttl <= int(stored_at + 2000 - before)
+    finally:
+        await front.stop()
+    assert upstream.asked == []
+
+
+async def test_each_answer_leaves_a_line_with_its_id(front: Front, upstream: Upstream) -> None:
+    asked = question()
+    await front.ask(asked, headers={"X-Request-Id": "the-miss"})
+    await front.ask(asked, headers={"X-Request-Id": "the-hit"})
+    async with front.session.get("/a%0Ab%1B%22", headers={"X-Request-Id": "odd"}) as response:
+        assert response.headers["X-Request-Id"] == "odd"
+    assert upstream.asked[-1].raw_path == "/a%0Ab%1B%22"
+    said = {}
+    async with asyncio.timeout(20):
+        while not said.keys() >= {"the-miss", "the-hit", "odd"}:
+            await asyncio.sleep(0.05)
+            # The last one may be on its way.
+            whole = front.log.read_bytes().rpartition(b"\n")[0]
+            lines = map(orjson.loads, whole.splitlines())
+            said = {line["request_id"]: line for line in lines if "request_id" in line}
+    for id_, tier, outcome in (("the-miss", "engine", "miss"), ("the-hit", "memory", "hit")):
+        line = said[id_]
+        assert line["message"] == f"POST {CHAT} 200"
+        assert (line["tier"], line["outcome"]) == (tier, outcome)
+        assert line["ms"] > 0
+    assert said["odd"]["message"] == 'GET /a\nb\x1b" 500'
+
+
+async def outcomes(front: Front) -> Counter[tuple[str, str]]:
+    """Return how many requests there were, by tier and outcome, without ours."""
+    async with front.session.get("/metrics") as response:
+        text = await response.text()
+    found = re.findall(r'^tierserve_requests_total\{outcome="(.+)",tier="(.+)"\} (.+)$', text, re.M)
+    return Counter({(t, o): int(float(count)) for o, t, count in found if o != "own"})
+
+
+async def until_counted(front: Front, expected: Counter[tuple[str, str]]) -> None:
+    """Wait for these: a stream is counted when its end has been sent."""
+    found: Counter[tuple[str, str]] = Counter()
+    async with asyncio.timeout(20):
+        while found.total() < expected.total():
+            found = await outcomes(front)
+            await asyncio.sleep(0)
+    assert found == expected
+
+
+async def test_requests_are_counted_by_who_answered_and_how(upstream: Upstream, tmp_path) -> None:
+    async def refuses(_: web.Request) -> web.StreamResponse:
+        return web.json_response({"error": {"message": "no"}}, status=500)
+
+    async def breaks(http: web.Request) -> web.StreamResponse:
+        return await stream(http, ROLE)
+
+    counts: Counter[tuple[str, str]] = Counter()
+
+    async def asks(asked: dict, tier: str, outcome: str, **options) -> None:
+        while "collapsed" in (await front.ask(asked, **options))[1]:
+            # The flight before has not landed yet.
+            counts["engine", "collapsed"] += 1
+        counts[tier, outcome] += 1
+        await until_counted(front, counts)
+
+    async with running(tmp_path, upstream) as front:
+        plain, spare, old = question(), question(model="sie"), question(model="swr")
+        for asked in (plain, spare, old):
+            await asks(asked, "engine", "miss")
+        await asks(plain, "memory", "hit")
+        await asks(plain | {"stream": True}, "memory", "hit")
+        await asks(plain, "engine", "pass", headers={"Cache-Control": "no-store"})
+        await asks(question(temperature=1), "engine", "pass")
+        await asks(old, "memory", "stale")
+        upstream.handler = refuses
+        await asks(question(), "engine", "error")
+        await asks(spare, "memory", "stale")
+        upstream.handler = breaks
+        await asks(question(stream=True), "engine", "error")
+
+
+async def test_followers_and_those_who_leave_are_counted_as_such(
+    upstream: Upstream, tmp_path
+) -> None:
+    go = asyncio.Event()
+
+    async def slow(http: web.Request) -> web.StreamResponse:
+        return await stream(http, ROLE, go, *WHOLE[1:])
+
+    upstream.handler = slow
+    asked = question(stream=True)
+    async with running(tmp_path, upstream) as front:
+        async with (
+            front.post(asked) as first,
+            front.post(asked) as second,
+            front.post(asked) as third,
+        ):
+            await third.content.readuntil(b"\n\n")
+            third.close()
+            await until_counted(front, Counter({("engine", "aborted"): 1}))
+            go.set()
+            for each in (first, second):
+                await each.read()
+        counts = dict.fromkeys(("aborted", "miss", "collapsed"), 1)
+        await until_counted(front, Counter({("engine", how): n for how, n in counts.items()}))
