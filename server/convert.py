@@ -146,8 +146,9 @@ def _merge(choice: dict[str, Any], part: dict[str, Any]) -> None:
         elif key == "logprobs" and value and choice.get("logprobs"):
             for name, values in value.items():
                 choice["logprobs"][name] = (choice["logprobs"].get(name) or []) + (values or [])
-        elif key == "token_ids" and value and choice.get("token_ids"):
-            choice["token_ids"] += value
+        elif key == "token_ids" and choice.get("token_ids"):
+            # The last one may say none.
+            choice["token_ids"] += value or []
         elif value is not None or key not in choice:
             choice[key] = value
 
