@@ -95,6 +95,26 @@ def test_every_text_of_a_delta_is_joined() -> None:
     }
 
 
+def test_what_is_said_of_tokens_is_joined_choice_by_choice() -> None:
+    head = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+    none = {"delta": {}, "logprobs": None, "token_ids": None, "finish_reason": None}
+    said = {0: ["a", "b", "c"], 1: ["d", "e"]}
+    choices = [none | {"index": index, "delta": {"role": "assistant"}} for index in said]
+    for index, token in ((0, "a"), (1, "d"), (0, "b"), (1, "e"), (0, "c")):
+        logprobs = {"content": [{"token": token}]}
+        choices.append(none | {"index": index, "logprobs": logprobs, "token_ids": [ord(token)]})
+    for index in said:
+        last = {"logprobs": {"content": []}, "token_ids": [], "finish_reason": "stop"}
+        choices.append(none | {"index": index} | last)
+    events = b"".join(convert.event(head | {"choices": [choice]}) for choice in choices)
+    body = orjson.loads(rendered(convert.as_form(Answer(Form.EVENTS, events), Form.BODY).content))
+    for choice in body["choices"]:
+        tokens = said[choice["index"]]
+        assert [each["token"] for each in choice["logprobs"]["content"]] == tokens
+        assert choice["token_ids"] == list(map(ord, tokens))
+        assert choice["finish_reason"] == "stop"
+
+
 @pytest.mark.parametrize(
     "answer",
     [
