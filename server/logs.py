@@ -133,7 +133,9 @@ def _json_line(access: _Access) -> str:
 
 @lru_cache(256)
 def _message(method: str, path: str, status: int) -> str:
-    return orjson.dumps(f"{method} {path} {status}").decode()
+    # A path may hold any character, halves of surrogate pairs included.
+    text = f"{method} {path} {status}".encode(errors="backslashreplace").decode()
+    return orjson.dumps(text).decode()
 
 
 def _text_line(access: _Access) -> str:
