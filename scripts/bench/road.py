@@ -1,9 +1,10 @@
 """What a user waits for: starts, misses and hits of the product with the real engine.
 
 Runs `scripts/serve` twice over one disk tier of its own. The first run answers each question as a
-miss and then from memory; the second, a restart, answers them from disk while the engine still
-loads. Prints seconds from the start of `scripts/serve`, and for each kind of answer the medians of
-the time to the first token and of the total, streamed. Usage: road.py [--questions N]
+miss and then from memory; the second, a restart without a memory tier, which would be refilled,
+answers them from disk while the engine still loads. Prints seconds from the start of
+`scripts/serve`, and for each kind of answer the medians of the time to the first token and of the
+total, streamed. Usage: road.py [--questions N]
 """
 
 import argparse
@@ -41,11 +42,11 @@ def main() -> int:
     questions = [f"Tell me a story of {n} hens." for n in range(parser.parse_args().questions)]
     subprocess.run([ROOT / "scripts/setup"], check=True)
     with tempfile.TemporaryDirectory(prefix="tierserve-bench-") as folder:
-        with _serving(Path(folder)) as (port, _):
+        with _serving(Path(folder), memory="{}") as (port, _):
             _until_answered(port, "Are you there?")
             misses = [_ask(port, question, "fwd=miss") for question in questions]
             memory = [_ask(port, question, "detail=memory") for question in questions]
-        with _serving(Path(folder)) as (port, started):
+        with _serving(Path(folder), memory="null") as (port, started):
             _until_answered(port, questions[0])
             hit_s = time.monotonic() - started
             disk = [_ask(port, question, "detail=disk") for question in questions[1:]]
@@ -60,7 +61,7 @@ def main() -> int:
 
 
 @contextmanager
-def _serving(folder: Path) -> Iterator[tuple[int, float]]:
+def _serving(folder: Path, *, memory: str) -> Iterator[tuple[int, float]]:
     """Run `scripts/serve`; gives the port, and when it was started."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -68,6 +69,7 @@ def _serving(folder: Path) -> Iterator[tuple[int, float]]:
     env = os.environ | {
         "TIERSERVE__SERVER__PORT": str(port),
         "TIERSERVE__TIERS__DISK__PATH": str(folder / "disk"),
+        "TIERSERVE__TIERS__MEMORY": memory,
     }
     started = time.monotonic()
     with (folder / "log").open("ab") as log:
