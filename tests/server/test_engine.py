@@ -176,8 +176,8 @@ async def test_delays_start_anew_after_the_engine_was_ready_for_long(
 async def test_cancelling_ends_the_child_and_removes_its_folder(
     engine: Engine, children: Children, monkeypatch, script: str
 ) -> None:
-    if script == STUBBORN:
-        monkeypatch.setattr(server.engine, "_STOP_S", 0.01)
+    # One that heeds a signal is never killed.
+    monkeypatch.setattr(server.engine, "_STOP_S", 0.01 if script == STUBBORN else 1000)
     async with running(engine, script.format(port=children.port)):
         child = await children._came.get()
         assert engine.folder.stat().st_mode & 0o777 == 0o700
