@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import openai
+import psutil
 import pytest
 
 MODEL = "smollm2-135m-instruct"
@@ -19,10 +21,15 @@ READY_S = 240
 
 
 class Server:
-    """One tierserve; `start` and `stop` may be called again and again."""
+    """One tierserve; `start` and `stop` may be called again and again.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: for its log and its disk tier.
+        temporary: for temporary files, nobody else's. Its path is short, as a socket's has to be.
+    """
+
+    def __init__(self, folder: Path, temporary: Path) -> None:
+        self.folder, self.temporary = folder, temporary
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -30,13 +37,18 @@ class Server:
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="x", max_retries=0)
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        env = os.environ | {
-            "TIERSERVE__SERVER__PORT": str(self.port),
-            "TIERSERVE__TIERS__DISK__PATH": str(self.folder / "disk"),
-            "TIERSERVE__TIERS__DISK__MAX_BYTES": "64MiB",
-            "TIERSERVE__SERVER__SHUTDOWN_GRACE_S": "2",
-        }
+    def start(self, **variables: str) -> None:
+        env = (
+            os.environ
+            | {
+                "TMPDIR": str(self.temporary),
+                "TIERSERVE__SERVER__PORT": str(self.port),
+                "TIERSERVE__TIERS__DISK__PATH": str(self.folder / "disk"),
+                "TIERSERVE__TIERS__DISK__MAX_BYTES": "64MiB",
+                "TIERSERVE__SERVER__SHUTDOWN_GRACE_S": "2",
+            }
+            | variables
+        )
         command = [sys.executable, "-m", "server.cli", "serve", "--config", "configs/laptop.yaml"]
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(command, env=env, stderr=log)
@@ -70,30 +82,38 @@ class Server:
                 pytest.fail("not in time:\n" + (self.folder / "log").read_text()[-4000:])
             time.sleep(0.2)
 
+    def session(self) -> int | None:
+        """Return the engine's session, which its guard leads, once that runs."""
+        if self.process is None:
+            return None
+        children = [child.pid for child in psutil.Process(self.process.pid).children()]
+        with suppress(ProcessLookupError):
+            return next((child for child in children if os.getsid(child) == child), None)
+        return None
+
     def metric(self, path: str, name: str) -> float:
         with urllib.request.urlopen(self.url + path, timeout=10) as response:
             lines = response.read().decode().splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
 
 
-def engine_processes() -> list[int]:
-    """Return the ids of the running vLLM servers, without their guards."""
+def living(session: int) -> list[psutil.Process]:
+    """Return the processes of a session: of an engine's, its guard and vLLM's, however named."""
     found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with suppress(OSError):
-                command = (folder / "cmdline").read_bytes()
-                if b"vllm.entrypoints" in command and b"server.guard" not in command:
-                    found.append(int(folder.name))
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, ProcessLookupError):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
     return found
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
     subprocess.run([sys.executable, "scripts/prepare_model.py", "configs/laptop.yaml"], check=True)
-    made = Server(tmp_path_factory.mktemp("server"))
-    made.start()
-    try:
-        yield made
-    finally:
-        made.stop()
+    with tempfile.TemporaryDirectory(prefix="e2e-", dir="/tmp") as temporary:
+        made = Server(tmp_path_factory.mktemp("server"), Path(temporary))
+        made.start()
+        try:
+            yield made
+        finally:
+            made.stop()

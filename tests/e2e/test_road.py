@@ -1,14 +1,16 @@
 """The whole road against the real vLLM and the real model. Tests run in the order written."""
 
-import os
+import re
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import openai
+import psutil
 import pytest
 
-from .conftest import MODEL, Server, engine_processes
+from .conftest import MODEL, Server, living
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -81,10 +83,20 @@ def test_a_stream_replays_as_stream_and_body(server: Server) -> None:
 
 
 def test_completions(server: Server) -> None:
-    options = {"model": MODEL, "prompt": "Paris is", "temperature": 0, "max_tokens": 5}
-    first = server.client.completions.create(**options)
-    streamed = list(server.client.completions.create(**options, stream=True))
-    assert "".join(event.choices[0].text for event in streamed) == first.choices[0].text
+    create = server.client.completions.with_raw_response.create
+    answers = {True: [], False: []}
+    for prompt, first in (("Paris is", False), ("Rome is", True)):
+        for stream, status in ((first, "fwd=miss"), (first, "detail=memory"), (not first, "hit")):
+            raw = create(model=MODEL, prompt=prompt, temperature=0, max_tokens=5, stream=stream)
+            assert status in raw.headers["cache-status"]
+            parsed = raw.parse()
+            events = list(parsed) if stream else [parsed]
+            choices = [event.choices[0] for event in events]
+            answers[first].append("".join(choice.text for choice in choices))
+            assert choices[-1].finish_reason == "length"
+    for texts in answers.values():
+        assert texts == [texts[0]] * 3
+        assert texts[0]
 
 
 def test_chance_is_not_cached(server: Server) -> None:
@@ -144,22 +156,47 @@ def test_hanging_up_ends_the_generation_and_stores_nothing(server: Server) -> No
     assert server.metric("/metrics", "tierserve_tier_stores_total") == stored
 
 
-def test_the_disk_tier_answers_after_a_restart_before_the_engine(server: Server) -> None:
-    before, _ = ask(server)
+def body_and_events(server: Server) -> list[bytes]:
+    """Return the question's answer in both forms, and what is new each time taken out."""
+    said = []
+    for stream in (False, True):
+        raw = server.client.chat.completions.with_raw_response.create(
+            model=MODEL, messages=QUESTION, temperature=0, max_tokens=16, stream=stream
+        )
+        assert "detail=" in raw.headers["cache-status"]
+        fresh = rb'"id":"chatcmpl-\w+"|"created":\d+'
+        said.append(re.sub(fresh, b"", raw.http_response.read()))
+    return said
+
+
+def test_what_was_asked_before_is_answered_before_the_engine(server: Server) -> None:
+    before = body_and_events(server)
     server.stop()
     server.start()
     assert server.status("/ready") == 503
-    after, status = ask(server)
-    assert "detail=disk" in status
-    assert after.choices == before.choices
-    events, _ = ask_stream(server)
-    assert text_of(events) == before.choices[0].message.content
+    assert body_and_events(server) == before
+
+
+def test_the_disk_tier_alone_answers_alike(server: Server) -> None:
+    before = body_and_events(server)
+    server.stop()
+    server.start(TIERSERVE__TIERS__MEMORY="null")
+    assert server.status("/ready") == 503
+    assert body_and_events(server) == before
+    assert server.metric("/metrics", 'tierserve_tier_hits_total{tier="disk"}') == 2
+    assert server.metric("/metrics", 'tierserve_tier_hits_total{tier="memory"}') == 0
+    server.stop()
+    server.start()
 
 
 def test_the_engine_comes_back_after_kill(server: Server) -> None:
     server.wait_ready()
-    for process in engine_processes():
-        os.kill(process, signal.SIGKILL)
+    of_vllm = [process for process in living(server.session()) if process.pid != server.session()]
+    assert "VLLM::EngineCore" in {process.name() for process in of_vllm}
+    for process in of_vllm:
+        # One may end by the end of another.
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     server.until(lambda: server.status("/ready") == 503, 20)
     assert "hit" in ask(server)[1]
     with pytest.raises(openai.APIStatusError) as caught:
@@ -167,13 +204,23 @@ def test_the_engine_comes_back_after_kill(server: Server) -> None:
     assert caught.value.status_code == 503
     server.wait_ready()
     assert "fwd=miss" in ask(server, [{"role": "user", "content": "New?"}])[1]
+    assert server.metric("/metrics", "tierserve_engine_restarts_total") == 1
 
 
-def test_nothing_outlives_kill(server: Server) -> None:
-    server.stop(signal.SIGKILL)
-    server.start()
-    server.stop(signal.SIGKILL)
+@pytest.mark.parametrize("ready", [True, False])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_outlives_us(server: Server, number: int, ready: bool) -> None:
+    if ready:
+        server.wait_ready()
+    else:
+        server.until(lambda: server.session() is not None, 60)
+        server.until(lambda: len(living(server.session())) > 1, 60)
+    session = server.session()
+    assert len(list(server.temporary.glob("tierserve-*"))) == 1
+    server.stop(number)
     deadline = time.monotonic() + 30
-    while engine_processes() and time.monotonic() < deadline:
+    while living(session) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert engine_processes() == []
+    assert living(session) == []
+    assert list(server.temporary.glob("tierserve-*")) == []
+    server.start()
