@@ -27,6 +27,7 @@ from server.openai import ROUTES, OpenAI
 from server.passthrough import forward
 from server.responses import unavailable
 from server.upstream import Upstream, Upstreams
+from server.websocket import forward_websocket, is_asked_for
 from server.weights import Weights, locate
 from tiers import (
     Chain,
@@ -254,6 +255,8 @@ def _app(
         return await forward(http, upstreams, path="/metrics")
 
     async def other(http: web.Request) -> web.StreamResponse:
+        if is_asked_for(http):
+            return await forward_websocket(http, upstreams)
         return await forward(http, upstreams)
 
     for route in ROUTES:

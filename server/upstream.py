@@ -133,6 +133,23 @@ class Upstreams:
         async with reply:
             yield reply
 
+    async def websocket(
+        self, path: str, headers: Mapping[str, str], protocols: Sequence[str], *, max_bytes: int
+    ) -> aiohttp.ClientWebSocketResponse:
+        """Open a WebSocket to the next upstream; a message may have `max_bytes`.
+
+        Raises:
+            UnavailableError: none answers.
+            aiohttp.ClientError: the one that was asked failed or refused.
+        """
+        upstream = self._pick()
+        return await upstream.session.ws_connect(
+            URL(upstream.url + path, encoded=True),
+            headers=headers,
+            protocols=protocols,
+            max_msg_size=max_bytes,
+        )
+
     def _pick(self) -> Upstream:
         ready = [upstream for upstream in self.all if upstream.ready]
         if not ready:

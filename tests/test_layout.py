@@ -7,7 +7,17 @@ import pytest
 
 import tiers
 
-HTTP = {"app", "listener", "middleware", "openai", "passthrough", "record", "responses", "upstream"}
+HTTP = {
+    "app",
+    "listener",
+    "middleware",
+    "openai",
+    "passthrough",
+    "record",
+    "responses",
+    "upstream",
+    "websocket",
+}
 
 
 def imported_by(file: Path) -> set[str]:

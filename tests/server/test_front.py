@@ -349,6 +349,55 @@ async def test_connections_stay_or_close_as_asked(
         writer.close()
 
 
+async def test_websockets_pass_through(front: Front, upstream: Upstream) -> None:
+    async def echo(http: web.Request) -> web.StreamResponse:
+        socket = web.WebSocketResponse(protocols=["realtime"])
+        await socket.prepare(http)
+        async for message in socket:
+            if message.data == "bye":
+                await socket.close(code=4001)
+            elif isinstance(message.data, bytes):
+                await socket.send_bytes(message.data)
+            else:
+                await socket.send_str(message.data)
+        return socket
+
+    upstream.handler = echo
+    session = front.session
+    async with session.ws_connect("/v1/realtime?a=1", protocols=["x", "realtime"]) as socket:
+        assert socket.protocol == "realtime"
+        await socket.send_str("hi")
+        assert await socket.receive_str() == "hi"
+        await socket.send_bytes(b"\x00")
+        assert await socket.receive_bytes() == b"\x00"
+        await socket.send_str("bye")
+        assert (await socket.receive()).type is aiohttp.WSMsgType.CLOSE
+        assert socket.close_code == 4001
+    assert upstream.asked[0].raw_path == "/v1/realtime?a=1"
+
+
+async def test_a_websocket_that_is_refused_or_left(front: Front, upstream: Upstream) -> None:
+    async def refuse(_: web.Request) -> web.StreamResponse:
+        return web.Response(status=403)
+
+    async def listen(http: web.Request) -> web.StreamResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(http)
+        async for _ in socket:
+            pass
+        upstream.aborted.set()
+        return socket
+
+    upstream.handler = refuse
+    with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+        await front.session.ws_connect("/v1/realtime")
+    assert caught.value.status == 403
+    upstream.handler = listen
+    async with front.session.ws_connect("/v1/realtime"):
+        pass
+    await asyncio.wait_for(upstream.aborted.wait(), 20)
+
+
 async def test_compressed_requests_are_understood(front: Front, upstream: Upstream) -> None:
     asked = question()
     headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}

@@ -1,0 +1,67 @@
+"""Passing a WebSocket (RFC 6455) through to an engine, message by message."""
+
+import asyncio
+
+import aiohttp
+from aiohttp import web
+
+from server.passthrough import forwarded
+from server.responses import failure, own_headers, unavailable
+from server.upstream import UnavailableError, Upstreams
+
+# As uvicorn's own limit, under which vLLM runs.
+_MESSAGE_BYTES = 16 * 1024**2
+_Socket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
+
+
+def is_asked_for(http: web.Request) -> bool:
+    """Whether the client wants to go on as a WebSocket."""
+    return http.headers.get("Upgrade", "").lower() == "websocket"
+
+
+async def forward_websocket(http: web.Request, upstreams: Upstreams) -> web.StreamResponse:
+    """Join the client and an upstream until either closes, which is told to the other."""
+    http["outcome"] = ("engine", "pass")
+    asked = [p.strip() for p in http.headers.get("Sec-WebSocket-Protocol", "").split(",")]
+    protocols = tuple(filter(None, asked))
+    headers = forwarded(http)
+    # The two connections shake hands on their own.
+    for name in [name for name in headers if name.lower().startswith("sec-websocket-")]:
+        del headers[name]
+    try:
+        engine = await upstreams.websocket(
+            http.rel_url.raw_path_qs, headers, protocols, max_bytes=_MESSAGE_BYTES
+        )
+    except UnavailableError:
+        http["outcome"] = ("engine", "error")
+        return unavailable()
+    except aiohttp.WSServerHandshakeError as exc:
+        return web.Response(status=exc.status)
+    except (aiohttp.ClientError, OSError) as exc:
+        http["outcome"] = ("engine", "error")
+        return failure(exc)
+    async with engine:
+        chosen = (engine.protocol,) if engine.protocol else ()
+        client = web.WebSocketResponse(protocols=chosen, max_msg_size=_MESSAGE_BYTES)
+        client.headers.update(own_headers(http))
+        await client.prepare(http)
+        pumps = [asyncio.create_task(_pump(*pair)) for pair in ((client, engine), (engine, client))]
+        try:
+            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+        return client
+
+
+async def _pump(source: _Socket, sink: _Socket) -> None:
+    """Pass messages on until the source closes, and then close the sink alike."""
+    async for message in source:
+        if message.type is aiohttp.WSMsgType.TEXT:
+            await sink.send_str(message.data)
+        elif message.type is aiohttp.WSMsgType.BINARY:
+            await sink.send_bytes(message.data)
+    code = source.close_code
+    # 1005 and 1006 say that there was no code, and can't be sent (section 7.4.1).
+    await sink.close(code=code if code and code not in (1005, 1006) else 1000)
