@@ -31,6 +31,7 @@ from server.websocket import forward_websocket, is_asked_for
 from server.weights import Weights, locate
 from tiers import (
     Chain,
+    Copies,
     Demotion,
     DiskCache,
     Flights,
@@ -206,7 +207,8 @@ def _chain(config: Config) -> tuple[Chain, Movement]:
         except OSError as exc:
             raise ConfigError([f"tiers.disk.path: should be a folder for us alone: {exc}"]) from exc
         farther.append(Tier(disk.NAME, disk))
-    demotion = Demotion(farther, frequency, max_bytes=_DEMOTION_BYTES, clock=time.time)
+    copies = Copies()
+    demotion = Demotion(farther, frequency, copies, max_bytes=_DEMOTION_BYTES, clock=time.time)
     tiers = farther
     if (memory := where.memory) is not None:
         cache_ = MemoryCache(memory.max_bytes, policy=memory.policy, on_evict=demotion.offer)
@@ -216,6 +218,7 @@ def _chain(config: Config) -> tuple[Chain, Movement]:
         frequency=frequency,
         max_answer_bytes=cache.max_answer_bytes,
         promote_after=where.promote_after,
+        copies=copies,
         write=where.write,
         ttl_jitter=cache.ttl_jitter,
     )

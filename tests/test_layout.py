@@ -46,7 +46,7 @@ def test_dependencies_point_one_way(file: Path) -> None:
 
 def test_what_tiers_offers() -> None:
     assert sorted(tiers.__all__) == [
-        "Answer", "Chain", "Demotion", "DiskCache", "Entry", "Flight", "Flights", "Form",
+        "Answer", "Chain", "Copies", "Demotion", "DiskCache", "Entry", "Flight", "Flights", "Form",
         "FrequencySketch", "Freshness", "Hit", "MemoryCache", "Movement", "State", "Tier",
         "Write", "digest",
     ]  # fmt: skip

@@ -6,6 +6,7 @@ are aiocache backends that also work without the rest.
 
 from tiers.answer import Answer, Entry, Form, Freshness, State
 from tiers.chain import Chain, Hit
+from tiers.copies import Copies
 from tiers.disk import DiskCache
 from tiers.flight import Flight, Flights
 from tiers.frequency import FrequencySketch
@@ -17,6 +18,7 @@ from tiers.tier import Tier
 __all__ = [
     "Answer",
     "Chain",
+    "Copies",
     "Demotion",
     "DiskCache",
     "Entry",

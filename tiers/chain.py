@@ -11,6 +11,7 @@ from random import random
 from typing import NamedTuple
 
 from tiers.answer import Answer, Entry, Freshness, State
+from tiers.copies import Copies, Copy
 from tiers.frequency import FrequencySketch
 from tiers.movement import Write
 from tiers.tier import Tier
@@ -35,6 +36,7 @@ class Chain:
         max_answer_bytes: a larger answer isn't stored.
         promote_after: a hit is copied to nearer tiers once it was asked for so often, and more
             often than what it would push out there.
+        copies: those under way between the tiers; the demotion's own, if there is one.
         write: whether a new answer is stored in all tiers or in the nearest.
         ttl_jitter: by up to this part is each ttl cut by chance, so that what was stored together
             doesn't expire together.
@@ -49,6 +51,7 @@ class Chain:
         frequency: FrequencySketch,
         max_answer_bytes: int,
         promote_after: int = 2,
+        copies: Copies | None = None,
         write: Write = Write.ON_INSERT,
         ttl_jitter: float = 0,
         clock: Callable[[], float] = time.time,
@@ -57,6 +60,7 @@ class Chain:
         self.tiers = tuple(tiers)
         self._frequency = frequency
         self._promote_after, self._write = promote_after, write
+        self._copies = Copies() if copies is None else copies
         self.max_answer_bytes = max_answer_bytes
         self.ttl_jitter = ttl_jitter
         self.clock = clock
@@ -65,21 +69,27 @@ class Chain:
     async def lookup(self, key: str) -> Hit | None:
         """Return the entry under `key`, which may be promoted for it. Counts as asking for it."""
         asked = self._frequency.record(key)
-        for depth, tier in enumerate(self.tiers):
-            found = await tier.get(key)
-            if found is None:
-                continue
-            value, entry = found
-            now = self.clock()
-            state = entry.state(now)
-            if state is State.EXPIRED:
-                continue
-            if asked >= self._promote_after:
-                for nearer in self.tiers[:depth]:
-                    await self._promote(nearer, key, value, asked, entry.kept_until - now)
-            refresh = state is State.STALE or self._is_refreshed_early(entry, now)
-            return Hit(entry, tier.name, state, refresh)
-        return None
+        copy: Copy | None = None
+        try:
+            for depth, tier in enumerate(self.tiers):
+                if depth == 1:
+                    copy = self._copies.take(key)
+                found = await tier.get(key)
+                if found is None:
+                    continue
+                value, entry = found
+                now = self.clock()
+                state = entry.state(now)
+                if state is State.EXPIRED:
+                    continue
+                if copy is not None and asked >= self._promote_after:
+                    await self._promote(copy, self.tiers[:depth], value, asked, entry)
+                refresh = state is State.STALE or self._is_refreshed_early(entry, now)
+                return Hit(entry, tier.name, state, refresh)
+            return None
+        finally:
+            if copy is not None:
+                copy.release()
 
     async def store(
         self, key: str, answer: Answer, freshness: Freshness, *, took_s: float = 0
@@ -102,24 +112,40 @@ class Chain:
             freshness.stale_if_error_s,
         )
         value = entry.encode()
-        stored = False
-        for tier in self.tiers:
-            stored = await tier.put(key, value, entry.kept_until - now) or stored
-            if stored and self._write is Write.ON_EVICT:
-                break
-        return stored
+        async with self._copies.storing(key):
+            if self._write is Write.ON_EVICT:
+                return await self._store_nearest(key, value, entry.kept_until - now)
+            stored = False
+            for tier in self.tiers:
+                stored = await tier.put(key, value, entry.kept_until - now) or stored
+            return stored
 
     async def close(self) -> None:
         """Flush and close the tiers, nearest first."""
         for tier in self.tiers:
             await tier.close()
 
-    async def _promote(self, tier: Tier, key: str, value: bytes, asked: int, ttl_s: float) -> None:
-        victim = tier.victim(len(value))
-        beats = victim is None or asked > self._frequency.estimate(victim)
-        # Something newer may have been stored while the farther tier was asked.
-        if beats and not await tier.holds(key):
-            tier.counts.promotions += await tier.put(key, value, ttl_s)
+    async def _store_nearest(self, key: str, value: bytes, ttl_s: float) -> bool:
+        # What farther tiers hold is older, and would be found once the nearest has evicted this.
+        for tier in self.tiers[1:]:
+            await tier.remove(key)
+        for tier in self.tiers:
+            if await tier.put(key, value, ttl_s):
+                return True
+        return False
+
+    async def _promote(
+        self, copy: Copy, tiers: Sequence[Tier], value: bytes, asked: int, entry: Entry
+    ) -> None:
+        async with copy.writing() as is_latest:
+            if not is_latest:
+                return
+            for tier in tiers:
+                victim = tier.victim(len(value))
+                beats = victim is None or asked > self._frequency.estimate(victim)
+                if beats and not await tier.holds(copy.key):
+                    promoted = await tier.put(copy.key, value, entry.kept_until - self.clock())
+                    tier.counts.promotions += promoted
 
     def _is_refreshed_early(self, entry: Entry, now: float) -> bool:
         """Choose by chance, the more likely the closer the expiry and the dearer the answer.

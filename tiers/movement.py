@@ -8,9 +8,12 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
+from itertools import islice
+from typing import NamedTuple
 
+from tiers.copies import Copies, Copy
 from tiers.disk import DiskCache
 from tiers.frequency import FrequencySketch
 from tiers.tier import Tier
@@ -20,6 +23,7 @@ logger = logging.getLogger(__name__)
 _SKETCH = "frequency"
 _SAVE_EVERY_S = 300
 _REFILL_AT_ONCE = 16
+_DEMOTE_AT_ONCE = 1
 
 
 class Write(StrEnum):
@@ -31,12 +35,19 @@ class Write(StrEnum):
     """When the nearest tier evicts them, and at the end: fewer writes, lost by kill -9."""
 
 
+class _Evicted(NamedTuple):
+    copy: Copy
+    value: bytes
+    expires_at: float
+
+
 class Demotion:
-    """Writes what a tier evicts to farther tiers, unless it is there or too cold.
+    """Writes what a tier evicts to farther tiers, unless it is there, too cold, or outdated.
 
     Args:
         to: the farther tiers.
         frequency: a key of which it knows nothing any more is too cold.
+        copies: the chain's, so that a store outdates what waits here.
         max_bytes: of the queue; what doesn't fit is dropped and counted.
         clock: returns Unix seconds.
     """
@@ -45,14 +56,15 @@ class Demotion:
         self,
         to: Sequence[Tier],
         frequency: FrequencySketch,
+        copies: Copies,
         *,
         max_bytes: int,
         clock: Callable[[], float],
     ) -> None:
         self.dropped = 0
-        self._to, self._frequency = tuple(to), frequency
+        self._to, self._frequency, self._copies = tuple(to), frequency, copies
         self._max_bytes, self._clock = max_bytes, clock
-        self._queue: deque[tuple[str, bytes, float]] = deque()
+        self._queue: deque[_Evicted] = deque()
         self._queue_bytes = 0
         self._running: asyncio.Task[None] | None = None
 
@@ -63,10 +75,20 @@ class Demotion:
         if self._queue_bytes + len(value) > self._max_bytes:
             self.dropped += 1
             return
-        self._queue.append((key, value, expires_at))
+        self._queue.append(_Evicted(self._copies.take(key), value, expires_at))
         self._queue_bytes += len(value)
         if self._running is None:
             self._running = asyncio.create_task(self._run())
+
+    async def write_all(self, entries: Iterable[tuple[str, bytes, float | None]]) -> None:
+        """Write entries that were not evicted, many at once."""
+        taken = (
+            _Evicted(self._copies.take(key), value, expires_at)
+            for key, value, expires_at in entries
+            if expires_at is not None
+        )
+        while batch := list(islice(taken, _DEMOTE_AT_ONCE)):
+            await asyncio.gather(*map(self._demote, batch))
 
     async def close(self) -> None:
         """Write what is left in the queue."""
@@ -74,13 +96,22 @@ class Demotion:
             await self._running
 
     async def _run(self) -> None:
+        # Together, since the disk tier commits together what comes together.
         while self._queue:
-            key, value, expires_at = self._queue.popleft()
-            self._queue_bytes -= len(value)
-            left_s = expires_at - self._clock()
-            if left_s > 0:
-                await _demote(self._to, key, value, left_s)
+            batch = [self._queue.popleft() for _ in range(min(len(self._queue), _DEMOTE_AT_ONCE))]
+            await asyncio.gather(*map(self._demote, batch))
+            self._queue_bytes -= sum(len(evicted.value) for evicted in batch)
         self._running = None
+
+    async def _demote(self, evicted: _Evicted) -> None:
+        copy, value, expires_at = evicted
+        with copy:
+            async with copy.writing() as is_latest:
+                for tier in self._to if is_latest else ():
+                    left_s = expires_at - self._clock()
+                    if left_s > 0 and not await tier.holds(copy.key):
+                        demoted = await tier.put(copy.key, value, left_s)
+                        tier.counts.demotions += demoted
 
 
 class Movement:
@@ -105,7 +136,7 @@ class Movement:
         write: Write,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._nearest, *self._farther = tiers
+        self._nearest = tiers[0]
         self._disk, self._frequency, self._demotion = disk, frequency, demotion
         self._write, self._clock = write, clock
         self._task: asyncio.Task[None] | None = None
@@ -129,9 +160,7 @@ class Movement:
             await asyncio.wait([self._task])
         await self._demotion.close()
         if self._write is Write.ON_EVICT:
-            for key, value, expires_at in self._nearest.entries():
-                if expires_at is not None and expires_at > self._clock():
-                    await _demote(self._farther, key, value, expires_at - self._clock())
+            await self._demotion.write_all(self._nearest.entries())
         if self._disk is not None:
             await self._save(self._disk)
 
@@ -171,9 +200,3 @@ class Movement:
     async def _save(self, disk: DiskCache) -> None:
         if not await disk.save(_SKETCH, self._frequency.dump()):
             logger.warning("the frequencies could not be saved")
-
-
-async def _demote(to: Sequence[Tier], key: str, value: bytes, ttl_s: float) -> None:
-    for tier in to:
-        if not await tier.holds(key):
-            tier.counts.demotions += await tier.put(key, value, ttl_s)

@@ -80,6 +80,13 @@ class Tier:
         self.counts.stores += bool(stored)
         return bool(stored)
 
+    async def remove(self, key: str) -> None:
+        """Drop the entry under `key`, if there is one."""
+        try:
+            await self.backend.delete(key, timeout=self.deadline_s)
+        except Exception as exc:
+            self._failed("remove", exc)
+
     async def holds(self, key: str) -> bool:
         """Return whether there is an entry under `key`, which doesn't count as asking for it."""
         try:

@@ -7,6 +7,7 @@ import pytest
 from tiers import (
     Answer,
     Chain,
+    Copies,
     Demotion,
     DiskCache,
     Form,
@@ -32,12 +33,18 @@ class House:
             folder, 1 << 20, worth=lambda key, _: self.frequency.estimate(key), clock=clock
         )
         disk = Tier("disk", self.disk)
-        demotion = Demotion([disk], self.frequency, max_bytes=10_000, clock=clock)
+        copies = Copies()
+        demotion = Demotion([disk], self.frequency, copies, max_bytes=10_000, clock=clock)
         self.demotion = demotion
         self.memory = MemoryCache(ROOM_FOR_TWO, on_evict=demotion.offer, clock=clock)
         tiers = [Tier("memory", self.memory), disk]
         self.chain = Chain(
-            tiers, frequency=self.frequency, max_answer_bytes=10_000, write=write, clock=clock
+            tiers,
+            frequency=self.frequency,
+            max_answer_bytes=10_000,
+            copies=copies,
+            write=write,
+            clock=clock,
         )
         self.movement = Movement(
             tiers, self.disk, self.frequency, demotion, write=write, clock=clock
@@ -136,3 +143,35 @@ async def test_a_restart_refills_memory_hottest_first(tmp_path: Path, clock) -> 
     assert again.frequency.estimate("e") == 4
     assert [again.memory.holds(key) for key in "abcdef"] == [False, True, False, False, True, False]
     await again.close()
+
+
+async def test_on_evict_never_brings_back_an_older_answer(tmp_path: Path, clock) -> None:
+    house = House(tmp_path, clock, write=Write.ON_EVICT)
+    older, newer = Answer(Form.BODY, b"1" * 1800), Answer(Form.BODY, b"2" * 1800)
+    for key in "abc":
+        await house.tier_of(key)
+    await house.chain.store("a", older, WEEK)
+    for key in "bc":
+        await house.chain.store(key, ANSWER, WEEK)
+    await house.demotion.close()
+    assert house.disk.holds("a")
+    await house.chain.store("a", newer, WEEK)
+    for key in "bc":
+        await house.chain.store(key, ANSWER, WEEK)
+    await house.demotion.close()
+    hit = await house.chain.lookup("a")
+    assert hit is not None
+    assert hit.entry.answer == newer
+    await house.close()
+
+
+async def test_a_store_outdates_what_waits_to_be_demoted(tmp_path: Path, clock) -> None:
+    house = House(tmp_path, clock, write=Write.ON_EVICT)
+    for key in "abc":
+        await house.tier_of(key)
+        await house.chain.store(key, ANSWER, WEEK)
+    assert not house.memory.holds("a")
+    await house.chain.store("a", Answer(Form.BODY, b"newer"), WEEK)
+    await house.demotion.close()
+    assert not house.disk.holds("a")
+    await house.close()
