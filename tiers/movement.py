@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 _SKETCH = "frequency"
 _SAVE_EVERY_S = 300
 _REFILL_AT_ONCE = 16
-_DEMOTE_AT_ONCE = 1
+_DEMOTE_AT_ONCE = 64
 
 
 class Write(StrEnum):

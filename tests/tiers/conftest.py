@@ -1,9 +1,12 @@
 """What the tests of the tiers share: a clock that only tests move, and every backend."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+from aiocache.base import BaseCache
+from aiocache.serializers import NullSerializer
 
 from tiers import DiskCache, MemoryCache
 from tiers.backend import ByteCache
@@ -31,3 +34,46 @@ async def cache(request, clock: Clock, tmp_path: Path) -> AsyncIterator[ByteCach
         made = DiskCache(tmp_path / "disk", 1024 * 1024, clock=clock)
     yield made
     await made.close()
+
+
+class Remote(BaseCache):
+    """A backend on the other side of a network: each call goes there and comes back in turns.
+
+    `delay` says how many turns of the loop a call takes each way.
+    """
+
+    NAME = "remote"
+
+    def __init__(self, clock: Clock, delay: Callable[[], int]) -> None:
+        super().__init__(serializer=NullSerializer(encoding=None), timeout=0)
+        self.clock, self.delay = clock, delay
+        self.held: dict[str, tuple[bytes, float]] = {}
+        self.at_once = self.most_at_once = 0
+
+    async def _go(self, there) -> object:
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        for _ in range(self.delay()):
+            await asyncio.sleep(0)
+        found = there()
+        for _ in range(self.delay()):
+            await asyncio.sleep(0)
+        self.at_once -= 1
+        return found
+
+    def _find(self, key: str) -> bytes | None:
+        value, expires_at = self.held.get(key, (None, 0))
+        return value if expires_at > self.clock.now else None
+
+    async def _get(self, key, encoding=None, _conn=None):
+        return await self._go(lambda: self._find(key))
+
+    async def _exists(self, key, _conn=None):
+        return await self._go(lambda: self._find(key) is not None)
+
+    async def _delete(self, key, _conn=None):
+        return await self._go(lambda: self.held.pop(key, None) is not None)
+
+    async def _set(self, key, value, ttl=None, _cas_token=None, _conn=None):
+        await self._go(lambda: self.held.update({key: (value, self.clock.now + ttl)}))
+        return True

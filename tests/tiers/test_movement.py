@@ -19,6 +19,8 @@ from tiers import (
     Write,
 )  # fmt: skip
 
+from .conftest import Remote
+
 ROOM_FOR_TWO = 6000
 ANSWER = Answer(Form.BODY, bytes(1800))
 WEEK = Freshness(7 * 24 * 3600)
@@ -175,3 +177,15 @@ async def test_a_store_outdates_what_waits_to_be_demoted(tmp_path: Path, clock) 
     await house.demotion.close()
     assert not house.disk.holds("a")
     await house.close()
+
+
+async def test_the_end_writes_many_entries_at_once(clock) -> None:
+    frequency, copies, remote = FrequencySketch(1024), Copies(), Remote(clock, delay=lambda: 1)
+    tier = Tier("remote", remote)
+    demotion = Demotion([tier], frequency, copies, max_bytes=10_000, clock=clock)
+    entries = [(f"{number}", b"1", clock.now + number) for number in range(100)]
+    await demotion.write_all([*entries, ("never expires", b"1", None)])
+    # The first has expired.
+    assert tier.counts.demotions == len(remote.held) == 99
+    assert 10 < remote.most_at_once <= 64
+    assert len(copies) == 0
