@@ -189,10 +189,11 @@ class Movement:
     async def _refill(self, disk: DiskCache) -> None:
         """Copy the hottest entries into the nearest tier, hottest first, until that is full."""
         for number, (key, value, expires_at) in enumerate(disk.hottest()):
-            if self._nearest.victim(len(value)) is not None:
-                return
-            if expires_at is not None and not await self._nearest.holds(key):
-                await self._nearest.put(key, value, expires_at - self._clock())
+            left_s = 0 if expires_at is None else expires_at - self._clock()
+            if left_s > 0 and not await self._nearest.holds(key):
+                if self._nearest.victim(len(value)) is not None:
+                    return
+                await self._nearest.put(key, value, left_s)
             if number % _REFILL_AT_ONCE == 0:
                 # Requests go first.
                 await asyncio.sleep(0)

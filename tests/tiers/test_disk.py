@@ -183,8 +183,26 @@ async def test_gives_the_hottest_first(opened, clock) -> None:
         ("3", b"3", None),
         ("1", b"1", None),
     ]
-    clock.now += 10
-    assert [key for key, _, _ in cache.hottest()] == ["15", "9", "3", "1"]
+    replaced = asyncio.create_task(cache.set("9", b"new"))
+    await asyncio.sleep(0)
+    assert [key for key, _, _ in cache.hottest()] == ["15", "4", "3", "1"]
+    await replaced
+
+
+@pytest.mark.parametrize("error", [lmdb.MapResizedError("resized"), lmdb.CorruptedError("bad")])
+async def test_what_can_not_be_read_is_no_end(opened, monkeypatch, error) -> None:
+    cache = await opened()
+    await cache.set("a", b"1")
+    await cache.save("sketch", b"1")
+
+    def failing(*args: object) -> None:
+        raise error
+
+    for name in ("next_ranked", "load"):
+        monkeypatch.setattr(DiskFile, name, failing)
+    assert list(cache.hottest()) == []
+    assert cache.load("sketch") is None
+    assert await cache.get("a") == b"1"
 
 
 async def test_the_hottest_can_be_read_while_the_file_changes(opened) -> None:

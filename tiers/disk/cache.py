@@ -151,17 +151,26 @@ class DiskCache(ByteCache):
     def hottest(self) -> Iterator[tuple[str, bytes, float | None]]:
         """Yield committed entries with their expiry (Unix s), those of the highest priority first.
 
-        Each is read when it is asked for, so what changes meanwhile may be seen or not.
+        Each is read when it is asked for, so what changes meanwhile may be seen or not; but an
+        entry that is being replaced or dropped isn't yielded. What has expired is, so that
+        whoever iterates can pause.
         """
         rank = None
         while (file := self._file) is not None:
-            ranked = file.next_ranked(rank)
+            try:
+                ranked = file.next_ranked(rank)
+            except lmdb.MapResizedError:
+                # The next commit adopts the size that another process has given the map.
+                return
+            except lmdb.Error:
+                self._suspect = True
+                logger.exception("the disk tier's hottest entries can't be read")
+                return
             if ranked is None:
                 return
-            rank = ranked.rank
-            if ranked.expires_at > self.clock():
-                expires_at = None if ranked.expires_at == inf else ranked.expires_at
-                yield ranked.key.decode(), ranked.value, expires_at
+            rank, key = ranked.rank, ranked.key.decode()
+            if key not in self._pending:
+                yield key, ranked.value, None if ranked.expires_at == inf else ranked.expires_at
 
     async def save(self, name: str, blob: bytes) -> bool:
         """Store a blob beside the entries, for good. Returns whether it is stored."""
@@ -176,7 +185,13 @@ class DiskCache(ByteCache):
             return self._file.load(f"blob:{name}".encode())
         except ValueError:
             self.usage.damaged += 1
-            return None
+        except lmdb.MapResizedError:
+            # The next commit adopts the size that another process has given the map.
+            pass
+        except lmdb.Error:
+            self._suspect = True
+            logger.exception("the disk tier can't read what was saved")
+        return None
 
     def statistics(self) -> Statistics | None:
         """Return the file in numbers, or `None` while it isn't open."""
