@@ -161,7 +161,8 @@ class Movement:
         await self._demotion.close()
         if self._write is Write.ON_EVICT:
             await self._demotion.write_all(self._nearest.entries())
-        if self._disk is not None:
+        # What hasn't been taken over must not be lost, and a file that isn't open can't be written.
+        if self._disk is not None and self.remembered.is_set():
             await self._save(self._disk)
 
     async def _run(self, disk: DiskCache) -> None:

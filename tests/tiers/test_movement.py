@@ -18,6 +18,7 @@ from tiers import (
     Tier,
     Write,
 )  # fmt: skip
+from tiers.disk.opening import MARK
 
 from .conftest import Remote
 
@@ -103,6 +104,18 @@ async def test_on_evict_writes_to_disk_what_memory_evicts(tmp_path: Path, clock)
     await again.close()
 
 
+@pytest.mark.parametrize("write", Write)
+async def test_ends_while_the_file_is_still_being_verified(tmp_path: Path, clock, write) -> None:
+    house = House(tmp_path, clock)
+    await house.close()
+    (tmp_path / MARK).unlink()
+    house = House(tmp_path, clock, write=write)
+    house.movement.start()
+    assert await house.chain.store("a", ANSWER, WEEK)
+    await house.close()
+    assert not house.movement.remembered.is_set()
+
+
 async def test_what_is_too_cold_is_not_demoted(tmp_path: Path, clock) -> None:
     house = House(tmp_path, clock, write=Write.ON_EVICT)
     for key in "abc":
@@ -130,6 +143,8 @@ async def test_demotion_is_bounded_and_keeps_what_is_newer(house: House) -> None
 
 async def test_a_restart_refills_memory_hottest_first(tmp_path: Path, clock) -> None:
     house = House(tmp_path, clock)
+    house.movement.start()
+    await house.movement.remembered.wait()
     for key in "abcdef":
         await house.chain.store(key, ANSWER, WEEK)
     house.memory.max_bytes = 0
@@ -145,6 +160,14 @@ async def test_a_restart_refills_memory_hottest_first(tmp_path: Path, clock) -> 
     assert again.frequency.estimate("e") == 4
     assert [again.memory.holds(key) for key in "abcdef"] == [False, True, False, False, True, False]
     await again.close()
+
+    never_started = House(tmp_path, clock)
+    await never_started.close()
+    once_more = House(tmp_path, clock)
+    once_more.movement.start()
+    await once_more.movement.remembered.wait()
+    assert once_more.frequency.estimate("e") == 4
+    await once_more.close()
 
 
 async def test_on_evict_never_brings_back_an_older_answer(tmp_path: Path, clock) -> None:

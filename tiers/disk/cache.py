@@ -106,20 +106,22 @@ class DiskCache(ByteCache):
         self._note_read = self._writer.read.append
 
     def read(self, key: str) -> bytes | None:
-        value = self._find(key)
-        if value is not None:
-            self._note_read(key)
-        return value
+        found = self._find(key)
+        if found is None or not self._is_alive(found):
+            return None
+        self._note_read(key)
+        return found[0]
 
     def holds(self, key: str) -> bool:
-        return self._find(key) is not None
+        found = self._find(key)
+        return found is not None and self._is_alive(found)
 
     async def write(self, key: str, value: bytes, expires_at: float | None) -> bool:
         change = Change(key, value, inf if expires_at is None else expires_at)
         if self._refuses(change):
             self.usage.refused += 1
             # Better no entry than the one that this value was to replace.
-            if self._file is None or self.read(key) is not None:
+            if self._file is None or self._find(key) is not None:
                 self._submit(Change(key, None))
             return False
         if self._file is None or self._durability is Durability.INTERVAL:
@@ -132,9 +134,13 @@ class DiskCache(ByteCache):
         return value is not None and await self.write(key, value, expires_at)
 
     async def remove(self, key: str) -> bool:
-        if self._file is not None and self.read(key) is None:
+        change = Change(key, None)
+        if self._file is None:
+            self._submit(change)
             return False
-        return await self._done(Change(key, None))
+        found = self._find(key)
+        # What has expired would be back if the clock were set back.
+        return found is not None and await self._done(change) and self._is_alive(found)
 
     def keys(self) -> Iterable[str]:
         committed = [] if self._file is None else self._file.all_keys()
@@ -210,14 +216,16 @@ class DiskCache(ByteCache):
         is_suspect = self._suspect or self._writer.is_suspect
         self._opening.release(whole=file is not None and not is_suspect)
 
-    def _find(self, key: str) -> bytes | None:
+    def _find(self, key: str) -> tuple[bytes, float] | None:
+        """Return a value and its expiry (Unix s), which may have passed."""
         if (submission := self._pending.get(key)) is not None:
-            return self._unless_expired(submission.change.value, submission.change.expires_at)
+            change = submission.change
+            return None if change.value is None else (change.value, change.expires_at)
         if (file := self._file) is None:
             return None
         raw_key = key.encode()
         try:
-            found = file.get(raw_key)
+            return file.get(raw_key)
         except ValueError:
             self._drop_damaged(key)
             return None
@@ -230,13 +238,9 @@ class DiskCache(ByteCache):
         except lmdb.Error:
             self._suspect = True
             raise
-        if found is None:
-            return None
-        value, expires_at = found
-        return None if expires_at <= self.clock() else value
 
-    def _unless_expired(self, value: bytes | None, expires_at: float) -> bytes | None:
-        return None if expires_at <= self.clock() else value
+    def _is_alive(self, found: tuple[bytes, float]) -> bool:
+        return found[1] > self.clock()
 
     def _refuses(self, change: Change) -> bool:
         value_bytes = len(change.value or b"")
