@@ -5,7 +5,6 @@ import gc
 import logging
 import os
 import signal
-import time
 from collections.abc import Callable, Coroutine
 from importlib.util import find_spec
 from typing import Any
@@ -15,7 +14,8 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 from prometheus_client import generate_latest
 
-from server.config import Config, ConfigError, Tiers
+from server.chain import build
+from server.config import Config, ConfigError
 from server.engine import Engine, EngineState
 from server.freshness import FreshnessRules
 from server.identity import Identity
@@ -29,17 +29,7 @@ from server.responses import unavailable
 from server.upstream import Upstream, Upstreams
 from server.websocket import forward_websocket, is_asked_for
 from server.weights import Weights, locate
-from tiers import (
-    Chain,
-    Copies,
-    Demotion,
-    DiskCache,
-    Flights,
-    FrequencySketch,
-    MemoryCache,
-    Movement,
-    Tier,
-)  # fmt: skip
+from tiers import Chain, Flights, Movement
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +37,6 @@ logger = logging.getLogger(__name__)
 _STORE_S = 5
 # For all that is still to be written; a disk that hangs must not keep us.
 _CLOSE_S = 20
-# As many keys as answers of this size fill the tiers, but not more than 4 MiB of counters.
-_ENTRY_BYTES = 1024
-_SKETCH_KEYS = 1024**2
-# Demotions that wait for the disk.
-_DEMOTION_BYTES = 16 * 1024**2
 # Requests leave few cycles behind; a collection for each ten of them would be waste.
 _GC_ALLOCATIONS = 50_000
 
@@ -85,7 +70,7 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _stopper(stop))
     timeout_s = config.engine.timeout_s
-    chain, movement = _chain(config)
+    chain, movement = build(config)
     engine = None if weights is None else Engine(config, weights)
     upstreams = Upstreams(
         [engine.upstream]
@@ -188,51 +173,6 @@ def _stopper(stop: asyncio.Event) -> Callable[[], None]:
         stop.set()
 
     return on_signal
-
-
-def _chain(config: Config) -> tuple[Chain, Movement]:
-    where, cache, farther = config.tiers, config.cache, []
-    frequency = FrequencySketch(_sketch_keys(where))
-    disk = None
-    if (on_disk := where.disk) is not None and on_disk.path is not None:
-        try:
-            disk = DiskCache(
-                on_disk.path,
-                on_disk.max_bytes,
-                durability=on_disk.durability,
-                interval_s=on_disk.interval_ms / 1000,
-                compresses=on_disk.compression == "zstd",
-                worth=lambda key, size: (1 + frequency.estimate(key)) / size,
-            )
-        except OSError as exc:
-            raise ConfigError([f"tiers.disk.path: should be a folder for us alone: {exc}"]) from exc
-        farther.append(Tier(disk.NAME, disk))
-    copies = Copies()
-    demotion = Demotion(farther, frequency, copies, max_bytes=_DEMOTION_BYTES, clock=time.time)
-    tiers = farther
-    if (memory := where.memory) is not None:
-        cache_ = MemoryCache(memory.max_bytes, policy=memory.policy, on_evict=demotion.offer)
-        tiers = [Tier(cache_.NAME, cache_), *farther]
-    chain = Chain(
-        tiers,
-        frequency=frequency,
-        max_answer_bytes=cache.max_answer_bytes,
-        promote_after=where.promote_after,
-        copies=copies,
-        write=where.write,
-        ttl_jitter=cache.ttl_jitter,
-    )
-    return chain, Movement(tiers, disk, frequency, demotion, write=where.write)
-
-
-def _sketch_keys(tiers: Tiers) -> int:
-    """Return how many keys the tiers may hold, as far as the sketch's size is worth it."""
-    sizes = [tier.max_bytes for tier in (tiers.memory, tiers.disk) if tier is not None]
-    keys = min(sum(sizes) // _ENTRY_BYTES, _SKETCH_KEYS)
-    if tiers.disk is not None:
-        # The sketch itself is kept there.
-        keys = min(keys, tiers.disk.max_bytes // 256)
-    return max(keys, 1024)
 
 
 def _app(

@@ -56,7 +56,8 @@ class MemoryCache(ByteCache):
         self.max_bytes = max_bytes
         self.policy = policy
         self.on_evict = on_evict
-        self._overhead_bytes = _OVERHEAD_BYTES + policy.OVERHEAD_BYTES
+        self.overhead_bytes = _OVERHEAD_BYTES + policy.OVERHEAD_BYTES
+        """What an entry costs beside its value."""
         self._entries: dict[str, tuple[bytes, float | None]] = {}
 
     def read(self, key: str) -> bytes | None:
@@ -73,7 +74,7 @@ class MemoryCache(ByteCache):
 
     async def write(self, key: str, value: bytes, expires_at: float | None) -> bool:
         self._drop(key)
-        cost = len(value) + self._overhead_bytes
+        cost = len(value) + self.overhead_bytes
         if cost > self.max_bytes:
             self.usage.refused += 1
             return False
@@ -103,7 +104,7 @@ class MemoryCache(ByteCache):
         return found is not None and (found[1] is None or found[1] > self.clock())
 
     def victim(self, value_bytes: int) -> str | None:
-        fits = self.usage.bytes + value_bytes + self._overhead_bytes <= self.max_bytes
+        fits = self.usage.bytes + value_bytes + self.overhead_bytes <= self.max_bytes
         return None if fits else self.policy.victim()
 
     def entries(self) -> Iterator[tuple[str, bytes, float | None]]:
@@ -126,6 +127,6 @@ class MemoryCache(ByteCache):
 
     def _forget(self, key: str) -> tuple[bytes, float | None]:
         entry = self._entries.pop(key)
-        self.usage.bytes -= len(entry[0]) + self._overhead_bytes
+        self.usage.bytes -= len(entry[0]) + self.overhead_bytes
         self.usage.entries -= 1
         return entry

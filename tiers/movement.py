@@ -90,7 +90,7 @@ class Demotion:
         while batch := list(islice(taken, _DEMOTE_AT_ONCE)):
             await asyncio.gather(*map(self._demote, batch))
 
-    async def close(self) -> None:
+    async def finish(self) -> None:
         """Write what is left in the queue."""
         if self._running is not None:
             await self._running
@@ -153,12 +153,16 @@ class Movement:
         if self._disk is not None:
             self._task = asyncio.create_task(self._run(self._disk))
 
+    async def settle(self) -> None:
+        """Finish the demotions that are under way."""
+        await self._demotion.finish()
+
     async def close(self) -> None:
         """Finish demotions and save what is to be remembered; the tiers must still be open."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
-        await self._demotion.close()
+        await self.settle()
         if self._write is Write.ON_EVICT:
             await self._demotion.write_all(self._nearest.entries())
         # What hasn't been taken over must not be lost, and a file that isn't open can't be written.

@@ -80,7 +80,7 @@ class AgainstDictionary(RuleBasedStateMachine):
         assert set(self.cache.keys()) == set(self.truth)
         assert usage.entries == len(self.truth)
         assert usage.evictions == len(self.evicted)
-        overhead = self.cache._overhead_bytes
+        overhead = self.cache.overhead_bytes
         assert usage.bytes == sum(len(value) + overhead for value, _ in self.truth.values())
         assert (self.cache.policy.victim() is None) == (not self.truth)
 

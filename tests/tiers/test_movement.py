@@ -93,7 +93,7 @@ async def test_on_evict_writes_to_disk_what_memory_evicts(tmp_path: Path, clock)
     for key in "abc":
         await house.tier_of(key)
         await house.chain.store(key, ANSWER, WEEK)
-    await house.demotion.close()
+    await house.demotion.finish()
     on_disk = [key for key in "abc" if house.disk.holds(key)]
     assert len(on_disk) == 1
     assert not house.memory.holds(on_disk[0])
@@ -120,7 +120,7 @@ async def test_what_is_too_cold_is_not_demoted(tmp_path: Path, clock) -> None:
     house = House(tmp_path, clock, write=Write.ON_EVICT)
     for key in "abc":
         await house.chain.store(key, ANSWER, WEEK)
-    await house.demotion.close()
+    await house.demotion.finish()
     assert [key for key in "abc" if house.disk.holds(key)] == []
     await house.close()
 
@@ -134,7 +134,7 @@ async def test_demotion_is_bounded_and_keeps_what_is_newer(house: House) -> None
     house.demotion.offer("old", b"older", expires_at)
     house.demotion.offer("large", bytes(9_990), expires_at)
     house.demotion.offer("other", bytes(100), expires_at)
-    await house.demotion.close()
+    await house.demotion.finish()
     assert house.demotion.dropped == 1
     assert await house.disk.get("old") == b"newer"
     assert house.disk.holds("large")
@@ -178,12 +178,12 @@ async def test_on_evict_never_brings_back_an_older_answer(tmp_path: Path, clock)
     await house.chain.store("a", older, WEEK)
     for key in "bc":
         await house.chain.store(key, ANSWER, WEEK)
-    await house.demotion.close()
+    await house.demotion.finish()
     assert house.disk.holds("a")
     await house.chain.store("a", newer, WEEK)
     for key in "bc":
         await house.chain.store(key, ANSWER, WEEK)
-    await house.demotion.close()
+    await house.demotion.finish()
     hit = await house.chain.lookup("a")
     assert hit is not None
     assert hit.entry.answer == newer
@@ -197,7 +197,7 @@ async def test_a_store_outdates_what_waits_to_be_demoted(tmp_path: Path, clock) 
         await house.chain.store(key, ANSWER, WEEK)
     assert not house.memory.holds("a")
     await house.chain.store("a", Answer(Form.BODY, b"newer"), WEEK)
-    await house.demotion.close()
+    await house.demotion.finish()
     assert not house.disk.holds("a")
     await house.close()
 

@@ -1,0 +1,88 @@
+"""The chain that a configuration describes: its tiers, and what moves entries between them."""
+
+import time
+from collections.abc import Callable
+from random import random
+
+from server.config import Config, ConfigError, Tiers
+from tiers import (
+    Chain,
+    Copies,
+    Demotion,
+    DiskCache,
+    FrequencySketch,
+    MemoryCache,
+    Movement,
+    Tier,
+)  # fmt: skip
+
+# As many keys as answers of this size fill the tiers, but not more than 4 MiB of counters.
+_ENTRY_BYTES = 1024
+_SKETCH_KEYS = 1024**2
+# Demotions that wait for the disk.
+_DEMOTION_BYTES = 16 * 1024**2
+
+
+def build(
+    config: Config,
+    *,
+    clock: Callable[[], float] = time.time,
+    chance: Callable[[], float] = random,
+) -> tuple[Chain, Movement]:
+    """Return the chain and its movement, which isn't started yet.
+
+    Args:
+        config: says which tiers there are, and how entries move.
+        clock: returns Unix seconds.
+        chance: returns a number from 0 to below 1.
+
+    Raises:
+        ConfigError: the disk tier's folder can't be used.
+    """
+    where, cache, farther = config.tiers, config.cache, []
+    frequency = FrequencySketch(_sketch_keys(where))
+    disk = None
+    if (on_disk := where.disk) is not None and on_disk.path is not None:
+        try:
+            disk = DiskCache(
+                on_disk.path,
+                on_disk.max_bytes,
+                durability=on_disk.durability,
+                interval_s=on_disk.interval_ms / 1000,
+                compresses=on_disk.compression == "zstd",
+                worth=lambda key, size: (1 + frequency.estimate(key)) / size,
+                clock=clock,
+            )
+        except OSError as exc:
+            raise ConfigError([f"tiers.disk.path: should be a folder for us alone: {exc}"]) from exc
+        farther.append(Tier(disk.NAME, disk))
+    copies = Copies()
+    demotion = Demotion(farther, frequency, copies, max_bytes=_DEMOTION_BYTES, clock=clock)
+    tiers = farther
+    if (memory := where.memory) is not None:
+        cache_ = MemoryCache(
+            memory.max_bytes, policy=memory.policy, on_evict=demotion.offer, clock=clock
+        )
+        tiers = [Tier(cache_.NAME, cache_), *farther]
+    chain = Chain(
+        tiers,
+        frequency=frequency,
+        max_answer_bytes=cache.max_answer_bytes,
+        promote_after=where.promote_after,
+        copies=copies,
+        write=where.write,
+        ttl_jitter=cache.ttl_jitter,
+        clock=clock,
+        chance=chance,
+    )
+    return chain, Movement(tiers, disk, frequency, demotion, write=where.write, clock=clock)
+
+
+def _sketch_keys(tiers: Tiers) -> int:
+    """Return how many keys the tiers may hold, as far as the sketch's size is worth it."""
+    sizes = [tier.max_bytes for tier in (tiers.memory, tiers.disk) if tier is not None]
+    keys = min(sum(sizes) // _ENTRY_BYTES, _SKETCH_KEYS)
+    if tiers.disk is not None:
+        # The sketch itself is kept there.
+        keys = min(keys, tiers.disk.max_bytes // 256)
+    return max(keys, 1024)
