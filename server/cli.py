@@ -1,8 +1,10 @@
 """The command `tierserve`."""
 
 import argparse
+import os
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
@@ -20,6 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--config", type=Path, required=True, metavar="FILE")
+    _add_simulate(commands)
     commands.add_parser("version", help="print the version")
     options = parser.parse_args(arguments)
     if options.command == "version":
@@ -30,12 +33,65 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "check":
             print(_as_yaml(config), end="")
             return 0
+        if options.command == "simulate":
+            return _simulate(config, options)
         from server.app import serve
 
         return serve(config)
     except ConfigError as exc:
         print(*exc.mistakes, sep="\n", file=sys.stderr)
         return 2
+
+
+def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "replay traces of keys and sizes against the tiers, and say what they would do"
+    command = commands.add_parser("simulate", help=text, description=text)
+    command.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="CSV or JSONL")
+    command.add_argument(
+        "--config", type=Path, default=Path(os.devnull), metavar="FILE", help="describes the tiers"
+    )
+    for tier in ("memory", "disk"):
+        text = "another limit of that tier: 64MiB, 10%% of the trace's footprint, or none"
+        command.add_argument(f"--{tier}", metavar="SIZE|P%", help=text)
+    command.add_argument("--recommend", action="store_true", help="say which size is enough")
+    command.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    text = "plot hit ratios over time or, with --recommend, against size"
+    command.add_argument("--plot", type=Path, metavar="FILE.png|svg", help=text)
+
+
+def _simulate(config: Config, options: argparse.Namespace) -> int:
+    from server.progress import shown
+    from server.report import as_json, as_text, notes, report
+    from server.simulate import limit
+    from server.traces import TraceError, read
+
+    if (plot := options.plot) is not None:
+        if plot.suffix not in {".png", ".svg"}:
+            raise ConfigError([f"--plot: should end in .png or .svg, not {str(plot)!r}"])
+        if find_spec("matplotlib") is None:
+            raise ConfigError(["--plot: matplotlib isn't installed; it is in the extra simulate"])
+    try:
+        traces = [read(file) for file in options.traces]
+    except TraceError as exc:
+        raise ConfigError([str(exc)]) from exc
+    configs = [limit(config, trace, options.memory, options.disk) for trace in traces]
+    reports, plots = [], []
+    for trace, limited in zip(traces, configs, strict=True):
+        told, replay = report(limited, trace, shown, recommends=options.recommend)
+        reports.append(told)
+        plots.append((trace, replay, told.recommendation))
+        if not options.json:
+            print(as_text(told), flush=True)
+    missing = notes(configs[0])
+    print(as_json(reports, missing) if options.json else "\n".join(missing))
+    if plot is not None:
+        from server.plot import draw
+
+        try:
+            draw(plot, plots)
+        except OSError as exc:
+            raise ConfigError([f"--plot: can't be written: {exc}"]) from exc
+    return 0
 
 
 def _as_yaml(config: Config) -> str:

@@ -1,0 +1,188 @@
+"""What `tierserve simulate` tells of a trace: gathers it, and prints it as tables or JSON."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import orjson
+from pydantic import ByteSize
+
+from server import references
+from server.config import Config
+from server.prefixes import PrefixReuse, measure
+from server.recommend import Recommendation, recommend
+from server.references import Reference
+from server.simulate import Progress, Replay, Result, memory_overhead_bytes, ratio, simulate
+from server.traces import Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A trace in numbers, and what became of it."""
+
+    trace: str
+    requests: int
+    keys: int
+    footprint_bytes: int
+    """What all different keys take together."""
+    span_s: float
+    """From the first request to the last; 0 where the trace doesn't tell."""
+    chain: Result
+    references: list[Reference]
+    """At the memory tier's size."""
+    prefixes: list[PrefixReuse]
+    recommendation: Recommendation | None
+
+
+def report(
+    config: Config, trace: Trace, progress: Progress, *, recommends: bool
+) -> tuple[Report, Replay]:
+    """Replay a trace in all ways.
+
+    Raises:
+        ConfigError: the temporary folder can't be used.
+    """
+    replay = simulate(config, trace, progress)
+    compared: list[Reference] = []
+    policies: tuple[str, ...] = ()
+    if (memory := config.tiers.memory) is not None:
+        policies = (memory.policy,)
+        overhead_bytes = memory_overhead_bytes(memory.policy)
+        if references.is_installed():
+            compared = [
+                references.compare(trace, policy, memory.max_bytes, overhead_bytes)
+                for policy in (*references.ONLINE, references.OPTIMUM)
+            ]
+    times = [request.at_s for request in trace.requests]
+    told = Report(
+        trace=trace.name,
+        requests=len(trace.requests),
+        keys=len(trace.sizes),
+        footprint_bytes=trace.footprint_bytes,
+        span_s=max(times) - times[0],
+        chain=replay.result,
+        references=compared,
+        prefixes=measure(trace, policies),
+        recommendation=recommend(config, trace, progress) if recommends else None,
+    )
+    return told, replay
+
+
+def notes(config: Config) -> list[str]:
+    """Return what is missing from all reports, and why."""
+    missing = []
+    if config.tiers.memory is None:
+        missing.append(
+            "no reference policies: they stand in for the memory tier, which is left out"
+        )
+    elif not references.is_installed():
+        missing.append(
+            "no reference policies: libcachesim isn't installed; it is in the extra simulate"
+        )
+    if config.tiers.disk is not None and config.tiers.disk.compression != "none":
+        missing.append("no compression on disk: a trace doesn't tell how well its answers compress")
+    return missing
+
+
+def as_json(reports: Sequence[Report], missing: Sequence[str]) -> str:
+    """Return everything as one JSON object."""
+    told = {"traces": list(reports), "notes": list(missing)}
+    return orjson.dumps(told, option=orjson.OPT_INDENT_2).decode()
+
+
+def as_text(told: Report) -> str:
+    """Return a report as tables."""
+    parts = [
+        [
+            f"{told.trace}: {told.requests:,} requests for {told.keys:,} keys of "
+            f"{size(told.footprint_bytes)} together"
+            + (f", in {told.span_s:,.0f} s" * bool(told.span_s))
+        ],
+        _of_chain(told),
+    ]
+    if told.references:
+        parts.append(_of_references(told.references))
+    if told.prefixes:
+        parts.append(_of_prefixes(told.prefixes))
+    if told.recommendation is not None:
+        parts.append(_of_recommendation(told.recommendation))
+    return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
+
+
+def size(count: int) -> str:
+    """Return a size in bytes as people read it."""
+    return ByteSize(count).human_readable()
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return lines in which columns stand below each other, the first to the left."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if number == 0 else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (head, *rows)
+    ]
+
+
+def _of_chain(told: Report) -> list[str]:
+    chain = told.chain
+    head = (
+        "tier", "limit", "requests", "hits", "hit ratio", "byte hits",
+        "stores", "promotions", "demotions", "evictions", "expired",
+    )  # fmt: skip
+    rows = [
+        (
+            tier.name, size(tier.max_bytes), f"{tier.requests:,}", f"{tier.hits:,}",
+            f"{tier.hit_ratio:.2%}", f"{tier.byte_hit_ratio:.2%}", f"{tier.stores:,}",
+            f"{tier.promotions:,}", f"{tier.demotions:,}", f"{tier.evictions:,}",
+            f"{tier.expirations:,}",
+        )
+        for tier in chain.tiers
+    ]  # fmt: skip
+    ratios = (f"{chain.hit_ratio:.2%}", f"{chain.byte_hit_ratio:.2%}")
+    rows.append(("all", "", f"{told.requests:,}", f"{chain.hits:,}", *ratios, "", "", "", "", ""))
+    lines = table(head, rows)
+    lines.append(f"disk writes per request: {chain.disk_writes_per_request:.3f}")
+    if chain.dropped_demotions:
+        lines.append(f"demotions dropped: {chain.dropped_demotions:,}")
+    if chain.tokens:
+        saved = ratio(chain.tokens_saved, chain.tokens)
+        lines.append(
+            f"output tokens saved: {chain.tokens_saved:,} of {chain.tokens:,} ({saved:.2%})"
+        )
+    return lines
+
+
+def _of_references(compared: Sequence[Reference]) -> list[str]:
+    rows = [
+        (each.policy, f"{each.hits:,}", f"{each.hit_ratio:.2%}", f"{each.byte_hit_ratio:.2%}")
+        for each in compared
+    ]
+    said = "libcachesim's policies in the memory tier's place (Belady knows the future)"
+    return [said, *table(("policy", "hits", "hit ratio", "byte hits"), rows)]
+
+
+def _of_prefixes(prefixes: Sequence[PrefixReuse]) -> list[str]:
+    rows = [
+        (
+            each.policy, f"{each.max_blocks:,}", f"{each.blocks:,}", f"{each.reused:,}",
+            f"{each.reuse_ratio:.2%}", f"{each.tokens_saved:,}",
+        )
+        for each in prefixes
+    ]  # fmt: skip
+    head = ("policy", "cache", "blocks", "reused", "ratio", "prompt tokens saved")
+    return ["prefix blocks, the leading run of each prompt", *table(head, rows)]
+
+
+def _of_recommendation(found: Recommendation) -> list[str]:
+    rows = [
+        (size(point.max_bytes), f"{point.hits:,}", f"{point.hit_ratio:.2%}")
+        for point in found.curve
+    ]
+    return [
+        "the memory tier alone",
+        *table(("limit", "hits", "hit ratio"), rows),
+        f"recommended: {size(found.max_bytes)}; beyond it, another {size(found.step_bytes)} "
+        "add less than 1% to the hits",
+    ]

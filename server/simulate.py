@@ -1,0 +1,244 @@
+"""The simulation: replays a trace against the chain that a configuration describes.
+
+The chain is the server's own, with a real disk tier in a folder for the moment; only time is
+virtual: the clock shows when each request came. A request is a lookup and, unless that gives an
+entry to use, a store, as the server would do; demotions are done before the next request. What a
+trace doesn't tell isn't simulated: how long an answer took, how well it compresses, and that a
+request may come while the same one is still being answered.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import uvloop
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
+from server.chain import build
+from server.config import Config, ConfigError, DiskTier, MemoryTier
+from server.freshness import FreshnessRules
+from server.traces import Request, Trace
+from tiers import (
+    Answer,
+    Chain,
+    DiskCache,
+    Entry,
+    Form,
+    MemoryCache,
+    Movement,
+    State,
+    Tier,
+    digest,
+)  # fmt: skip
+from tiers.disk import MIN_BYTES, Durability
+
+NONE = "none"
+"""The limit of a tier that is left out."""
+
+# Traces tell no routes, so answers are good for as long as those of this one.
+_ROUTE = "/v1/chat/completions"
+
+Progress = Callable[[Sequence[Request], str], Iterable[Request]]
+"""Passes requests on and shows how far it is, by the name given."""
+
+
+def unshown(requests: Sequence[Request], _name: str) -> Iterable[Request]:
+    """Show no progress."""
+    return requests
+
+
+@dataclass(frozen=True, slots=True)
+class TierResult:
+    """What happened at a tier. Ratios are of the requests that came as far as to it."""
+
+    name: str
+    max_bytes: int
+    requests: int
+    hits: int
+    hit_ratio: float
+    byte_hit_ratio: float
+    stores: int
+    """All of them: of new answers, by promotion, and by demotion."""
+    promotions: int
+    demotions: int
+    evictions: int
+    expirations: int
+    entries: int
+    """What it held at the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a chain made of a trace. Ratios are of all requests."""
+
+    hits: int
+    hit_ratio: float
+    byte_hit_ratio: float
+    disk_writes_per_request: float
+    dropped_demotions: int
+    tokens: int
+    """Of output, where the trace tells."""
+    tokens_saved: int
+    """Those that didn't have to be generated."""
+    tiers: list[TierResult]
+
+
+class Replay(NamedTuple):
+    """A result, and by which tier each request was answered."""
+
+    result: Result
+    answered_by: bytearray
+    """The tier's position in the chain, or the number of tiers where none had an answer."""
+
+
+def limit(config: Config, trace: Trace, memory: str | None, disk: str | None) -> Config:
+    """Return the configuration with other limits of its tiers.
+
+    A limit is a size such as `64MiB`, a share of the trace's footprint such as `10%`, or `none`,
+    which leaves the tier out.
+
+    Raises:
+        ConfigError: a limit is none of these or too small, or no tier is left.
+    """
+    tiers = config.tiers
+    if memory is not None:
+        max_bytes = _max_bytes("--memory", memory, trace, least=1)
+        tier = tiers.memory or MemoryTier()
+        held = None if max_bytes is None else tier.model_copy(update={"max_bytes": max_bytes})
+        tiers = tiers.model_copy(update={"memory": held})
+    if disk is not None:
+        max_bytes = _max_bytes("--disk", disk, trace, least=MIN_BYTES)
+        on_disk = tiers.disk or DiskTier()
+        kept = None if max_bytes is None else on_disk.model_copy(update={"max_bytes": max_bytes})
+        tiers = tiers.model_copy(update={"disk": kept})
+    if tiers.memory is None and tiers.disk is None:
+        raise ConfigError(["tiers: should be at least one, memory or disk"])
+    return config.model_copy(update={"tiers": tiers})
+
+
+def simulate(config: Config, trace: Trace, progress: Progress = unshown) -> Replay:
+    """Replay a trace against an empty chain.
+
+    Raises:
+        ConfigError: the temporary folder can't be used.
+    """
+    with TemporaryDirectory(prefix="tierserve-simulate-") as folder:
+        return uvloop.run(_simulate(_in(Path(folder), config), trace, progress))
+
+
+def memory_overhead_bytes(policy: str) -> int:
+    """Return what an entry of the memory tier costs beside the answer."""
+    header_bytes = len(Entry(Answer(Form.BODY, b""), 0, 0).encode())
+    return header_bytes + MemoryCache(1, policy=policy).overhead_bytes
+
+
+def _max_bytes(option: str, text: str, trace: Trace, *, least: int) -> int | None:
+    if text == NONE:
+        return None
+    try:
+        if text.endswith("%"):
+            max_bytes = int(float(text[:-1]) / 100 * trace.footprint_bytes)
+        else:
+            max_bytes = int(TypeAdapter(ByteSize).validate_python(text))
+    except (ValueError, OverflowError, ValidationError):
+        raise ConfigError([f"{option}: should be as 64MiB, 10%, or {NONE}, not {text!r}"]) from None
+    if max_bytes < least:
+        raise ConfigError(
+            [f"{option}: should be at least {least} bytes; {text} for {trace.name} is {max_bytes}"]
+        )
+    return max_bytes
+
+
+def _in(folder: Path, config: Config) -> Config:
+    """Return the configuration with its disk tier in `folder`, where nobody has to wait for it."""
+    if (disk := config.tiers.disk) is None:
+        return config
+    # What we store there says nothing of how well answers compress.
+    changes = {"path": folder / "disk", "durability": Durability.OS, "compression": "none"}
+    tiers = config.tiers.model_copy(update={"disk": disk.model_copy(update=changes)})
+    return config.model_copy(update={"tiers": tiers})
+
+
+async def _simulate(config: Config, trace: Trace, progress: Progress) -> Replay:
+    now = trace.requests[0].at_s
+    chain, movement = build(config, clock=lambda: now, chance=Random(0).random)  # noqa: S311
+    freshness = FreshnessRules(config.cache).of(_ROUTE, config.model.name)
+    position = {tier.name: number for number, tier in enumerate(chain.tiers)}
+    answered_by = bytearray()
+    tokens_saved = 0
+    try:
+        for key, size, at_s, tokens, _ in progress(trace.requests, trace.name):
+            # Virtual time never runs backwards.
+            now = max(now, at_s)
+            name = digest(key.encode())
+            hit = await chain.lookup(name)
+            if hit is not None and hit.state in (State.FRESH, State.STALE):
+                answered_by.append(position[hit.tier])
+                renews = hit.refresh
+            else:
+                answered_by.append(len(position))
+                renews = True
+            if renews:
+                await chain.store(name, Answer(Form.BODY, bytes(size)), freshness)
+            else:
+                tokens_saved += tokens
+            await movement.settle()
+        return Replay(_result(chain, movement, trace, answered_by, tokens_saved), answered_by)
+    finally:
+        await chain.close()
+
+
+def _result(
+    chain: Chain, movement: Movement, trace: Trace, answered_by: bytearray, tokens_saved: int
+) -> Result:
+    requests, all_bytes = len(answered_by), sum(request.size for request in trace.requests)
+    hits = [0] * (len(chain.tiers) + 1)
+    hit_bytes = hits.copy()
+    for position, request in zip(answered_by, trace.requests, strict=True):
+        hits[position] += 1
+        hit_bytes[position] += request.size
+    tiers = []
+    asked, asked_bytes = requests, all_bytes
+    for tier, tier_hits, tier_hit_bytes in zip(chain.tiers, hits, hit_bytes, strict=False):
+        tiers.append(_tier_result(tier, asked, tier_hits, tier_hit_bytes, asked_bytes))
+        asked -= tier_hits
+        asked_bytes -= tier_hit_bytes
+    disk_writes = sum(tier.stores for tier in tiers if tier.name == DiskCache.NAME)
+    return Result(
+        hits=requests - asked,
+        hit_ratio=ratio(requests - asked, requests),
+        byte_hit_ratio=ratio(all_bytes - asked_bytes, all_bytes),
+        disk_writes_per_request=ratio(disk_writes, requests),
+        dropped_demotions=movement.dropped,
+        tokens=sum(request.tokens for request in trace.requests),
+        tokens_saved=tokens_saved,
+        tiers=tiers,
+    )
+
+
+def _tier_result(tier: Tier, asked: int, hits: int, hit_bytes: int, asked_bytes: int) -> TierResult:
+    backend, counts = tier.backend, tier.counts
+    if not isinstance(backend, MemoryCache | DiskCache):
+        raise TypeError("only memory and disk are simulated")
+    return TierResult(
+        name=tier.name,
+        max_bytes=backend.max_bytes,
+        requests=asked,
+        hits=hits,
+        hit_ratio=ratio(hits, asked),
+        byte_hit_ratio=ratio(hit_bytes, asked_bytes),
+        stores=counts.stores,
+        promotions=counts.promotions,
+        demotions=counts.demotions,
+        evictions=backend.usage.evictions,
+        expirations=backend.usage.expirations,
+        entries=backend.usage.entries,
+    )
+
+
+def ratio(part: int, whole: int) -> float:
+    """Return `part` of `whole`, and 0 of nothing."""
+    return part / whole if whole else 0.0
