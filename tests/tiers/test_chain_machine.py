@@ -1,0 +1,291 @@
+"""The whole chain against a plain dictionary: the last stored answer or a miss, and bounds hold."""
+
+import asyncio
+import os
+import random
+import shutil
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+
+from tiers import (
+    Answer,
+    Chain,
+    Copies,
+    Demotion,
+    DiskCache,
+    Form,
+    FrequencySketch,
+    Freshness,
+    MemoryCache,
+    Movement,
+    State,
+    Tier,
+    Write,
+)  # fmt: skip
+from tiers.disk import Durability
+from tiers.disk.opening import MARK
+from tiers.policies import POLICIES
+
+from .conftest import Clock, Remote
+
+MIB = 1024 * 1024
+MEMORY_BYTES = 16 * 1024
+LONG = os.environ.get("TIERSERVE_LONG") == "1"
+KEYS = [f"key{number}" for number in range(8)]
+SIZES = [0, 100, 3000, 7000, 20_000, 60_000]
+FRESHNESS = [
+    Freshness(1000), Freshness(5), Freshness(5, 5), Freshness(5, 0, 20), Freshness(5, 20, 10),
+]  # fmt: skip
+
+
+def state_at(now: float, stored_at: float, freshness: Freshness) -> State:
+    """Say again, in other words than `Entry`, what an answer may be used for."""
+    ttl_s, revalidate_s, if_error_s = freshness
+    late_s = now - stored_at - ttl_s
+    if late_s < 0:
+        return State.FRESH
+    if late_s < revalidate_s:
+        return State.STALE
+    return State.FALLBACK if late_s < if_error_s else State.EXPIRED
+
+
+class ChainMachine(RuleBasedStateMachine):
+    @initialize(
+        policy=st.sampled_from(sorted(POLICIES)),
+        write=st.sampled_from(Write),
+        promote_after=st.integers(1, 3),
+        durability=st.sampled_from([Durability.OS, Durability.INTERVAL]),
+    )
+    def begin(self, policy: str, write: Write, promote_after: int, durability: Durability) -> None:
+        self.runner = asyncio.Runner()
+        self.folder = TemporaryDirectory()
+        self.options = policy, write, promote_after, durability
+        self.clock, self.numbers = Clock(), count()
+        self.truth: dict[str, tuple[Answer, float, Freshness]] = {}
+        self.run(self.open(Path(self.folder.name) / "0"))
+
+    def run(self, coroutine):
+        return self.runner.run(coroutine)
+
+    async def open(self, path: Path) -> None:
+        policy, write, promote_after, durability = self.options
+        frequency, copies, clock = FrequencySketch(1024), Copies(), self.clock
+        self.path, self.copies = path, copies
+        self.backend = DiskCache(
+            path,
+            MIB,
+            durability=durability,
+            interval_s=0.001,
+            worth=lambda key, size: (1 + frequency.estimate(key)) / size,
+            clock=clock,
+        )
+        self.disk = Tier("disk", self.backend)
+        self.demotion = Demotion([self.disk], frequency, copies, max_bytes=30_000, clock=clock)
+        self.memory = MemoryCache(
+            MEMORY_BYTES, policy=policy, on_evict=self.demotion.offer, clock=clock
+        )
+        tiers = [Tier("memory", self.memory), self.disk]
+        self.chain = Chain(
+            tiers,
+            frequency=frequency,
+            max_answer_bytes=50_000,
+            promote_after=promote_after,
+            copies=copies,
+            write=write,
+            clock=clock,
+        )
+        self.movement = Movement(
+            tiers, self.backend, frequency, self.demotion, write=write, clock=clock
+        )
+        self.hits = self.misses = self.stores = 0
+        self.movement.start()
+        await self.movement.remembered.wait()
+        self.refilled = tiers[0].counts.stores
+
+    async def close(self) -> None:
+        await self.movement.close()
+        await self.chain.close()
+
+    @rule(key=st.sampled_from(KEYS), size=st.sampled_from(SIZES), how=st.sampled_from(FRESHNESS))
+    def store(self, key: str, size: int, how: Freshness) -> None:
+        answer = Answer(Form.BODY, random.Random(size).randbytes(size) + b"%d" % next(self.numbers))
+        if self.run(self.chain.store(key, answer, how)):
+            self.truth[key] = answer, self.clock.now, how
+            self.stores += 1
+        else:
+            assert size > 50_000
+
+    @rule(start=st.integers(0, 40))
+    def fill(self, start: int) -> None:
+        for number in range(start, start + 10):
+            self.store(f"other{number}", 40_000, FRESHNESS[0])
+
+    @rule(key=st.sampled_from(KEYS))
+    def crowd_out(self, key: str) -> None:
+        """Store `key` again, then fill memory with what is asked for more often, and look."""
+        self.store(key, 3000, FRESHNESS[0])
+        self.look_up([key])
+        for number in range(6):
+            crowd = f"crowd{number}"
+            self.look_up([crowd] * 4)
+            self.store(crowd, 3000, FRESHNESS[0])
+            self.run(self.demotion.close())
+        self.look_up([key])
+
+    @rule(keys=st.lists(st.sampled_from(KEYS), min_size=1, max_size=4))
+    def look_up(self, keys: list[str]) -> None:
+        for key in keys:
+            hit = self.run(self.chain.lookup(key))
+            if hit is None:
+                self.misses += 1
+                continue
+            self.hits += 1
+            answer, stored_at, freshness = self.truth[key]
+            state = state_at(self.clock.now, stored_at, freshness)
+            assert hit.entry.answer == answer
+            assert hit.state is state is not State.EXPIRED
+            assert hit.refresh is (state is State.STALE)
+
+    @rule(seconds=st.sampled_from([0.5, 1, 4, 5, 10, 20, -1, -7, -30]))
+    def wait(self, seconds: float) -> None:
+        self.clock.now += seconds
+
+    @rule()
+    def let_demotions_end(self) -> None:
+        self.run(self.demotion.close())
+        assert len(self.copies) == 0
+
+    @rule()
+    def restart(self) -> None:
+        self.run(self.close())
+        self.run(self.open(self.path))
+        if self.options[1] is Write.ON_INSERT:
+            self.expect_all_on_disk()
+
+    @rule()
+    def kill(self) -> None:
+        """Go on with what a kill at this moment would leave of the file."""
+        self.run(self.demotion.close())
+        write, durability = self.options[1], self.options[3]
+        if durability is Durability.INTERVAL:
+            # Of its last interval nothing is promised, so let that be committed.
+            self.run(self.backend.save("barrier", b""))
+        left = self.path.with_name(f"{int(self.path.name) + 1}")
+        shutil.copytree(self.path, left)
+        self.run(self.close())
+        stat = (left / "data.mdb").stat()
+        # As if it had been verified, which takes another process and its time.
+        (left / MARK).write_text(f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}")
+        self.run(self.open(left))
+        if write is Write.ON_INSERT:
+            self.expect_all_on_disk()
+
+    def expect_all_on_disk(self) -> None:
+        """Expect every answer on disk, unless so much was stored that the disk evicts."""
+        if any(key.startswith("other") for key in self.truth):
+            return
+        for key, (_, stored_at, freshness) in self.truth.items():
+            if state_at(self.clock.now, stored_at, freshness) is not State.EXPIRED:
+                assert self.backend.holds(key)
+
+    @invariant()
+    def bounds_hold(self) -> None:
+        assert self.memory.usage.bytes <= MEMORY_BYTES
+        assert self.backend.usage.bytes <= MIB
+        assert (self.path / "data.mdb").stat().st_size <= MIB
+        held = sum(
+            len(value) + self.memory._overhead_bytes for _, value, _ in self.memory.entries()
+        )
+        assert held == self.memory.usage.bytes
+
+    @invariant()
+    def counts_add_up(self) -> None:
+        memory, disk = (tier.counts for tier in self.chain.tiers)
+        assert memory.errors == disk.errors == 0
+        assert memory.hits + memory.misses == self.hits + self.misses
+        assert disk.hits + disk.misses == self.hits + self.misses - memory.hits
+        assert memory.hits + disk.hits == self.hits
+        assert memory.demotions == disk.promotions == 0
+        assert memory.promotions <= disk.hits
+        stored = memory.stores - memory.promotions - self.refilled
+        if self.options[1] is Write.ON_INSERT:
+            assert stored <= self.stores == disk.stores - disk.demotions
+        else:
+            assert stored + disk.stores - disk.demotions == self.stores
+
+    def teardown(self) -> None:
+        if hasattr(self, "runner"):
+            self.run(self.close())
+            self.runner.close()
+            self.folder.cleanup()
+
+
+def test_finds_the_last_stored_answer_or_nothing() -> None:
+    run_state_machine_as_test(
+        ChainMachine,
+        settings=settings(
+            deadline=None,
+            max_examples=500 if LONG else 15,
+            stateful_step_count=60 if LONG else 40,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+@given(st.integers(0, 2**32), st.sampled_from(Write), st.sampled_from(sorted(POLICIES)))
+@settings(deadline=None, max_examples=2000 if LONG else 100)
+async def test_nothing_older_comes_back_however_calls_interleave(seed, write, policy) -> None:
+    chance, clock, numbers = random.Random(seed), Clock(), count(1)
+    remote = Remote(clock, delay=lambda: chance.randrange(4))
+    frequency, copies = FrequencySketch(1024), Copies()
+    farther = Tier("remote", remote, deadline_s=0)
+    demotion = Demotion([farther], frequency, copies, max_bytes=5000, clock=clock)
+    memory = MemoryCache(2500, policy=policy, on_evict=demotion.offer, clock=clock)
+    chain = Chain(
+        [Tier("memory", memory), farther],
+        frequency=frequency,
+        max_answer_bytes=10_000,
+        promote_after=1,
+        copies=copies,
+        write=write,
+        clock=clock,
+    )
+    begun = dict.fromkeys("abcde", 0)
+    ended = dict.fromkeys("abcde", 0)
+
+    async def store(key: str) -> None:
+        number = begun[key] = next(numbers)
+        size = chance.choice([1, 300, 800])
+        await chain.store(key, Answer(Form.BODY, b"%d" % number, bytes(size)), Freshness(60))
+        ended[key] = max(ended[key], number)
+
+    async def look_up(key: str) -> None:
+        least = ended[key]
+        hit = await chain.lookup(key)
+        assert hit is None or least <= int(hit.entry.answer.content) <= begun[key]
+
+    async def come_and_go() -> None:
+        for _ in range(30):
+            for _ in range(chance.randrange(6)):
+                await asyncio.sleep(0)
+            await chance.choice([store, look_up, look_up])(chance.choice("abcde"))
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(5):
+            group.create_task(come_and_go())
+    for key in begun:
+        await look_up(key)
+    await demotion.close()
+    assert len(copies) == 0
+    assert memory.usage.bytes <= 2500
