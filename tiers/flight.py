@@ -2,9 +2,9 @@
 
 A flight is a log of items. Its producer appends; each listener reads at its own pace from the
 first item, so a slow listener holds a position and not a copy. When the last listener goes before
-the end, the producer is cancelled. Invariant: the log holds at most `max_bytes` unless all of it
-is waiting to be read by somebody; a full log lets nobody new in, drops what all have read, and
-makes the producer wait for the slowest listener.
+the end, the producer is cancelled. Invariant: the log holds at most `max_bytes`, or one larger
+item. Where the next item has no room, the log drops what all have read, after which nobody new is
+let in, and makes the producer wait for the slowest listener.
 """
 
 import asyncio
