@@ -136,7 +136,7 @@ class Movement:
         write: Write,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._nearest = tiers[0]
+        self._nearest = tiers[0] if tiers else None
         self._disk, self._frequency, self._demotion = disk, frequency, demotion
         self._write, self._clock = write, clock
         self._task: asyncio.Task[None] | None = None
@@ -163,7 +163,7 @@ class Movement:
             self._task.cancel()
             await asyncio.wait([self._task])
         await self.settle()
-        if self._write is Write.ON_EVICT:
+        if self._write is Write.ON_EVICT and self._nearest is not None:
             await self._demotion.write_all(self._nearest.entries())
         # What hasn't been taken over must not be lost, and a file that isn't open can't be written.
         if self._disk is not None and self.remembered.is_set():
@@ -187,22 +187,23 @@ class Movement:
                 self._frequency.restore(saved)
             except ValueError as exc:
                 logger.info("frequencies start anew: %s", exc)
-        if self._nearest.backend is not disk:
-            await self._refill(disk)
+        if self._nearest is not None and self._nearest.backend is not disk:
+            await _refill(self._nearest, disk, self._clock)
         self.remembered.set()
-
-    async def _refill(self, disk: DiskCache) -> None:
-        """Copy the hottest entries into the nearest tier, hottest first, until that is full."""
-        for number, (key, value, expires_at) in enumerate(disk.hottest()):
-            left_s = 0 if expires_at is None else expires_at - self._clock()
-            if left_s > 0 and not await self._nearest.holds(key):
-                if self._nearest.victim(len(value)) is not None:
-                    return
-                await self._nearest.put(key, value, left_s)
-            if number % _REFILL_AT_ONCE == 0:
-                # Requests go first.
-                await asyncio.sleep(0)
 
     async def _save(self, disk: DiskCache) -> None:
         if not await disk.save(_SKETCH, self._frequency.dump()):
             logger.warning("the frequencies could not be saved")
+
+
+async def _refill(nearest: Tier, disk: DiskCache, clock: Callable[[], float]) -> None:
+    """Copy the hottest entries into the nearest tier, hottest first, until that is full."""
+    for number, (key, value, expires_at) in enumerate(disk.hottest()):
+        left_s = 0 if expires_at is None else expires_at - clock()
+        if left_s > 0 and not await nearest.holds(key):
+            if nearest.victim(len(value)) is not None:
+                return
+            await nearest.put(key, value, left_s)
+        if number % _REFILL_AT_ONCE == 0:
+            # Requests go first.
+            await asyncio.sleep(0)

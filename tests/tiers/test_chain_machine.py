@@ -140,7 +140,7 @@ class ChainMachine(RuleBasedStateMachine):
             crowd = f"crowd{number}"
             self.look_up([crowd] * 4)
             self.store(crowd, 3000, FRESHNESS[0])
-            self.run(self.demotion.close())
+            self.run(self.demotion.finish())
         self.look_up([key])
 
     @rule(keys=st.lists(st.sampled_from(KEYS), min_size=1, max_size=4))
@@ -163,7 +163,7 @@ class ChainMachine(RuleBasedStateMachine):
 
     @rule()
     def let_demotions_end(self) -> None:
-        self.run(self.demotion.close())
+        self.run(self.demotion.finish())
         assert len(self.copies) == 0
 
     @rule()
@@ -176,7 +176,7 @@ class ChainMachine(RuleBasedStateMachine):
     @rule()
     def kill(self) -> None:
         """Go on with what a kill at this moment would leave of the file."""
-        self.run(self.demotion.close())
+        self.run(self.demotion.finish())
         write, durability = self.options[1], self.options[3]
         if durability is Durability.INTERVAL:
             # Of its last interval nothing is promised, so let that be committed.
@@ -286,6 +286,6 @@ async def test_nothing_older_comes_back_however_calls_interleave(seed, write, po
             group.create_task(come_and_go())
     for key in begun:
         await look_up(key)
-    await demotion.close()
+    await demotion.finish()
     assert len(copies) == 0
     assert memory.usage.bytes <= 2500

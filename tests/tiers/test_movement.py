@@ -212,3 +212,15 @@ async def test_the_end_writes_many_entries_at_once(clock) -> None:
     assert tier.counts.demotions == len(remote.held) == 99
     assert 10 < remote.most_at_once <= 64
     assert len(copies) == 0
+
+
+async def test_a_chain_without_tiers_only_misses(clock) -> None:
+    frequency = FrequencySketch(1024)
+    demotion = Demotion([], frequency, Copies(), max_bytes=0, clock=clock)
+    movement = Movement([], None, frequency, demotion, write=Write.ON_EVICT, clock=clock)
+    chain = Chain([], frequency=frequency, max_answer_bytes=10, clock=clock)
+    movement.start()
+    assert not await chain.store("k", Answer(Form.BODY, b"{}"), WEEK)
+    assert await chain.lookup("k") is None
+    await movement.close()
+    await chain.close()
