@@ -1,0 +1,283 @@
+"""Simulation: traces are read as they are meant, and replays give the counts that are known."""
+
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import orjson
+import pytest
+
+from server import references
+from server.cli import main
+from server.config import Cache, Config, ConfigError, MemoryTier, Tiers
+from server.prefixes import PrefixReuse, measure, reuse
+from server.recommend import recommend
+from server.simulate import limit, memory_overhead_bytes, simulate
+from server.traces import Request, Trace, TraceError, read
+from tests.tiers.replay import SEED_EXAMPLE, count_hits_of_optimum
+from tiers import Write
+
+DATA = Path("tests/data")
+SEED = Trace("seed", [Request(f"user{user}", 1) for user in SEED_EXAMPLE])
+NEEDS_LIBCACHESIM = pytest.mark.skipif(
+    not references.is_installed(), reason="libcachesim isn't installed"
+)
+
+
+def memory_for(entries: int, size: int, policy: str = "lru", **cache: object) -> Config:
+    """Return a memory tier that has room for so many entries of one size, and no disk."""
+    max_bytes = entries * (size + memory_overhead_bytes(policy))
+    memory = MemoryTier.model_construct(max_bytes=max_bytes, policy=policy)
+    return Config(tiers=Tiers(memory=memory, disk=None), cache=Cache(**cache))
+
+
+def write(tmp_path: Path, name: str, text: str) -> Path:
+    file = tmp_path / name
+    file.write_text(text)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("capacity", "policy", "hits"),
+    [
+        (3, "fifo", 0), (3, "lru", 0), (3, "lfu", 0),
+        (5, "fifo", 1), (5, "lru", 1), (5, "lfu", 1),
+        (7, "fifo", 3), (7, "lru", 3), (7, "lfu", 3),
+    ],
+)  # fmt: skip
+def test_the_seed_example_has_the_true_counts(capacity: int, policy: str, hits: int) -> None:
+    result = simulate(memory_for(capacity, 1, policy), SEED).result
+    (memory,) = result.tiers
+    assert (memory.requests, memory.hits, result.hits) == (15, hits, hits)
+    assert memory.stores == 15 - hits
+    assert memory.evictions == 15 - hits - capacity
+    assert memory.entries == capacity
+    assert result.hit_ratio == result.byte_hit_ratio == hits / 15
+
+
+@NEEDS_LIBCACHESIM
+@pytest.mark.parametrize("capacity", [3, 5, 7])
+def test_references_have_the_room_of_the_memory_tier(capacity: int) -> None:
+    overhead_bytes = memory_overhead_bytes("lru")
+    max_bytes = capacity * (1 + overhead_bytes)
+    lru = references.compare(SEED, "LRU", max_bytes, overhead_bytes)
+    assert lru.hits == simulate(memory_for(capacity, 1), SEED).result.hits
+    optimum = references.compare(SEED, "Belady", max_bytes, overhead_bytes)
+    assert optimum.hits == count_hits_of_optimum(capacity, SEED_EXAMPLE)
+
+
+def test_disk_answers_what_memory_evicted() -> None:
+    config = memory_for(1, 10)
+    config = limit(config, SEED, None, "1MiB")
+    trace = Trace("ab", [Request(key, 10, tokens=3) for key in "ABABA"])
+    replay = simulate(config, trace)
+    memory, disk = replay.result.tiers
+    # A, asked for twice, beats B; then B doesn't beat A.
+    assert list(replay.answered_by) == [2, 2, 1, 1, 0]
+    assert (memory.requests, memory.hits, memory.stores) == (5, 1, 3)
+    assert (memory.promotions, memory.evictions) == (1, 2)
+    assert (disk.requests, disk.hits, disk.stores) == (4, 2, 2)
+    assert replay.result.disk_writes_per_request == 2 / 5
+    assert (replay.result.tokens, replay.result.tokens_saved) == (15, 9)
+
+
+def test_what_memory_evicts_is_demoted_before_the_next_request() -> None:
+    config = limit(memory_for(1, 10), SEED, None, "1MiB")
+    tiers = config.tiers.model_copy(update={"write": Write.ON_EVICT})
+    trace = Trace("abc", [Request(key, 10) for key in "ABCA"])
+    replay = simulate(config.model_copy(update={"tiers": tiers}), trace)
+    assert list(replay.answered_by) == [2, 2, 2, 1]
+    # C, too, since A was promoted in its place.
+    assert replay.result.tiers[1].demotions == replay.result.tiers[1].stores == 3
+
+
+def test_virtual_time_makes_entries_expire() -> None:
+    times = [1000, 1009, 1011, 1012, 1005]
+    trace = Trace("a", [Request("A", 10, at_s=at_s) for at_s in times])
+    replay = simulate(memory_for(3, 10, ttl_s=10, ttl_jitter=0), trace)
+    # The last one came out of order, and time doesn't run backwards.
+    assert list(replay.answered_by) == [1, 0, 1, 0, 0]
+    assert replay.result.tiers[0].expirations == 1
+
+
+def test_stale_answers_are_given_out_and_renewed() -> None:
+    trace = Trace("a", [Request("A", 10, at_s, 1) for at_s in (0, 11, 12)])
+    config = memory_for(3, 10, ttl_s=10, ttl_jitter=0, stale_while_revalidate_s=5)
+    replay = simulate(config, trace)
+    assert list(replay.answered_by) == [1, 0, 0]
+    # The second answer had to be generated all the same.
+    assert replay.result.tokens_saved == 1
+    only_if_error = memory_for(3, 10, ttl_s=10, ttl_jitter=0, stale_if_error_s=5)
+    assert list(simulate(only_if_error, trace).answered_by) == [1, 1, 0]
+
+
+def test_limits_are_sizes_or_shares_of_the_footprint() -> None:
+    trace = Trace("big", [Request("A", 4 * 1024**2), Request("A", 1), Request("B", 4 * 1024**2)])
+    tiers = limit(Config(), trace, "10%", "2MiB").tiers
+    assert tiers.memory is not None
+    assert tiers.disk is not None
+    assert tiers.memory.max_bytes == 8 * 1024**2 // 10
+    assert tiers.disk.max_bytes == 2 * 1024**2
+    assert limit(Config(), trace, "1MiB", "none").tiers.disk is None
+
+
+@pytest.mark.parametrize(
+    ("memory", "disk", "said"),
+    [
+        ("much", None, "--memory: should be as 64MiB, 10%, or none, not 'much'"),
+        ("nan%", None, "--memory: should be as"),
+        ("0", None, "--memory: should be at least 1 bytes"),
+        (None, "10%", "--disk: should be at least 1048576 bytes; 10% for seed is 1"),
+        ("none", "none", "tiers: should be at least one"),
+    ],
+)
+def test_wrong_limits_are_mistakes(memory: str | None, disk: str | None, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        limit(Config(), SEED, memory, disk)
+
+
+def test_prefixes_are_reused_from_their_beginning_only() -> None:
+    prompts = [(1, 2, 3), (1, 2, 4), (9, 2, 3), (1, 2, 3)]
+    trace = Trace("p", [Request(str(blocks), 1, blocks=blocks) for blocks in prompts])
+    assert reuse(trace, "lru", 100) == PrefixReuse("lru", 100, 12, 5, 5 / 12, 5 * 512)
+    # Of (1, 2, 3) the end leaves first, so (1, 2) is there for the next one.
+    assert reuse(Trace("p", trace.requests[:2]), "lru", 2).reused == 2
+    assert measure(SEED, ("lru",)) == []
+    assert [each.policy for each in measure(trace, ("lru", "arc"))] == ["lru"] * 3 + ["arc"] * 3
+
+
+def test_recommends_the_size_beyond_which_more_buys_little() -> None:
+    # Two keys are asked for again and again, and a hundred once.
+    keys = [key for number in range(100) for key in ("A", f"once{number}", "B")]
+    found = recommend(memory_for(1, 1), Trace("k", [Request(key, 1000) for key in keys]))
+    assert [point.hits for point in found.curve][-1] == 198
+    assert all(left.max_bytes < right.max_bytes for left, right in pairwise(found.curve))
+    enough = next(point for point in found.curve if point.max_bytes == found.max_bytes)
+    assert enough.hits == 198
+    assert found.curve[found.curve.index(enough) - 1].hits < 198
+    never = recommend(memory_for(1, 1), Trace("k", [Request("A", 1)]))
+    assert never.curve[-1].hits == 0
+
+
+def test_reads_keys_and_sizes(tmp_path: Path) -> None:
+    expected = [Request("a,b", 10, 1.5, 7), Request("2", 20, 2.0, 0)]
+    rows = 'tokens,key,size,time\n7,"a,b",10,1.5\n,2,20,2\n'
+    assert read(write(tmp_path, "t.csv", rows)) == Trace("t", expected)
+    lines = '{"key":"a,b","size":10,"time":1.5,"tokens":7}\n\n{"key":2,"size":20,"time":2}\n'
+    assert read(write(tmp_path, "t.jsonl", lines)) == Trace("t", expected)
+    assert read(write(tmp_path, "t.csv", "key,size\nx,1\n")).requests == [Request("x", 1)]
+
+
+def test_reads_block_storage(tmp_path: Path) -> None:
+    file = write(tmp_path, "t.csv", "version,time,op,size,lbn\n1,5633898,2a,512,42932745\n")
+    assert read(file).requests == [Request("42932745", 512, 5633898)]
+
+
+def test_reads_azure() -> None:
+    trace = read(DATA / "azure_llm_code.csv")
+    first, second = trace.requests[:2]
+    assert len(trace.requests) == 200
+    assert (first.key, first.size, first.tokens) == ("4808,10", 512 + 4 * 10, 10)
+    assert second.at_s - first.at_s == pytest.approx(0.052)
+
+
+def test_reads_mooncake() -> None:
+    trace = read(DATA / "mooncake_synthetic_trace.jsonl")
+    first = trace.requests[0]
+    assert len(trace.requests) == 60
+    assert (first.size, first.at_s, first.tokens) == (512 + 4 * 6, 0, 6)
+    assert first.blocks == tuple(range(79))
+    assert first.key == str(list(first.blocks))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("t.csv", "", "t.csv:1: should hold requests, each with its key, size; or lbn, size; or"),
+        ("t.csv", "key,size\n", "t.csv:1: should hold requests"),
+        ("t.csv", "key,bytes\na,1\n", "t.csv:2: should have key, size; or .*; not key, bytes"),
+        ("t.csv", "key,size\na,1\nb,-1\n", "t.csv:3: size should be a whole number, not '-1'"),
+        ("t.csv", "key,size\na,1\nb\n", "t.csv:3: size is missing"),
+        ("t.csv", "key,size,time\na,1,inf\n", "t.csv:2: time should be a number from 0"),
+        ("t.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\nx,1,1\n", "2: TIMESTAMP should be a"),
+        ("t.csv", "key,size\n\xff\n".encode("latin-1"), "t.csv: can't be read as CSV"),
+        ("t.jsonl", '{"key":1,"size":1}\n{"key":1', "t.jsonl:2: should be JSON"),
+        ("t.jsonl", "[1]\n", "t.jsonl:1: should be a JSON object"),
+        ("t.jsonl", '{"key":1,"size":1.5}', "t.jsonl:1: size should be a whole number, not '1.5'"),
+        ("t.jsonl", '{"timestamp":0,"output_length":1,"hash_ids":3}', "hash_ids should be"),
+    ],
+)  # fmt: skip
+def test_mistakes_name_the_line(
+    tmp_path: Path, capsys, name: str, text: str | bytes, said: str
+) -> None:
+    file = tmp_path / name
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(TraceError, match=said):
+        read(file)
+    assert main(["simulate", str(file)]) == 2
+    assert str(file) in capsys.readouterr().err
+
+
+def test_a_missing_trace_is_a_mistake(tmp_path: Path, capsys) -> None:
+    assert main(["simulate", str(tmp_path / "no.csv")]) == 2
+    assert main(["simulate", str(tmp_path / "no.jsonl")]) == 2
+    assert capsys.readouterr().err.count("can't be read") == 2
+
+
+def test_prints_tables_for_every_trace(capsys) -> None:
+    traces = ["azure_llm_code.csv", "mooncake_synthetic_trace.jsonl"]
+    paths = [str(DATA / name) for name in traces]
+    assert main(["simulate", *paths, "--memory", "50%", "--disk", "1MiB", "--recommend"]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    for part in ("azure_llm_code: 200 requests", "mooncake_synthetic_trace: 60 requests",
+                 "promotions", "disk writes per request", "output tokens saved", "prefix blocks",
+                 "recommended"):  # fmt: skip
+        assert part in said.out
+
+
+def test_prints_json(tmp_path: Path, capsys) -> None:
+    config = write(tmp_path, "c.yaml", "tiers: {disk: {compression: zstd}}")
+    trace = str(DATA / "mooncake_synthetic_trace.jsonl")
+    assert main(["simulate", trace, "--json", "--config", str(config)]) == 0
+    told = orjson.loads(capsys.readouterr().out)
+    (report,) = told["traces"]
+    assert report["requests"] == 60
+    assert [tier["name"] for tier in report["chain"]["tiers"]] == ["memory", "disk"]
+    assert report["prefixes"][2]["blocks"] > report["prefixes"][2]["reused"] > 0
+    assert any("compression" in note for note in told["notes"])
+
+
+def test_says_that_libcachesim_is_missing(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(references, "is_installed", lambda: False)
+    assert main(["simulate", str(DATA / "azure_llm_code.csv"), "--disk", "none"]) == 0
+    said = capsys.readouterr().out
+    assert "libcachesim isn't installed" in said
+    assert "Belady" not in said
+
+
+@pytest.mark.parametrize("options", [[], ["--recommend"]], ids=["time", "size"])
+@pytest.mark.parametrize(("name", "start"), [("p.png", b"\x89PNG"), ("p.svg", b"<?xml")])
+def test_plots(tmp_path: Path, capsys, name: str, start: bytes, options: list[str]) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib isn't installed")
+    file = tmp_path / name
+    trace = str(DATA / "azure_llm_code.csv")
+    assert main(["simulate", trace, "--disk", "none", "--plot", str(file), *options]) == 0
+    assert file.read_bytes().startswith(start)
+    assert main(["simulate", trace, "--plot", str(tmp_path / "no" / name)]) == 2
+    assert "--plot: can't be written" in capsys.readouterr().err
+
+
+def test_plots_are_png_or_svg(tmp_path: Path, capsys) -> None:
+    trace = str(DATA / "azure_llm_code.csv")
+    assert main(["simulate", trace, "--plot", str(tmp_path / "p.jpg")]) == 2
+    assert "should end in .png or .svg" in capsys.readouterr().err
+
+
+def test_the_command_starts_without_what_only_simulations_need() -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", "import server.cli, sys; print(*sys.modules)"],
+        capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    assert not {"server.simulate", "matplotlib", "libcachesim", "tqdm", "aiohttp"} & set(said)
