@@ -96,7 +96,7 @@ def read(path: Path) -> Trace:
 
 def _rows(path: Path) -> Iterator[tuple[int, Row]]:
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file)
             for row in rows:
                 yield rows.line_num, row
