@@ -65,11 +65,8 @@ def _simulate(config: Config, options: argparse.Namespace) -> int:
     from server.simulate import limit
     from server.traces import TraceError, read
 
-    if (plot := options.plot) is not None:
-        if plot.suffix not in {".png", ".svg"}:
-            raise ConfigError([f"--plot: should end in .png or .svg, not {str(plot)!r}"])
-        if find_spec("matplotlib") is None:
-            raise ConfigError(["--plot: matplotlib isn't installed; it is in the extra simulate"])
+    if options.plot is not None:
+        _check_plot(options.plot)
     try:
         traces = [read(file) for file in options.traces]
     except TraceError as exc:
@@ -83,15 +80,26 @@ def _simulate(config: Config, options: argparse.Namespace) -> int:
         if not options.json:
             print(as_text(told), flush=True)
     missing = notes(configs[0])
-    print(as_json(reports, missing) if options.json else "\n".join(missing))
-    if plot is not None:
+    if options.json:
+        print(as_json(reports, missing))
+    elif missing:
+        print(*missing, sep="\n")
+    if options.plot is not None:
         from server.plot import draw
 
         try:
-            draw(plot, plots)
+            draw(options.plot, plots)
         except OSError as exc:
             raise ConfigError([f"--plot: can't be written: {exc}"]) from exc
     return 0
+
+
+def _check_plot(file: Path) -> None:
+    """Raise what is wrong with a plot before the long replay, not after it."""
+    if file.suffix not in {".png", ".svg"}:
+        raise ConfigError([f"--plot: should end in .png or .svg, not {str(file)!r}"])
+    if find_spec("matplotlib") is None:
+        raise ConfigError(["--plot: matplotlib isn't installed; it is in the extra simulate"])
 
 
 def _as_yaml(config: Config) -> str:

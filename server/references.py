@@ -11,7 +11,7 @@ from server.traces import Trace
 
 ONLINE = ("LRU", "LFU", "FIFO", "Random", "Sieve", "S3FIFO", "WTinyLFU", "ARC")
 OPTIMUM = "Belady"
-"""Knows the future."""
+"""Knows the future; nothing finds more where all sizes are alike."""
 
 _NEVER = 2**62
 
