@@ -15,8 +15,9 @@ from server.prefixes import PrefixReuse, measure, reuse
 from server.recommend import recommend
 from server.simulate import limit, memory_overhead_bytes, simulate
 from server.traces import Request, Trace, TraceError, read
-from tests.tiers.replay import SEED_EXAMPLE, count_hits_of_optimum
-from tiers import Write
+from tests.tiers.replay import SEED_EXAMPLE, count_hits, count_hits_of_optimum
+from tiers import Write, digest
+from tiers.policies import POLICIES
 
 DATA = Path("tests/data")
 SEED = Trace("seed", [Request(f"user{user}", 1) for user in SEED_EXAMPLE])
@@ -54,6 +55,15 @@ def test_the_seed_example_has_the_true_counts(capacity: int, policy: str, hits: 
     assert memory.evictions == 15 - hits - capacity
     assert memory.entries == capacity
     assert result.hit_ratio == result.byte_hit_ratio == hits / 15
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_memory_finds_what_its_policy_alone_would(policy: str) -> None:
+    # Shortened, so that keys repeat.
+    keys = [request.key[:3] for request in read(DATA / "azure_llm_code.csv").requests]
+    hits = count_hits(POLICIES[policy](20), [digest(key.encode()) for key in keys])
+    trace = Trace("short", [Request(key, 500) for key in keys])
+    assert simulate(memory_for(20, 500, policy), trace).result.hits == hits > 20
 
 
 @NEEDS_LIBCACHESIM
