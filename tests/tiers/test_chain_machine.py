@@ -205,7 +205,7 @@ class ChainMachine(RuleBasedStateMachine):
         assert self.backend.usage.bytes <= MIB
         assert (self.path / "data.mdb").stat().st_size <= MIB
         held = sum(
-            len(value) + self.memory._overhead_bytes for _, value, _ in self.memory.entries()
+            len(value) + self.memory.overhead_bytes for _, value, _ in self.memory.entries()
         )
         assert held == self.memory.usage.bytes
 
