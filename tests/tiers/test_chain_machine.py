@@ -236,7 +236,7 @@ def test_finds_the_last_stored_answer_or_nothing() -> None:
         ChainMachine,
         settings=settings(
             deadline=None,
-            max_examples=500 if LONG else 15,
+            max_examples=200 if LONG else 15,
             stateful_step_count=60 if LONG else 40,
             suppress_health_check=list(HealthCheck),
         ),
