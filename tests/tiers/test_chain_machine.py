@@ -209,9 +209,7 @@ class ChainMachine(RuleBasedStateMachine):
         assert self.memory.usage.bytes <= MEMORY_BYTES
         assert self.backend.usage.bytes <= MIB
         assert (self.path / "data.mdb").stat().st_size <= MIB
-        held = sum(
-            len(value) + self.memory.overhead_bytes for _, value, _ in self.memory.entries()
-        )
+        held = sum(len(value) + self.memory.overhead_bytes for _, value, _ in self.memory.entries())
         assert held == self.memory.usage.bytes
 
     @invariant()
