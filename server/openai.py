@@ -175,7 +175,7 @@ class OpenAI:
             "POST", request.route, data=request.body, headers=headers
         ) as reply:
             answer, finished = await record(
-                reply, request.form, flight.publish, 4 * self._chain.max_answer_bytes
+                reply, request.form, flight.publish, self._flights.max_bytes
             )
         flight.end(answer)
         if finished:

@@ -18,8 +18,6 @@ _OURS = frozenset(
         "x-request-id",
     }
 )  # fmt: skip
-
-
 # We have undone the first, and must be able to read what comes back.
 _CODINGS = frozenset({"content-encoding", "accept-encoding"})
 

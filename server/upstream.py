@@ -4,9 +4,9 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 from yarl import URL
@@ -22,6 +22,7 @@ _PROBE_DOWN_S = 0.5
 _PROBE_UP_S = 2.0
 # More than any engine runs at once; the rest waits for a connection, not for memory.
 _CONNECTIONS = 1024
+_Reply = TypeVar("_Reply")
 
 
 class UnavailableError(Exception):
@@ -116,39 +117,45 @@ class Upstreams:
             UnavailableError: none answers.
             aiohttp.ClientError: the one that was asked failed.
         """
-        while True:
-            upstream = self._pick()
-            try:
-                reply = await upstream.session.request(
-                    method,
-                    URL(upstream.url + path, encoded=True),
-                    data=data,
-                    headers=headers,
-                    allow_redirects=False,
-                )
-                break
-            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
-                # Nothing was sent yet; the next one is asked, and this one once it is back.
-                upstream.ready = False
+        reply = await self._first(
+            lambda upstream: upstream.session.request(
+                method,
+                URL(upstream.url + path, encoded=True),
+                data=data,
+                headers=headers,
+                allow_redirects=False,
+            )
+        )
         async with reply:
             yield reply
 
     async def websocket(
         self, path: str, headers: Mapping[str, str], protocols: Sequence[str], *, max_bytes: int
     ) -> aiohttp.ClientWebSocketResponse:
-        """Open a WebSocket to the next upstream; a message may have `max_bytes`.
+        """Open a WebSocket to the next upstream that takes it; a message may have `max_bytes`.
 
         Raises:
             UnavailableError: none answers.
             aiohttp.ClientError: the one that was asked failed or refused.
         """
-        upstream = self._pick()
-        return await upstream.session.ws_connect(
-            URL(upstream.url + path, encoded=True),
-            headers=headers,
-            protocols=protocols,
-            max_msg_size=max_bytes,
+        return await self._first(
+            lambda upstream: upstream.session.ws_connect(
+                URL(upstream.url + path, encoded=True),
+                headers=headers,
+                protocols=protocols,
+                max_msg_size=max_bytes,
+            )
         )
+
+    async def _first(self, ask: Callable[[Upstream], Awaitable[_Reply]]) -> _Reply:
+        """Return what the first upstream says that takes the connection."""
+        while True:
+            upstream = self._pick()
+            try:
+                return await ask(upstream)
+            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+                # Nothing was sent yet; the next one is asked, and this one once it is back.
+                upstream.ready = False
 
     def _pick(self) -> Upstream:
         ready = [upstream for upstream in self.all if upstream.ready]

@@ -113,7 +113,7 @@ class Flights:
     """
 
     def __init__(self, *, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._by_key: dict[str, Flight] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -131,7 +131,7 @@ class Flights:
         flight = self._by_key.get(key)
         if flight is not None and flight.joinable:
             return flight.listen(), True
-        flight = Flight(form, self._max_bytes)
+        flight = Flight(form, self.max_bytes)
         listener = flight.listen()
         self._by_key[key] = flight
         flight.task = task = asyncio.create_task(self._run(flight, produce))

@@ -72,6 +72,15 @@ async def stream(http: web.Request, *pieces: bytes | asyncio.Event) -> web.Strea
     return response
 
 
+def held(go: asyncio.Event) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    """Return a handler that begins a stream, and goes on once `go` is set."""
+
+    async def slow(http: web.Request) -> web.StreamResponse:
+        return await stream(http, ROLE, go, *WHOLE[1:])
+
+    return slow
+
+
 class Upstream:
     """An HTTP server that does what `handler` says, and notes what it was asked."""
 

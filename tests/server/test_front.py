@@ -27,6 +27,7 @@ from .conftest import (
     answer,
     body,
     chunk,
+    held,
     question,
     running,
     stream,
@@ -182,10 +183,7 @@ async def test_a_listener_that_leaves_does_not_end_the_others(
 ) -> None:
     go = asyncio.Event()
 
-    async def slow(http: web.Request) -> web.StreamResponse:
-        return await stream(http, ROLE, go, *WHOLE[1:])
-
-    upstream.handler = slow
+    upstream.handler = held(go)
     asked = question(stream=True)
     async with front.post(asked) as first, front.post(asked) as second:
         assert await first.content.readuntil(b"\n\n")
@@ -543,11 +541,8 @@ async def test_upstreams_take_turns_and_stand_in_for_each_other(tmp_path) -> Non
 async def test_a_stop_lets_running_answers_end(upstream: Upstream, tmp_path, path: str) -> None:
     go = asyncio.Event()
 
-    async def slow(http: web.Request) -> web.StreamResponse:
-        return await stream(http, ROLE, go, *WHOLE[1:])
-
     asked = question(stream=True)
-    upstream.handler = slow
+    upstream.handler = held(go)
     async with running(tmp_path, upstream) as front:
         async with front.session.post(path, json=asked) as response:
             await response.content.readuntil(b"\n\n")
@@ -700,10 +695,7 @@ async def test_followers_and_those_who_leave_are_counted_as_such(
 ) -> None:
     go = asyncio.Event()
 
-    async def slow(http: web.Request) -> web.StreamResponse:
-        return await stream(http, ROLE, go, *WHOLE[1:])
-
-    upstream.handler = slow
+    upstream.handler = held(go)
     asked = question(stream=True)
     async with running(tmp_path, upstream) as front:
         async with (
