@@ -5,21 +5,21 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from importlib.util import find_spec
 from typing import Any
 
 import uvloop
 from aiohttp import web
-from aiohttp.typedefs import Handler
 from prometheus_client import generate_latest
 
 from server.chain import build
 from server.config import Config, ConfigError
 from server.engine import Engine, EngineState
 from server.freshness import FreshnessRules
+from server.http_request import Handler, HttpRequest
 from server.identity import Identity
-from server.listener import listen
+from server.listener import listen, make_server
 from server.logs import AccessLog, LogStream, configure
 from server.metrics import Metrics
 from server.middleware import wrap
@@ -94,9 +94,9 @@ async def _serve(
         freshness=FreshnessRules(config.cache).of,
         cache_all=config.cache.nondeterministic == "always",
     )
-    app = _app(config, road, upstreams, lambda handler: wrap(handler, metrics, access), metrics)
-    grace_s = config.server.shutdown_grace_s
-    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=grace_s)
+    routes = _routes(road, upstreams, lambda handler: wrap(handler, metrics, access), metrics)
+    server = make_server(routes, config.server.max_body_bytes)
+    runner = web.ServerRunner(server, shutdown_timeout=config.server.shutdown_grace_s)
     failures: list[BaseException] = []
     tasks: list[asyncio.Task[None]] = []
 
@@ -109,9 +109,7 @@ async def _serve(
         go_on(upstream.watch())
     try:
         await runner.setup()
-        if runner.server is None:
-            raise AssertionError("a runner that is set up has a server")
-        listener = await listen(runner.server, config.server.host, config.server.port)
+        listener = await listen(server, config.server.host, config.server.port)
         host, port = listener.sockets[0].getsockname()[:2]
         logger.info("listening on http://%s:%d", host, port)
         # What is there now stays: looking it over again and again would cost 5% of all hits.
@@ -175,38 +173,45 @@ def _stopper(stop: asyncio.Event) -> Callable[[], None]:
     return on_signal
 
 
-def _app(
-    config: Config,
+def _routes(
     road: OpenAI,
     upstreams: Upstreams,
     wrapped: Callable[[Handler], Handler],
     metrics: Metrics,
-) -> web.Application:
-    app = web.Application(client_max_size=config.server.max_body_bytes)
+) -> Handler:
+    """Return the handler of all requests."""
 
-    async def health(_: web.Request) -> web.Response:
+    async def health(_: HttpRequest) -> web.Response:
         return web.Response()
 
-    async def ready(_: web.Request) -> web.Response:
+    async def ready(_: HttpRequest) -> web.Response:
         return web.Response() if upstreams.ready else unavailable()
 
-    async def own_metrics(_: web.Request) -> web.Response:
+    async def own_metrics(_: HttpRequest) -> web.Response:
         text = generate_latest(metrics.registry)
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
 
-    async def engine_metrics(http: web.Request) -> web.StreamResponse:
+    async def engine_metrics(http: HttpRequest) -> web.StreamResponse:
         return await forward(http, upstreams, path="/metrics")
 
-    async def other(http: web.Request) -> web.StreamResponse:
+    async def other(http: HttpRequest) -> web.StreamResponse:
         if is_asked_for(http):
             return await forward_websocket(http, upstreams)
         return await forward(http, upstreams)
 
-    for route in ROUTES:
-        app.router.add_post(route, wrapped(road.answer))
-    app.router.add_get("/health", wrapped(health))
-    app.router.add_get("/ready", wrapped(ready))
-    app.router.add_get("/metrics", wrapped(own_metrics))
-    app.router.add_get("/metrics/engine", wrapped(engine_metrics))
-    app.router.add_route("*", "/{path:(?s:.*)}", wrapped(other))
-    return app
+    by_path = {
+        "/health": wrapped(health),
+        "/ready": wrapped(ready),
+        "/metrics": wrapped(own_metrics),
+        "/metrics/engine": wrapped(engine_metrics),
+    }
+    routes = {(method, path): by_path[path] for method in ("GET", "HEAD") for path in by_path}
+    routes |= {("POST", path): wrapped(road.answer) for path in ROUTES}
+    rest = wrapped(other)
+
+    def route(http: HttpRequest) -> Awaitable[web.StreamResponse]:
+        # Most paths are found as they were sent, which spares making URLs of them.
+        handler = routes.get((http.method, http.raw_path)) or routes.get((http.method, http.path))
+        return (handler or rest)(http)
+
+    return route

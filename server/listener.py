@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
+from functools import partial
 from typing import Any
 
 from aiohttp import web
 
+from server.http_request import Handler, HttpRequest
 from server.responses import SERVER, error_response
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,14 @@ class _Protocol(web.RequestHandler):
         # A body that can't be decoded has been answered, and is no failure of ours.
         if not isinstance(more.get("exc_info"), web.RequestPayloadError):
             super().log_exception(*args, **more)
+
+
+def make_server(handler: Handler, max_body_bytes: int) -> web.Server:
+    """Return aiohttp's server around one handler; its `Application` would double its cost."""
+    loop = asyncio.get_running_loop()
+    make_request = partial(HttpRequest, loop=loop, client_max_size=max_body_bytes)
+    # The handler is given what the factory makes, which aiohttp's types don't say.
+    return web.Server(handler, request_factory=make_request, handler_cancellation=True)  # type: ignore[arg-type]
 
 
 async def listen(server: web.Server, host: str, port: int) -> asyncio.Server:

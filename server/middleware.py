@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterator
 
 from aiohttp import web
-from aiohttp.typedefs import Handler
+from multidict import istr
 
+from server.http_request import Handler, HttpRequest
 from server.logs import AccessLog
 from server.metrics import Metrics
 from server.responses import SERVER, error_response
@@ -22,24 +23,25 @@ logger = logging.getLogger(__name__)
 
 # As nginx logs it; nobody receives it.
 _CLIENT_GONE = 499
+_X_REQUEST_ID = istr("X-Request-Id")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}").fullmatch
 
 
 def wrap(handler: Handler, metrics: Metrics, access: AccessLog) -> Handler:
     """Return `handler` with its surroundings.
 
-    It finds the request's id under `http["id"]`, and leaves which tier answered, and how, under
-    `http["outcome"]`. A response that it prepares itself needs `own_headers`.
+    A response that it prepares itself needs `own_headers`.
     """
     ids = _request_ids()
 
-    async def around(http: web.Request) -> web.StreamResponse:
-        given = http.headers.get("X-Request-Id")
-        http["id"] = id_ = given if given and _REQUEST_ID(given) else next(ids)
-        http["outcome"] = ("none", "own")
+    async def around(http: HttpRequest) -> web.StreamResponse:
+        given = http.headers.get(_X_REQUEST_ID)
+        http.id = id_ = given if given and _REQUEST_ID(given) else next(ids)
         started = time.perf_counter()
         status = _CLIENT_GONE
         try:
+            if not http.content.is_eof():
+                await http.invite_body()
             response = await handler(http)
             status = response.status
         except web.HTTPRequestEntityTooLarge:
@@ -57,7 +59,7 @@ def wrap(handler: Handler, metrics: Metrics, access: AccessLog) -> Handler:
             status = 500
         finally:
             seconds = time.perf_counter() - started
-            tier, outcome = http["outcome"]
+            tier, outcome = http.outcome
             if status == _CLIENT_GONE and outcome != "error":
                 outcome = "aborted"
             metrics.observe(tier, outcome, seconds)

@@ -8,9 +8,10 @@ from functools import partial
 from math import floor
 
 import aiohttp
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from server import convert
+from server.http_request import HttpRequest
 from server.passthrough import forward, forwarded, returned
 from server.record import NotAnAnswerError, record
 from server.request import BadRequestError, Request, parse
@@ -60,15 +61,15 @@ class OpenAI:
         self._identity, self._model, self._freshness = identity, model, freshness
         self._cache_all = cache_all
 
-    async def answer(self, http: web.Request) -> web.StreamResponse:
+    async def answer(self, http: HttpRequest) -> web.StreamResponse:
         """Answer from a tier, from a running flight, or from the engine."""
-        raw = await http.read()
+        raw = await http.body()
         try:
-            scope = http.headers.get("Authorization", "")
+            scope = http.headers.get(hdrs.AUTHORIZATION, "")
             request = parse(http.path, raw, scope, self._identity(), self._model)
         except BadRequestError as exc:
             return error_response(400, str(exc))
-        control = http.headers.get("Cache-Control", "").lower()
+        control = http.headers.get(hdrs.CACHE_CONTROL, "").lower()
         if self._may_keep(http, request) and "no-store" not in control:
             try:
                 return await self._answer(http, request, anew="no-cache" in control)
@@ -76,8 +77,8 @@ class OpenAI:
                 logger.warning("an answer was given in one form and asked for in another: %s", exc)
         return await forward(http, self._upstreams, body=raw, cache_status="tierserve; fwd=bypass")
 
-    def _may_keep(self, http: web.Request, request: Request) -> bool:
-        content_type = http.headers.get("Content-Type", "")
+    def _may_keep(self, http: HttpRequest, request: Request) -> bool:
+        content_type = http.headers.get(hdrs.CONTENT_TYPE, "")
         # The engine knows what else a query or another type of content may mean.
         return (
             request.repeatable
@@ -87,7 +88,7 @@ class OpenAI:
         )
 
     async def _answer(
-        self, http: web.Request, request: Request, *, anew: bool
+        self, http: HttpRequest, request: Request, *, anew: bool
     ) -> web.StreamResponse:
         hit = None if anew else await self._chain.lookup(request.key)
         if hit is not None and hit.state is not State.FALLBACK:
@@ -96,7 +97,7 @@ class OpenAI:
             return await self._render_hit(http, request, hit, "hit")
         produce = partial(self._produce, request, forwarded(http))
         listener, collapsed = self._flights.join(request.key, request.form, produce)
-        http["outcome"] = ("engine", "collapsed" if collapsed else "miss")
+        http.outcome = ("engine", "collapsed" if collapsed else "miss")
         forwarded_for = "request" if anew else "stale" if hit else "miss"
         status = f"tierserve; fwd={forwarded_for}{'; collapsed' if collapsed else ''}"
         try:
@@ -109,32 +110,29 @@ class OpenAI:
             if hit is not None and _cannot_answer(exc):
                 told = f"; fwd-status={exc.status}" if isinstance(exc, NotAnAnswerError) else ""
                 return await self._render_hit(http, request, hit, f"fwd=stale{told}")
-            http["outcome"] = ("engine", "error")
+            http.outcome = ("engine", "error")
             failed = _failed(exc)
             failed.headers["Cache-Status"] = status
             return failed
 
-    def _refresh(self, http: web.Request, request: Request) -> None:
+    def _refresh(self, http: HttpRequest, request: Request) -> None:
         """Have a new answer made in the background, in place of the one that is given out now."""
         if self._upstreams.ready and len(self._flights) < _REFRESH_BELOW:
             produce = partial(self._produce, request, forwarded(http))
             self._flights.launch(request.key, request.form, produce)
 
     async def _render_hit(
-        self, http: web.Request, request: Request, hit: Hit, how: str
+        self, http: HttpRequest, request: Request, hit: Hit, how: str
     ) -> web.StreamResponse:
         now, entry = self._chain.clock(), hit.entry
         ttl, age = floor(entry.expires_at - now), max(0, int(now - entry.stored_at))
-        headers = {
-            "Cache-Status": f"tierserve; {how}; ttl={ttl}; detail={hit.tier}",
-            "Age": str(age),
-        }
-        response = await _render(http, request, entry.answer, headers)
-        http["outcome"] = (hit.tier, "hit" if hit.state is State.FRESH else "stale")
+        status = f"tierserve; {how}; ttl={ttl}; detail={hit.tier}"
+        response = await _render(http, request, entry.answer, status, age)
+        http.outcome = (hit.tier, "hit" if hit.state is State.FRESH else "stale")
         return response
 
     async def _listen(
-        self, http: web.Request, request: Request, listener: Listener, status: str
+        self, http: HttpRequest, request: Request, listener: Listener, status: str
     ) -> web.StreamResponse:
         """Give out what a flight brings.
 
@@ -144,25 +142,24 @@ class OpenAI:
             NotConvertibleError: its answer can't be given in the form that was asked for.
         """
         flight = listener.flight
-        headers = {"Cache-Status": status, "Age": "0"}
         if not request.form is flight.form is Form.EVENTS:
             async for _ in listener:
                 pass
-            return await _render(http, request, _answer_of(flight), headers)
+            return await _render(http, request, _answer_of(flight), status)
         id_, created = _fresh(http)
         response: web.StreamResponse | None = None
         try:
             async for event in listener:
                 if response is None:
-                    response = await _begin(http, headers)
+                    response = await _begin(http, status)
                 event = convert.counted(event, wants_usage=request.wants_usage)
                 await response.write(convert.fill(event, id_, created))
         except (NotAnAnswerError, aiohttp.ClientError, OSError) as exc:
             if response is None or http.transport is None:
                 raise
-            http["outcome"] = ("engine", "error")
+            http.outcome = ("engine", "error")
             return await _cut(response, _failed(exc))
-        response = response or await _begin(http, headers)
+        response = response or await _begin(http, status)
         tail = _answer_of(flight).usage if request.wants_usage else b""
         await response.write(convert.fill(tail, id_, created) + _DONE)
         await response.write_eof()
@@ -185,7 +182,7 @@ class OpenAI:
 
 
 async def _render(
-    http: web.Request, request: Request, answer: Answer, headers: dict[str, str]
+    http: HttpRequest, request: Request, answer: Answer, status: str, age_s: int = 0
 ) -> web.StreamResponse:
     """Return a finished answer in the form that was asked for."""
     form = request.form
@@ -194,16 +191,17 @@ async def _render(
             answer = convert.as_form(answer, form)
         else:
             answer = await asyncio.to_thread(convert.as_form, answer, form)
-    content, headers["Content-Type"] = answer.content, _JSON
+    content, content_type = answer.content, _JSON
     if form is Form.EVENTS:
         usage = answer.usage if request.wants_usage else b""
         content = convert.counted(content, wants_usage=request.wants_usage) + usage + _DONE
-        headers["Content-Type"] = _SSE
-    return Whole(http, headers, convert.fill(content, *_fresh(http)))
+        content_type = _SSE
+    return Whole(http, content_type, status, age_s, convert.fill(content, *_fresh(http)))
 
 
-async def _begin(http: web.Request, headers: dict[str, str]) -> web.StreamResponse:
-    response = web.StreamResponse(headers=headers | own_headers(http) | {"Content-Type": _SSE})
+async def _begin(http: HttpRequest, status: str) -> web.StreamResponse:
+    headers = {"Cache-Status": status, "Age": "0", "Content-Type": _SSE} | own_headers(http)
+    response = web.StreamResponse(headers=headers)
     await response.prepare(http)
     return response
 
@@ -214,9 +212,9 @@ def _answer_of(flight: Flight) -> Answer:
     return flight.answer
 
 
-def _fresh(http: web.Request) -> tuple[bytes, int]:
+def _fresh(http: HttpRequest) -> tuple[bytes, int]:
     """Return the `id` and `created` of an answer given now."""
-    return (_ID_PREFIX[http.path] + http["id"]).encode(), int(time.time())
+    return (_ID_PREFIX[http.path] + http.id).encode(), int(time.time())
 
 
 def _cannot_answer(exc: Exception) -> bool:

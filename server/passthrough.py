@@ -7,6 +7,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 from yarl import URL
 
+from server.http_request import HttpRequest
 from server.responses import failure, own_headers, unavailable
 from server.upstream import UnavailableError, Upstreams
 
@@ -22,11 +23,11 @@ _OURS = frozenset(
 _CODINGS = frozenset({"content-encoding", "accept-encoding"})
 
 
-def forwarded(http: web.Request) -> CIMultiDict[str]:
+def forwarded(http: HttpRequest) -> CIMultiDict[str]:
     """Return the headers with which a request goes on to an engine."""
     hop = {name.strip().lower() for name in http.headers.get("Connection", "").split(",")}
     headers = _without(http.headers, _OURS | _CODINGS | hop)
-    headers.update({"X-Request-Id": http["id"], "Accept-Encoding": "identity"})
+    headers.update({"X-Request-Id": http.id, "Accept-Encoding": "identity"})
     return headers
 
 
@@ -42,7 +43,7 @@ def _without(headers: Mapping[str, str], names: Collection[str]) -> CIMultiDict[
 
 
 async def forward(
-    http: web.Request,
+    http: HttpRequest,
     upstreams: Upstreams,
     *,
     body: bytes | None = None,
@@ -58,7 +59,7 @@ async def forward(
         path: asked instead of the request's own.
         cache_status: added to the reply (RFC 9211).
     """
-    http["outcome"] = ("engine", "pass")
+    http.outcome = ("engine", "pass")
     data = body if body is not None else (http.content if http.body_exists else None)
     response: web.StreamResponse | None = None
     try:
@@ -84,14 +85,14 @@ async def forward(
             await response.write_eof()
             return response
     except UnavailableError:
-        http["outcome"] = ("engine", "error")
+        http.outcome = ("engine", "error")
         return unavailable()
     except (aiohttp.ClientError, OSError) as exc:
         if isinstance(unread := http.content.exception(), web.RequestPayloadError):
             # The client's mistake, met while its body was passed on.
             raise unread from exc
         if http.transport is not None:
-            http["outcome"] = ("engine", "error")
+            http.outcome = ("engine", "error")
         if response is not None:
             # What has begun can only be cut, so that the client sees that it isn't whole.
             raise ConnectionResetError from exc

@@ -3,7 +3,6 @@
 Errors follow vLLM's conventions: `code` is the HTTP status.
 """
 
-from collections.abc import Mapping
 from http import HTTPStatus
 
 import orjson
@@ -11,13 +10,15 @@ from aiohttp import HttpVersion11, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.helpers import rfc822_formatted_time
 
+from server.http_request import HttpRequest
+
 SERVER = "tierserve"
 RETRY_AFTER_S = 5
 
 
-def own_headers(http: web.Request) -> dict[str, str]:
+def own_headers(http: HttpRequest) -> dict[str, str]:
     """Return the headers that each response carries."""
-    return {"Server": SERVER, "X-Request-Id": http["id"]}
+    return {"Server": SERVER, "X-Request-Id": http.id}
 
 
 class Whole(web.StreamResponse):
@@ -28,24 +29,24 @@ class Whole(web.StreamResponse):
 
     Args:
         http: what is answered.
-        headers: to be sent beside ours and those of HTTP itself.
+        content_type, cache_status, age_s: values of headers.
         body: all of it.
     """
 
-    def __init__(self, http: web.Request, headers: Mapping[str, str], body: bytes) -> None:
+    def __init__(
+        self, http: HttpRequest, content_type: str, cache_status: str, age_s: int, body: bytes
+    ) -> None:
         self._writer = http.writer
         self._keeps_alive = http.keep_alive
-        lines = ""
-        for name, value in headers.items():
-            lines += f"{name}: {value}\r\n"
         end = ""
         if not self._keeps_alive:
             end = "Connection: close\r\n"
         elif http.version < HttpVersion11:
             end = "Connection: keep-alive\r\n"
         head = (
-            f"HTTP/1.1 200 OK\r\n{lines}Content-Length: {len(body)}\r\nServer: {SERVER}\r\n"
-            f"X-Request-Id: {http['id']}\r\nDate: {rfc822_formatted_time()}\r\n{end}\r\n"
+            f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
+            f"Cache-Status: {cache_status}\r\nAge: {age_s}\r\nX-Request-Id: {http.id}\r\n"
+            f"Server: {SERVER}\r\nDate: {rfc822_formatted_time()}\r\n{end}\r\n"
         )
         self._whole = head.encode() + body
 

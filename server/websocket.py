@@ -5,6 +5,7 @@ import asyncio
 import aiohttp
 from aiohttp import web
 
+from server.http_request import HttpRequest
 from server.passthrough import forwarded
 from server.responses import failure, own_headers, unavailable
 from server.upstream import UnavailableError, Upstreams
@@ -14,14 +15,14 @@ _MESSAGE_BYTES = 16 * 1024**2
 _Socket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
 
 
-def is_asked_for(http: web.Request) -> bool:
+def is_asked_for(http: HttpRequest) -> bool:
     """Whether the client wants to go on as a WebSocket."""
     return http.headers.get("Upgrade", "").lower() == "websocket"
 
 
-async def forward_websocket(http: web.Request, upstreams: Upstreams) -> web.StreamResponse:
+async def forward_websocket(http: HttpRequest, upstreams: Upstreams) -> web.StreamResponse:
     """Join the client and an upstream until either closes, which is told to the other."""
-    http["outcome"] = ("engine", "pass")
+    http.outcome = ("engine", "pass")
     asked = [p.strip() for p in http.headers.get("Sec-WebSocket-Protocol", "").split(",")]
     protocols = tuple(filter(None, asked))
     headers = forwarded(http)
@@ -33,12 +34,12 @@ async def forward_websocket(http: web.Request, upstreams: Upstreams) -> web.Stre
             http.rel_url.raw_path_qs, headers, protocols, max_bytes=_MESSAGE_BYTES
         )
     except UnavailableError:
-        http["outcome"] = ("engine", "error")
+        http.outcome = ("engine", "error")
         return unavailable()
     except aiohttp.WSServerHandshakeError as exc:
         return web.Response(status=exc.status)
     except (aiohttp.ClientError, OSError) as exc:
-        http["outcome"] = ("engine", "error")
+        http.outcome = ("engine", "error")
         return failure(exc)
     async with engine:
         chosen = (engine.protocol,) if engine.protocol else ()

@@ -9,6 +9,7 @@ import tiers
 
 HTTP = {
     "app",
+    "http_request",
     "listener",
     "middleware",
     "openai",

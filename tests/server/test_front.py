@@ -69,6 +69,13 @@ async def test_a_stream_is_passed_on_and_replayed_event_by_event(
     assert len(upstream.asked) == 1
 
 
+async def test_a_client_that_waits_to_be_told_is_told_to_send_its_body(front: Front) -> None:
+    for asked in (question(), question(temperature=1)):
+        status, _, text = await asyncio.wait_for(front.ask(asked, expect100=True), 10)
+        assert status == 200
+        assert orjson.loads(text)["object"] == "chat.completion"
+
+
 @pytest.mark.parametrize("stream_it", [False, True])
 @pytest.mark.parametrize("reason", [None, "abort", "error"])
 async def test_an_unfinished_answer_is_given_and_not_stored(
