@@ -11,6 +11,7 @@ import aiohttp
 from aiohttp import hdrs, web
 
 from server import convert
+from server.control import Control, control_of
 from server.http_request import HttpRequest
 from server.passthrough import forward, forwarded, returned
 from server.record import NotAnAnswerError, record
@@ -69,12 +70,14 @@ class OpenAI:
             request = parse(http.path, raw, scope, self._identity(), self._model)
         except BadRequestError as exc:
             return error_response(400, str(exc))
-        control = http.headers.get(hdrs.CACHE_CONTROL, "").lower()
-        if self._may_keep(http, request) and "no-store" not in control:
+        control = control_of(http.headers.get(hdrs.CACHE_CONTROL, ""))
+        if self._may_keep(http, request) and not control.no_store:
             try:
-                return await self._answer(http, request, anew="no-cache" in control)
+                return await self._answer(http, request, control)
             except convert.NotConvertibleError as exc:
                 logger.warning("an answer was given in one form and asked for in another: %s", exc)
+        if control.only_if_cached:
+            return _not_cached()
         return await forward(http, self._upstreams, body=raw, cache_status="tierserve; fwd=bypass")
 
     def _may_keep(self, http: HttpRequest, request: Request) -> bool:
@@ -88,18 +91,19 @@ class OpenAI:
         )
 
     async def _answer(
-        self, http: HttpRequest, request: Request, *, anew: bool
+        self, http: HttpRequest, request: Request, control: Control
     ) -> web.StreamResponse:
-        hit = None if anew else await self._chain.lookup(request.key)
-        if hit is not None and hit.state is not State.FALLBACK:
+        hit = None if control.no_cache else await self._chain.lookup(request.key)
+        if hit is not None and control.takes(hit.entry, hit.state, self._chain.clock()):
             if hit.refresh:
                 self._refresh(http, request)
             return await self._render_hit(http, request, hit, "hit")
+        if control.only_if_cached:
+            return _not_cached()
         produce = partial(self._produce, request, forwarded(http))
         listener, collapsed = self._flights.join(request.key, request.form, produce)
         http.outcome = ("engine", "collapsed" if collapsed else "miss")
-        forwarded_for = "request" if anew else "stale" if hit else "miss"
-        status = f"tierserve; fwd={forwarded_for}{'; collapsed' if collapsed else ''}"
+        status = f"tierserve; fwd={_why(hit, control)}{'; collapsed' if collapsed else ''}"
         try:
             async with listener:
                 return await self._listen(http, request, listener, status)
@@ -107,7 +111,7 @@ class OpenAI:
             if http.transport is None:
                 # Not the flight has failed: this client has gone.
                 raise ConnectionResetError from exc
-            if hit is not None and _cannot_answer(exc):
+            if hit is not None and not control.is_about_age and _cannot_answer(exc):
                 told = f"; fwd-status={exc.status}" if isinstance(exc, NotAnAnswerError) else ""
                 return await self._render_hit(http, request, hit, f"fwd=stale{told}")
             http.outcome = ("engine", "error")
@@ -210,6 +214,19 @@ def _answer_of(flight: Flight) -> Answer:
     if flight.answer is None:
         raise AssertionError("a flight that ends without an error has an answer")
     return flight.answer
+
+
+def _why(hit: Hit | None, control: Control) -> str:
+    """Return why a request goes on to the engine (RFC 9211, section 2.2)."""
+    if control.no_cache or (hit is not None and hit.state is State.FRESH):
+        return "request"
+    return "stale" if hit is not None else "miss"
+
+
+def _not_cached() -> web.Response:
+    response = error_response(504, "No tier has this answer, and only-if-cached asks for no other.")
+    response.headers["Cache-Status"] = "tierserve; detail=only-if-cached"
+    return response
 
 
 def _fresh(http: HttpRequest) -> tuple[bytes, int]:

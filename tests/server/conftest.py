@@ -181,10 +181,10 @@ class Front:
         async with self.post(asked, **options) as response:
             return response.status, response.headers["Cache-Status"], await response.read()
 
-    async def ask_alone(self, asked: dict) -> tuple[int, str, bytes]:
+    async def ask_alone(self, asked: dict, **options) -> tuple[int, str, bytes]:
         """Ask until no flight is joined: one lands only when its answer is stored."""
         async with asyncio.timeout(20):
-            while "collapsed" in (reply := await self.ask(asked))[1]:
+            while "collapsed" in (reply := await self.ask(asked, **options))[1]:
                 pass
         return reply
 

@@ -503,6 +503,42 @@ async def test_a_stale_answer_is_given_while_a_new_one_is_made(
     assert len(upstream.asked) >= 2
 
 
+async def test_a_client_says_how_old_an_answer_may_be(front: Front, upstream: Upstream) -> None:
+    hit = r"tierserve; hit; ttl=-?\d+; detail=memory"
+
+    async def told(asked: dict, control: str) -> tuple[int, str]:
+        status, said, _ = await front.ask_alone(asked, headers={"Cache-Control": control})
+        return status, said
+
+    asked = question()
+    for control, status, said in (
+        ("only-if-cached", 504, "tierserve; detail=only-if-cached"),
+        ("max-age=0", 200, "tierserve; fwd=miss"),
+        ("only-if-cached", 200, hit),
+        ("max-age=3600", 200, hit),
+        ("min-fresh=60", 200, hit),
+        ("max-age=0, only-if-cached", 504, "tierserve; detail=only-if-cached"),
+        ("min-fresh=99999999", 200, "tierserve; fwd=request"),
+        ("no-cache", 200, "tierserve; fwd=request"),
+    ):
+        found = await told(asked, control)
+        assert found[0] == status, control
+        assert re.fullmatch(said, found[1]), control
+    assert len(upstream.asked) == 3
+    chance = question(temperature=1)
+    assert (await told(chance, "only-if-cached"))[0] == 504
+    stale = question(model="sie")
+    await front.ask(stale)
+    assert re.fullmatch(hit, (await told(stale, "max-stale"))[1])
+    assert re.fullmatch(hit, (await told(stale, "max-stale=60, only-if-cached"))[1])
+    assert (await told(stale, "only-if-cached"))[0] == 504
+    await upstream.stop()
+    await front.until_ready(503)
+    assert (await told(stale, "max-age=0"))[0] == 503
+    await upstream.start()
+    await front.until_ready()
+
+
 async def test_a_stale_answer_stands_in_for_an_engine_that_fails(
     front: Front, upstream: Upstream
 ) -> None:

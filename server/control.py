@@ -1,0 +1,67 @@
+"""What a client says about caching: the request's `Cache-Control` (RFC 9111, section 5.2.1)."""
+
+import re
+from functools import lru_cache
+from math import inf
+from typing import NamedTuple
+
+from tiers import Entry, State
+
+_DIRECTIVE = re.compile(r'([!#$%&\'*+.^_`|~0-9A-Za-z-]+)(?:\s*=\s*(?:"([^"]*)"|([^\s",]*)))?')
+
+
+class Control(NamedTuple):
+    """Which answers a client takes. Times are in seconds."""
+
+    no_cache: bool = False
+    """Only a new answer."""
+    no_store: bool = False
+    """The answer isn't to be kept."""
+    only_if_cached: bool = False
+    """Only an answer that is there."""
+    max_age_s: float = inf
+    min_fresh_s: float = -inf
+    max_stale_s: float = 0
+
+    @property
+    def is_about_age(self) -> bool:
+        """Whether anything is said of how old an answer may be."""
+        return self.max_age_s < inf or self.min_fresh_s > -inf
+
+    def takes(self, entry: Entry, state: State, now: float) -> bool:
+        """Whether the client takes an entry in this state at `now` (Unix s)."""
+        age_s, stale_s = now - entry.stored_at, now - entry.expires_at
+        if self.no_cache or -stale_s < self.min_fresh_s:
+            return False
+        if age_s > self.max_age_s + self.max_stale_s:
+            return False
+        if stale_s <= self.max_stale_s:
+            return True
+        # Who says nothing of age gets what the server gives while a new one is made.
+        return state <= State.STALE and not self.is_about_age
+
+
+@lru_cache(256)
+def control_of(value: str) -> Control:
+    """Read a `Cache-Control` header.
+
+    What isn't known is ignored. A time that can't be read stands for the strictest: an answer that
+    a client did not want is worse than one that is made anew.
+    """
+    said: dict[str, str] = {}
+    for name, quoted, plain in _DIRECTIVE.findall(value):
+        said.setdefault(name.lower(), quoted or plain)
+    stale = said.get("max-stale", "0")
+    return Control(
+        no_cache="no-cache" in said,
+        no_store="no-store" in said,
+        only_if_cached="only-if-cached" in said,
+        max_age_s=_seconds(said["max-age"], 0) if "max-age" in said else inf,
+        min_fresh_s=_seconds(said["min-fresh"], inf) if "min-fresh" in said else -inf,
+        # Without a time, any staleness will do.
+        max_stale_s=_seconds(stale, 0) if stale else inf,
+    )
+
+
+def _seconds(text: str, unreadable: float) -> float:
+    return float(text) if text.isascii() and text.isdecimal() else unreadable
