@@ -127,8 +127,10 @@ class Engine:
             self._runs = self.upstream.ready = False
             with suppress(ProcessLookupError):
                 process.terminate()
+            # `wait_for` of Python 3.11 can lose a cancellation.
             with suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), _STOP_S)
+                async with asyncio.timeout(_STOP_S):
+                    await process.wait()
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             # Why it ended is often the last that it says.
