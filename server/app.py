@@ -26,7 +26,7 @@ from server.middleware import wrap
 from server.openai import ROUTES, OpenAI
 from server.passthrough import forward
 from server.responses import unavailable
-from server.upstream import Upstream, Upstreams
+from server.upstream import UnavailableError, Upstream, Upstreams
 from server.websocket import forward_websocket, is_asked_for
 from server.weights import Weights, locate
 from tiers import Chain, Flights, Movement
@@ -75,7 +75,8 @@ async def _serve(
     upstreams = Upstreams(
         [engine.upstream]
         if engine is not None
-        else [Upstream(url, timeout_s=timeout_s) for url in config.engine.upstreams]
+        else [Upstream(url, timeout_s=timeout_s) for url in config.engine.upstreams],
+        max_requests=config.engine.max_requests,
     )
     flights = Flights(max_bytes=4 * config.cache.max_answer_bytes)
     metrics = Metrics(
@@ -95,7 +96,7 @@ async def _serve(
         cache_all=config.cache.nondeterministic == "always",
     )
     routes = _routes(road, upstreams, lambda handler: wrap(handler, metrics, access), metrics)
-    server = make_server(routes, config.server.max_body_bytes)
+    server = make_server(routes, config.server)
     runner = web.ServerRunner(server, shutdown_timeout=config.server.shutdown_grace_s)
     failures: list[BaseException] = []
     tasks: list[asyncio.Task[None]] = []
@@ -109,7 +110,7 @@ async def _serve(
         go_on(upstream.watch())
     try:
         await runner.setup()
-        listener = await listen(server, config.server.host, config.server.port)
+        listener = await listen(server, config.server)
         host, port = listener.sockets[0].getsockname()[:2]
         logger.info("listening on http://%s:%d", host, port)
         # What is there now stays: looking it over again and again would cost 5% of all hits.
@@ -185,7 +186,7 @@ def _routes(
         return web.Response()
 
     async def ready(_: HttpRequest) -> web.Response:
-        return web.Response() if upstreams.ready else unavailable()
+        return web.Response() if upstreams.ready else unavailable(UnavailableError())
 
     async def own_metrics(_: HttpRequest) -> web.Response:
         text = generate_latest(metrics.registry)

@@ -64,11 +64,16 @@ class _Section(BaseModel):
 
 
 class Listener(_Section):
-    """Where clients connect, and how long a stop may take."""
+    """Where clients connect, and how long a stop may take.
+
+    `read_timeout_s` is how long a client may take to send a head, or a body that we read whole, and
+    how long it may pause within one that is passed through.
+    """
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     max_body_bytes: Annotated[ByteSize, Field(ge=1024)] = ByteSize(10 * 1024**2)
+    read_timeout_s: Annotated[float, Field(ge=0.1, le=3600)] = 60
     shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = 30
 
 
@@ -103,13 +108,17 @@ def _is_base(url: str) -> str:
 
 
 class Engine(_Section):
-    """vLLM as our child with `args` and `env`, or `upstreams` that somebody else runs."""
+    """vLLM as our child with `args` and `env`, or `upstreams` that somebody else runs.
+
+    At most `max_requests` are at the engine at once, those included that wait there; more get 503.
+    """
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
     args: Annotated[dict[str, Any], AfterValidator(_not_ours)] = {}
     env: dict[str, str] = {}
     upstreams: tuple[Annotated[str, AfterValidator(_is_base)], ...] = ()
+    max_requests: Annotated[int, Field(ge=1)] = 1024
     timeout_s: PositiveSeconds = 600
     restart_max_delay_s: Annotated[float, Field(ge=1, le=3600)] = 60
 

@@ -1,17 +1,27 @@
 """A request as it came in: aiohttp's, with its id and what became of it."""
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 from aiohttp import hdrs, web
 
 
+class SlowClientError(Exception):
+    """The body did not come in time."""
+
+
 class HttpRequest(web.BaseRequest):
-    """One HTTP request."""
+    """One HTTP request. Takes what aiohttp's own takes, and how long its body may take."""
 
     id: str = ""
     """The `X-Request-Id` of its response."""
     outcome: tuple[str, str] = ("none", "own")
     """Which tier answered, and how."""
+
+    def __init__(self, *args: Any, read_timeout_s: float, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._read_timeout_s = read_timeout_s
 
     async def invite_body(self) -> None:
         """Have a client go on that waits to be told so (RFC 9110, section 10.1.1)."""
@@ -26,14 +36,36 @@ class HttpRequest(web.BaseRequest):
         Raises:
             web.HTTPRequestEntityTooLarge: it is larger than `client_max_size`.
             web.RequestPayloadError: it can't be decoded.
+            SlowClientError: it does not come in time.
         """
         if not self.content.is_eof():
-            return await self.read()
+            try:
+                async with asyncio.timeout(self._read_timeout_s):
+                    return await self.read()
+            except TimeoutError as exc:
+                raise SlowClientError from exc
         # Most bodies are there when their handler starts: `read` would take twice as long.
         body = self.content.read_nowait()
         if len(body) > self.client_max_size:
             raise web.HTTPRequestEntityTooLarge(self.client_max_size)
         return body
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """Yield the body as it comes.
+
+        Raises:
+            web.RequestPayloadError: it can't be decoded.
+            SlowClientError: the next piece does not come in time.
+        """
+        while True:
+            try:
+                async with asyncio.timeout(self._read_timeout_s):
+                    piece = await self.content.readany()
+            except TimeoutError as exc:
+                raise SlowClientError from exc
+            if not piece:
+                return
+            yield piece
 
 
 Handler = Callable[[HttpRequest], Awaitable[web.StreamResponse]]

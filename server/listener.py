@@ -6,17 +6,48 @@ from functools import partial
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import LineTooLong
 
+from server.config import Listener
 from server.http_request import Handler, HttpRequest
 from server.responses import SERVER, error_response
 
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 1024
+# Longer than clients and proxies keep connections that idle, so that they close them, and not we.
+_KEEP_ALIVE_S = 630
 
 
 class _Protocol(web.RequestHandler):
-    """aiohttp's HTTP/1.1 protocol, whose own errors are in OpenAI's shape."""
+    """aiohttp's HTTP/1.1 protocol, whose own errors are in OpenAI's shape.
+
+    A connection on which no head comes is closed: a first one within `read_timeout_s`, a further
+    one within the time for which it is kept open.
+    """
+
+    def __init__(self, server: web.Server, timeout_s: float) -> None:
+        # None turns aiohttp's own access log off, which its type doesn't say.
+        super().__init__(
+            server,
+            loop=asyncio.get_running_loop(),
+            access_log=None,  # type: ignore[arg-type]
+            keepalive_timeout=_KEEP_ALIVE_S,
+        )
+        self._timeout_s = timeout_s
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        loop = asyncio.get_running_loop()
+        self._deadline = loop.call_later(self._timeout_s, self._expect_head)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._deadline.cancel()
+        super().connection_lost(exc)
+
+    def _expect_head(self) -> None:
+        if not self._request_count:
+            self.force_close()
 
     def handle_error(
         self,
@@ -28,7 +59,10 @@ class _Protocol(web.RequestHandler):
         if request.writer.output_size > 0:
             raise ConnectionError("the response has begun")
         logger.info("a request could not be read: %s", exc or message)
-        response = error_response(status, "The request is not valid HTTP.")
+        text = "The request is not valid HTTP."
+        if isinstance(exc, LineTooLong):
+            status, text = 431, "The request's target or a header is longer than 8190 bytes."
+        response = error_response(status, text)
         response.headers["Server"] = SERVER
         response.force_close()
         return response
@@ -39,24 +73,24 @@ class _Protocol(web.RequestHandler):
             super().log_exception(*args, **more)
 
 
-def make_server(handler: Handler, max_body_bytes: int) -> web.Server:
+def make_server(handler: Handler, options: Listener) -> web.Server:
     """Return aiohttp's server around one handler; its `Application` would double its cost."""
-    loop = asyncio.get_running_loop()
-    make_request = partial(HttpRequest, loop=loop, client_max_size=max_body_bytes)
+    make_request = partial(
+        HttpRequest,
+        loop=asyncio.get_running_loop(),
+        client_max_size=options.max_body_bytes,
+        read_timeout_s=options.read_timeout_s,
+    )
     # The handler is given what the factory makes, which aiohttp's types don't say.
     return web.Server(handler, request_factory=make_request, handler_cancellation=True)  # type: ignore[arg-type]
 
 
-async def listen(server: web.Server, host: str, port: int) -> asyncio.Server:
+async def listen(server: web.Server, options: Listener) -> asyncio.Server:
     """Accept connections for `server`.
 
     Raises:
         OSError: the address can't be had.
     """
+    protocol = partial(_Protocol, server, options.read_timeout_s)
     loop = asyncio.get_running_loop()
-
-    def protocol() -> _Protocol:
-        # None turns aiohttp's own access log off, which its type doesn't say.
-        return _Protocol(server, loop=loop, access_log=None)  # type: ignore[arg-type]
-
-    return await loop.create_server(protocol, host, port, backlog=_BACKLOG)
+    return await loop.create_server(protocol, options.host, options.port, backlog=_BACKLOG)

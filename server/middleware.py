@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from aiohttp import web
 from multidict import istr
 
-from server.http_request import Handler, HttpRequest
+from server.http_request import Handler, HttpRequest, SlowClientError
 from server.logs import AccessLog
 from server.metrics import Metrics
 from server.responses import SERVER, error_response
@@ -51,6 +51,10 @@ def wrap(handler: Handler, metrics: Metrics, access: AccessLog) -> Handler:
             response = error_response(400, "The body does not have its Content-Encoding.")
             response.force_close()
             status = 400
+        except SlowClientError:
+            response = error_response(408, "The body did not come within server.read_timeout_s.")
+            response.force_close()
+            status = 408
         except ConnectionError:
             raise
         except Exception:

@@ -242,7 +242,7 @@ def _cannot_answer(exc: Exception) -> bool:
 def _failed(exc: Exception) -> web.Response:
     if isinstance(exc, NotAnAnswerError):
         return web.Response(status=exc.status, body=exc.body, headers=returned(exc.headers))
-    return unavailable() if isinstance(exc, UnavailableError) else failure(exc)
+    return unavailable(exc) if isinstance(exc, UnavailableError) else failure(exc)
 
 
 async def _cut(response: web.StreamResponse, failed: web.Response) -> web.StreamResponse:

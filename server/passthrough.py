@@ -7,7 +7,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 from yarl import URL
 
-from server.http_request import HttpRequest
+from server.http_request import HttpRequest, SlowClientError
 from server.responses import failure, own_headers, unavailable
 from server.upstream import UnavailableError, Upstreams
 
@@ -60,7 +60,7 @@ async def forward(
         cache_status: added to the reply (RFC 9211).
     """
     http.outcome = ("engine", "pass")
-    data = body if body is not None else (http.content if http.body_exists else None)
+    data = body if body is not None else (http.pieces() if http.body_exists else None)
     response: web.StreamResponse | None = None
     try:
         async with upstreams.request(
@@ -84,12 +84,11 @@ async def forward(
                 await response.write(piece)
             await response.write_eof()
             return response
-    except UnavailableError:
+    except UnavailableError as exc:
         http.outcome = ("engine", "error")
-        return unavailable()
+        return unavailable(exc)
     except (aiohttp.ClientError, OSError) as exc:
-        if isinstance(unread := http.content.exception(), web.RequestPayloadError):
-            # The client's mistake, met while its body was passed on.
+        if (unread := _unread(http, exc)) is not None:
             raise unread from exc
         if http.transport is not None:
             http.outcome = ("engine", "error")
@@ -97,6 +96,14 @@ async def forward(
             # What has begun can only be cut, so that the client sees that it isn't whole.
             raise ConnectionResetError from exc
         return failure(exc)
+
+
+def _unread(http: HttpRequest, exc: BaseException) -> Exception | None:
+    """Return the client's mistake, if that was met while its body was passed on."""
+    if isinstance(exc.__cause__, SlowClientError):
+        return exc.__cause__
+    unread = http.content.exception()
+    return unread if isinstance(unread, web.RequestPayloadError) else None
 
 
 def _seen_from_here(location: URL, engine: URL) -> str:

@@ -11,6 +11,7 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.helpers import rfc822_formatted_time
 
 from server.http_request import HttpRequest
+from server.upstream import UnavailableError
 
 SERVER = "tierserve"
 RETRY_AFTER_S = 5
@@ -97,8 +98,6 @@ def failure(exc: Exception) -> web.Response:
     return error_response(502, "The engine ended before its answer was complete.")
 
 
-def unavailable() -> web.Response:
-    """Return what a miss gets while no engine answers."""
-    return error_response(
-        503, "The engine is starting or down; try again.", retry_after_s=RETRY_AFTER_S
-    )
+def unavailable(exc: UnavailableError) -> web.Response:
+    """Return what a miss gets that no engine takes."""
+    return error_response(503, str(exc), retry_after_s=RETRY_AFTER_S)

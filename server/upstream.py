@@ -4,8 +4,8 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 import aiohttp
@@ -20,13 +20,14 @@ _PROBE_S = 10
 _KEEP_ALIVE_S = 3
 _PROBE_DOWN_S = 0.5
 _PROBE_UP_S = 2.0
-# More than any engine runs at once; the rest waits for a connection, not for memory.
-_CONNECTIONS = 1024
 _Reply = TypeVar("_Reply")
 
 
 class UnavailableError(Exception):
-    """No upstream answers at present."""
+    """No upstream takes a request at present; the text is for the client."""
+
+    def __init__(self, text: str = "The engine is starting or down; try again.") -> None:
+        super().__init__(text)
 
 
 class Upstream:
@@ -51,10 +52,10 @@ class Upstream:
     def _session(self, timeout: aiohttp.ClientTimeout) -> aiohttp.ClientSession:
         connector: aiohttp.BaseConnector
         if self._socket is None:
-            connector = aiohttp.TCPConnector(limit=_CONNECTIONS, keepalive_timeout=_KEEP_ALIVE_S)
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
         else:
             connector = aiohttp.UnixConnector(
-                self._socket, limit=_CONNECTIONS, keepalive_timeout=_KEEP_ALIVE_S
+                self._socket, limit=0, keepalive_timeout=_KEEP_ALIVE_S
             )
         return aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False)
 
@@ -96,10 +97,16 @@ class Upstream:
 
 
 class Upstreams:
-    """All upstreams, asked in turn."""
+    """All upstreams, asked in turn.
 
-    def __init__(self, upstreams: Sequence[Upstream]) -> None:
+    Args:
+        upstreams: the engines' servers.
+        max_requests: at each of them at once; those it can't run yet wait there.
+    """
+
+    def __init__(self, upstreams: Sequence[Upstream], *, max_requests: int) -> None:
         self.all = tuple(upstreams)
+        self._most, self._asked = max_requests * len(self.all), 0
         self._turn = itertools.count()
 
     @property
@@ -114,38 +121,53 @@ class Upstreams:
         """Ask the next upstream that takes the connection; gives the reply as it begins.
 
         Raises:
-            UnavailableError: none answers.
+            UnavailableError: none answers, or they have too much to do.
             aiohttp.ClientError: the one that was asked failed.
         """
-        reply = await self._first(
-            lambda upstream: upstream.session.request(
-                method,
-                URL(upstream.url + path, encoded=True),
-                data=data,
-                headers=headers,
-                allow_redirects=False,
+        with self._place():
+            reply = await self._first(
+                lambda upstream: upstream.session.request(
+                    method,
+                    URL(upstream.url + path, encoded=True),
+                    data=data,
+                    headers=headers,
+                    allow_redirects=False,
+                )
             )
-        )
-        async with reply:
-            yield reply
+            async with reply:
+                yield reply
 
+    @asynccontextmanager
     async def websocket(
         self, path: str, headers: Mapping[str, str], protocols: Sequence[str], *, max_bytes: int
-    ) -> aiohttp.ClientWebSocketResponse:
+    ) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
         """Open a WebSocket to the next upstream that takes it; a message may have `max_bytes`.
 
         Raises:
-            UnavailableError: none answers.
+            UnavailableError: none answers, or they have too much to do.
             aiohttp.ClientError: the one that was asked failed or refused.
         """
-        return await self._first(
-            lambda upstream: upstream.session.ws_connect(
-                URL(upstream.url + path, encoded=True),
-                headers=headers,
-                protocols=protocols,
-                max_msg_size=max_bytes,
+        with self._place():
+            opened = await self._first(
+                lambda upstream: upstream.session.ws_connect(
+                    URL(upstream.url + path, encoded=True),
+                    headers=headers,
+                    protocols=protocols,
+                    max_msg_size=max_bytes,
+                )
             )
-        )
+            async with opened:
+                yield opened
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        if self._asked >= self._most:
+            raise UnavailableError("The engine has as many requests as it takes; try again.")
+        self._asked += 1
+        try:
+            yield
+        finally:
+            self._asked -= 1
 
     async def _first(self, ask: Callable[[Upstream], Awaitable[_Reply]]) -> _Reply:
         """Return what the first upstream says that takes the connection."""

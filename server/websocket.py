@@ -29,31 +29,38 @@ async def forward_websocket(http: HttpRequest, upstreams: Upstreams) -> web.Stre
     # The two connections shake hands on their own.
     for name in [name for name in headers if name.lower().startswith("sec-websocket-")]:
         del headers[name]
+    client = None
     try:
-        engine = await upstreams.websocket(
+        async with upstreams.websocket(
             http.rel_url.raw_path_qs, headers, protocols, max_bytes=_MESSAGE_BYTES
-        )
-    except UnavailableError:
+        ) as engine:
+            chosen = (engine.protocol,) if engine.protocol else ()
+            client = web.WebSocketResponse(protocols=chosen, max_msg_size=_MESSAGE_BYTES)
+            client.headers.update(own_headers(http))
+            await client.prepare(http)
+            await _join(client, engine)
+            return client
+    except UnavailableError as exc:
         http.outcome = ("engine", "error")
-        return unavailable()
+        return unavailable(exc)
     except aiohttp.WSServerHandshakeError as exc:
         return web.Response(status=exc.status)
     except (aiohttp.ClientError, OSError) as exc:
+        if client is not None:
+            # Not the engine has failed: this client has gone.
+            raise ConnectionResetError from exc
         http.outcome = ("engine", "error")
         return failure(exc)
-    async with engine:
-        chosen = (engine.protocol,) if engine.protocol else ()
-        client = web.WebSocketResponse(protocols=chosen, max_msg_size=_MESSAGE_BYTES)
-        client.headers.update(own_headers(http))
-        await client.prepare(http)
-        pumps = [asyncio.create_task(_pump(*pair)) for pair in ((client, engine), (engine, client))]
-        try:
-            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for pump in pumps:
-                pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
-        return client
+
+
+async def _join(*pair: _Socket) -> None:
+    pumps = [asyncio.create_task(_pump(*each)) for each in (pair, pair[::-1])]
+    try:
+        await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for pump in pumps:
+            pump.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
 
 
 async def _pump(source: _Socket, sink: _Socket) -> None:

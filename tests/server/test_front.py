@@ -6,6 +6,7 @@ import re
 import time
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import aiohttp
 import orjson
@@ -448,7 +449,7 @@ async def test_chance_is_passed_by(front: Front, upstream: Upstream) -> None:
         (b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 999999\r\n\r\n", 413),
         (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n", 400),
         (b"nonsense\r\n\r\n", 400),
-        (b"GET / HTTP/1.1\r\nHost: a\r\nA: " + b"x" * 20_000 + b"\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nA: " + b"x" * 20_000 + b"\r\n\r\n", 431),
     ],
 )
 async def test_bad_requests_get_errors_in_openais_shape(
@@ -754,3 +755,50 @@ async def test_followers_and_those_who_leave_are_counted_as_such(
                 await each.read()
         counts = dict.fromkeys(("aborted", "miss", "collapsed"), 1)
         await until_counted(front, Counter({("engine", how): n for how, n in counts.items()}))
+
+
+async def test_slow_clients_are_told_to_go(
+    tmp_path: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIERSERVE__SERVER__READ_TIMEOUT_S", "0.3")
+    half = b"Host: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
+    async with running(tmp_path, upstream) as front:
+        for path in (CHAT, "/v1/embeddings"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+            writer.write(b"POST " + path.encode() + b" HTTP/1.1\r\n" + half)
+            said = await asyncio.wait_for(reader.read(), 20)
+            assert said.startswith(b"HTTP/1.1 408 ")
+            assert b'"type":"RequestTimeoutError"' in said
+            writer.close()
+        for beginning in (b"", b"POST " + CHAT.encode() + b" HT"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+            writer.write(beginning)
+            assert await asyncio.wait_for(reader.read(), 20) == b""
+            writer.close()
+        assert (await front.ask(question()))[0] == 200
+
+
+async def test_more_than_the_engine_takes_is_sent_away(
+    tmp_path: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIERSERVE__ENGINE__MAX_REQUESTS", "2")
+    go = asyncio.Event()
+    async with running(tmp_path, upstream) as front:
+        known = question()
+        await front.ask(known)
+        upstream.handler = held(go)
+        asked = [question(stream=True), question(stream=True)]
+        waiting = [asyncio.create_task(front.ask(each)) for each in asked]
+        async with asyncio.timeout(20):
+            while len(upstream.asked) < 3:
+                await front.ready()
+        for more in (question(), question(temperature=1)):
+            async with front.post(more) as response:
+                assert response.status == 503
+                assert int(response.headers["Retry-After"]) > 0
+                assert "as many requests" in (await response.json())["error"]["message"]
+        assert "hit" in (await front.ask(known))[1]
+        go.set()
+        assert [status for status, *_ in await asyncio.gather(*waiting)] == [200, 200]
+        upstream.handler = answer
+        assert (await front.ask(question()))[0] == 200
