@@ -13,7 +13,7 @@ import uvloop
 from aiohttp import web
 from prometheus_client import generate_latest
 
-from server.chain import build
+from server.chain import build, build_turns
 from server.config import Config, ConfigError
 from server.engine import Engine, EngineState
 from server.freshness import FreshnessRules
@@ -71,6 +71,7 @@ async def _serve(
         loop.add_signal_handler(number, _stopper(stop))
     timeout_s = config.engine.timeout_s
     chain, movement = build(config)
+    turns = build_turns(config, chain)
     engine = None if weights is None else Engine(config, weights)
     upstreams = Upstreams(
         [engine.upstream]
@@ -84,11 +85,13 @@ async def _serve(
         state=lambda: _state(engine, upstreams),
         restarts=lambda: engine.restarts if engine is not None else 0,
         dropped=lambda: movement.dropped,
+        waits=turns.waits,
     )
     access = AccessLog(config.log, log)
     road = OpenAI(
         chain=chain,
         flights=flights,
+        turns=turns,
         upstreams=upstreams,
         identity=known_by,
         model=config.model.name,
@@ -126,6 +129,7 @@ async def _serve(
         # Running answers end or are cut within the grace; what they leave is to be stored.
         await runner.cleanup()
         await flights.finish(_STORE_S)
+        await turns.close()
         stored = await _closed(movement, chain)
         for task in tasks:
             task.cancel()

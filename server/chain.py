@@ -10,11 +10,15 @@ from tiers import (
     Copies,
     Demotion,
     DiskCache,
+    FileLeases,
     FrequencySketch,
     MemoryCache,
     Movement,
     Tier,
+    Turns,
+    Write,
 )  # fmt: skip
+from tiers.disk import Durability
 
 # As many keys as answers of this size fill the tiers, but not more than 4 MiB of counters.
 _ENTRY_BYTES = 1024
@@ -76,6 +80,29 @@ def build(
         chance=chance,
     )
     return chain, Movement(tiers, disk, frequency, demotion, write=where.write, clock=clock)
+
+
+def build_turns(config: Config, chain: Chain) -> Turns:
+    """Return the turns at generating what `chain` doesn't hold.
+
+    Raises:
+        ConfigError: the file of leases in the disk tier's folder can't be used.
+    """
+    wait_s, disk = config.cache.wait_for_others_s, config.tiers.disk
+    leases = []
+    # Only where others see an answer as soon as it is stored.
+    if (
+        wait_s
+        and config.tiers.write is Write.ON_INSERT
+        and disk is not None
+        and disk.path is not None
+        and disk.durability is not Durability.INTERVAL
+    ):
+        try:
+            leases.append(FileLeases(disk.path))
+        except OSError as exc:
+            raise ConfigError([f"tiers.disk.path: should be a folder for us alone: {exc}"]) from exc
+    return Turns(chain, leases, wait_s=wait_s)
 
 
 def _sketch_keys(tiers: Tiers) -> int:

@@ -146,6 +146,8 @@ class Cache(_Section):
     """What is cached, and for how long: by the first rule that matches, or else by these.
 
     After `ttl_s`, an answer may be given out while a new one is made, or where none can be had.
+    `wait_for_others_s` is how long to wait for an answer that another process is generating; 0
+    never waits.
     """
 
     ttl_s: PositiveSeconds = 7 * 24 * 3600
@@ -154,6 +156,7 @@ class Cache(_Section):
     rules: tuple[Rule, ...] = ()
     ttl_jitter: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     nondeterministic: Literal["never", "always"] = "never"
+    wait_for_others_s: Annotated[float, Field(ge=0, le=3600)] = 10
     max_answer_bytes: Annotated[ByteSize, Field(ge=1024)] = ByteSize(4 * 1024**2)
 
 

@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 from server.engine import EngineState
 from tiers import Chain
 from tiers.backend import ByteCache
+from tiers.turn import Waits
 
 _BOUNDS_S = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300,
@@ -30,6 +31,7 @@ class Metrics:
         state: tells the engine's state.
         restarts: tells how often the engine was started again.
         dropped: tells how many demotions found no room in the queue.
+        waits: those for another process.
     """
 
     def __init__(
@@ -39,12 +41,14 @@ class Metrics:
         state: Callable[[], EngineState],
         restarts: Callable[[], int],
         dropped: Callable[[], int],
+        waits: Waits,
     ) -> None:
         self._latencies: dict[tuple[str, str], _Latency] = {}
         self.registry = CollectorRegistry()
         self.registry.register(_Requests(self._latencies))
         self.registry.register(_Tiers(chain, dropped))
         self.registry.register(_Engine(state, restarts))
+        self.registry.register(_Turns(waits))
 
     def observe(self, tier: str, outcome: str, seconds: float) -> None:
         """Count one answered request."""
@@ -99,6 +103,22 @@ class _Engine(Collector):
         restarts = CounterMetricFamily("tierserve_engine_restarts", "Starts after the first")
         restarts.add_metric((), self._restarts())
         return gauge, restarts
+
+
+class _Turns(Collector):
+    def __init__(self, waits: Waits) -> None:
+        self._waits = waits
+
+    def collect(self) -> Iterable[Metric]:
+        waits = CounterMetricFamily(
+            "tierserve_flight_waits", "Flights that waited for another process, by the wait's end",
+            labels=("end",),
+        )  # fmt: skip
+        for end in ("answered", "took_over", "gave_up", "aborted"):
+            waits.add_metric((end,), getattr(self._waits, end))
+        waiting = GaugeMetricFamily("tierserve_flights_waiting", "Flights that wait now")
+        waiting.add_metric((), self._waits.waiting)
+        return waits, waiting
 
 
 class _Tiers(Collector):

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from math import floor
+from math import floor, inf
 
 import aiohttp
 from aiohttp import hdrs, web
@@ -18,7 +18,7 @@ from server.record import NotAnAnswerError, record
 from server.request import BadRequestError, Request, parse
 from server.responses import Whole, error_response, failure, own_headers, unavailable
 from server.upstream import UnavailableError, Upstreams
-from tiers import Answer, Chain, Flight, Flights, Form, Freshness, Hit, State
+from tiers import Answer, Chain, Flight, Flights, Form, Freshness, Hit, State, Turns
 from tiers.flight import Listener
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ class OpenAI:
     Args:
         chain: where answers are kept.
         flights: the generations under way.
+        turns: which of them are another process's to make.
         upstreams: asked on a miss.
         identity: tells what gives the answers now, as `server.identity` says it.
         model: the model that a body without one means.
@@ -52,13 +53,15 @@ class OpenAI:
         *,
         chain: Chain,
         flights: Flights,
+        turns: Turns,
         upstreams: Upstreams,
         identity: Callable[[], str],
         model: str,
         freshness: Callable[[str, str], Freshness],
         cache_all: bool,
     ) -> None:
-        self._chain, self._flights, self._upstreams = chain, flights, upstreams
+        self._chain, self._flights, self._turns = chain, flights, turns
+        self._upstreams = upstreams
         self._identity, self._model, self._freshness = identity, model, freshness
         self._cache_all = cache_all
 
@@ -96,33 +99,34 @@ class OpenAI:
         hit = None if control.no_cache else await self._chain.lookup(request.key)
         if hit is not None and control.takes(hit.entry, hit.state, self._chain.clock()):
             if hit.refresh:
-                self._refresh(http, request)
+                self._refresh(http, request, hit)
             return await self._render_hit(http, request, hit, "hit")
         if control.only_if_cached:
             return _not_cached()
-        produce = partial(self._produce, request, forwarded(http))
-        listener, collapsed = self._flights.join(request.key, request.form, produce)
-        http.outcome = ("engine", "collapsed" if collapsed else "miss")
-        status = f"tierserve; fwd={_why(hit, control)}{'; collapsed' if collapsed else ''}"
+        newer_than = _newer_than(hit, control, self._chain.clock())
+        produce = partial(self._produce, request, forwarded(http), newer_than)
+        listener, joined = self._flights.join(request.key, request.form, produce)
+        told = partial(_told, http, _why(hit, control), listener.flight, joined=joined)
+        told()
         try:
             async with listener:
-                return await self._listen(http, request, listener, status)
+                return await self._listen(http, request, listener, told)
         except (NotAnAnswerError, UnavailableError, aiohttp.ClientError, OSError) as exc:
             if http.transport is None:
                 # Not the flight has failed: this client has gone.
                 raise ConnectionResetError from exc
             if hit is not None and not control.is_about_age and _cannot_answer(exc):
-                told = f"; fwd-status={exc.status}" if isinstance(exc, NotAnAnswerError) else ""
-                return await self._render_hit(http, request, hit, f"fwd=stale{told}")
-            http.outcome = ("engine", "error")
+                status = f"; fwd-status={exc.status}" if isinstance(exc, NotAnAnswerError) else ""
+                return await self._render_hit(http, request, hit, f"fwd=stale{status}")
             failed = _failed(exc)
-            failed.headers["Cache-Status"] = status
+            failed.headers["Cache-Status"] = told()
+            http.outcome = ("engine", "error")
             return failed
 
-    def _refresh(self, http: HttpRequest, request: Request) -> None:
+    def _refresh(self, http: HttpRequest, request: Request, hit: Hit) -> None:
         """Have a new answer made in the background, in place of the one that is given out now."""
         if self._upstreams.ready and len(self._flights) < _REFRESH_BELOW:
-            produce = partial(self._produce, request, forwarded(http))
+            produce = partial(self._produce, request, forwarded(http), hit.entry.stored_at)
             self._flights.launch(request.key, request.form, produce)
 
     async def _render_hit(
@@ -136,9 +140,9 @@ class OpenAI:
         return response
 
     async def _listen(
-        self, http: HttpRequest, request: Request, listener: Listener, status: str
+        self, http: HttpRequest, request: Request, listener: Listener, told: Callable[[], str]
     ) -> web.StreamResponse:
-        """Give out what a flight brings.
+        """Give out what a flight brings; `told` says how, once it has brought something.
 
         Raises:
             NotAnAnswerError, UnavailableError, aiohttp.ClientError, OSError: it failed before
@@ -149,13 +153,13 @@ class OpenAI:
         if not request.form is flight.form is Form.EVENTS:
             async for _ in listener:
                 pass
-            return await _render(http, request, _answer_of(flight), status)
+            return await _render(http, request, _answer_of(flight), told())
         id_, created = _fresh(http)
         response: web.StreamResponse | None = None
         try:
             async for event in listener:
                 if response is None:
-                    response = await _begin(http, status)
+                    response = await _begin(http, told())
                 event = convert.counted(event, wants_usage=request.wants_usage)
                 await response.write(convert.fill(event, id_, created))
         except (NotAnAnswerError, aiohttp.ClientError, OSError) as exc:
@@ -163,13 +167,26 @@ class OpenAI:
                 raise
             http.outcome = ("engine", "error")
             return await _cut(response, _failed(exc))
-        response = response or await _begin(http, status)
+        response = response or await _begin(http, told())
         tail = _answer_of(flight).usage if request.wants_usage else b""
         await response.write(convert.fill(tail, id_, created) + _DONE)
         await response.write_eof()
         return response
 
-    async def _produce(self, request: Request, headers: Mapping[str, str], flight: Flight) -> None:
+    async def _produce(
+        self, request: Request, headers: Mapping[str, str], newer_than: float, flight: Flight
+    ) -> None:
+        """Publish what another process has generated, or else what an engine says."""
+        async with self._turns.turn(request.key, newer_than) as answer:
+            if answer is None:
+                await self._generate(request, headers, flight)
+                return
+        answer = await _as_form(answer, flight.form)
+        flight.collapsed = True
+        await flight.publish(answer.content)
+        flight.end(answer)
+
+    async def _generate(self, request: Request, headers: Mapping[str, str], flight: Flight) -> None:
         """Have an engine answer, publish what it says, and store a finished answer."""
         started = time.monotonic()
         async with self._upstreams.request(
@@ -189,18 +206,27 @@ async def _render(
     http: HttpRequest, request: Request, answer: Answer, status: str, age_s: int = 0
 ) -> web.StreamResponse:
     """Return a finished answer in the form that was asked for."""
-    form = request.form
-    if answer.form is not form:
-        if len(answer.content) < _CONVERT_INLINE_BYTES:
-            answer = convert.as_form(answer, form)
-        else:
-            answer = await asyncio.to_thread(convert.as_form, answer, form)
+    if answer.form is not request.form:
+        answer = await _as_form(answer, request.form)
     content, content_type = answer.content, _JSON
-    if form is Form.EVENTS:
+    if answer.form is Form.EVENTS:
         usage = answer.usage if request.wants_usage else b""
         content = convert.counted(content, wants_usage=request.wants_usage) + usage + _DONE
         content_type = _SSE
     return Whole(http, content_type, status, age_s, convert.fill(content, *_fresh(http)))
+
+
+async def _as_form(answer: Answer, form: Form) -> Answer:
+    if answer.form is form or len(answer.content) < _CONVERT_INLINE_BYTES:
+        return convert.as_form(answer, form)
+    return await asyncio.to_thread(convert.as_form, answer, form)
+
+
+def _told(http: HttpRequest, why: str, flight: Flight, *, joined: bool) -> str:
+    """Note how a request is answered that no tier answers; returns the Cache-Status."""
+    collapsed = joined or flight.collapsed
+    http.outcome = ("engine", "collapsed" if collapsed else "miss")
+    return f"tierserve; fwd={why}{'; collapsed' if collapsed else ''}"
 
 
 async def _begin(http: HttpRequest, status: str) -> web.StreamResponse:
@@ -221,6 +247,18 @@ def _why(hit: Hit | None, control: Control) -> str:
     if control.no_cache or (hit is not None and hit.state is State.FRESH):
         return "request"
     return "stale" if hit is not None else "miss"
+
+
+def _newer_than(hit: Hit | None, control: Control, now: float) -> float:
+    """Return when an answer must at least have been stored (Unix s) to be as good as a new one.
+
+    `inf` asks for one of the engine's.
+    """
+    if control.no_cache:
+        return inf
+    if control.is_about_age:
+        return now
+    return 0 if hit is None else hit.entry.stored_at
 
 
 def _not_cached() -> web.Response:

@@ -11,9 +11,11 @@ from tiers.disk import DiskCache
 from tiers.flight import Flight, Flights
 from tiers.frequency import FrequencySketch
 from tiers.key import digest
+from tiers.lease import FileLeases
 from tiers.memory import MemoryCache
 from tiers.movement import Demotion, Movement, Write
 from tiers.tier import Tier
+from tiers.turn import Turns
 
 __all__ = [
     "Answer",
@@ -22,6 +24,7 @@ __all__ = [
     "Demotion",
     "DiskCache",
     "Entry",
+    "FileLeases",
     "Flight",
     "Flights",
     "Form",
@@ -32,6 +35,7 @@ __all__ = [
     "Movement",
     "State",
     "Tier",
+    "Turns",
     "Write",
     "digest",
 ]

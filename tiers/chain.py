@@ -91,6 +91,26 @@ class Chain:
             if copy is not None:
                 copy.release()
 
+    async def newer(self, key: str, than: float) -> Answer | None:
+        """Return the fresh answer under `key` that another process stored after `than` (Unix s).
+
+        Doesn't count as asking for it. It replaces what nearer tiers hold under `key`.
+        """
+        with self._copies.take(key) as copy:
+            for depth, tier in enumerate(self.tiers):
+                found = await tier.get(key, counted=False)
+                if found is None:
+                    continue
+                value, entry = found
+                now = self.clock()
+                if entry.stored_at > than and entry.state(now) is State.FRESH:
+                    async with copy.writing() as is_latest:
+                        for nearer in self.tiers[:depth] if is_latest else ():
+                            if await nearer.holds(key):
+                                await nearer.put(key, value, entry.kept_until - now)
+                    return entry.answer
+        return None
+
     async def store(
         self, key: str, answer: Answer, freshness: Freshness, *, took_s: float = 0
     ) -> bool:

@@ -22,6 +22,8 @@ class Flight:
     def __init__(self, form: Form, max_bytes: int) -> None:
         self.form = form
         self.answer: Answer | None = None
+        self.collapsed = False
+        """Whether another process has generated it."""
         self._max_bytes = max_bytes
         self._log: deque[bytes] = deque()
         self._log_bytes = 0

@@ -47,8 +47,11 @@ class Tier:
         self._near = backend if isinstance(backend, ByteCache) else None
         self.counts = Counts()
 
-    async def get(self, key: str) -> tuple[bytes, Entry] | None:
-        """Return the entry under `key`, encoded and decoded, or `None`."""
+    async def get(self, key: str, *, counted: bool = True) -> tuple[bytes, Entry] | None:
+        """Return the entry under `key`, encoded and decoded, or `None`.
+
+        Unless `counted`, it is neither a hit nor a miss.
+        """
         try:
             value: bytes | None = (
                 self._near.read(key)
@@ -65,9 +68,9 @@ class Tier:
                 # Of another version of ours; the next answer replaces it.
                 logger.debug("the %s tier holds what can't be read: %s", self.name, exc)
             else:
-                self.counts.hits += 1
+                self.counts.hits += counted
                 return value, entry
-        self.counts.misses += 1
+        self.counts.misses += counted
         return None
 
     async def put(self, key: str, value: bytes, ttl_s: float) -> bool:

@@ -6,15 +6,20 @@ from server.engine import EngineState
 from server.metrics import _BOUNDS_S, Metrics
 from tiers import Chain, DiskCache, FrequencySketch, MemoryCache, Tier
 from tiers.tier import Counts
+from tiers.turn import Waits
 
 MISS = {"tier": "engine", "outcome": "miss"}
 
 
 def made(
-    *tiers: Tier, state=lambda: EngineState.READY, restarts=lambda: 0, dropped=lambda: 0
+    *tiers: Tier,
+    state=lambda: EngineState.READY,
+    restarts=lambda: 0,
+    dropped=lambda: 0,
+    waits: Waits | None = None,
 ) -> Metrics:
     chain = Chain(tiers, frequency=FrequencySketch(1), max_answer_bytes=1)
-    return Metrics(chain, state=state, restarts=restarts, dropped=dropped)
+    return Metrics(chain, state=state, restarts=restarts, dropped=dropped, waits=waits or Waits())
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
@@ -99,3 +104,11 @@ def test_the_engine_is_in_one_state(state: EngineState) -> None:
     told = {each: value(metrics, "engine_state", state=each) for each in EngineState}
     assert told == {each: each is state for each in EngineState}
     assert value(metrics, "engine_restarts_total") == 3
+
+
+def test_waits_for_another_process_are_told() -> None:
+    waits = Waits(waiting=5, answered=1, took_over=2, gave_up=3, aborted=4)
+    metrics = made(waits=waits)
+    assert value(metrics, "flights_waiting") == 5
+    ends = ("answered", "took_over", "gave_up", "aborted")
+    assert [value(metrics, "flight_waits_total", end=end) for end in ends] == [1, 2, 3, 4]

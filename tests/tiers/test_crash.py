@@ -6,17 +6,15 @@ runs in a process of its own, forked from a server that has imported everything 
 
 import asyncio
 import logging
-import multiprocessing
 import os
 import random
 import resource
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from hashlib import shake_128
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Self
 
 import pytest
 
@@ -25,6 +23,8 @@ from tiers.disk import Durability
 from tiers.disk.file import DATA, DiskFile
 from tiers.disk.verify import _Pages, verify
 
+from .child import Child, processes
+
 MIB = 1024 * 1024
 LONG = os.environ.get("TIERSERVE_LONG") == "1"
 KILLS = 200 if LONG else 30
@@ -32,7 +32,6 @@ FLIPS = 1000 if LONG else 60
 PAGE_BITS = 4096 * 8
 NOBODY = 65534
 
-processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["tests.tiers.test_crash"])
 
 
@@ -42,31 +41,6 @@ def value_of(key: str) -> bytes:
     return shake_128(key.encode()).digest(size) + f"{key} is what was asked. ".encode() * (
         size // 20
     )
-
-
-class Child:
-    """A process that runs `work(connection, *args)`; leaving it kills it with -9."""
-
-    def __init__(self, work: Callable[..., None], *args: object) -> None:
-        self.connection, theirs = processes.Pipe()
-        self.process = processes.Process(target=work, args=(theirs, *args), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.process.kill()
-        self.process.join()
-
-    def receive(self) -> Iterator[object]:
-        """Yield what the process sends until it ends."""
-        while True:
-            try:
-                yield self.connection.recv()
-            except EOFError:
-                return
 
 
 @pytest.fixture

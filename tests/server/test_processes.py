@@ -1,0 +1,308 @@
+"""Two tierserve processes over one disk tier, in front of one upstream."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import orjson
+import pytest
+import pytest_asyncio
+from aiohttp import web
+
+from server.chain import build, build_turns
+from server.config import load
+
+from .conftest import Front, Upstream, answer, body, held, question, running
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+MISS, COLLAPSED = "tierserve; fwd=miss", "tierserve; fwd=miss; collapsed"
+ENDS = ("answered", "took_over", "gave_up", "aborted")
+
+
+@asynccontextmanager
+async def two(folder: Path, upstream: Upstream) -> AsyncIterator[list[Front]]:
+    async with AsyncExitStack() as stack:
+        made = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TIERSERVE__TIERS__DISK__PATH", str(folder / "disk"))
+            for name in ("a", "b"):
+                (folder / name).mkdir()
+                made.append(await stack.enter_async_context(running(folder / name, upstream)))
+        yield made
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def fronts(_upstream: Upstream, tmp_path_factory) -> AsyncIterator[list[Front]]:
+    async with two(tmp_path_factory.mktemp("fronts"), _upstream) as made:
+        yield made
+
+
+def at_last(go: asyncio.Event, then=answer) -> Callable[[web.Request], Awaitable]:
+    """Return a handler that begins a stream at once, and answers once `go` is set."""
+
+    async def slow(http: web.Request) -> web.StreamResponse:
+        if orjson.loads(await http.read()).get("stream"):
+            return await held(go)(http)
+        await go.wait()
+        return await then(http)
+
+    return slow
+
+
+async def until(is_so: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(30):
+        while not await is_so():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def until_asked(upstream: Upstream) -> None:
+    async def is_asked() -> bool:
+        return bool(upstream.asked)
+
+    await until(is_asked)
+
+
+async def until_one_waits(*fronts: Front) -> None:
+    async def one_waits() -> bool:
+        return 1 in [await front.metric("tierserve_flights_waiting ") for front in fronts]
+
+    await until(one_waits)
+
+
+async def waits(front: Front) -> Counter[str]:
+    """Return how often the front's waits ended how."""
+    metric = 'tierserve_flight_waits_total{{end="{}"}}'.format
+    return Counter({end: int(await front.metric(metric(end))) for end in ENDS})
+
+
+@asynccontextmanager
+async def ending(front: Front, *ends: str) -> AsyncIterator[None]:
+    """Expect that so many waits end so."""
+    expected = await waits(front) + Counter(ends)
+    yield
+
+    async def is_so() -> bool:
+        return await waits(front) == expected
+
+    await until(is_so)
+
+
+async def follow(fronts: list[Front], upstream: Upstream, *asked: dict) -> list[asyncio.Task]:
+    """Ask the first front, which generates, then the second, which waits for it."""
+    tasks = [asyncio.create_task(fronts[0].ask(asked[0]))]
+    await until_asked(upstream)
+    tasks += [asyncio.create_task(fronts[1].ask(each)) for each in asked[1:]]
+    await until_one_waits(fronts[1])
+    assert len(upstream.asked) == 1
+    return tasks
+
+
+async def test_fifty_requests_at_both_are_one_generation(
+    fronts: list[Front], upstream: Upstream
+) -> None:
+    asked, go = question(), asyncio.Event()
+    upstream.handler = at_last(go)
+    forms = [bool(number & 2) for number in range(50)]
+    tasks = [
+        asyncio.create_task(fronts[number % 2].ask(asked | {"stream": stream}))
+        for number, stream in enumerate(forms)
+    ]
+    await until_one_waits(*fronts)
+    go.set()
+    replies = await asyncio.gather(*tasks)
+    assert len(upstream.asked) == 1
+    for stream, (status, _, text) in zip(forms, replies, strict=True):
+        assert status == 200
+        assert b'"content":"yes"' in text
+        assert text.endswith(b"data: [DONE]\n\n") == stream
+    # Who comes last may find it in a tier.
+    told = [cache_status for _, cache_status, _ in replies if "; hit; " not in cache_status]
+    assert told.count(MISS) == 1
+    assert told.count(COLLAPSED) == len(told) - 1
+
+
+@pytest.mark.parametrize("leads", [False, True], ids=["body", "stream"])
+@pytest.mark.parametrize("follows", [False, True], ids=["body", "stream"])
+async def test_the_other_ones_answer_is_given_and_told_so(
+    fronts: list[Front], upstream: Upstream, leads: bool, follows: bool
+) -> None:
+    asked, go = question(), asyncio.Event()
+    upstream.handler = at_last(go)
+    same = asked | {"stream": follows}
+    if follows:
+        same["stream_options"] = {"include_usage": True}
+    misses = await fronts[1].metric('tierserve_tier_misses_total{tier="disk"')
+    async with ending(fronts[1], "answered"):
+        tasks = await follow(fronts, upstream, asked | {"stream": leads}, same, same)
+        go.set()
+        (_, leader, _), *followers = await asyncio.gather(*tasks)
+    assert leader == MISS
+    for status, cache_status, text in followers:
+        assert (status, cache_status) == (200, COLLAPSED)
+        assert b'"content":"yes"' in text
+        assert b'"total_tokens":2' in text
+        assert text.endswith(b"data: [DONE]\n\n") == follows
+    assert len(upstream.asked) == 1
+    assert await fronts[1].metric('tierserve_tier_misses_total{tier="disk"') == misses + 2
+
+
+async def fail(_: web.Request) -> web.StreamResponse:
+    return web.json_response({"error": {"message": "no memory", "code": 500}}, status=500)
+
+
+async def stop_halfway(_: web.Request) -> web.StreamResponse:
+    return web.json_response(body("y", "abort"))
+
+
+@pytest.mark.parametrize(("ends", "status"), [(fail, 500), (stop_halfway, 200)])
+async def test_takes_over_where_the_other_has_no_answer_to_store(
+    fronts: list[Front], upstream: Upstream, ends, status: int
+) -> None:
+    asked, go = question(), asyncio.Event()
+    upstream.handler = at_last(go, then=ends)
+    async with ending(fronts[1], "took_over"):
+        leading, following = await follow(fronts, upstream, asked, asked)
+        upstream.handler = answer
+        go.set()
+        assert (await leading)[0] == status
+        assert (await following)[:2] == (200, MISS)
+    assert len(upstream.asked) == 2
+
+
+async def test_takes_over_when_the_others_client_has_gone(
+    fronts: list[Front], upstream: Upstream
+) -> None:
+    asked = question()
+    upstream.handler = at_last(asyncio.Event())
+    async with ending(fronts[1], "took_over"):
+        leading, following = await follow(fronts, upstream, asked, asked)
+        upstream.handler = answer
+        leading.cancel()
+        assert (await following)[:2] == (200, MISS)
+
+
+async def test_takes_over_from_one_that_is_killed(upstream: Upstream, tmp_path: Path) -> None:
+    asked = question(stream=True)
+    upstream.handler = held(asyncio.Event())
+    async with two(tmp_path, upstream) as fronts, ending(fronts[1], "took_over"):
+        leading, following = await follow(fronts, upstream, asked, asked)
+        upstream.handler = answer
+        fronts[0].process.kill()
+        with pytest.raises(aiohttp.ClientError):
+            await leading
+        status, cache_status, text = await following
+    assert (status, cache_status) == (200, MISS)
+    assert text.endswith(b"data: [DONE]\n\n")
+    assert len(upstream.asked) == 2
+
+
+async def test_stops_waiting_when_nobody_asks_any_more(
+    fronts: list[Front], upstream: Upstream
+) -> None:
+    asked, go = question(), asyncio.Event()
+    upstream.handler = at_last(go)
+    async with ending(fronts[1], "aborted"):
+        leading, following = await follow(fronts, upstream, asked, asked)
+        following.cancel()
+    go.set()
+    assert (await leading)[:2] == (200, MISS)
+    assert len(upstream.asked) == 1
+
+
+async def ask_while_the_other_generates(
+    fronts: list[Front], upstream: Upstream, **options
+) -> tuple[int, str, bytes]:
+    """Return what the second front says, which asks by itself."""
+    asked = question()
+    upstream.handler = at_last(asyncio.Event())
+    leading = asyncio.create_task(fronts[0].ask(asked))
+    await until_asked(upstream)
+    upstream.handler = answer
+    reply = await fronts[1].ask(asked, **options)
+    assert len(upstream.asked) == 2
+    leading.cancel()
+    await asyncio.wait([leading])
+    return reply
+
+
+async def test_who_wants_a_new_answer_does_not_wait(
+    fronts: list[Front], upstream: Upstream
+) -> None:
+    new = {"Cache-Control": "no-cache"}
+    async with ending(fronts[1]):
+        reply = await ask_while_the_other_generates(fronts, upstream, headers=new)
+    assert reply[:2] == (200, "tierserve; fwd=request")
+
+
+async def test_what_is_too_old_for_a_client_is_not_given_after_all(
+    fronts: list[Front], upstream: Upstream
+) -> None:
+    asked = question()
+    await fronts[0].ask(asked)
+    async with asyncio.timeout(30):
+        while "; hit; " not in (await fronts[1].ask(asked))[1]:
+            pass
+    reply = await fronts[1].ask(asked, headers={"Cache-Control": "max-age=0"})
+    assert reply[:2] == (200, "tierserve; fwd=request")
+    assert len(upstream.asked) == 2
+
+
+async def test_a_wait_has_a_bound(upstream: Upstream, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("TIERSERVE__CACHE__WAIT_FOR_OTHERS_S", "0.2")
+    async with two(tmp_path, upstream) as fronts, ending(fronts[1], "gave_up"):
+        reply = await ask_while_the_other_generates(fronts, upstream)
+        assert reply[:2] == (200, MISS)
+
+
+async def test_what_the_other_makes_anew_is_not_made_twice(
+    fronts: list[Front], upstream: Upstream
+) -> None:
+    asked, go = question(model="swr"), asyncio.Event()
+    await fronts[0].ask(asked)
+    upstream.asked.clear()
+    upstream.handler = at_last(go)
+    async with asyncio.timeout(30):
+        while not upstream.asked:
+            # It is stale at once, and made anew when the flight that made it has landed.
+            _, stale, _ = await fronts[0].ask(asked)
+    _, other_stale, _ = await fronts[1].ask(asked)
+    await until_one_waits(fronts[1])
+    assert len(upstream.asked) == 1
+    assert "; hit; ttl=-" in stale
+    assert "; hit; ttl=-" in other_stale
+    go.set()
+
+
+@pytest.mark.parametrize(
+    ("text", "waits"),
+    [
+        ("cache: {wait_for_others_s: 10}", True),
+        ("cache: {wait_for_others_s: 0}", False),
+        # What another process could not see when it is stored is nothing to wait for.
+        ("tiers: {write: on_evict}", False),
+        ("tiers: {disk: {durability: interval}}", False),
+        ("tiers: {disk: null}", False),
+    ],
+)
+async def test_waits_only_for_what_can_be_seen(
+    tmp_path: Path, monkeypatch, text: str, waits: bool
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text(text)
+    config = load(tmp_path / "c.yaml")
+    chain, _ = build(config)
+    # As another process would: its lock is that of another open file.
+    turns, others = build_turns(config, chain), build_turns(config, chain)
+    async with turns.turn("k", 0) as nothing:
+        assert nothing is None
+        waiting = asyncio.create_task(others.turn("k", 0).__aenter__())
+        await asyncio.sleep(0)
+        assert others.waits.waiting == waits
+        waiting.cancel()
+        await asyncio.wait([waiting])
+    for each in (turns, others, chain):
+        await each.close()

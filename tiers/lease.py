@@ -1,0 +1,92 @@
+"""Leases: the right to generate the answer under a key, among all processes that share a tier.
+
+A lease spares generations and guards nothing: where one is lost, or a server of leases fails, two
+processes generate the same answer. So whatever goes wrong counts as having got it.
+"""
+
+import fcntl
+import logging
+import os
+from collections import Counter
+from hashlib import blake2b
+from pathlib import Path
+from struct import Struct
+from typing import Protocol
+
+logger = logging.getLogger(__name__)
+
+FILE = "leases.lock"
+
+# `struct flock` of 64-bit Linux (fcntl(2)): type, whence, start, length, process.
+_FLOCK = Struct("hhqqi4x")
+# What a file offset can be, less two bits to spare.
+_OFFSETS = 1 << 62
+
+
+class Leases(Protocol):
+    """Leases among some processes. A process may hold one several times, as may a key's flights."""
+
+    async def take(self, key: str) -> bool:
+        """Return whether we hold the lease now; if so, `release` it once."""
+
+    async def release(self, key: str) -> None:
+        """Give up the lease, or one of several times that we hold it."""
+
+    async def close(self) -> None:
+        """Give up all leases."""
+
+
+class FileLeases:
+    """Leases among the processes of one machine: locks of single bytes of an empty file.
+
+    Open file description locks (fcntl(2)): unlike POSIX record locks, they aren't lost when the
+    process closes another descriptor of the file. The kernel frees them when the process ends, by
+    whatever cause; taking and releasing one costs microseconds.
+
+    Args:
+        folder: where the file is; must exist.
+
+    Raises:
+        OSError: the file can't be opened.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        # Not inherited: a child that lives on would hold our leases.
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self._file: int | None = os.open(folder / FILE, flags, 0o600)
+        self._times: Counter[int] = Counter()
+
+    async def take(self, key: str) -> bool:
+        offset = _offset_of(key)
+        if not self._times[offset] and not self._lock(offset, fcntl.F_WRLCK):
+            return False
+        self._times[offset] += 1
+        return True
+
+    async def release(self, key: str) -> None:
+        offset = _offset_of(key)
+        self._times[offset] -= 1
+        if not self._times[offset]:
+            del self._times[offset]
+            self._lock(offset, fcntl.F_UNLCK)
+
+    async def close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            os.close(file)
+
+    def _lock(self, offset: int, kind: int) -> bool:
+        if self._file is None:
+            return True
+        try:
+            wanted = _FLOCK.pack(kind, os.SEEK_SET, offset, 1, 0)
+            fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, wanted)
+        except BlockingIOError:
+            return False
+        except OSError:
+            logger.exception("a lease can't be had; it counts as taken by us")
+        return True
+
+
+def _offset_of(key: str) -> int:
+    return int.from_bytes(blake2b(key.encode(), digest_size=8).digest()) % _OFFSETS
