@@ -1,6 +1,7 @@
 """What the tests of the tiers share: a clock that only tests move, and every backend."""
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -77,3 +78,12 @@ class Remote(BaseCache):
     async def _set(self, key, value, ttl=None, _cas_token=None, _conn=None):
         await self._go(lambda: self.held.update({key: (value, self.clock.now + ttl)}))
         return True
+
+
+_number = itertools.count()
+
+
+@pytest.fixture
+def key() -> str:
+    """A key that no other test has used."""
+    return f"key-{next(_number)}"
