@@ -15,6 +15,8 @@ _BLOCK_KEYS = 16
 _MOST = 15
 _SAMPLE_FACTOR = 10
 _HALVES = bytes(count >> 1 for count in range(256))
+_CAPPED = bytes(min(count, _MOST) for count in range(256))
+_ADDED_BYTES = 64 * 1024
 _DIGEST_DIGITS = 64
 
 # A count-min sketch: small counters, of which the bits of a key's digest choose four. Keys share
@@ -104,7 +106,7 @@ class FrequencySketch:
         return head + bytes(self._table)
 
     def restore(self, data: bytes) -> None:
-        """Count on from what `dump` wrote of a sketch of the same capacity.
+        """Add the counts that `dump` wrote of a sketch of the same capacity.
 
         Raises:
             ValueError: the bytes are of another format version, capacity, or length.
@@ -119,13 +121,26 @@ class FrequencySketch:
             raise ValueError("sketch is of another capacity")
         if len(data) != _HEADER.size + len(self._table):
             raise ValueError("sketch is cut short or too long")
-        self._table[:] = data[_HEADER.size :]
-        self._records = records
+        self._add(data[_HEADER.size :])
+        self._records += records
+        if self._records >= self._sample:
+            self._halve()
 
     def _resize(self, log2: int) -> None:
         self.capacity = 1 << log2
         self._mask = self.capacity // _BLOCK_KEYS - 1
         self._sample = _SAMPLE_FACTOR * self.capacity
+
+    def _add(self, table: bytes) -> None:
+        if not self._records:
+            self._table[:] = table
+            return
+        # Two counts of at most 15 fit in a byte, so long integers add all of them at once.
+        for start in range(0, len(table), _ADDED_BYTES):
+            part = slice(start, start + _ADDED_BYTES)
+            summed = int.from_bytes(self._table[part]) + int.from_bytes(table[part])
+            size = len(table[part])
+            self._table[part] = summed.to_bytes(size).translate(_CAPPED)
 
     def _halve(self) -> None:
         self._table = self._table.translate(_HALVES)

@@ -81,6 +81,47 @@ def test_survives_dump_and_restore(keys: list[str], capacity: int) -> None:
         assert again.record(one) == sketch.record(one)
 
 
+@given(st.lists(KEYS, max_size=150), st.lists(KEYS, max_size=150))
+@settings(deadline=None)
+def test_restoring_adds_to_what_was_counted_meanwhile(before: list[str], since: list[str]) -> None:
+    saved, sketch = FrequencySketch(64), FrequencySketch(64)
+    for one in before:
+        saved.record(one)
+    for one in since:
+        sketch.record(one)
+    counted = {one: (saved.estimate(one), sketch.estimate(one)) for one in {*before, *since}}
+    sketch.restore(saved.dump())
+    for one, counts in counted.items():
+        assert sketch.estimate(one) >= min(sum(counts), 15)
+
+
+def test_restoring_is_exact_with_room_to_spare() -> None:
+    saved, sketch = FrequencySketch(1 << 16), FrequencySketch(1 << 16)
+    for number in range(100):
+        for _ in range(number % 10):
+            saved.record(key(number))
+        for _ in range(number % 12):
+            sketch.record(key(number))
+    sketch.restore(saved.dump())
+    assert [sketch.estimate(key(number)) for number in range(100)] == [
+        min(number % 10 + number % 12, 15) for number in range(100)
+    ]
+
+
+def test_restoring_ages_when_it_is_due() -> None:
+    saved, sketch = FrequencySketch(16), FrequencySketch(16)
+    for half in (saved, sketch):
+        for _ in range(80):
+            half.record("a")
+    sketch.restore(saved.dump())
+    assert sketch.estimate("a") == 7
+    for _ in range(79):
+        sketch.record("a")
+    assert sketch.estimate("a") == 15
+    sketch.record("a")
+    assert sketch.estimate("a") == 7
+
+
 @pytest.mark.parametrize(
     "data", [b"", b"\x01\x06", b"\x01" + FrequencySketch(64).dump()[1:], b"\x01\xff" + bytes(8)]
 )
