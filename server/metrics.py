@@ -137,11 +137,21 @@ class _Tiers(Collector):
             yield gauge
         for name in ("evictions", "expirations", "damaged", "refused"):
             yield _counter(name, [(tier, getattr(usage, name)) for tier, usage in usages])
-        for name in ("hits", "misses", "stores", "promotions", "demotions", "errors"):
+        for name in ("hits", "misses", "stores", "promotions", "demotions", "errors", "busy"):
             yield _counter(name, [(tier.name, getattr(tier.counts, name)) for tier in tiers])
-        dropped = CounterMetricFamily("tierserve_demotions_dropped", "For which the queue was full")
-        dropped.add_metric((), self._dropped())
-        yield dropped
+        available = GaugeMetricFamily(
+            "tierserve_tier_available", "0 where it fails and isn't asked", labels=("tier",)
+        )
+        for tier_ in tiers:
+            available.add_metric((tier_.name,), tier_.available)
+        yield available
+        queues = {"demotions": self._dropped(), "promotions": self._chain.promotions_dropped}
+        for name, count in queues.items():
+            dropped = CounterMetricFamily(
+                f"tierserve_{name}_dropped", "For which the queue was full"
+            )
+            dropped.add_metric((), count)
+            yield dropped
 
 
 def _counter(name: str, values: Iterable[tuple[str, int]]) -> Metric:

@@ -14,7 +14,11 @@ from tiers.answer import Answer, Entry, Freshness, State
 from tiers.copies import Copies, Copy
 from tiers.frequency import FrequencySketch
 from tiers.movement import Write
+from tiers.promotion import Found, Promotion
 from tiers.tier import Tier
+
+# Promotions that wait for the disk.
+_PROMOTION_BYTES = 16 * 1024**2
 
 
 class Hit(NamedTuple):
@@ -27,6 +31,14 @@ class Hit(NamedTuple):
     """Whether a new answer should be made now, whatever this one may be used for."""
 
 
+class _Seen(NamedTuple):
+    depth: int
+    """Of the tier in the chain."""
+    value: bytes
+    entry: Entry
+    state: State
+
+
 class Chain:
     """Tiers in order, nearest first.
 
@@ -35,9 +47,9 @@ class Chain:
         frequency: counts how often each key is asked for.
         max_answer_bytes: a larger answer isn't stored.
         promote_after: a hit is copied to nearer tiers once it was asked for so often, and more
-            often than what it would push out there.
+            often than what it would push out there, or where an older entry is there.
         copies: those under way between the tiers; the demotion's own, if there is one.
-        write: whether a new answer is stored in all tiers or in the nearest.
+        write: whether a new answer is stored in all tiers, or in the nearest and the shared.
         ttl_jitter: by up to this part is each ttl cut by chance, so that what was stored together
             doesn't expire together.
         clock: returns Unix seconds.
@@ -58,38 +70,39 @@ class Chain:
         chance: Callable[[], float] = random,
     ) -> None:
         self.tiers = tuple(tiers)
+        self._own = tuple(tier for tier in tiers if not tier.shared)
+        self._shared = tuple(tier for tier in tiers if tier.shared)
         self._frequency = frequency
-        self._promote_after, self._write = promote_after, write
+        self._write = write
+        self._promotion = Promotion(
+            frequency, promote_after=promote_after, max_bytes=_PROMOTION_BYTES, clock=clock
+        )
         self._copies = Copies() if copies is None else copies
         self.max_answer_bytes = max_answer_bytes
         self.ttl_jitter = ttl_jitter
         self.clock = clock
         self._chance = chance
 
+    @property
+    def promotions_dropped(self) -> int:
+        """How many promotions found no room in the queue."""
+        return self._promotion.dropped
+
     async def lookup(self, key: str) -> Hit | None:
-        """Return the entry under `key`, which may be promoted for it. Counts as asking for it."""
+        """Return the entry under `key`, which may be promoted for it. Counts as asking for it.
+
+        What isn't fresh any more in a near tier may have been renewed in one that others share, so
+        then the farther tiers are asked too, and the latest entry counts.
+        """
         asked = self._frequency.record(key)
-        copy: Copy | None = None
-        try:
-            for depth, tier in enumerate(self.tiers):
-                if depth == 1:
-                    copy = self._copies.take(key)
-                found = await tier.get(key)
-                if found is None:
-                    continue
-                value, entry = found
-                now = self.clock()
-                state = entry.state(now)
-                if state is State.EXPIRED:
-                    continue
-                if copy is not None and asked >= self._promote_after:
-                    await self._promote(copy, self.tiers[:depth], value, asked, entry)
-                refresh = state is State.STALE or self._is_refreshed_early(entry, now)
-                return Hit(entry, tier.name, state, refresh)
+        best = await self._look(0, key) if self.tiers else None
+        if len(self.tiers) > 1 and (best is None or best.state is not State.FRESH):
+            best = await self._look_farther(key, best, asked)
+        if best is None:
             return None
-        finally:
-            if copy is not None:
-                copy.release()
+        depth, _, entry, state = best
+        refresh = state is State.STALE or self._is_refreshed_early(entry, self.clock())
+        return Hit(entry, self.tiers[depth].name, state, refresh)
 
     async def newer(self, key: str, than: float) -> Answer | None:
         """Return the fresh answer under `key` that another process stored after `than` (Unix s).
@@ -132,40 +145,64 @@ class Chain:
             freshness.stale_if_error_s,
         )
         value = entry.encode()
+        left_s = entry.kept_until - now
         async with self._copies.storing(key):
-            if self._write is Write.ON_EVICT:
-                return await self._store_nearest(key, value, entry.kept_until - now)
             stored = False
-            for tier in self.tiers:
-                stored = await tier.put(key, value, entry.kept_until - now) or stored
+            if self._write is Write.ON_EVICT:
+                stored = await self._store_nearest(key, value, left_s)
+            for tier in self._shared if self._write is Write.ON_EVICT else self.tiers:
+                stored = await tier.put(key, value, left_s) or stored
             return stored
 
+    async def settle(self) -> None:
+        """Finish the promotions that are under way."""
+        await self._promotion.finish()
+
     async def close(self) -> None:
-        """Flush and close the tiers, nearest first."""
+        """Finish promotions, then flush and close the tiers, nearest first."""
+        await self.settle()
         for tier in self.tiers:
             await tier.close()
 
     async def _store_nearest(self, key: str, value: bytes, ttl_s: float) -> bool:
         # What farther tiers hold is older, and would be found once the nearest has evicted this.
-        for tier in self.tiers[1:]:
+        for tier in self._own[1:]:
             await tier.remove(key)
-        for tier in self.tiers:
+        for tier in self._own:
             if await tier.put(key, value, ttl_s):
                 return True
         return False
 
-    async def _promote(
-        self, copy: Copy, tiers: Sequence[Tier], value: bytes, asked: int, entry: Entry
-    ) -> None:
-        async with copy.writing() as is_latest:
-            if not is_latest:
-                return
-            for tier in tiers:
-                victim = tier.victim(len(value))
-                beats = victim is None or asked > self._frequency.estimate(victim)
-                if beats and not await tier.holds(copy.key):
-                    promoted = await tier.put(copy.key, value, entry.kept_until - self.clock())
-                    tier.counts.promotions += promoted
+    async def _look(self, depth: int, key: str) -> _Seen | None:
+        found = await self.tiers[depth].get(key)
+        if found is None:
+            return None
+        value, entry = found
+        state = entry.state(self.clock())
+        return None if state is State.EXPIRED else _Seen(depth, value, entry, state)
+
+    async def _look_farther(self, key: str, best: _Seen | None, asked: int) -> _Seen | None:
+        """Ask the tiers behind the nearest, in which `best` was seen, and promote what is found."""
+        copy: Copy | None = self._copies.take(key)
+        older_in = [] if best is None else [self.tiers[0]]
+        try:
+            for depth in range(1, len(self.tiers)):
+                seen = await self._look(depth, key)
+                if seen is None:
+                    continue
+                if best is None or seen.entry.stored_at > best.entry.stored_at:
+                    best = seen
+                if best.state is State.FRESH:
+                    break
+                older_in.append(self.tiers[depth])
+            if copy is not None and best is not None and best.depth > 0:
+                found = Found(key, best.value, best.entry, asked, older_in)
+                taken, copy = copy, None
+                await self._promotion.promote(taken, found, self.tiers[: best.depth])
+            return best
+        finally:
+            if copy is not None:
+                copy.release()
 
     def _is_refreshed_early(self, entry: Entry, now: float) -> bool:
         """Choose by chance, the more likely the closer the expiry and the dearer the answer.

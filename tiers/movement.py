@@ -1,19 +1,19 @@
 """Movement between tiers beside requests: demotion, and what is remembered over a restart.
 
-Promotion is the chain's, since a hit leads to it. Two things are remembered in the disk tier: how
-often each key was asked for and, by the order in which entries would leave, which are the hottest.
+Promotion is in `tiers.promotion`, since a hit leads to it. Two things are remembered in the disk
+tier: how often each key was asked for and, by the order in which entries would leave, which are the
+hottest.
 """
 
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
-from itertools import islice
-from typing import NamedTuple
+from functools import partial
 
-from tiers.copies import Copies, Copy
+from tiers.copies import Copies
+from tiers.copy_queue import CopyQueue, Waiting, write_all
 from tiers.disk import DiskCache
 from tiers.frequency import FrequencySketch
 from tiers.tier import Tier
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 _SKETCH = "frequency"
 _SAVE_EVERY_S = 300
 _REFILL_AT_ONCE = 16
-_DEMOTE_AT_ONCE = 64
+_REFILL_AT_ONCE_BYTES = 1024**2
 
 
 class Write(StrEnum):
@@ -33,12 +33,6 @@ class Write(StrEnum):
     """At once: nothing is lost."""
     ON_EVICT = "on_evict"
     """When the nearest tier evicts them, and at the end: fewer writes, lost by kill -9."""
-
-
-class _Evicted(NamedTuple):
-    copy: Copy
-    value: bytes
-    expires_at: float
 
 
 class Demotion:
@@ -61,57 +55,42 @@ class Demotion:
         max_bytes: int,
         clock: Callable[[], float],
     ) -> None:
-        self.dropped = 0
         self._to, self._frequency, self._copies = tuple(to), frequency, copies
-        self._max_bytes, self._clock = max_bytes, clock
-        self._queue: deque[_Evicted] = deque()
-        self._queue_bytes = 0
-        self._running: asyncio.Task[None] | None = None
+        self._clock = clock
+        self._queue = CopyQueue(max_bytes)
+
+    @property
+    def dropped(self) -> int:
+        """How many found no room in the queue."""
+        return self._queue.dropped
 
     def offer(self, key: str, value: bytes, expires_at: float | None) -> None:
         """Take what was evicted; never waits."""
-        if expires_at is None or self._frequency.estimate(key) == 0:
-            return
-        if self._queue_bytes + len(value) > self._max_bytes:
-            self.dropped += 1
-            return
-        self._queue.append(_Evicted(self._copies.take(key), value, expires_at))
-        self._queue_bytes += len(value)
-        if self._running is None:
-            self._running = asyncio.create_task(self._run())
+        if expires_at is not None and self._frequency.estimate(key) > 0:
+            self._queue.offer(self._waiting(key, value, expires_at))
 
     async def write_all(self, entries: Iterable[tuple[str, bytes, float | None]]) -> None:
         """Write entries that were not evicted, many at once."""
-        taken = (
-            _Evicted(self._copies.take(key), value, expires_at)
+        await write_all(
+            self._waiting(key, value, expires_at)
             for key, value, expires_at in entries
             if expires_at is not None
         )
-        while batch := list(islice(taken, _DEMOTE_AT_ONCE)):
-            await asyncio.gather(*map(self._demote, batch))
 
     async def finish(self) -> None:
         """Write what is left in the queue."""
-        if self._running is not None:
-            await self._running
+        await self._queue.finish()
 
-    async def _run(self) -> None:
-        # Together, since the disk tier commits together what comes together.
-        while self._queue:
-            batch = [self._queue.popleft() for _ in range(min(len(self._queue), _DEMOTE_AT_ONCE))]
-            await asyncio.gather(*map(self._demote, batch))
-            self._queue_bytes -= sum(len(evicted.value) for evicted in batch)
-        self._running = None
+    def _waiting(self, key: str, value: bytes, expires_at: float) -> Waiting:
+        write = partial(self._demote, key, value, expires_at)
+        return Waiting(self._copies.take(key), len(value), write)
 
-    async def _demote(self, evicted: _Evicted) -> None:
-        copy, value, expires_at = evicted
-        with copy:
-            async with copy.writing() as is_latest:
-                for tier in self._to if is_latest else ():
-                    left_s = expires_at - self._clock()
-                    if left_s > 0 and not await tier.holds(copy.key):
-                        demoted = await tier.put(copy.key, value, left_s)
-                        tier.counts.demotions += demoted
+    async def _demote(self, key: str, value: bytes, expires_at: float) -> None:
+        for tier in self._to:
+            left_s = expires_at - self._clock()
+            if left_s > 0 and not await tier.holds(key):
+                demoted = await tier.put(key, value, left_s)
+                tier.counts.demotions += demoted
 
 
 class Movement:
@@ -198,12 +177,16 @@ class Movement:
 
 async def _refill(nearest: Tier, disk: DiskCache, clock: Callable[[], float]) -> None:
     """Copy the hottest entries into the nearest tier, hottest first, until that is full."""
-    for number, (key, value, expires_at) in enumerate(disk.hottest()):
+    number = read_bytes = 0
+    for key, value, expires_at in disk.hottest():
         left_s = 0 if expires_at is None else expires_at - clock()
         if left_s > 0 and not await nearest.holds(key):
             if nearest.victim(len(value)) is not None:
                 return
             await nearest.put(key, value, left_s)
-        if number % _REFILL_AT_ONCE == 0:
+        number += 1
+        read_bytes += len(value)
+        if number >= _REFILL_AT_ONCE or read_bytes >= _REFILL_AT_ONCE_BYTES:
             # Requests go first.
+            number = read_bytes = 0
             await asyncio.sleep(0)

@@ -5,15 +5,28 @@ fails a request. Cancellation passes through.
 """
 
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from aiocache.base import BaseCache
 
 from tiers.answer import Entry
 from tiers.backend import ByteCache
+from tiers.calls import BusyError, Calls
+from tiers.circuit import FAILURES, CircuitBreaker
+from tiers.losses import Losses
+from tiers.memory import MemoryCache
 
 logger = logging.getLogger(__name__)
+
+_WRITE_S = 1.0
+# A connection each. One process hardly does more at once, however quick the server is.
+_READS = 8
+_WRITES = 4
+_PROBED = "probe"
 
 
 @dataclass(slots=True)
@@ -28,24 +41,58 @@ class Counts:
     demotions: int = 0
     """Stores of what a nearer tier evicted."""
     errors: int = 0
+    busy: int = 0
+    """Calls that weren't made, since too many were under way."""
 
 
 class Tier:
     """A named level of the chain.
 
+    A backend elsewhere is left out after failures in a row, until it answers again. What it may
+    hold of before a write that failed is a miss.
+
     Args:
         name: what reports call it.
         backend: an aiocache backend that stores bytes.
-        deadline_s: seconds that one call may take; 0 for a backend that answers at once.
+        deadline_s: seconds that one read may take, while a write may take a second, since nobody
+            waits for it; 0 for a backend that answers at once.
+        shared: whether other servers use it too, so that new answers are stored there at once.
+        clock: returns Unix seconds.
     """
 
-    def __init__(self, name: str, backend: BaseCache, *, deadline_s: float = 0) -> None:
+    def __init__(
+        self,
+        name: str,
+        backend: BaseCache,
+        *,
+        deadline_s: float = 0,
+        shared: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self.name = name
         self.backend = backend
         self.deadline_s = deadline_s
+        self.shared = shared
+        self._write_s = max(deadline_s, _WRITE_S) if deadline_s else 0
+        self._clock = clock
         # Our own backends answer at once; aiocache's layers cost more than such a read.
         self._near = backend if isinstance(backend, ByteCache) else None
+        self._reads = Calls(_READS, deadline_s)
+        self._writes = Calls(_WRITES, self._write_s)
+        self._breaker = CircuitBreaker(self._probe, self._answers_again)
+        self._losses = Losses()
+        self._failing: dict[str, int] = {}
         self.counts = Counts()
+
+    @property
+    def available(self) -> bool:
+        """Whether it is asked at all, which it isn't for a while after failures in a row."""
+        return not self._breaker.is_open
+
+    @property
+    def writes_at_once(self) -> bool:
+        """Whether a write is done without waiting for anything."""
+        return isinstance(self.backend, MemoryCache)
 
     async def get(self, key: str, *, counted: bool = True) -> tuple[bytes, Entry] | None:
         """Return the entry under `key`, encoded and decoded, or `None`.
@@ -53,14 +100,18 @@ class Tier:
         Unless `counted`, it is neither a hit nor a miss.
         """
         try:
-            value: bytes | None = (
-                self._near.read(key)
-                if self._near is not None
-                else await self.backend.get(key, timeout=self.deadline_s)
-            )
+            value: bytes | None
+            if self._near is not None:
+                value = self._near.read(key)
+            elif self._breaker.is_open:
+                value = None
+            else:
+                value = await self._read(key)
         except Exception as exc:
             self._failed("read", exc)
             return None
+        if self._failing:
+            self._failing.pop("read", None)
         if value is not None:
             try:
                 entry = Entry.decode(value)
@@ -68,35 +119,60 @@ class Tier:
                 # Of another version of ours; the next answer replaces it.
                 logger.debug("the %s tier holds what can't be read: %s", self.name, exc)
             else:
-                self.counts.hits += counted
-                return value, entry
+                if not self._losses.hides(key, entry.stored_at):
+                    self.counts.hits += counted
+                    return value, entry
         self.counts.misses += counted
         return None
 
     async def put(self, key: str, value: bytes, ttl_s: float) -> bool:
         """Store an encoded entry for `ttl_s` seconds. Returns whether it is stored."""
+        stored, may_be_older = False, True
         try:
-            stored = await self.backend.set(key, value, ttl=ttl_s, timeout=self.deadline_s)
+            if self.available:
+                write = partial(self.backend.set, key, value, ttl=ttl_s, timeout=self._write_s)
+                stored = await self._write("write", write)
+                may_be_older = not stored and await self._exists(key)
         except Exception as exc:
             self._failed("write", exc)
-            return False
-        self.counts.stores += bool(stored)
-        return bool(stored)
+        finally:
+            if may_be_older:
+                self._losses.note(key, self._stored_at(value))
+            elif key in self._losses:
+                self._settle(key, self._stored_at(value))
+        self.counts.stores += stored
+        return stored
 
     async def remove(self, key: str) -> None:
         """Drop the entry under `key`, if there is one."""
+        removed = False
         try:
-            await self.backend.delete(key, timeout=self.deadline_s)
+            if self.available:
+                remove = partial(self.backend.delete, key, timeout=self._write_s)
+                await self._write("remove", remove)
+                removed = True
         except Exception as exc:
             self._failed("remove", exc)
+        finally:
+            if not removed:
+                self._losses.note(key, self._clock())
+            elif key in self._losses:
+                self._settle(key, self._clock())
 
     async def holds(self, key: str) -> bool:
-        """Return whether there is an entry under `key`, which doesn't count as asking for it."""
+        """Return whether there is an entry under `key`, which doesn't count as asking for it.
+
+        Where that can't be told, it says so too: nothing should be copied to a tier that fails.
+        """
+        if not self.available:
+            return True
+        if key in self._losses:
+            return False
         try:
-            return bool(await self.backend.exists(key, timeout=self.deadline_s))
+            return await self._exists(key)
         except Exception as exc:
             self._failed("read", exc)
-            return False
+            return True
 
     def victim(self, value_bytes: int) -> str | None:
         """Return the key that would leave first for a value of that size, or `None` for room."""
@@ -108,11 +184,71 @@ class Tier:
 
     async def close(self) -> None:
         """Flush and release the backend."""
+        await self._breaker.close()
+        await self._reads.close()
+        await self._writes.close()
         try:
-            await self.backend.close(timeout=None)
+            await self.backend.close(timeout=self._write_s)
         except Exception as exc:
-            self._failed("close", exc)
+            self.counts.errors += 1
+            logger.error("the %s tier failed to close: %r", self.name, exc)
+
+    async def _read(self, key: str) -> bytes | None:
+        value: bytes | None
+        if self.deadline_s:
+            read = partial(self.backend.get, key, timeout=self._write_s)
+            value = await self._reads.make(read)
+        else:
+            value = await self.backend.get(key)
+        self._breaker.succeeded()
+        return value
+
+    async def _write(self, action: str, write: Callable[[], Coroutine[Any, Any, object]]) -> bool:
+        done = bool(await (self._writes.make(write) if self.deadline_s else write()))
+        self._breaker.succeeded()
+        self._failing.pop(action, None)
+        return done
+
+    async def _exists(self, key: str) -> bool:
+        if self._near is not None:
+            return self._near.holds(key)
+        return bool(await self.backend.exists(key, timeout=self._write_s))
+
+    def _settle(self, key: str, stored_at: float) -> None:
+        """Note that a write has succeeded where an earlier one hadn't."""
+        if self._near is not None:
+            self._losses.forget(key)
+        else:
+            # What failed may still be on its way there.
+            self._losses.note(key, stored_at)
+
+    def _stored_at(self, value: bytes) -> float:
+        try:
+            return Entry.decode(value).stored_at
+        except ValueError:
+            return self._clock()
+
+    async def _probe(self) -> None:
+        # The first call may have to connect, which is no matter as long as the next ones are quick.
+        await self.backend.exists(_PROBED, timeout=_WRITE_S)
+        await self.backend.exists(_PROBED, timeout=self.deadline_s)
+
+    def _answers_again(self) -> None:
+        logger.warning("the %s tier answers again", self.name)
 
     def _failed(self, action: str, exc: Exception) -> None:
+        """Count a failure, and tell it once until the same succeeds, not for each request."""
+        if isinstance(exc, BusyError):
+            self.counts.busy += 1
+            return
         self.counts.errors += 1
-        logger.error("the %s tier failed to %s", self.name, action, exc_info=exc)
+        in_a_row = self._failing[action] = self._failing.get(action, 0) + 1
+        if self._near is not None:
+            if in_a_row == 1:
+                logger.error("the %s tier failed to %s", self.name, action, exc_info=exc)
+        elif self._breaker.failed():
+            text = "the %s tier failed to %s and is left out until it answers again: %r"
+            logger.error(text, self.name, action, exc)
+        elif in_a_row == FAILURES and self.available:
+            # Something else succeeds in between.
+            logger.error("the %s tier fails to %s: %r", self.name, action, exc)

@@ -1,5 +1,7 @@
 """The chain: nearest first, promotion, expiry, and a tier's failure is a miss."""
 
+import asyncio
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,15 +9,21 @@ import pytest
 from tiers import (
     Answer,
     Chain,
+    Copies,
     DiskCache,
+    Entry,
     Form,
     FrequencySketch,
     Freshness,
     MemoryCache,
     State,
     Tier,
+    Write,
 )
 from tiers.backend import ByteCache
+from tiers.copy_queue import CopyQueue, Waiting
+
+from .conftest import Remote
 
 ANSWER = Answer(Form.BODY, b"{}")
 
@@ -57,6 +65,133 @@ async def test_does_not_store_what_is_too_large(clock) -> None:
     )
     assert not await chain.store("k", ANSWER, Freshness(60))
     assert await chain.lookup("k") is None
+
+
+async def renew(far: Tier, key: str, answer: Answer, clock, ttl_s: float = 60) -> None:
+    """Store as another server would that shares the tier."""
+    value = Entry(answer, clock.now, clock.now + ttl_s).encode()
+    assert await far.backend.set(key, value, ttl=ttl_s)
+
+
+async def test_what_is_stale_does_not_hide_what_others_have_renewed(clock, tmp_path: Path) -> None:
+    remote = Remote(clock, delay=lambda: 1)
+    memory, disk = MemoryCache(10_000, clock=clock), DiskCache(tmp_path, 1 << 20, clock=clock)
+    shared = Tier("shared", remote, shared=True)
+    tiers = [Tier("memory", memory), Tier("disk", disk), shared]
+    chain = Chain(
+        tiers, frequency=FrequencySketch(64), max_answer_bytes=99, promote_after=15, clock=clock
+    )
+    await chain.store("k", ANSWER, Freshness(60, 1000, 1000))
+    clock.now += 61
+    hit = await chain.lookup("k")
+    assert hit is not None
+    assert (hit.tier, hit.state, hit.refresh) == ("memory", State.STALE, True)
+    newer = Answer(Form.BODY, b"newer")
+    await renew(shared, "k", newer, clock)
+    for tier in ("shared", "memory"):
+        hit = await chain.lookup("k")
+        assert hit is not None
+        assert (hit.tier, hit.state, hit.entry.answer) == (tier, State.FRESH, newer)
+        await chain.settle()
+    # What was older is replaced in all nearer tiers, however rarely it is asked for.
+    assert [tier.counts.promotions for tier in tiers] == [1, 1, 0]
+    assert Entry.decode(disk.read("k") or b"").answer == newer
+    await chain.close()
+
+
+async def test_the_later_of_two_that_are_not_fresh_counts(clock) -> None:
+    shared = Tier("shared", Remote(clock, delay=lambda: 0), shared=True)
+    near = Tier("memory", MemoryCache(10_000, clock=clock))
+    chain = Chain([near, shared], frequency=FrequencySketch(64), max_answer_bytes=99, clock=clock)
+    await chain.store("k", ANSWER, Freshness(60, 1000))
+    clock.now -= 1
+    await renew(shared, "k", Answer(Form.BODY, b"older"), clock, ttl_s=1000)
+    clock.now += 100
+    hit = await chain.lookup("k")
+    assert hit is not None
+    assert (hit.tier, hit.state, hit.entry.answer) == ("memory", State.STALE, ANSWER)
+
+
+async def test_a_promotion_to_disk_does_not_hold_up_the_request(clock, tmp_path: Path) -> None:
+    remote = Remote(clock, delay=lambda: 0)
+    disk = DiskCache(tmp_path, 1 << 20, clock=clock)
+    tiers = [Tier("disk", disk), Tier("shared", remote, shared=True)]
+    copies = Copies()
+    chain = Chain(
+        tiers,
+        frequency=FrequencySketch(64),
+        max_answer_bytes=99,
+        promote_after=1,
+        copies=copies,
+        clock=clock,
+    )
+    for key in "ab":
+        await renew(tiers[1], key, ANSWER, clock)
+    assert [(await chain.lookup(key)).tier for key in "ab"] == ["shared"] * 2
+    assert tiers[0].counts.promotions == 0
+    await chain.settle()
+    assert tiers[0].counts.promotions == 2
+    assert (await chain.lookup("a")).tier == "disk"
+    # One that is under way is finished at the end.
+    await renew(tiers[1], "c", ANSWER, clock)
+    await chain.lookup("c")
+    await chain.close()
+    assert len(copies) == 0
+    again = DiskCache(tmp_path, 1 << 20, clock=clock)
+    assert again.read("c") is not None
+    await again.close()
+
+
+async def test_a_store_outdates_a_promotion_that_waits(clock, tmp_path: Path) -> None:
+    remote, disk = Remote(clock, delay=lambda: 0), DiskCache(tmp_path, 1 << 20, clock=clock)
+    tiers = [Tier("disk", disk), Tier("shared", remote, shared=True)]
+    chain = Chain(
+        tiers, frequency=FrequencySketch(64), max_answer_bytes=99, promote_after=1, clock=clock
+    )
+    await renew(tiers[1], "k", ANSWER, clock)
+    assert await chain.lookup("k") is not None
+    newer = Answer(Form.BODY, b"newer")
+    await chain.store("k", newer, Freshness(60))
+    await chain.settle()
+    assert Entry.decode(disk.read("k") or b"").answer == newer
+    await chain.close()
+
+
+async def test_promotions_are_bounded(clock) -> None:
+    """In bytes and in number; what has no room is counted, and let go."""
+    copies, written = Copies(), []
+
+    async def write(key: str) -> None:
+        await asyncio.sleep(0)
+        written.append(key)
+
+    queue = CopyQueue(100)
+    for key, size in (("a", 60), ("b", 41), ("c", 40)):
+        queue.offer(Waiting(copies.take(key), size, partial(write, key)))
+    assert (queue.dropped, len(copies)) == (1, 2)
+    await queue.finish()
+    assert (written, len(copies)) == (["a", "c"], 0)
+    for number in range(10_001):
+        queue.offer(Waiting(copies.take(f"{number}"), 0, partial(write, "")))
+    assert queue.dropped == 2
+    await queue.finish()
+    assert (len(written), len(copies)) == (10_002, 0)
+
+
+async def test_on_evict_stores_in_the_shared_tier_at_once(clock, tmp_path: Path) -> None:
+    remote, disk = Remote(clock, delay=lambda: 0), DiskCache(tmp_path, 1 << 20, clock=clock)
+    near = Tier("memory", MemoryCache(10_000, clock=clock))
+    tiers = [near, Tier("disk", disk), Tier("shared", remote, shared=True)]
+    chain = Chain(
+        tiers,
+        frequency=FrequencySketch(64),
+        max_answer_bytes=99,
+        write=Write.ON_EVICT,
+        clock=clock,
+    )
+    assert await chain.store("k", ANSWER, Freshness(60))
+    assert [tier.counts.stores for tier in tiers] == [1, 0, 1]
+    await chain.close()
 
 
 class Broken(MemoryCache):

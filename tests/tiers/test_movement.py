@@ -1,5 +1,7 @@
 """Frequency decides what goes up and down, and what was learned survives a restart."""
 
+import asyncio
+import os
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,9 @@ from tiers import (
     Tier,
     Write,
 )  # fmt: skip
+from tiers.disk import Durability
 from tiers.disk.opening import MARK
+from tiers.movement import _refill
 
 from .conftest import Remote
 
@@ -168,6 +172,25 @@ async def test_a_restart_refills_memory_hottest_first(tmp_path: Path, clock) -> 
     await once_more.movement.remembered.wait()
     assert once_more.frequency.estimate("e") == 4
     await once_more.close()
+
+
+async def test_refilling_memory_lets_others_run_by_count_and_by_bytes(tmp_path, clock) -> None:
+    disk = DiskCache(tmp_path, 64 << 20, durability=Durability.OS, clock=clock)
+    sizes = {"small": 100, "large": 600_000}
+    for name, size in sizes.items():
+        for number in range(32):
+            assert await disk.set(f"{name}{number}", os.urandom(size), ttl=60)
+    nearest = Tier("memory", MemoryCache(64 << 20, clock=clock))
+    turns, done = 0, asyncio.ensure_future(_refill(nearest, disk, clock))
+    while not done.done():
+        before = nearest.counts.stores
+        await asyncio.sleep(0)
+        turns += 1
+        assert nearest.counts.stores - before <= 16
+    assert nearest.counts.stores == 64
+    # 16 large ones for each second one, and two for the small ones.
+    assert turns >= 18
+    await disk.close()
 
 
 async def test_on_evict_never_brings_back_an_older_answer(tmp_path: Path, clock) -> None:

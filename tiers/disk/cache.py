@@ -121,8 +121,10 @@ class DiskCache(ByteCache):
         if self._refuses(change):
             self.usage.refused += 1
             # Better no entry than the one that this value was to replace.
-            if self._file is None or self._find(key) is not None:
+            if self._file is None:
                 self._submit(Change(key, None))
+            elif self._find(key) is not None:
+                await self._done(Change(key, None))
             return False
         if self._file is None or self._durability is Durability.INTERVAL:
             self._submit(change)
@@ -139,8 +141,12 @@ class DiskCache(ByteCache):
             self._submit(change)
             return False
         found = self._find(key)
-        # What has expired would be back if the clock were set back.
-        return found is not None and await self._done(change) and self._is_alive(found)
+        if found is None:
+            return False
+        # What has expired, too: it would be back if the clock were set back.
+        if not await self._done(change):
+            raise OSError("an entry could not be dropped")
+        return self._is_alive(found)
 
     def keys(self) -> Iterable[str]:
         committed = [] if self._file is None else self._file.all_keys()

@@ -1,0 +1,66 @@
+"""Calls to a backend elsewhere: few at once, and waited for no longer than a deadline."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class BusyError(Exception):
+    """So many calls are under way that another one waited in vain for its turn."""
+
+
+class Calls:
+    """Makes at most `most` calls at once.
+
+    A call that isn't done at its deadline goes on without its caller, and keeps its place: a
+    connection that takes longer to be made than a caller can wait is there for those that follow.
+
+    Args:
+        most: a few keep a connection each busy, and with more each would take longer.
+        deadline_s: seconds that a caller waits for its turn, and then for its call.
+    """
+
+    def __init__(self, most: int, deadline_s: float) -> None:
+        self._deadline_s = deadline_s
+        self._places = asyncio.Semaphore(most)
+        self._running: set[asyncio.Task[Any]] = set()
+
+    async def make(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Return what `call` does, which must end by itself.
+
+        Raises:
+            BusyError: its turn didn't come.
+            TimeoutError: it has begun and isn't done.
+        """
+        if self._places.locked():
+            try:
+                async with asyncio.timeout(self._deadline_s):
+                    await self._places.acquire()
+            except TimeoutError:
+                raise BusyError from None
+        else:
+            await self._places.acquire()
+        task = asyncio.create_task(call())
+        self._running.add(task)
+        task.add_done_callback(self._end)
+        await asyncio.wait([task], timeout=self._deadline_s)
+        if not task.done():
+            raise TimeoutError
+        return task.result()
+
+    async def close(self) -> None:
+        """End the calls that are under way."""
+        running = list(self._running)
+        for task in running:
+            task.cancel()
+        if running:
+            await asyncio.wait(running)
+
+    def _end(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        self._places.release()
+        if not task.cancelled():
+            # Retrieved, since nobody may be waiting for it any more.
+            task.exception()
