@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable
 from random import random
 
-from server.config import Config, ConfigError, Tiers
+from server.config import Config, ConfigError, SharedTier, Tiers
+from server.shared import open_cache
 from tiers import (
     Chain,
     Copies,
@@ -19,6 +20,7 @@ from tiers import (
     Write,
 )  # fmt: skip
 from tiers.disk import Durability
+from tiers.shared import NAME
 
 # As many keys as answers of this size fill the tiers, but not more than 4 MiB of counters.
 _ENTRY_BYTES = 1024
@@ -41,9 +43,11 @@ def build(
         chance: returns a number from 0 to below 1.
 
     Raises:
-        ConfigError: the disk tier's folder can't be used.
+        ConfigError: the disk tier's folder, or a file that the shared tier needs, can't be used.
     """
     where, cache, farther = config.tiers, config.cache, []
+    # First, since a disk tier that is open has to be closed again.
+    shared = [] if where.shared is None else [_shared(where.shared, clock)]
     frequency = FrequencySketch(_sketch_keys(where))
     disk = None
     if (on_disk := where.disk) is not None and on_disk.path is not None:
@@ -59,7 +63,7 @@ def build(
             )
         except OSError as exc:
             raise ConfigError([f"tiers.disk.path: should be a folder for us alone: {exc}"]) from exc
-        farther.append(Tier(disk.NAME, disk))
+        farther.append(Tier(disk.NAME, disk, clock=clock))
     copies = Copies()
     demotion = Demotion(farther, frequency, copies, max_bytes=_DEMOTION_BYTES, clock=clock)
     tiers = farther
@@ -67,7 +71,8 @@ def build(
         cache_ = MemoryCache(
             memory.max_bytes, policy=memory.policy, on_evict=demotion.offer, clock=clock
         )
-        tiers = [Tier(cache_.NAME, cache_), *farther]
+        tiers = [Tier(cache_.NAME, cache_, clock=clock), *farther]
+    tiers = [*tiers, *shared]
     chain = Chain(
         tiers,
         frequency=frequency,
@@ -103,6 +108,15 @@ def build_turns(config: Config, chain: Chain) -> Turns:
         except OSError as exc:
             raise ConfigError([f"tiers.disk.path: should be a folder for us alone: {exc}"]) from exc
     return Turns(chain, leases, wait_s=wait_s)
+
+
+def _shared(config: SharedTier, clock: Callable[[], float]) -> Tier:
+    try:
+        server = open_cache(config.url)
+    except OSError as exc:
+        raise ConfigError([f"tiers.shared.url: its TLS files can't be used: {exc}"]) from exc
+    deadline_s = config.deadline_ms / 1000
+    return Tier(NAME, server, deadline_s=deadline_s, shared=True, clock=clock)
 
 
 def _sketch_keys(tiers: Tiers) -> int:

@@ -17,6 +17,7 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Field,
+    PlainSerializer,
     ValidationError,
     model_validator,
 )  # fmt: skip
@@ -28,6 +29,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from server.shared import check, masked
 from tiers.disk import MIN_BYTES, Durability
 from tiers.movement import Write
 from tiers.policies import DEFAULT, POLICIES
@@ -188,6 +190,18 @@ class DiskTier(_Section):
     compression: Literal["none", "zstd"] = "none"
 
 
+class SharedTier(_Section):
+    """Answers in a Redis, Valkey or Memcached server, for all who use it.
+
+    A lookup may take `deadline_ms`; what takes longer is a miss.
+    """
+
+    url: Annotated[
+        str, AfterValidator(check), PlainSerializer(masked, when_used="json"), Field(repr=False)
+    ]
+    deadline_ms: Annotated[float, Field(ge=1, le=1000)] = 20
+
+
 class Tiers(_Section):
     """The tiers, nearest first, `null` leaving one out, and how entries move between them.
 
@@ -199,6 +213,7 @@ class Tiers(_Section):
     promote_after: Annotated[int, Field(ge=1, le=15)] = 2
     memory: MemoryTier | None = MemoryTier()
     disk: DiskTier | None = DiskTier()
+    shared: SharedTier | None = None
 
 
 class Log(_Section):
@@ -316,7 +331,7 @@ def _explain(error: Any) -> str:
         near = difflib.get_close_matches(str(last), fields, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(fields)}"
         return f"{path}: unknown key; {hint}"
-    given = error["input"]
+    given = masked(error["input"]) if isinstance(error["input"], str) else error["input"]
     shown = f", not {given!r}" if isinstance(given, str | int | float | bool) else ""
     if error["type"] == "model_type":
         return f"{path}: should hold keys of {', '.join(_fields(error['loc']))}{shown}"

@@ -80,6 +80,8 @@ def notes(config: Config) -> list[str]:
         )
     if config.tiers.disk is not None and config.tiers.disk.compression != "none":
         missing.append("no compression on disk: a trace doesn't tell how well its answers compress")
+    if config.tiers.shared is not None:
+        missing.append("no shared tier: a trace doesn't tell what other servers store there")
     return missing
 
 

@@ -153,12 +153,15 @@ def _max_bytes(option: str, text: str, trace: Trace, *, least: int) -> int | Non
 
 
 def _in(folder: Path, config: Config) -> Config:
-    """Return the configuration with its disk tier in `folder`, where nobody has to wait for it."""
-    if (disk := config.tiers.disk) is None:
-        return config
-    # What we store there says nothing of how well answers compress.
-    changes = {"path": folder / "disk", "durability": Durability.OS, "compression": "none"}
-    tiers = config.tiers.model_copy(update={"disk": disk.model_copy(update=changes)})
+    """Return the configuration with its disk tier in `folder`, where nobody has to wait for it.
+
+    A shared tier is left out, since what others store there isn't in a trace.
+    """
+    tiers = config.tiers.model_copy(update={"shared": None})
+    if (disk := tiers.disk) is not None:
+        # What we store there says nothing of how well answers compress.
+        changes = {"path": folder / "disk", "durability": Durability.OS, "compression": "none"}
+        tiers = tiers.model_copy(update={"disk": disk.model_copy(update=changes)})
     return config.model_copy(update={"tiers": tiers})
 
 

@@ -40,6 +40,7 @@ def test_dependencies_point_one_way(file: Path) -> None:
     imports = imported_by(file)
     assert not imports & {"vllm", "torch"}
     assert ("lmdb" in imports) <= (file.parent == Path("tiers/disk"))
+    assert bool({"redis", "aiomcache"} & imports) <= (file.parent == Path("tiers/shared"))
     assert ("aiohttp" in imports) <= (file.parent.name == "server" and file.stem in HTTP)
     if file.parts[0] == "tiers":
         assert not imports & {"server", "pydantic", "yaml", "prometheus_client"}

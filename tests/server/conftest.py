@@ -113,9 +113,9 @@ class Upstream:
 
 
 class Front:
-    """A tierserve process, and a client of it."""
+    """A tierserve process, and a client of it. `tiers` are more than a memory and a disk tier."""
 
-    def __init__(self, folder: Path, upstreams: list[str]) -> None:
+    def __init__(self, folder: Path, upstreams: list[str], **tiers: dict) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "log"
@@ -137,7 +137,7 @@ class Front:
                             {"model": "sie", "ttl_s": 1e-6, "stale_if_error_s": 3600},
                         ]
                     },
-                    "tiers": {"disk": {"path": str(folder / "disk"), "max_bytes": "4MiB"}},
+                    "tiers": {"disk": {"path": str(folder / "disk"), "max_bytes": "4MiB"}} | tiers,
                 }
             )
         )
@@ -195,8 +195,8 @@ class Front:
 
 
 @asynccontextmanager
-async def running(folder: Path, *upstreams: Upstream) -> AsyncIterator[Front]:
-    made = Front(folder, [upstream.url for upstream in upstreams])
+async def running(folder: Path, *upstreams: Upstream, **tiers: dict) -> AsyncIterator[Front]:
+    made = Front(folder, [upstream.url for upstream in upstreams], **tiers)
     try:
         await made.start()
         yield made

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from server.chain import build
 from server.cli import main
-from server.config import ConfigError, load
+from server.config import ConfigError, SharedTier, Tiers, load
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -76,6 +77,73 @@ def test_a_variable_that_should_be_json_is_named(tmp_path: Path, monkeypatch) ->
 def test_says_what_would_be_right(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         load(write(tmp_path, text))
+
+
+URLS = [
+    "redis://h", "redis://h:6379/3", "redis://u:p@h:1/", "rediss://:p@h?ssl_cert_reqs=none",
+    "unix:///run/redis.sock?db=2", "unix://u:p@/run/redis.sock", "memcached://h", "redis://[::1]:1",
+    "memcached://127.0.0.1:11211",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_a_shared_tier_is_named_by_a_url(tmp_path: Path, url: str) -> None:
+    config = load(write(tmp_path, f"tiers: {{shared: {{url: '{url}'}}}}"))
+    assert config.tiers.shared is not None
+    assert config.tiers.shared.url == url
+    chain, _ = build(
+        config.model_copy(update={"tiers": Tiers(disk=None, shared=SharedTier(url=url))})
+    )
+    assert [tier.name for tier in chain.tiers] == ["memory", "shared"]
+
+
+def test_files_for_tls_have_to_be_there(tmp_path: Path) -> None:
+    shared = SharedTier(url=f"rediss://h?ssl_ca_certs={tmp_path}/none.pem")
+    config = load(write(tmp_path, ""))
+    with pytest.raises(
+        ConfigError, match=r"tiers.shared.url: its TLS files can't be used: .*No such"
+    ):
+        build(config.model_copy(update={"tiers": Tiers(disk=None, shared=shared)}))
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "h:6379", "http://h", "redis://", "redis://h/db", "redis://h:99999", "redis://h:x",
+     "redis://h?decode_responses=true", "redis://[::1", "redis://h#1", "rediss://h?ssl_x=1",
+     "rediss://h?ssl_keyfile", "unix:r", "unix:///s?password=p", "memcached://u:p@h",
+     "memcached://h/1", "memcached:///s"],
+)  # fmt: skip
+def test_says_how_a_shared_tier_is_named(tmp_path: Path, url: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"tiers.shared.url: should be as redis://.* memcached://"
+    ):
+        load(write(tmp_path, f"tiers: {{shared: {{url: '{url}'}}}}"))
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://me:s3cr3t@h:1", "unix://:s3cr3t@/s", "redis://:a/s3cr3t?#@h", "oops://s3cr3t@h",
+            "redis://h?password=s3cr3t", "redis://:s3cr3t@h:port"],
+)  # fmt: skip
+def test_secrets_are_not_shown(tmp_path: Path, capsys, url: str) -> None:
+    file = write(tmp_path, f"tiers: {{shared: {{url: '{url}'}}}}")
+    status = main(["check", "--config", str(file)])
+    told = capsys.readouterr()
+    assert "s3cr3t" not in told.out + told.err
+    assert "***" in told.out + told.err
+    if status == 0:
+        assert "s3cr3t" not in repr(load(file))
+
+
+@pytest.mark.parametrize(
+    ("url", "extra"),
+    [("redis://h", "redis"), ("unix:///s", "redis"), ("memcached://h", "memcached")],
+)
+def test_names_the_extra_that_is_missing(tmp_path: Path, monkeypatch, url: str, extra: str) -> None:
+    monkeypatch.setattr("server.shared.find_spec", lambda _: None)
+    with pytest.raises(
+        ConfigError, match=f"tiers.shared.url: needs the extra {extra}, as scripts/"
+    ):
+        load(write(tmp_path, f"tiers: {{shared: {{url: '{url}'}}}}"))
 
 
 @pytest.mark.parametrize("text", ["- a\n", "{", "1: 2\n"])

@@ -260,6 +260,15 @@ def test_prints_json(tmp_path: Path, capsys) -> None:
     assert any("compression" in note for note in told["notes"])
 
 
+def test_a_shared_tier_is_left_out_and_said_so(tmp_path: Path, capsys) -> None:
+    config = write(tmp_path, "c.yaml", "tiers: {shared: {url: 'redis://nowhere'}}")
+    trace = str(DATA / "azure_llm_code.csv")
+    assert main(["simulate", trace, "--config", str(config), "--json"]) == 0
+    told = orjson.loads(capsys.readouterr().out)
+    assert [tier["name"] for tier in told["traces"][0]["chain"]["tiers"]] == ["memory", "disk"]
+    assert any(note.startswith("no shared tier") for note in told["notes"])
+
+
 def test_says_that_libcachesim_is_missing(monkeypatch, capsys) -> None:
     monkeypatch.setattr(references, "is_installed", lambda: False)
     assert main(["simulate", str(DATA / "azure_llm_code.csv"), "--disk", "none"]) == 0

@@ -11,6 +11,9 @@ from aiocache.serializers import NullSerializer
 
 from tiers import DiskCache, MemoryCache
 from tiers.backend import ByteCache
+from tiers.policies import POLICIES
+from tiers.shared.memcached import MemcachedBytes
+from tiers.shared.redis import RedisBytes
 
 
 class Clock:
@@ -26,13 +29,36 @@ def clock() -> Clock:
     return Clock()
 
 
-@pytest.fixture(params=["memory", "disk"])
-async def cache(request, clock: Clock, tmp_path: Path) -> AsyncIterator[ByteCache]:
-    made: ByteCache
-    if request.param == "memory":
-        made = MemoryCache(1024 * 1024, clock=clock)
+OWN = [*POLICIES, "disk"]
+
+
+def make_own(name: str, clock: Clock, folder: Path) -> ByteCache:
+    if name == "disk":
+        return DiskCache(folder / "disk", 1024 * 1024, clock=clock)
+    return MemoryCache(1024 * 1024, policy=name, clock=clock)
+
+
+@pytest.fixture(params=OWN)
+async def own(request, clock: Clock, tmp_path: Path) -> AsyncIterator[ByteCache]:
+    """Each backend of ours: memory with each policy, and disk."""
+    made = make_own(request.param, clock, tmp_path)
+    yield made
+    await made.close()
+
+
+@pytest.fixture(params=[*OWN, "redis", "unix", "memcached"])
+async def cache(request, clock: Clock, tmp_path: Path) -> AsyncIterator[BaseCache]:
+    """Each backend, empty."""
+    made: BaseCache
+    if request.param in OWN:
+        made = make_own(request.param, clock, tmp_path)
+    elif request.param == "memcached":
+        server = request.getfixturevalue("memcached_server")
+        made = MemcachedBytes("127.0.0.1", server.port)
     else:
-        made = DiskCache(tmp_path / "disk", 1024 * 1024, clock=clock)
+        server = request.getfixturevalue("redis_server")
+        made = RedisBytes(server.url if request.param == "redis" else server.unix_url)
+    await made.clear()
     yield made
     await made.close()
 

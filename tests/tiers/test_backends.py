@@ -4,44 +4,53 @@ import asyncio
 import os
 
 import pytest
+from aiocache.base import BaseCache
 
 from tiers import MemoryCache
 from tiers.backend import ByteCache
 
 
-async def test_returns_what_was_set(cache: ByteCache) -> None:
+async def test_returns_what_was_set(cache: BaseCache) -> None:
     assert await cache.get("a") is None
     assert await cache.set("a", b"\x00\xff")
     assert await cache.get("a") == b"\x00\xff"
     assert await cache.exists("a")
-    assert await cache.multi_get(["a", "b"]) == [b"\x00\xff", None]
-    assert cache.usage.entries == 1
+    assert list(await cache.multi_get(["a", "b"])) == [b"\x00\xff", None]
 
 
-async def test_replaces(cache: ByteCache) -> None:
+async def test_replaces(cache: BaseCache) -> None:
     await cache.set("a", b"1")
     await cache.set("a", b"2")
     assert await cache.get("a") == b"2"
-    assert cache.usage.entries == 1
 
 
-async def test_deletes_and_clears(cache: ByteCache) -> None:
+async def test_deletes_and_clears(cache: BaseCache) -> None:
     await cache.multi_set([("a", b"1"), ("b", b"2")])
     assert await cache.delete("a") == 1
     assert await cache.delete("a") == 0
     await cache.clear()
     assert await cache.get("b") is None
-    assert cache.usage.entries == 0
 
 
-async def test_add_keeps_what_is_there(cache: ByteCache) -> None:
+async def test_counts_what_it_holds(own: ByteCache) -> None:
+    await own.set("a", b"1")
+    await own.set("a", b"2")
+    await own.set("b", b"1")
+    assert own.usage.entries == 2
+    await own.delete("a")
+    assert own.usage.entries == 1
+    await own.clear()
+    assert own.usage.entries == 0
+
+
+async def test_add_keeps_what_is_there(cache: BaseCache) -> None:
     await cache.add("a", b"1")
     with pytest.raises(ValueError, match="already exists"):
         await cache.add("a", b"2")
     assert await cache.get("a") == b"1"
 
 
-async def test_counts(cache: ByteCache) -> None:
+async def test_counts(cache: BaseCache) -> None:
     assert await cache.increment("n", 2) == 2
     assert await cache.increment("n", 3) == 5
     await cache.set("a", b"x")
@@ -49,15 +58,15 @@ async def test_counts(cache: ByteCache) -> None:
         await cache.increment("a")
 
 
-async def test_expires(cache: ByteCache, clock) -> None:
-    await cache.set("a", b"1", ttl=10)
+async def test_expires(own: ByteCache, clock) -> None:
+    await own.set("a", b"1", ttl=10)
     clock.now += 9
-    assert await cache.get("a") == b"1"
+    assert await own.get("a") == b"1"
     clock.now += 1
-    assert await cache.get("a") is None
+    assert await own.get("a") is None
 
 
-async def test_expiry_can_be_changed(cache: ByteCache, clock) -> None:
+async def test_expiry_can_be_changed(cache: BaseCache, clock) -> None:
     await cache.set("a", b"1", ttl=10)
     assert await cache.expire("a", 100)
     clock.now += 50
@@ -65,28 +74,28 @@ async def test_expiry_can_be_changed(cache: ByteCache, clock) -> None:
     assert not await cache.expire("b", 100)
 
 
-async def test_a_read_sees_a_write_that_is_not_yet_committed(cache: ByteCache) -> None:
-    writing = asyncio.ensure_future(cache.set("a", b"1"))
+async def test_a_read_sees_a_write_that_is_not_yet_committed(own: ByteCache) -> None:
+    writing = asyncio.ensure_future(own.set("a", b"1"))
     await asyncio.sleep(0)
-    assert await cache.get("a") == b"1"
+    assert await own.get("a") == b"1"
     assert await writing
 
 
-async def test_is_bounded(cache: ByteCache) -> None:
+async def test_is_bounded(own: ByteCache) -> None:
     for number in range(600):
-        await cache.set(f"{number}", os.urandom(3000))
-    assert cache.usage.bytes <= 1024 * 1024
-    assert cache.usage.evictions > 0
-    assert await cache.get("599") is not None
-    assert await cache.get("0") is None
+        await own.set(f"{number}", os.urandom(3000))
+    assert own.usage.bytes <= 1024 * 1024
+    assert own.usage.evictions > 0
+    assert await own.get("599") is not None
+    assert await own.get("0") is None
 
 
-async def test_refuses_what_is_too_large_and_keeps_the_rest(cache: ByteCache) -> None:
-    await cache.set("a", b"1")
-    await cache.set("b", b"1")
-    assert not await cache.set("b", bytes(2 * 1024 * 1024))
-    assert await cache.get("a") == b"1"
-    assert await cache.get("b") is None
+async def test_refuses_what_is_too_large_and_keeps_the_rest(own: ByteCache) -> None:
+    await own.set("a", b"1")
+    await own.set("b", b"1")
+    assert not await own.set("b", bytes(2 * 1024 * 1024))
+    assert await own.get("a") == b"1"
+    assert await own.get("b") is None
 
 
 async def test_refuses_to_be_switched_off_silently(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,11 +36,13 @@ from tiers import (
 from tiers.disk import Durability
 from tiers.disk.opening import MARK
 from tiers.policies import POLICIES
+from tiers.shared.redis import RedisBytes
 
 from .conftest import Clock, Remote
 
 MIB = 1024 * 1024
 MEMORY_BYTES = 16 * 1024
+MACHINES = count()
 LONG = os.environ.get("TIERSERVE_LONG") == "1"
 KEYS = [f"key{number}" for number in range(8)]
 SIZES = [0, 100, 3000, 7000, 20_000, 60_000]
@@ -61,13 +63,21 @@ def state_at(now: float, stored_at: float, freshness: Freshness) -> State:
 
 
 class ChainMachine(RuleBasedStateMachine):
+    url = ""
+    """Of the server for the shared tier."""
+
     @initialize(
         policy=st.sampled_from(sorted(POLICIES)),
         write=st.sampled_from(Write),
         promote_after=st.integers(1, 3),
         durability=st.sampled_from([Durability.OS, Durability.INTERVAL]),
+        shares=st.booleans(),
     )
-    def begin(self, policy: str, write: Write, promote_after: int, durability: Durability) -> None:
+    def begin(
+        self, policy: str, write: Write, promote_after: int, durability: Durability, shares: bool
+    ) -> None:
+        # What an earlier run has stored on the server must not be found.
+        self.namespace = f"machine{next(MACHINES)}" if shares else None
         self.runner = asyncio.Runner()
         self.folder = TemporaryDirectory()
         self.options = policy, write, promote_after, durability
@@ -98,6 +108,9 @@ class ChainMachine(RuleBasedStateMachine):
             MEMORY_BYTES, policy=policy, on_evict=self.demotion.offer, clock=clock
         )
         tiers = [Tier("memory", self.memory), self.disk]
+        if self.namespace is not None:
+            server = RedisBytes(self.url, namespace=self.namespace)
+            tiers.append(Tier("shared", server, deadline_s=10, shared=True, clock=clock))
         self.chain = Chain(
             tiers,
             frequency=frequency,
@@ -168,7 +181,9 @@ class ChainMachine(RuleBasedStateMachine):
                 self.expired.add(key)
 
     @rule()
-    def let_demotions_end(self) -> None:
+    def let_movement_end(self) -> None:
+        self.run(self.demotion.finish())
+        self.run(self.chain.settle())
         self.run(self.demotion.finish())
         assert len(self.copies) == 0
 
@@ -183,6 +198,7 @@ class ChainMachine(RuleBasedStateMachine):
     def kill(self) -> None:
         """Go on with what a kill at this moment would leave of the file."""
         self.run(self.demotion.finish())
+        self.run(self.chain.settle())
         write, durability = self.options[1], self.options[3]
         if durability is Durability.INTERVAL:
             # Of its last interval nothing is promised, so let that be committed.
@@ -214,18 +230,25 @@ class ChainMachine(RuleBasedStateMachine):
 
     @invariant()
     def counts_add_up(self) -> None:
-        memory, disk = (tier.counts for tier in self.chain.tiers)
-        assert memory.errors == disk.errors == 0
-        assert memory.hits + memory.misses == self.hits + self.misses
-        assert disk.hits + disk.misses == self.hits + self.misses - memory.hits
-        assert memory.hits + disk.hits == self.hits
-        assert memory.demotions == disk.promotions == 0
-        assert memory.promotions <= disk.hits
+        memory, disk, *shared = (tier.counts for tier in self.chain.tiers)
+        lookups = self.hits + self.misses
+        assert all(counts.errors == 0 for counts in (memory, disk, *shared))
+        assert memory.hits + memory.misses == lookups
+        assert lookups - memory.hits <= disk.hits + disk.misses <= lookups
+        assert self.hits <= memory.hits + disk.hits + sum(counts.hits for counts in shared)
+        assert memory.demotions == 0
+        assert memory.promotions + disk.promotions <= disk.hits + 2 * sum(
+            counts.hits for counts in shared
+        )
+        for counts in shared:
+            assert counts.stores == self.stores
+            assert counts.promotions == counts.demotions == 0
         stored = memory.stores - memory.promotions - self.refilled
+        on_disk = disk.stores - disk.demotions - disk.promotions
         if self.options[1] is Write.ON_INSERT:
-            assert stored <= self.stores == disk.stores - disk.demotions
+            assert stored <= self.stores == on_disk
         else:
-            assert stored + disk.stores - disk.demotions == self.stores
+            assert stored + on_disk == self.stores
 
     def teardown(self) -> None:
         if hasattr(self, "runner"):
@@ -234,7 +257,8 @@ class ChainMachine(RuleBasedStateMachine):
             self.folder.cleanup()
 
 
-def test_finds_the_last_stored_answer_or_nothing() -> None:
+def test_finds_the_last_stored_answer_or_nothing(redis_server, monkeypatch) -> None:
+    monkeypatch.setattr(ChainMachine, "url", redis_server.unix_url)
     run_state_machine_as_test(
         ChainMachine,
         settings=settings(
@@ -252,7 +276,7 @@ async def test_nothing_older_comes_back_however_calls_interleave(seed, write, po
     chance, clock, numbers = random.Random(seed), Clock(), count(1)
     remote = Remote(clock, delay=lambda: chance.randrange(4))
     frequency, copies = FrequencySketch(1024), Copies()
-    farther = Tier("remote", remote, deadline_s=0)
+    farther = Tier("remote", remote, shared=chance.random() < 0.5)
     demotion = Demotion([farther], frequency, copies, max_bytes=5000, clock=clock)
     memory = MemoryCache(2500, policy=policy, on_evict=demotion.offer, clock=clock)
     chain = Chain(

@@ -1,0 +1,21 @@
+"""What all tests share: one server of each kind, for those that leave it in peace."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from .servers import MemcachedServer, RedisServer
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory) -> Iterator[RedisServer]:
+    made = RedisServer(tmp_path_factory.mktemp("redis"))
+    yield made
+    made.kill()
+
+
+@pytest.fixture(scope="session")
+def memcached_server(tmp_path_factory) -> Iterator[MemcachedServer]:
+    made = MemcachedServer(tmp_path_factory.mktemp("memcached"))
+    yield made
+    made.kill()

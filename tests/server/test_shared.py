@@ -1,0 +1,116 @@
+"""Replicas with one shared tier, which hangs, dies, and comes back, while requests go on."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.servers import SERVERS, RedisServer, StoreServer
+
+from .conftest import Front, Upstream, question, running
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+STORES = 'tierserve_tier_stores_total{tier="shared"}'
+ERRORS = 'tierserve_tier_errors_total{tier="shared"}'
+AVAILABLE = 'tierserve_tier_available{tier="shared"}'
+LEFT_OUT = "is left out until it answers again"
+
+
+@pytest.fixture(params=SERVERS)
+def server(request, tmp_path):
+    made = SERVERS[request.param](tmp_path)
+    yield made
+    made.kill()
+
+
+@pytest.fixture
+def redis(tmp_path):
+    made = RedisServer(tmp_path)
+    yield made
+    made.kill()
+
+
+@asynccontextmanager
+async def replicas(
+    folder: Path, upstream: Upstream, server: StoreServer
+) -> AsyncIterator[tuple[Front, Front]]:
+    """Two servers with a disk of their own each."""
+    # A deadline that a busy machine keeps, too.
+    shared = {"url": server.url, "deadline_ms": 500}
+    for name in "ab":
+        (folder / name).mkdir()
+    async with (
+        running(folder / "a", upstream, shared=shared) as a,
+        running(folder / "b", upstream, shared=shared) as b,
+    ):
+        yield a, b
+
+
+async def stored(front: Front) -> dict:
+    """Return a question whose answer `front` has stored in the shared tier."""
+    asked, before = question(), await front.metric(STORES)
+    await front.ask(asked)
+    await until(front, STORES, before + 1)
+    return asked
+
+
+async def until(front: Front, metric: str, value: float) -> None:
+    async with asyncio.timeout(60):
+        while (now := await front.metric(metric)) != value:
+            assert now < value
+            await asyncio.sleep(0.02)
+
+
+async def test_what_one_replica_stores_the_other_finds(upstream, server, tmp_path) -> None:
+    async with replicas(tmp_path, upstream, server) as (a, b):
+        asked = await stored(a)
+        details = [(await b.ask(asked))[1].rsplit("=")[-1] for _ in range(3)]
+        # What is asked for again moves up.
+        assert details == ["shared", "shared", "memory"]
+        assert len(upstream.asked) == 1
+        assert await b.metric('tierserve_tier_hits_total{tier="shared"}') == 2
+
+
+@pytest.mark.parametrize("how", ["hang", "kill"])
+async def test_an_outage_is_counted_and_no_request_fails(upstream, server, tmp_path, how) -> None:
+    async with replicas(tmp_path, upstream, server) as (a, b):
+        before = await stored(a)
+        getattr(server, how)()
+        for _ in range(8):
+            status, told, _ = await b.ask(question())
+            assert (status, told) == (200, "tierserve; fwd=miss")
+        assert await b.metric(ERRORS) >= 3
+        assert await b.metric(AVAILABLE) == 0
+        assert b.log.read_text().count(LEFT_OUT) == 1
+        server.go_on() if how == "hang" else server.start()
+        await until(b, AVAILABLE, 1)
+        if how == "hang":
+            assert "detail=shared" in (await b.ask(before))[1]
+        asked = await stored(a)
+        assert "detail=shared" in (await b.ask(asked))[1]
+
+
+async def test_starts_and_stops_while_the_shared_server_is_down(upstream, redis, tmp_path) -> None:
+    redis.kill()
+    async with running(tmp_path, upstream, shared={"url": redis.url}) as front:
+        for _ in range(4):
+            assert (await front.ask(question()))[0] == 200
+        redis.start()
+        redis.hang()
+    assert front.process.returncode == 0
+
+
+async def test_the_password_is_used_and_told_nobody(upstream, redis, tmp_path) -> None:
+    assert redis.ask("config set requirepass s3cr3t") == b"+OK"
+    for password, metric in (("s3cr3t", STORES), ("s3cr3t2", ERRORS)):
+        url = f"redis://:{password}@127.0.0.1:{redis.port}/0"
+        folder = tmp_path / password
+        folder.mkdir()
+        async with running(folder, upstream, shared={"url": url, "deadline_ms": 500}) as front:
+            await front.ask(question())
+            # To look up and to store fails where the password is wrong.
+            await until(front, metric, 1 if metric == STORES else 2)
+        assert "s3cr3t" not in front.log.read_text()

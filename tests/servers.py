@@ -1,0 +1,109 @@
+"""Redis and Memcached of Debian's packages, on this machine only, that tests may torment."""
+
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class StoreServer:
+    """A server that keeps nothing when it ends; `url` stays the same when it is started again."""
+
+    program: str
+    package: str
+
+    def __init__(self, folder: Path) -> None:
+        if shutil.which(self.program) is None:
+            pytest.fail(f"{self.program} isn't there; apt-get install {self.package}")
+        self.folder = folder
+        self.port = free_port()
+        self.start()
+
+    @property
+    def command(self) -> list[str]:
+        raise NotImplementedError
+
+    @property
+    def url(self) -> str:
+        raise NotImplementedError
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            self.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        until = time.monotonic() + 30
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            if self.process.poll() is not None or time.monotonic() > until:
+                pytest.fail(f"{self.program} didn't start: {self.process.returncode}")
+            time.sleep(0.01)
+
+    def hang(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def ask(self, line: str) -> bytes:
+        """Send a line over a connection of its own and return the first line of the reply."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as wire:
+            wire.sendall(line.encode() + b"\r\n")
+            return wire.makefile("rb").readline().strip()
+
+
+class RedisServer(StoreServer):
+    program, package = "redis-server", "redis-server"
+
+    @property
+    def command(self) -> list[str]:
+        options = {
+            "bind": "127.0.0.1",
+            "port": str(self.port),
+            "save": "",
+            "appendonly": "no",
+            "dir": str(self.folder),
+            "unixsocket": str(self.folder / "redis.sock"),
+        }
+        return [self.program, *(part for name in options for part in (f"--{name}", options[name]))]
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    @property
+    def unix_url(self) -> str:
+        return f"unix://{self.folder}/redis.sock?db=1"
+
+
+class MemcachedServer(StoreServer):
+    program, package = "memcached", "memcached"
+
+    @property
+    def command(self) -> list[str]:
+        return [
+            self.program, "-l", "127.0.0.1", "-p", str(self.port), "-U", "0", "-m", "64",
+            "-u", "nobody",
+        ]  # fmt: skip
+
+    @property
+    def url(self) -> str:
+        return f"memcached://127.0.0.1:{self.port}"
+
+
+SERVERS = {"redis": RedisServer, "memcached": MemcachedServer}
