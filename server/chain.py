@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from math import inf
 from random import random
 
 from server.config import Config, ConfigError, SharedTier, Tiers
@@ -15,11 +16,13 @@ from tiers import (
     FrequencySketch,
     MemoryCache,
     Movement,
+    Purges,
     Tier,
     Turns,
     Write,
 )  # fmt: skip
 from tiers.disk import Durability
+from tiers.purges import MAX_BYTES
 from tiers.shared import NAME
 
 # As many keys as answers of this size fill the tiers, but not more than 4 MiB of counters.
@@ -27,6 +30,8 @@ _ENTRY_BYTES = 1024
 _SKETCH_KEYS = 1024**2
 # Demotions that wait for the disk.
 _DEMOTION_BYTES = 16 * 1024**2
+# The table of purges is kept in the disk tier's file, and should fill but a small part of it.
+_PURGES_PART = 32
 
 
 def build(
@@ -65,7 +70,8 @@ def build(
             raise ConfigError([f"tiers.disk.path: should be a folder for us alone: {exc}"]) from exc
         farther.append(Tier(disk.NAME, disk, clock=clock))
     copies = Copies()
-    demotion = Demotion(farther, frequency, copies, max_bytes=_DEMOTION_BYTES, clock=clock)
+    purges = _purges(disk, clock)
+    demotion = Demotion(farther, frequency, copies, purges, max_bytes=_DEMOTION_BYTES, clock=clock)
     tiers = farther
     if (memory := where.memory) is not None:
         cache_ = MemoryCache(
@@ -79,12 +85,19 @@ def build(
         max_answer_bytes=cache.max_answer_bytes,
         promote_after=where.promote_after,
         copies=copies,
+        purges=purges,
         write=where.write,
         ttl_jitter=cache.ttl_jitter,
         clock=clock,
         chance=chance,
     )
-    return chain, Movement(tiers, disk, frequency, demotion, write=where.write, clock=clock)
+    movement = Movement(tiers, disk, frequency, demotion, purges, write=where.write, clock=clock)
+    return chain, movement
+
+
+def _purges(disk: DiskCache | None, clock: Callable[[], float]) -> Purges:
+    room = inf if disk is None else disk.max_bytes // _PURGES_PART
+    return Purges(disk, max_bytes=int(min(MAX_BYTES, room)), clock=clock)
 
 
 def build_turns(config: Config, chain: Chain) -> Turns:

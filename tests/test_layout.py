@@ -50,5 +50,5 @@ def test_what_tiers_offers() -> None:
     assert sorted(tiers.__all__) == [
         "Answer", "Chain", "Copies", "Demotion", "DiskCache", "Entry", "FileLeases", "Flight",
         "Flights", "Form", "FrequencySketch", "Freshness", "Hit", "MemoryCache", "Movement",
-        "State", "Tier", "Turns", "Write", "digest",
+        "Origin", "PurgeError", "Purges", "State", "Tier", "Turns", "Write", "digest",
     ]  # fmt: skip

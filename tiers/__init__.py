@@ -4,7 +4,7 @@ Knows nothing of HTTP and nothing of vLLM. `Chain` is the way in; `MemoryCache` 
 are aiocache backends that also work without the rest.
 """
 
-from tiers.answer import Answer, Entry, Form, Freshness, State
+from tiers.answer import Answer, Entry, Form, Freshness, Origin, State
 from tiers.chain import Chain, Hit
 from tiers.copies import Copies
 from tiers.disk import DiskCache
@@ -14,6 +14,7 @@ from tiers.key import digest
 from tiers.lease import FileLeases
 from tiers.memory import MemoryCache
 from tiers.movement import Demotion, Movement, Write
+from tiers.purges import PurgeError, Purges
 from tiers.tier import Tier
 from tiers.turn import Turns
 
@@ -33,6 +34,9 @@ __all__ = [
     "Hit",
     "MemoryCache",
     "Movement",
+    "Origin",
+    "PurgeError",
+    "Purges",
     "State",
     "Tier",
     "Turns",

@@ -6,6 +6,7 @@ is a template: in their place stand the bytes `ID` and `CREATED`, which JSON for
 (RFC 8259, section 7) and which therefore can't be part of an answer.
 """
 
+from collections.abc import Iterable
 from enum import IntEnum
 from struct import Struct, error
 from typing import NamedTuple, Self
@@ -13,8 +14,8 @@ from typing import NamedTuple, Self
 ID = b"\x00"
 CREATED = b"\x01"
 
-_HEADER = Struct("<BBdddddI")
-_VERSION = 2
+_HEADER = Struct("<BBdddddQII")
+_VERSION = 3
 
 
 class Form(IntEnum):
@@ -49,6 +50,31 @@ class Freshness(NamedTuple):
     """After the ttl: given out where no new answer can be had."""
 
 
+class Origin(NamedTuple):
+    """What `tiers.purges` must know of how an answer came to be."""
+
+    generation: int = 0
+    """The last purge that was known when its making began, as `tiers.purges` numbers them."""
+    packed_labels: bytes = b""
+
+    @classmethod
+    def of(cls, generation: int, labels: Iterable[str]) -> Self:
+        """Return the origin of an answer that may be purged by `labels`.
+
+        Raises:
+            ValueError: a label is empty or has a line's end in it.
+        """
+        labels = tuple(labels)
+        if not all(label and "\n" not in label for label in labels):
+            raise ValueError("a label should be text without a line's end")
+        return cls(generation, "\n".join(labels).encode())
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """By what it may be purged, beside its key."""
+        return tuple(self.packed_labels.decode().split("\n")) if self.packed_labels else ()
+
+
 class State(IntEnum):
     """What an entry may be used for."""
 
@@ -71,6 +97,18 @@ class Entry(NamedTuple):
     """Seconds that it took to generate."""
     stale_while_revalidate_s: float = 0
     stale_if_error_s: float = 0
+    generation: int = 0
+    packed_labels: bytes = b""
+
+    @property
+    def origin(self) -> Origin:
+        """How it came to be."""
+        return Origin(self.generation, self.packed_labels)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """By what it may be purged, beside its key."""
+        return self.origin.labels
 
     @property
     def kept_until(self) -> float:
@@ -87,9 +125,21 @@ class Entry(NamedTuple):
 
     def encode(self) -> bytes:
         """Return the bytes that tiers store."""
-        answer, *times = self
-        head = _HEADER.pack(_VERSION, answer.form, *times, len(answer.usage))
-        return b"".join((head, answer.usage, answer.content))
+        answer, *numbers, labels = self
+        head = _HEADER.pack(_VERSION, answer.form, *numbers, len(labels), len(answer.usage))
+        return b"".join((head, labels, answer.usage, answer.content))
+
+    @staticmethod
+    def origin_of(data: bytes) -> Origin:
+        """Read the origin alone of what `encode` wrote.
+
+        Raises:
+            ValueError: the bytes are of another format version, or cut short.
+        """
+        if len(data) < _HEADER.size or data[0] != _VERSION:
+            raise ValueError("entry is of another format version or cut short")
+        *_, generation, labels_bytes, _ = _HEADER.unpack_from(data)
+        return Origin(generation, data[_HEADER.size : _HEADER.size + labels_bytes])
 
     @classmethod
     def decode(cls, data: bytes) -> Self:
@@ -99,13 +149,15 @@ class Entry(NamedTuple):
             ValueError: the bytes are of another format version, or cut short.
         """
         try:
-            version, form, *times, usage_bytes = _HEADER.unpack_from(data)
+            version, form, *fields, labels_bytes, usage_bytes = _HEADER.unpack_from(data)
         except error as exc:
             raise ValueError("entry is cut short") from exc
-        content_at = _HEADER.size + usage_bytes
+        usage_at = _HEADER.size + labels_bytes
+        content_at = usage_at + usage_bytes
         if version != _VERSION or content_at > len(data):
             raise ValueError("entry is of another format version or cut short")
         if form >= len(_FORMS):
             raise ValueError("entry is of an unknown form")
-        answer = Answer(_FORMS[form], data[content_at:], data[_HEADER.size : content_at])
-        return cls(answer, *times)
+        answer = Answer(_FORMS[form], data[content_at:], data[usage_at:content_at])
+        fields.append(data[_HEADER.size : usage_at])
+        return cls(answer, *fields)

@@ -1,20 +1,21 @@
 """The chain of tiers: lookup from the nearest, promotion of what is asked for often, storing.
 
-Invariant: a lookup returns the entry last stored under that key and says what it may be used for,
-or is a miss.
+Invariant: a lookup returns the entry last stored under that key, which isn't purged, and says what
+it may be used for, or is a miss.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import log
 from random import random
 from typing import NamedTuple
 
-from tiers.answer import Answer, Entry, Freshness, State
+from tiers.answer import Answer, Entry, Freshness, Origin, State
 from tiers.copies import Copies, Copy
 from tiers.frequency import FrequencySketch
 from tiers.movement import Write
 from tiers.promotion import Found, Promotion
+from tiers.purges import Purges
 from tiers.tier import Tier
 
 # Promotions that wait for the disk.
@@ -49,6 +50,7 @@ class Chain:
         promote_after: a hit is copied to nearer tiers once it was asked for so often, and more
             often than what it would push out there, or where an older entry is there.
         copies: those under way between the tiers; the demotion's own, if there is one.
+        purges: what is purged; by default what this process purges, until it ends.
         write: whether a new answer is stored in all tiers, or in the nearest and the shared.
         ttl_jitter: by up to this part is each ttl cut by chance, so that what was stored together
             doesn't expire together.
@@ -64,6 +66,7 @@ class Chain:
         max_answer_bytes: int,
         promote_after: int = 2,
         copies: Copies | None = None,
+        purges: Purges | None = None,
         write: Write = Write.ON_INSERT,
         ttl_jitter: float = 0,
         clock: Callable[[], float] = time.time,
@@ -78,6 +81,7 @@ class Chain:
             frequency, promote_after=promote_after, max_bytes=_PROMOTION_BYTES, clock=clock
         )
         self._copies = Copies() if copies is None else copies
+        self.purges = Purges(clock=clock) if purges is None else purges
         self.max_answer_bytes = max_answer_bytes
         self.ttl_jitter = ttl_jitter
         self.clock = clock
@@ -111,7 +115,7 @@ class Chain:
         """
         with self._copies.take(key) as copy:
             for depth, tier in enumerate(self.tiers):
-                found = await tier.get(key, counted=False)
+                found = await tier.get(key, self.purges, counted=False)
                 if found is None:
                     continue
                 value, entry = found
@@ -124,15 +128,32 @@ class Chain:
                     return entry.answer
         return None
 
+    def origin(self, labels: Iterable[str] = ()) -> Origin:
+        """Return what `store` must be told of an answer whose making begins now.
+
+        `labels` are those by which it may be purged, such as `model:m`, beside its key.
+        """
+        return self.purges.origin(labels)
+
     async def store(
-        self, key: str, answer: Answer, freshness: Freshness, *, took_s: float = 0
+        self,
+        key: str,
+        answer: Answer,
+        freshness: Freshness,
+        *,
+        origin: Origin | None = None,
+        took_s: float = 0,
     ) -> bool:
         """Store a finished answer. Returns whether any tier holds it.
 
-        When this returns, each tier has done what its durability promises. `took_s` are the
+        When this returns, each tier has done what its durability promises. An answer whose `origin`
+        is purged by now isn't stored; without one, its making begins and ends now. `took_s` are the
         seconds that it took to generate.
         """
         if len(answer.content) + len(answer.usage) > self.max_answer_bytes:
+            return False
+        origin = self.origin() if origin is None else origin
+        if self.purges.cover(key, origin):
             return False
         now = self.clock()
         ttl_s = freshness.ttl_s * (1 - self.ttl_jitter * self._chance())
@@ -143,6 +164,7 @@ class Chain:
             took_s,
             freshness.stale_while_revalidate_s,
             freshness.stale_if_error_s,
+            *origin,
         )
         value = entry.encode()
         left_s = entry.kept_until - now
@@ -154,6 +176,18 @@ class Chain:
                 stored = await tier.put(key, value, left_s) or stored
             return stored
 
+    async def purge(self, label: str) -> None:
+        """Purge all entries with `label`: `all`, or `key:…`, `model:…`, `tenant:…`, `tag:…`.
+
+        When this returns no tier and no process on the same disk tier gives them out again, nor
+        any answer whose making had begun.
+
+        Raises:
+            ValueError: `label` isn't one.
+            PurgeError: it could not be made to last; it holds in this process.
+        """
+        await self.purges.purge(label)
+
     async def settle(self) -> None:
         """Finish the promotions that are under way."""
         await self._promotion.finish()
@@ -161,6 +195,7 @@ class Chain:
     async def close(self) -> None:
         """Finish promotions, then flush and close the tiers, nearest first."""
         await self.settle()
+        await self.purges.close()
         for tier in self.tiers:
             await tier.close()
 
@@ -174,7 +209,7 @@ class Chain:
         return False
 
     async def _look(self, depth: int, key: str) -> _Seen | None:
-        found = await self.tiers[depth].get(key)
+        found = await self.tiers[depth].get(key, self.purges)
         if found is None:
             return None
         value, entry = found

@@ -16,6 +16,7 @@ from tiers.copies import Copies
 from tiers.copy_queue import CopyQueue, Waiting, write_all
 from tiers.disk import DiskCache
 from tiers.frequency import FrequencySketch
+from tiers.purges import Purges
 from tiers.tier import Tier
 
 logger = logging.getLogger(__name__)
@@ -36,12 +37,13 @@ class Write(StrEnum):
 
 
 class Demotion:
-    """Writes what a tier evicts to farther tiers, unless it is there, too cold, or outdated.
+    """Writes what a tier evicts to farther tiers, unless it is there, too cold, or of no use.
 
     Args:
         to: the farther tiers.
         frequency: a key of which it knows nothing any more is too cold.
         copies: the chain's, so that a store outdates what waits here.
+        purges: the chain's.
         max_bytes: of the queue; what doesn't fit is dropped and counted.
         clock: returns Unix seconds.
     """
@@ -51,12 +53,13 @@ class Demotion:
         to: Sequence[Tier],
         frequency: FrequencySketch,
         copies: Copies,
+        purges: Purges,
         *,
         max_bytes: int,
         clock: Callable[[], float],
     ) -> None:
         self._to, self._frequency, self._copies = tuple(to), frequency, copies
-        self._clock = clock
+        self._purges, self._clock = purges, clock
         self._queue = CopyQueue(max_bytes)
 
     @property
@@ -86,6 +89,8 @@ class Demotion:
         return Waiting(self._copies.take(key), len(value), write)
 
     async def _demote(self, key: str, value: bytes, expires_at: float) -> None:
+        if self._purges.cover_encoded(key, value):
+            return
         for tier in self._to:
             left_s = expires_at - self._clock()
             if left_s > 0 and not await tier.holds(key):
@@ -101,6 +106,7 @@ class Movement:
         disk: the backend of one of them, which remembers.
         frequency: the chain's.
         demotion: from the nearest tier.
+        purges: the chain's.
         write: when it is `ON_EVICT`, the nearest tier is written to the others at the end.
         clock: returns Unix seconds.
     """
@@ -111,13 +117,14 @@ class Movement:
         disk: DiskCache | None,
         frequency: FrequencySketch,
         demotion: Demotion,
+        purges: Purges,
         *,
         write: Write,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._nearest = tiers[0] if tiers else None
         self._disk, self._frequency, self._demotion = disk, frequency, demotion
-        self._write, self._clock = write, clock
+        self._purges, self._write, self._clock = purges, write, clock
         self._task: asyncio.Task[None] | None = None
         self.remembered = asyncio.Event()
         """Set when what was remembered has been taken over, as far as it could be."""
@@ -167,7 +174,7 @@ class Movement:
             except ValueError as exc:
                 logger.info("frequencies start anew: %s", exc)
         if self._nearest is not None and self._nearest.backend is not disk:
-            await _refill(self._nearest, disk, self._clock)
+            await _refill(self._nearest, disk, self._purges, self._clock)
         self.remembered.set()
 
     async def _save(self, disk: DiskCache) -> None:
@@ -175,12 +182,14 @@ class Movement:
             logger.warning("the frequencies could not be saved")
 
 
-async def _refill(nearest: Tier, disk: DiskCache, clock: Callable[[], float]) -> None:
+async def _refill(
+    nearest: Tier, disk: DiskCache, purges: Purges, clock: Callable[[], float]
+) -> None:
     """Copy the hottest entries into the nearest tier, hottest first, until that is full."""
     number = read_bytes = 0
     for key, value, expires_at in disk.hottest():
         left_s = 0 if expires_at is None else expires_at - clock()
-        if left_s > 0 and not await nearest.holds(key):
+        if left_s > 0 and not await nearest.holds(key) and not purges.cover_encoded(key, value):
             if nearest.victim(len(value)) is not None:
                 return
             await nearest.put(key, value, left_s)

@@ -19,6 +19,7 @@ from tiers.calls import BusyError, Calls
 from tiers.circuit import FAILURES, CircuitBreaker
 from tiers.losses import Losses
 from tiers.memory import MemoryCache
+from tiers.purges import Purges
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +95,10 @@ class Tier:
         """Whether a write is done without waiting for anything."""
         return isinstance(self.backend, MemoryCache)
 
-    async def get(self, key: str, *, counted: bool = True) -> tuple[bytes, Entry] | None:
-        """Return the entry under `key`, encoded and decoded, or `None`.
+    async def get(
+        self, key: str, purges: Purges, *, counted: bool = True
+    ) -> tuple[bytes, Entry] | None:
+        """Return the entry under `key`, encoded and decoded, or `None` if none or a purged one.
 
         Unless `counted`, it is neither a hit nor a miss.
         """
@@ -119,7 +122,8 @@ class Tier:
                 # Of another version of ours; the next answer replaces it.
                 logger.debug("the %s tier holds what can't be read: %s", self.name, exc)
             else:
-                if not self._losses.hides(key, entry.stored_at):
+                is_lost = self._losses.hides(key, entry.stored_at)
+                if not is_lost and not purges.cover(key, entry):
                     self.counts.hits += counted
                     return value, entry
         self.counts.misses += counted

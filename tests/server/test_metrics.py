@@ -4,7 +4,7 @@ import pytest
 
 from server.engine import EngineState
 from server.metrics import _BOUNDS_S, Metrics
-from tiers import Chain, DiskCache, FrequencySketch, MemoryCache, Tier
+from tiers import Chain, DiskCache, FrequencySketch, MemoryCache, Purges, Tier
 from tiers.tier import Counts
 from tiers.turn import Waits
 
@@ -71,7 +71,7 @@ async def test_tiers_say_what_they_hold_and_did(tmp_path) -> None:
     for tier, puts in ((memory, 2), (disk, 3)):
         for number in range(puts):
             assert await tier.put(str(number), bytes(1024), 60)
-        await tier.get("none")
+        await tier.get("none", Purges())
     for tier in (memory, disk):
         assert value(metrics, "tier_entries", tier=tier.name) == tier.backend.usage.entries > 0
         assert value(metrics, "tier_bytes", tier=tier.name) == tier.backend.usage.bytes > 0

@@ -29,6 +29,7 @@ from tiers import (
     Freshness,
     MemoryCache,
     Movement,
+    Purges,
     State,
     Tier,
     Write,
@@ -45,6 +46,9 @@ MEMORY_BYTES = 16 * 1024
 MACHINES = count()
 LONG = os.environ.get("TIERSERVE_LONG") == "1"
 KEYS = [f"key{number}" for number in range(8)]
+# Those of a key, and those that some have.
+LABELS = {key: ["model:m", "tag:odd" if int(key[3:]) % 2 else "tag:even"] for key in KEYS}
+PURGED = ["all", "model:m", "tag:odd", "tag:even", "tag:none", *(f"key:{key}" for key in KEYS)]
 SIZES = [0, 100, 3000, 7000, 20_000, 60_000]
 FRESHNESS = [
     Freshness(1000), Freshness(5), Freshness(5, 5), Freshness(5, 0, 20), Freshness(5, 20, 10),
@@ -103,7 +107,10 @@ class ChainMachine(RuleBasedStateMachine):
             clock=clock,
         )
         self.disk = Tier("disk", self.backend)
-        self.demotion = Demotion([self.disk], frequency, copies, max_bytes=30_000, clock=clock)
+        purges = Purges(self.backend, clock=clock)
+        self.demotion = Demotion(
+            [self.disk], frequency, copies, purges, max_bytes=30_000, clock=clock
+        )
         self.memory = MemoryCache(
             MEMORY_BYTES, policy=policy, on_evict=self.demotion.offer, clock=clock
         )
@@ -117,11 +124,12 @@ class ChainMachine(RuleBasedStateMachine):
             max_answer_bytes=50_000,
             promote_after=promote_after,
             copies=copies,
+            purges=purges,
             write=write,
             clock=clock,
         )
         self.movement = Movement(
-            tiers, self.backend, frequency, self.demotion, write=write, clock=clock
+            tiers, self.backend, frequency, self.demotion, purges, write=write, clock=clock
         )
         self.hits = self.misses = self.stores = 0
         self.movement.start()
@@ -135,12 +143,27 @@ class ChainMachine(RuleBasedStateMachine):
     @rule(key=st.sampled_from(KEYS), size=st.sampled_from(SIZES), how=st.sampled_from(FRESHNESS))
     def store(self, key: str, size: int, how: Freshness) -> None:
         answer = Answer(Form.BODY, random.Random(size).randbytes(size) + b"%d" % next(self.numbers))
-        if self.run(self.chain.store(key, answer, how)):
+        origin = self.chain.origin(LABELS.get(key, ()))
+        if self.run(self.chain.store(key, answer, how, origin=origin)):
             self.truth[key] = answer, self.clock.now, how
             self.expired.discard(key)
             self.stores += 1
         else:
             assert size > 50_000
+
+    @rule(purged=st.sampled_from(PURGED), key=st.sampled_from(KEYS))
+    def purge(self, purged: str, key: str) -> None:
+        begun = self.chain.origin(LABELS[key])
+        self.run(self.chain.purge(purged))
+        gone = [
+            each for each in self.truth if purged in ("all", f"key:{each}", *LABELS.get(each, ()))
+        ]
+        for each in gone:
+            del self.truth[each]
+        if purged in ("all", f"key:{key}", *LABELS[key]):
+            # What was being made meanwhile is of before.
+            stored = self.chain.store(key, Answer(Form.BODY, b""), FRESHNESS[0], origin=begun)
+            assert not self.run(stored)
 
     @rule(start=st.integers(0, 40))
     def fill(self, start: int) -> None:
@@ -277,7 +300,8 @@ async def test_nothing_older_comes_back_however_calls_interleave(seed, write, po
     remote = Remote(clock, delay=lambda: chance.randrange(4))
     frequency, copies = FrequencySketch(1024), Copies()
     farther = Tier("remote", remote, shared=chance.random() < 0.5)
-    demotion = Demotion([farther], frequency, copies, max_bytes=5000, clock=clock)
+    purges = Purges(clock=clock)
+    demotion = Demotion([farther], frequency, copies, purges, max_bytes=5000, clock=clock)
     memory = MemoryCache(2500, policy=policy, on_evict=demotion.offer, clock=clock)
     chain = Chain(
         [Tier("memory", memory), farther],
@@ -285,6 +309,7 @@ async def test_nothing_older_comes_back_however_calls_interleave(seed, write, po
         max_answer_bytes=10_000,
         promote_after=1,
         copies=copies,
+        purges=purges,
         write=write,
         clock=clock,
     )
@@ -293,9 +318,16 @@ async def test_nothing_older_comes_back_however_calls_interleave(seed, write, po
 
     async def store(key: str) -> None:
         number = begun[key] = next(numbers)
-        size = chance.choice([1, 300, 800])
-        await chain.store(key, Answer(Form.BODY, b"%d" % number, bytes(size)), Freshness(60))
+        answer = Answer(Form.BODY, b"%d" % number, bytes(chance.choice([1, 300, 800])))
+        origin = chain.origin([f"tag:{key}"])
+        await asyncio.sleep(0)
+        await chain.store(key, answer, Freshness(60), origin=origin)
         ended[key] = max(ended[key], number)
+
+    async def purge(key: str) -> None:
+        until = next(numbers)
+        await chain.purge(chance.choice([f"tag:{key}", f"key:{key}"]))
+        ended[key] = max(ended[key], until)
 
     async def look_up(key: str) -> None:
         least = ended[key]
@@ -306,7 +338,9 @@ async def test_nothing_older_comes_back_however_calls_interleave(seed, write, po
         for _ in range(30):
             for _ in range(chance.randrange(6)):
                 await asyncio.sleep(0)
-            await chance.choice([store, look_up, look_up])(chance.choice("abcde"))
+            await chance.choice([store, store, look_up, look_up, look_up, look_up, purge])(
+                chance.choice("abcde")
+            )
 
     async with asyncio.TaskGroup() as group:
         for _ in range(5):

@@ -17,6 +17,7 @@ from tiers import (
     Freshness,
     MemoryCache,
     Movement,
+    Purges,
     Tier,
     Write,
 )  # fmt: skip
@@ -41,7 +42,8 @@ class House:
         )
         disk = Tier("disk", self.disk)
         copies = Copies()
-        demotion = Demotion([disk], self.frequency, copies, max_bytes=10_000, clock=clock)
+        purges = Purges(self.disk, clock=clock)
+        demotion = Demotion([disk], self.frequency, copies, purges, max_bytes=10_000, clock=clock)
         self.demotion = demotion
         self.memory = MemoryCache(ROOM_FOR_TWO, on_evict=demotion.offer, clock=clock)
         tiers = [Tier("memory", self.memory), disk]
@@ -50,11 +52,12 @@ class House:
             frequency=self.frequency,
             max_answer_bytes=10_000,
             copies=copies,
+            purges=purges,
             write=write,
             clock=clock,
         )
         self.movement = Movement(
-            tiers, self.disk, self.frequency, demotion, write=write, clock=clock
+            tiers, self.disk, self.frequency, demotion, purges, write=write, clock=clock
         )
 
     async def tier_of(self, key: str) -> str | None:
@@ -181,7 +184,7 @@ async def test_refilling_memory_lets_others_run_by_count_and_by_bytes(tmp_path, 
         for number in range(32):
             assert await disk.set(f"{name}{number}", os.urandom(size), ttl=60)
     nearest = Tier("memory", MemoryCache(64 << 20, clock=clock))
-    turns, done = 0, asyncio.ensure_future(_refill(nearest, disk, clock))
+    turns, done = 0, asyncio.ensure_future(_refill(nearest, disk, Purges(), clock))
     while not done.done():
         before = nearest.counts.stores
         await asyncio.sleep(0)
@@ -191,6 +194,26 @@ async def test_refilling_memory_lets_others_run_by_count_and_by_bytes(tmp_path, 
     # 16 large ones for each second one, and two for the small ones.
     assert turns >= 18
     await disk.close()
+
+
+async def test_what_is_purged_is_neither_demoted_nor_refilled(tmp_path: Path, clock) -> None:
+    house = House(tmp_path, clock, write=Write.ON_EVICT)
+    for key in "abcd":
+        await house.tier_of(key)
+        await house.chain.store(key, ANSWER, WEEK, origin=house.chain.origin([f"tag:{key}"]))
+        await house.demotion.finish()
+    assert [key for key in "abcd" if house.disk.holds(key)] == ["a", "b"]
+    for key in "ac":
+        await house.chain.purge(f"tag:{key}")
+    await house.close()
+
+    again = House(tmp_path, clock)
+    assert [key for key in "abcd" if again.disk.holds(key)] == ["a", "b", "d"]
+    again.movement.start()
+    await again.movement.remembered.wait()
+    assert not again.memory.holds("a")
+    assert [await again.tier_of(key) for key in "abcd"] == [None, "memory", None, "memory"]
+    await again.close()
 
 
 async def test_on_evict_never_brings_back_an_older_answer(tmp_path: Path, clock) -> None:
@@ -228,7 +251,7 @@ async def test_a_store_outdates_what_waits_to_be_demoted(tmp_path: Path, clock) 
 async def test_the_end_writes_many_entries_at_once(clock) -> None:
     frequency, copies, remote = FrequencySketch(1024), Copies(), Remote(clock, delay=lambda: 1)
     tier = Tier("remote", remote)
-    demotion = Demotion([tier], frequency, copies, max_bytes=10_000, clock=clock)
+    demotion = Demotion([tier], frequency, copies, Purges(), max_bytes=10_000, clock=clock)
     entries = [(f"{number}", b"1", clock.now + number) for number in range(100)]
     await demotion.write_all([*entries, ("never expires", b"1", None)])
     # The first has expired.
@@ -238,9 +261,9 @@ async def test_the_end_writes_many_entries_at_once(clock) -> None:
 
 
 async def test_a_chain_without_tiers_only_misses(clock) -> None:
-    frequency = FrequencySketch(1024)
-    demotion = Demotion([], frequency, Copies(), max_bytes=0, clock=clock)
-    movement = Movement([], None, frequency, demotion, write=Write.ON_EVICT, clock=clock)
+    frequency, purges = FrequencySketch(1024), Purges(clock=clock)
+    demotion = Demotion([], frequency, Copies(), purges, max_bytes=0, clock=clock)
+    movement = Movement([], None, frequency, demotion, purges, write=Write.ON_EVICT, clock=clock)
     chain = Chain([], frequency=frequency, max_answer_bytes=10, clock=clock)
     movement.start()
     assert not await chain.store("k", Answer(Form.BODY, b"{}"), WEEK)

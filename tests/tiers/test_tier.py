@@ -25,8 +25,12 @@ from tiers.circuit import CircuitBreaker
 from tiers.disk import Durability
 from tiers.disk.file import DiskFile
 from tiers.losses import Losses
+from tiers.purges import Purges
 
 from .conftest import Clock, Remote
+
+# Nothing is purged.
+PURGES = Purges()
 
 
 def entry(content: bytes, stored_at: float) -> bytes:
@@ -51,7 +55,7 @@ class Far(Remote):
 
 
 async def content_of(tier: Tier, key: str) -> bytes | None:
-    found = await tier.get(key)
+    found = await tier.get(key, PURGES)
     return found and found[1].answer.content
 
 
@@ -65,7 +69,7 @@ async def test_an_outage_costs_a_few_calls_and_one_line(clock, caplog, how: str)
     far.calls = 0
     assert tier.available
     for _ in range(20):
-        assert await tier.get("k") is None
+        assert await tier.get("k", PURGES) is None
     assert (far.calls, tier.counts.errors, tier.counts.misses) == (3, 3, 17)
     assert not tier.available
     assert not await tier.put("other", entry(b"1", clock.now), 60)
@@ -112,7 +116,7 @@ async def test_many_calls_take_turns(clock) -> None:
     far = Remote(clock, delay=lambda: 2)
     tier = Tier("far", far, deadline_s=10, clock=clock)
     await tier.put("k", entry(b"1", clock.now), 60)
-    assert all(await asyncio.gather(*(tier.get("k") for _ in range(100))))
+    assert all(await asyncio.gather(*(tier.get("k", PURGES) for _ in range(100))))
     assert far.most_at_once == 8
     assert (tier.counts.hits, tier.counts.busy, tier.counts.errors) == (100, 0, 0)
 
@@ -121,7 +125,7 @@ async def test_waiting_in_vain_is_no_failure(clock) -> None:
     far = Far(clock)
     tier = Tier("far", far, deadline_s=0.01, clock=clock)
     far.hangs = True
-    assert await asyncio.gather(*(tier.get("k") for _ in range(20))) == [None] * 20
+    assert await asyncio.gather(*(tier.get("k", PURGES) for _ in range(20))) == [None] * 20
     assert (far.calls, tier.counts.errors, tier.counts.busy) == (8, 8, 12)
     await tier.close()
 
@@ -130,7 +134,7 @@ async def test_a_success_between_failures_keeps_the_breaker_closed(clock) -> Non
     far = Far(clock)
     tier = Tier("far", far, clock=clock)
     for far.fails in (True, True, False, True, True):
-        await tier.get("k")
+        await tier.get("k", PURGES)
     assert tier.available
     assert tier.counts.errors == 4
 
@@ -157,7 +161,7 @@ async def test_a_breaker_that_is_closed_leaves_no_task(clock) -> None:
     far.fails = True
     tier = Tier("far", far, clock=clock)
     for _ in range(3):
-        await tier.get("k")
+        await tier.get("k", PURGES)
     await tier.close()
     assert len(asyncio.all_tasks()) == 1
 
@@ -173,7 +177,7 @@ async def test_a_near_tier_tells_once_until_it_succeeds(clock, caplog) -> None:
 
     tier = Tier("near", backend := Broken(10_000, clock=clock), clock=clock)
     for backend.fails in (True, True, False, True):
-        await tier.get("k")
+        await tier.get("k", PURGES)
     told = [record.getMessage() for record in caplog.records]
     assert told == ["the near tier failed to read"] * 2
     assert tier.counts.errors == 3
@@ -188,7 +192,7 @@ async def test_a_failure_of_one_kind_is_told_once(clock, caplog) -> None:
         far.fails = True
         await tier.put(f"{number}", entry(b"1", clock.now), 60)
         far.fails = False
-        await tier.get("k")
+        await tier.get("k", PURGES)
     assert [record.getMessage() for record in caplog.records] == [
         "the far tier fails to write: OSError('no route')"
     ]
@@ -210,7 +214,7 @@ async def test_a_failed_write_hides_what_is_older(clock) -> None:
     far.fails = True
     assert not await tier.put("k", entry(b"2", clock.now + 1), 60)
     far.fails = False
-    assert await tier.get("k") is None
+    assert await tier.get("k", PURGES) is None
     assert not await tier.holds("k")
     # Another server has stored a later one.
     await far.set("k", entry(b"3", clock.now + 2), ttl=60)
@@ -226,7 +230,7 @@ async def test_a_write_that_arrives_late_does_not_replace_a_later_one(clock) -> 
     await tier.put("k", entry(b"2", clock.now + 1), 60)
     assert await content_of(tier, "k") == b"2"
     await far.set("k", entry(b"1", clock.now), ttl=60)
-    assert await tier.get("k") is None
+    assert await tier.get("k", PURGES) is None
 
 
 async def test_a_failed_removal_hides_what_should_be_gone(clock) -> None:
@@ -237,7 +241,7 @@ async def test_a_failed_removal_hides_what_should_be_gone(clock) -> None:
     far.fails = True
     await tier.remove("k")
     far.fails = False
-    assert await tier.get("k") is None
+    assert await tier.get("k", PURGES) is None
     await tier.put("k", entry(b"2", clock.now - 0.5), 60)
     assert await content_of(tier, "k") == b"2"
 
@@ -252,7 +256,7 @@ async def test_a_write_that_is_cancelled_may_have_been_lost(clock) -> None:
     writing.cancel()
     await asyncio.wait([writing])
     far.hangs = False
-    assert await tier.get("k") is None
+    assert await tier.get("k", PURGES) is None
 
 
 async def test_a_disk_that_could_not_store_does_not_show_what_it_held(
@@ -271,12 +275,12 @@ async def test_a_disk_that_could_not_store_does_not_show_what_it_held(
         await tier.remove("b")
         assert tier.counts.errors == 1
     assert [disk.holds(key) for key in "ab"] == [True, True]
-    assert [await tier.get(key) for key in "ab"] == [None, None]
+    assert [await tier.get(key, PURGES) for key in "ab"] == [None, None]
     assert [await tier.holds(key) for key in "ab"] == [False, False]
     assert await tier.put("a", entry(b"2", clock.now), 60)
     assert await content_of(tier, "a") == b"2"
     await tier.remove("b")
-    assert await tier.get("b") is None
+    assert await tier.get("b", PURGES) is None
     await tier.close()
 
 

@@ -152,6 +152,11 @@ class DiskCache(ByteCache):
         committed = [] if self._file is None else self._file.all_keys()
         return {key.decode() for key in committed} | set(self._pending)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether entries can be read."""
+        return self._file is not None
+
     async def opened(self) -> None:
         """Return when the file is open.
 
@@ -189,6 +194,16 @@ class DiskCache(ByteCache):
         change = Change(f"blob:{name}", blob, is_blob=True)
         return not self._refuses(change) and await self._done(change)
 
+    async def update(self, name: str, change: Callable[[bytes | None], bytes]) -> bool:
+        """Replace a blob by what `change` makes of it. Returns whether that is on the disk.
+
+        Nobody else writes meanwhile, in any process. `change` gets `None` if there is no blob, and
+        nothing at all, `b""`, if it is damaged. It is called in the writer's thread, and again if
+        there was no room. While the file isn't open, this waits for it.
+        """
+        change_ = Change(f"blob:{name}", None, is_blob=True, update=change)
+        return not self._refuses(change_) and await self._done(change_)
+
     def load(self, name: str) -> bytes | None:
         """Return what was last saved under `name`, or `None` if it is missing or damaged."""
         if self._file is None:
@@ -204,6 +219,20 @@ class DiskCache(ByteCache):
             self._suspect = True
             logger.exception("the disk tier can't read what was saved")
         return None
+
+    def reload(self, name: str, known: bytes) -> bytes | None:
+        """Return a blob unless it begins with `known`, or there is none. Costs 2 µs if it does.
+
+        Raises:
+            ValueError: it is damaged.
+            OSError: nothing can be read now.
+        """
+        if self._file is None:
+            raise OSError("the disk tier isn't open")
+        try:
+            return self._file.load(f"blob:{name}".encode(), known)
+        except lmdb.Error as exc:
+            raise OSError(f"the disk tier can't read what was saved: {exc}") from exc
 
     def statistics(self) -> Statistics | None:
         """Return the file in numbers, or `None` while it isn't open."""

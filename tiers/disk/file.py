@@ -16,7 +16,14 @@ from typing import NamedTuple
 import lmdb
 
 from tiers.disk.codec import ZSTD_DICTIONARY, Codec
-from tiers.disk.record import FORMAT, pack_blob, unpack, unpack_blob, unpack_sequence
+from tiers.disk.record import (
+    FORMAT,
+    begins_with,
+    pack_blob,
+    unpack,
+    unpack_blob,
+    unpack_sequence,
+)
 from tiers.disk.transaction import (
     Change,
     Databases,
@@ -186,15 +193,17 @@ class DiskFile:
         with self._lock, self.env.begin(db=self.dbs.entries) as txn:
             return list(txn.cursor().iternext(values=False))
 
-    def load(self, name: bytes) -> bytes | None:
-        """Return a blob.
+    def load(self, name: bytes, unless: bytes | None = None) -> bytes | None:
+        """Return a blob, or `None` if there is none, or if it begins with `unless`.
 
         Raises:
             ValueError: it does not verify.
         """
         with self._lock, self.env.begin(db=self.dbs.meta, buffers=True) as txn:
             data = txn.get(name)
-            return None if data is None else unpack_blob(name, data)
+            if data is None or (unless and begins_with(data, unless)):
+                return None
+            return unpack_blob(name, data)
 
     def statistics(self) -> Statistics:
         """Count pages and readers."""
@@ -238,6 +247,8 @@ class DiskFile:
             else:
                 if outcome.used_bytes > target_bytes + self.reserve_bytes // 4:
                     outcome = outcome.then(self.evict(target_bytes))
+                if not self._sync and any(change.update is not None for change in changes):
+                    self.env.sync(True)
                 return outcome
         raise lmdb.MapFullError("the disk tier could not make room")
 

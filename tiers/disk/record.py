@@ -92,6 +92,11 @@ def pack_blob(name: bytes, blob: bytes) -> bytes:
     return _CRC.pack(crc32(blob, crc32(name))) + blob
 
 
+def begins_with(data: memoryview, head: bytes) -> bool:
+    """Return whether the blob in what `pack_blob` wrote begins with `head`, damaged or not."""
+    return data[_CRC.size : _CRC.size + len(head)] == head
+
+
 def unpack_blob(name: bytes, data: memoryview) -> bytes:
     """Read what `pack_blob` wrote.
 

@@ -58,13 +58,15 @@ class Databases(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """An entry to put or, without a value, to drop."""
+    """An entry to put or, without a value, to drop; or a blob."""
 
     key: str
     value: bytes | None
     expires_at: float = inf
     is_blob: bool = False
     """`key` names a blob and not an entry."""
+    update: Callable[[bytes | None], bytes] | None = None
+    """Makes a blob of what is there. Called in the writer's thread, perhaps more than once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,8 @@ class Transaction:
         """Put or drop an entry or a blob."""
         key = change.key.encode()
         if change.is_blob:
-            self._txn.put(key, pack_blob(key, change.value or b""), db=self._dbs.meta)
+            blob = self._updated(key, change.update) if change.update else change.value or b""
+            self._txn.put(key, pack_blob(key, blob), db=self._dbs.meta)
             return
         if (record := self._txn.get(key, db=self._dbs.entries)) is not None:
             self._drop_rows(sequence_of(record), key)
@@ -195,6 +198,14 @@ class Transaction:
             self._txn.stat(self._dbs.entries)["entries"],
             used_bytes(self._txn, self._dbs),
         )
+
+    def _updated(self, key: bytes, update: Callable[[bytes | None], bytes]) -> bytes:
+        data = self._txn.get(key, db=self._dbs.meta)
+        try:
+            blob = None if data is None else unpack_blob(key, data)
+        except ValueError:
+            blob = b""
+        return update(blob)
 
     def _read_state(self) -> tuple[int, float]:
         data = self._txn.get(_STATE_NAME, db=self._dbs.meta)
