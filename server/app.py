@@ -79,7 +79,7 @@ async def _serve(
         else [Upstream(url, timeout_s=timeout_s) for url in config.engine.upstreams],
         max_requests=config.engine.max_requests,
     )
-    flights = Flights(max_bytes=4 * config.cache.max_answer_bytes)
+    flights = Flights(max_bytes=4 * config.cache.max_answer_bytes, purged=chain.purges.cover)
     metrics = Metrics(
         chain,
         state=lambda: _state(engine, upstreams),

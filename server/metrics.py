@@ -152,6 +152,9 @@ class _Tiers(Collector):
             )
             dropped.add_metric((), count)
             yield dropped
+        purges = CounterMetricFamily("tierserve_purges", "Purges asked for here")
+        purges.add_metric((), self._chain.purged)
+        yield purges
 
 
 def _counter(name: str, values: Iterable[tuple[str, int]]) -> Metric:

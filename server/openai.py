@@ -13,9 +13,10 @@ from aiohttp import hdrs, web
 from server import convert
 from server.control import Control, control_of
 from server.http_request import HttpRequest
+from server.labels import BadRequestError
 from server.passthrough import forward, forwarded, returned
 from server.record import NotAnAnswerError, record
-from server.request import BadRequestError, Request, parse
+from server.request import Request, parse
 from server.responses import Whole, error_response, failure, own_headers, unavailable
 from server.upstream import UnavailableError, Upstreams
 from tiers import Answer, Chain, Flight, Flights, Form, Freshness, Hit, State, Turns
@@ -72,7 +73,7 @@ class OpenAI:
             scope = http.headers.get(hdrs.AUTHORIZATION, "")
             request = parse(http.path, raw, scope, self._identity(), self._model)
         except BadRequestError as exc:
-            return error_response(400, str(exc))
+            return error_response(400, str(exc), param=exc.param)
         control = control_of(http.headers.get(hdrs.CACHE_CONTROL, ""))
         if self._may_keep(http, request) and not control.no_store:
             try:
@@ -81,7 +82,9 @@ class OpenAI:
                 logger.warning("an answer was given in one form and asked for in another: %s", exc)
         if control.only_if_cached:
             return _not_cached()
-        return await forward(http, self._upstreams, body=raw, cache_status="tierserve; fwd=bypass")
+        return await forward(
+            http, self._upstreams, body=request.raw, cache_status="tierserve; fwd=bypass"
+        )
 
     def _may_keep(self, http: HttpRequest, request: Request) -> bool:
         content_type = http.headers.get(hdrs.CONTENT_TYPE, "")
@@ -105,7 +108,8 @@ class OpenAI:
             return _not_cached()
         newer_than = _newer_than(hit, control, self._chain.clock())
         produce = partial(self._produce, request, forwarded(http), newer_than)
-        listener, joined = self._flights.join(request.key, request.form, produce)
+        origin = self._chain.origin(request.labels)
+        listener, joined = self._flights.join(request.key, request.form, produce, origin)
         told = partial(_told, http, _why(hit, control), listener.flight, joined=joined)
         told()
         try:
@@ -127,7 +131,8 @@ class OpenAI:
         """Have a new answer made in the background, in place of the one that is given out now."""
         if self._upstreams.ready and len(self._flights) < _REFRESH_BELOW:
             produce = partial(self._produce, request, forwarded(http), hit.entry.stored_at)
-            self._flights.launch(request.key, request.form, produce)
+            origin = self._chain.origin(request.labels)
+            self._flights.launch(request.key, request.form, produce, origin)
 
     async def _render_hit(
         self, http: HttpRequest, request: Request, hit: Hit, how: str
@@ -199,7 +204,9 @@ class OpenAI:
         if finished:
             freshness = self._freshness(request.route, request.model)
             took_s = time.monotonic() - started
-            await self._chain.store(request.key, answer, freshness, took_s=took_s)
+            await self._chain.store(
+                request.key, answer, freshness, origin=flight.origin, took_s=took_s
+            )
 
 
 async def _render(

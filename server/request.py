@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from server.labels import BadRequestError, labels_of
 from tiers import Form, digest
 
 # What vLLM answers alike in a body and in a stream. Of anything else it may leave out or refuse
@@ -46,15 +47,15 @@ _REMEMBERED = 1024
 _REMEMBERED_BYTES = 16 * 1024
 
 
-class BadRequestError(ValueError):
-    """The body can't be understood; the text says why."""
-
-
 class Request(NamedTuple):
     """One parsed request: `route` is its path, `body` what the engine is to be sent."""
 
     route: str
     model: str
+    labels: tuple[str, ...]
+    """By what its answer may be purged, beside its key."""
+    raw: bytes
+    """The body as it was received, but for what is meant for us alone."""
     body: bytes
     form: Form
     wants_usage: bool
@@ -75,7 +76,7 @@ def parse(route: str, raw: bytes, scope: str, identity: str, default_model: str)
         default_model: the model that a body without one means.
 
     Raises:
-        BadRequestError: the body isn't a JSON object.
+        BadRequestError: the body isn't a JSON object, or its field `cache` isn't as it should be.
     """
     look = _remembered if len(raw) <= _REMEMBERED_BYTES else _parse
     return look(route, raw, scope, identity, default_model)
@@ -92,6 +93,11 @@ def _parse(route: str, raw: bytes, scope: str, identity: str, default_model: str
         raise BadRequestError("the body is nested too deeply") from exc
     if not isinstance(body, dict):
         raise BadRequestError("the body should be a JSON object")
+    if "cache" in body:
+        cache = body.pop("cache")
+        raw = _dumps(body)
+    else:
+        cache = None
     stream = body.get("stream") is True
     options = body.get("stream_options")
     wants_usage = stream and isinstance(options, dict) and options.get("include_usage") is True
@@ -101,14 +107,18 @@ def _parse(route: str, raw: bytes, scope: str, identity: str, default_model: str
     # A header may hold bytes that are no text.
     raw_scope = scope.encode(errors="surrogateescape")
     key = digest(raw_scope, identity.encode(), route.encode(), _dumps(canonical))
+    model = str(canonical["model"])
+    sent = raw
     if stream and not wants_usage and isinstance(options, dict | None):
         # The count is recorded with every answer, and kept from clients that did not ask.
         counting = {k: v for k, v in (options or {}).items() if k != _CONTINUOUS}
-        raw = _dumps(body | {"stream_options": counting | {"include_usage": True}})
+        sent = _dumps(body | {"stream_options": counting | {"include_usage": True}})
     return Request(
         route=route,
-        model=str(canonical["model"]),
-        body=raw,
+        model=model,
+        labels=labels_of(model, raw_scope, cache),
+        raw=raw,
+        body=sent,
         form=Form.EVENTS if stream else Form.BODY,
         wants_usage=wants_usage,
         repeatable=not any(body.get(name) for name in _UNREPEATABLE)

@@ -82,6 +82,8 @@ class Chain:
         )
         self._copies = Copies() if copies is None else copies
         self.purges = Purges(clock=clock) if purges is None else purges
+        self.purged = 0
+        """How often something was purged through this chain."""
         self.max_answer_bytes = max_answer_bytes
         self.ttl_jitter = ttl_jitter
         self.clock = clock
@@ -186,6 +188,7 @@ class Chain:
             ValueError: `label` isn't one.
             PurgeError: it could not be made to last; it holds in this process.
         """
+        self.purged += 1
         await self.purges.purge(label)
 
     async def settle(self) -> None:

@@ -13,14 +13,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Self
 
-from tiers.answer import Answer, Form
+from tiers.answer import Answer, Form, Origin
+
+_UNKNOWN = Origin()
 
 
 class Flight:
     """One running generation: a log of byte strings, its listeners, and at last its answer."""
 
-    def __init__(self, form: Form, max_bytes: int) -> None:
+    def __init__(self, form: Form, max_bytes: int, origin: Origin) -> None:
         self.form = form
+        self.origin = origin
         self.answer: Answer | None = None
         self.collapsed = False
         """Whether another process has generated it."""
@@ -112,28 +115,37 @@ class Flights:
 
     Args:
         max_bytes: the size of each flight's log.
+        purged: tells whether what began under a key has been purged since.
     """
 
-    def __init__(self, *, max_bytes: int) -> None:
+    def __init__(
+        self, *, max_bytes: int, purged: Callable[[str, Origin], bool] = lambda _key, _origin: False
+    ) -> None:
         self.max_bytes = max_bytes
+        self._purged = purged
         self._by_key: dict[str, Flight] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def join(
-        self, key: str, form: Form, produce: Callable[[Flight], Awaitable[None]]
+        self,
+        key: str,
+        form: Form,
+        produce: Callable[[Flight], Awaitable[None]],
+        origin: Origin = _UNKNOWN,
     ) -> tuple[Listener, bool]:
         """Listen to the flight under `key`, starting it with `produce` if there is none.
 
         `produce` publishes in `form` and ends the flight; what it raises reaches the listeners.
-        A flight stays joinable until `produce` has returned, so what it stores can be found.
+        A flight stays joinable until `produce` has returned, so what it stores can be found,
+        unless it has been purged. `origin` is that of a flight which starts now.
 
         Returns:
             The listener, and whether it joined a flight that was already under way.
         """
         flight = self._by_key.get(key)
-        if flight is not None and flight.joinable:
+        if flight is not None and flight.joinable and not self._purged(key, flight.origin):
             return flight.listen(), True
-        flight = Flight(form, self.max_bytes)
+        flight = Flight(form, self.max_bytes, origin)
         listener = flight.listen()
         self._by_key[key] = flight
         flight.task = task = asyncio.create_task(self._run(flight, produce))
@@ -141,10 +153,16 @@ class Flights:
         task.add_done_callback(lambda _: self._land(key, flight, task))
         return listener, False
 
-    def launch(self, key: str, form: Form, produce: Callable[[Flight], Awaitable[None]]) -> None:
+    def launch(
+        self,
+        key: str,
+        form: Form,
+        produce: Callable[[Flight], Awaitable[None]],
+        origin: Origin = _UNKNOWN,
+    ) -> None:
         """Start a flight that nobody need listen to, unless there is one under `key`."""
         if key not in self:
-            listener, _ = self.join(key, form, produce)
+            listener, _ = self.join(key, form, produce, origin)
             task = asyncio.create_task(_read(listener))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)

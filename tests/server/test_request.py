@@ -3,7 +3,8 @@
 import orjson
 import pytest
 
-from server.request import BadRequestError, Request, parse
+from server.labels import BadRequestError
+from server.request import Request, parse
 
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
 

@@ -18,7 +18,17 @@ from pathlib import Path
 
 import pytest
 
-from tiers import DiskCache
+from tiers import (
+    Answer,
+    Chain,
+    DiskCache,
+    Form,
+    FrequencySketch,
+    Freshness,
+    MemoryCache,
+    Purges,
+    Tier,
+)  # fmt: skip
 from tiers.disk import Durability
 from tiers.disk.file import DATA, DiskFile
 from tiers.disk.verify import _Pages, verify
@@ -399,3 +409,72 @@ async def test_a_damaged_record_that_nobody_noticed_is_a_miss(tmp_path: Path) ->
     await cache.close()
     assert not (tmp_path / "clean").exists()
     assert verify(tmp_path).damaged == 0
+
+
+LABELS = ["model:m"]
+
+
+def chain_on(folder: Path, durability: Durability = Durability.COMMIT) -> Chain:
+    disk = DiskCache(folder, MIB, durability=durability)
+    tiers = [Tier("memory", MemoryCache(MIB)), Tier("disk", disk)]
+    sketch = FrequencySketch(1024)
+    return Chain(tiers, frequency=sketch, max_answer_bytes=1000, purges=Purges(disk))
+
+
+def store_and_look_up(connection: Connection, folder: Path) -> None:
+    async def main() -> None:
+        chain = chain_on(folder)
+        while True:
+            if connection.recv() == "store":
+                await chain.store(
+                    "k", Answer(Form.BODY, b"{}"), Freshness(60), origin=chain.origin(LABELS)
+                )
+            connection.send(await chain.lookup("k") is not None)
+
+    asyncio.run(main())
+
+
+async def test_what_one_process_purges_no_other_gives_out(tmp_path: Path) -> None:
+    with Child(store_and_look_up, tmp_path) as child:
+
+        def ask(what: str) -> bool:
+            child.connection.send(what)
+            return child.connection.recv()
+
+        assert ask("store")
+        chain = chain_on(tmp_path)
+        for _ in range(20):
+            assert ask("store")
+            assert ask("look up")
+            assert await chain.lookup("k") is not None
+            await chain.purge("model:m")
+            assert not ask("look up")
+            assert await chain.lookup("k") is None
+        await chain.close()
+
+
+def purge_and_wait(connection: Connection, folder: Path, durability: Durability) -> None:
+    async def main() -> None:
+        chain = chain_on(folder, durability)
+        for key in ("k", "other"):
+            await chain.store(
+                key, Answer(Form.BODY, b"{}"), Freshness(60), origin=chain.origin(LABELS)
+            )
+        await chain.purge("key:k")
+        connection.send("purged")
+        await asyncio.Event().wait()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("durability", Durability)
+async def test_a_kill_brings_back_nothing_that_was_purged(tmp_path: Path, durability) -> None:
+    with Child(purge_and_wait, tmp_path, durability) as child:
+        assert next(child.receive()) == "purged"
+    chain = chain_on(tmp_path)
+    disk = chain.tiers[1].backend
+    assert not disk.is_open
+    await disk.opened()
+    assert await chain.lookup("other") is not None
+    assert await chain.lookup("k") is None
+    await chain.close()

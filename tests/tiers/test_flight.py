@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from tiers import Answer, Flight, Flights, Form
+from tiers import Answer, Flight, Flights, Form, Origin
 
 ANSWER = Answer(Form.EVENTS, b"")
 
@@ -111,3 +111,27 @@ async def test_finish_cancels_what_takes_too_long() -> None:
     await flights.finish(0)
     with pytest.raises(ConnectionAbortedError):
         await read(listener)
+
+
+async def test_nobody_joins_what_has_been_purged() -> None:
+    purged: set[tuple[str, Origin]] = set()
+    flights = Flights(max_bytes=10, purged=lambda key, origin: (key, origin) in purged)
+    go = asyncio.Event()
+
+    async def produce(flight: Flight) -> None:
+        await go.wait()
+        flight.end(Answer(Form.BODY, b"{}"))
+
+    first, second = Origin(1, b"model:m"), Origin(2, b"model:m")
+    listeners = [flights.join("k", Form.BODY, produce, first)[0]]
+    assert flights.join("k", Form.BODY, produce, second)[1]
+    purged.add(("k", first))
+    listener, collapsed = flights.join("k", Form.BODY, produce, second)
+    assert not collapsed
+    assert listener.flight.origin == second
+    assert flights.join("k", Form.BODY, produce, second)[1]
+    go.set()
+    for each in (*listeners, listener):
+        assert [item async for item in each] == []
+    await asyncio.sleep(0)
+    assert len(flights) == 0
