@@ -221,6 +221,18 @@ class Purges:
             self._under_way.remove(label)
         await asyncio.sleep(_SETTLE_S)
 
+    def stamped(self, label: str) -> PurgeTable:
+        """Return the table with a purge that doesn't hold yet: `adopt` it once others have it."""
+        check_label(label)
+        return self.table.stamped(label, self._clock_us())
+
+    def read(self, packed: bytes) -> PurgeTable:
+        """Return a packed table; one by which everything is purged if it is damaged."""
+        try:
+            return PurgeTable.unpack(packed, max_bytes=self._max_bytes)
+        except ValueError:
+            return self.table.stamped(ALL, self._clock_us() + _BEYOND_US)
+
     async def adopt(self, table: PurgeTable) -> None:
         """Take over purges that were made elsewhere, at once, and keep them.
 
@@ -281,10 +293,7 @@ class Purges:
             nonlocal made
             merged = mine
             if blob is not None:
-                try:
-                    merged = PurgeTable.unpack(blob, max_bytes=self._max_bytes).merged(mine)
-                except ValueError:
-                    merged = mine.stamped(ALL, self._clock_us() + _BEYOND_US)
+                merged = self.read(blob).merged(mine)
             if label is not None:
                 merged = merged.stamped(label, self._clock_us())
             made = merged.pack()

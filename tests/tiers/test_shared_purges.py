@@ -1,0 +1,162 @@
+"""Purges over a server that machines share: any backend of aiocache, a real Redis, a Memcached."""
+
+import asyncio
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import aiocache
+import pytest
+from aiocache.base import BaseCache
+from aiocache.serializers import NullSerializer
+
+from tiers import PurgeError, Purges
+from tiers.shared_purges import SharedPurges
+
+COMMANDS = {
+    "redis": lambda port, folder: [
+        "redis-server", "--port", port, "--bind", "127.0.0.1", "--save", "", "--dir", folder,
+    ],
+    "memcached": lambda port, _folder: [
+        "memcached", "-p", port, "-l", "127.0.0.1", "-U", "0", "-u", "nobody",
+    ],
+}  # fmt: skip
+CLASSES = {"redis": aiocache.RedisCache, "memcached": aiocache.MemcachedCache}
+
+
+def started(kind: str, folder: Path) -> tuple[subprocess.Popen[bytes], int]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = COMMANDS[kind](str(port), str(folder))
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} isn't installed")
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+        except ConnectionRefusedError:
+            time.sleep(0.02)
+        else:
+            return process, port
+    pytest.fail(f"{command[0]} did not start")
+
+
+@pytest.fixture(params=["any", "redis", "memcached"])
+async def connect(request, tmp_path: Path) -> AsyncIterator[Callable[[], BaseCache]]:
+    """Return what gives a machine its connection to one and the same server."""
+    serializer = NullSerializer(encoding=None)
+    if request.param == "any":
+        cache = aiocache.SimpleMemoryCache(serializer=serializer)
+        yield lambda: cache
+        return
+    process, port = started(request.param, tmp_path)
+    made: list[BaseCache] = []
+
+    def connection() -> BaseCache:
+        made.append(CLASSES[request.param](port=port, serializer=serializer))
+        return made[-1]
+
+    try:
+        yield connection
+        for each in made:
+            # aiocache's own close warns, as redis has deprecated what it calls.
+            await (each.client.aclose if request.param == "redis" else each.client.close)()
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+class Machine:
+    def __init__(self, backend: BaseCache, clock: Callable[[], float], **options) -> None:
+        self.purges = Purges(clock=clock)
+        options = {"every_s": 0, "deadline_s": 1} | options
+        self.shared = SharedPurges(self.purges, backend, **options)
+
+
+async def test_what_one_machine_purges_no_other_gives_out(connect) -> None:
+    """Whatever their clocks say."""
+    clocks = [lambda: 2e9, lambda: 1e9, lambda: 3e9]
+    one, two, three = (Machine(connect(), clock) for clock in clocks)
+    for each in (one, two, three):
+        entry = [machine.purges.origin(["model:m"]) for machine in (one, two, three)]
+        await each.shared.purge("model:m")
+        for machine in (one, two, three):
+            assert await machine.shared.sync()
+            assert all(machine.purges.cover("k", origin) for origin in entry)
+            assert not machine.purges.cover("k", machine.purges.origin(["model:m"]))
+    assert one.purges.table == two.purges.table == three.purges.table
+
+
+async def test_many_at_once_all_get_numbers_of_their_own(connect) -> None:
+    machines = [Machine(connect(), lambda: 1.0) for _ in range(4)]
+    for each in machines:
+        await each.shared.sync()
+    entries = [each.purges.origin([f"tag:{n}"]) for n, each in enumerate(machines)]
+    await asyncio.gather(*(each.shared.purge(f"tag:{n}") for n, each in enumerate(machines)))
+    for each in machines:
+        assert await each.shared.sync()
+        assert all(each.purges.cover("k", entry) for entry in entries)
+        assert len(each.purges.table) == len(machines)
+
+
+async def test_a_server_that_lost_it_is_told_again(connect) -> None:
+    one, two = Machine(connect(), lambda: 1.0), Machine(connect(), lambda: 1.0)
+    entry = two.purges.origin(["tag:a"])
+    await one.shared.purge("tag:a")
+    await connect().delete("purges")
+    assert await two.shared.sync()
+    assert not two.purges.cover("k", entry)
+    assert await one.shared.sync()
+    assert await two.shared.sync()
+    assert two.purges.cover("k", entry)
+
+
+async def test_what_cannot_be_read_purges_everything(connect) -> None:
+    one, two = Machine(connect(), lambda: 1.0), Machine(connect(), lambda: 1.0)
+    entry = one.purges.origin()
+    await connect().set("purges", b"\xff not ours")
+    assert await one.shared.sync()
+    assert await two.shared.sync()
+    assert one.purges.cover("k", entry)
+    assert two.purges.cover("k", entry)
+    assert not two.purges.cover("k", two.purges.origin())
+
+
+class Gone(aiocache.SimpleMemoryCache):
+    is_gone = True
+
+    async def _get(self, key, encoding="utf-8", _conn=None):
+        if self.is_gone:
+            raise ConnectionRefusedError
+        return await super()._get(key, encoding, _conn)
+
+
+class Silent(aiocache.SimpleMemoryCache):
+    is_gone = True
+
+    async def _get(self, key, encoding="utf-8", _conn=None):
+        if self.is_gone:
+            await asyncio.Event().wait()
+        return await super()._get(key, encoding, _conn)
+
+
+@pytest.mark.parametrize("kind", [Gone, Silent])
+async def test_says_that_the_server_was_not_told_and_tells_it_later(kind, caplog) -> None:
+    server = kind(serializer=NullSerializer(encoding=None))
+    one = Machine(server, lambda: 1.0, deadline_s=0.01)
+    two = Machine(server, lambda: 1.0)
+    entry = one.purges.origin(["tag:a"])
+    with pytest.raises(PurgeError, match="it holds on this machine"):
+        await one.shared.purge("tag:a")
+    assert not await one.shared.sync()
+    assert one.purges.cover("k", entry)
+    assert one.shared.errors == 2
+    server.is_gone = False
+    assert await one.shared.sync()
+    assert await two.shared.sync()
+    assert two.purges.cover("k", entry)
+    assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]

@@ -1,0 +1,135 @@
+"""Purges that many machines share, through one value in a server of theirs.
+
+The value is the table of `tiers.purges`, in base64 since aiocache's Redis backend compares text.
+It is read again and again, merged, and given what it lacks; a server that has lost it gets it back.
+It is only ever replaced by who has read it (compare-and-set), so a number is given once.
+"""
+
+import asyncio
+import logging
+from base64 import b64decode, b64encode
+
+from aiocache.base import BaseCache
+from aiocache.lock import OptimisticLock, OptimisticLockError
+
+from tiers.purges import PurgeError, Purges, PurgeTable, check_label
+
+logger = logging.getLogger(__name__)
+
+_KEY = "purges"
+_ATTEMPTS = 8
+
+
+class SharedPurges:
+    """Keeps a process's purges and a server's alike.
+
+    Args:
+        purges: this process's.
+        backend: any aiocache backend that gives back the bytes that it was given.
+        every_s: the time between two looks at the server.
+        deadline_s: seconds that one look, with what is written then, may take.
+    """
+
+    def __init__(
+        self,
+        purges: Purges,
+        backend: BaseCache,
+        *,
+        every_s: float = 0.2,
+        deadline_s: float = 1.0,
+    ) -> None:
+        self.errors = 0
+        """How many looks at the server failed."""
+        self._purges, self._backend = purges, backend
+        self._every_s, self._deadline_s = every_s, deadline_s
+        self._known, self._table = b"", PurgeTable()
+        self._is_failing = False
+
+    async def run(self) -> None:
+        """Look at the server again and again, until cancelled."""
+        while True:
+            await self.sync()
+            await asyncio.sleep(self._every_s)
+
+    async def sync(self) -> bool:
+        """Take over what others have purged, and tell them the rest. Returns whether that is done.
+
+        What fails is counted, and said once until it succeeds.
+        """
+        return await self._exchange_in_time()
+
+    async def purge(self, label: str) -> None:
+        """Purge as `Purges.purge` does, and on all machines that reach the server.
+
+        Raises:
+            ValueError: it can't be a label.
+            PurgeError: it could not be made to last, or the server not be told in time; it holds on
+                this machine, and elsewhere once the server answers.
+        """
+        check_label(label)
+        if not await self._exchange_in_time(label):
+            await self._purges.purge(label)
+            raise PurgeError(
+                "the shared tier could not be told of the purge; it holds on this machine"
+            )
+        # All others have looked by then.
+        await asyncio.sleep(self._every_s + self._deadline_s)
+
+    async def _exchange_in_time(self, label: str | None = None) -> bool:
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                await self._exchange(label)
+        except Exception as exc:
+            self.errors += 1
+            if not self._is_failing:
+                self._is_failing = True
+                logger.error("purges can't be shared with other machines: %r", exc)
+            return False
+        if self._is_failing:
+            self._is_failing = False
+            logger.warning("purges are shared with other machines again")
+        return True
+
+    async def _exchange(self, label: str | None) -> None:
+        for _ in range(_ATTEMPTS):
+            data = await self._backend.get(_KEY)
+            if data is not None and data != self._known:
+                await self._adopt(data)
+            known = PurgeTable() if data is None else self._table
+            # Here the purge holds only once it is there, so that nothing can begin here that knows
+            # of it and not of what others have purged before.
+            wanted = self._purges.table if label is None else self._purges.stamped(label)
+            if known.merged(wanted) is known:
+                return
+            made = b64encode(wanted.pack())
+            if await self._is_replaced(data, made):
+                await self._adopt(made)
+                return
+        raise TimeoutError("others wrote at the same time, again and again")
+
+    async def _adopt(self, data: bytes) -> None:
+        table = self._purges.read(_decoded(data))
+        await self._purges.adopt(table)
+        self._known, self._table = data, table
+
+    async def _is_replaced(self, data: bytes | None, made: bytes) -> bool:
+        """Write `made` in place of `data`, and of nothing else. Returns whether it is written."""
+        if data is None:
+            try:
+                return bool(await self._backend.add(_KEY, made, ttl=None))
+            except ValueError:
+                return False
+        async with OptimisticLock(self._backend, _KEY) as lock:
+            if await self._backend.get(_KEY) != data:
+                return False
+            try:
+                return bool(await lock.cas(made, ttl=None))
+            except OptimisticLockError:
+                return False
+
+
+def _decoded(data: bytes) -> bytes:
+    try:
+        return b64decode(data, validate=True)
+    except ValueError:
+        return b""
