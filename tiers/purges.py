@@ -91,7 +91,11 @@ class PurgeTable:
         number_of = self._numbers.get
         if number_of(ALL, 0) > generation or number_of(f"key:{key}", 0) > generation:
             return True
-        return any(number_of(each, 0) > generation for each in labels.decode().split("\n"))
+        # A generator would cost half a microsecond more.
+        for each in labels.decode().split("\n"):  # noqa: SIM110
+            if number_of(each, 0) > generation:
+                return True
+        return False
 
     def stamped(self, label: str, clock_us: int) -> Self:
         """Return a table in which `label` has the highest number."""
