@@ -48,7 +48,7 @@ def test_dependencies_point_one_way(file: Path) -> None:
 
 def test_what_tiers_offers() -> None:
     assert sorted(tiers.__all__) == [
-        "Answer", "Chain", "Copies", "Demotion", "DiskCache", "Entry", "FileLeases", "Flight",
-        "Flights", "Form", "FrequencySketch", "Freshness", "Hit", "MemoryCache", "Movement",
-        "Origin", "PurgeError", "Purges", "State", "Tier", "Turns", "Write", "digest",
+        "Adoption", "Answer", "Chain", "Copies", "Demotion", "DiskCache", "Entry", "FileLeases",
+        "Flight", "Flights", "Form", "FrequencySketch", "Freshness", "Hit", "MemoryCache",
+        "Movement", "Origin", "PurgeError", "Purges", "State", "Tier", "Turns", "Write", "digest",
     ]  # fmt: skip

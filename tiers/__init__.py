@@ -5,7 +5,7 @@ are aiocache backends that also work without the rest.
 """
 
 from tiers.answer import Answer, Entry, Form, Freshness, Origin, State
-from tiers.chain import Chain, Hit
+from tiers.chain import Adoption, Chain, Hit
 from tiers.copies import Copies
 from tiers.disk import DiskCache
 from tiers.flight import Flight, Flights
@@ -19,6 +19,7 @@ from tiers.tier import Tier
 from tiers.turn import Turns
 
 __all__ = [
+    "Adoption",
     "Answer",
     "Chain",
     "Copies",

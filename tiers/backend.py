@@ -51,6 +51,10 @@ class ByteCache(BaseCache):
         """Return the value, or `None` where there is none or it has expired."""
 
     @abstractmethod
+    def peek(self, key: str) -> tuple[bytes, float | None] | None:
+        """Return value and expiry (Unix s), which doesn't count as reading, or `None`."""
+
+    @abstractmethod
     async def write(self, key: str, value: bytes, expires_at: float | None) -> bool:
         """Store `value`. Returns whether it is stored; later reads see it from the call on."""
 
@@ -68,7 +72,7 @@ class ByteCache(BaseCache):
 
     def holds(self, key: str) -> bool:
         """Return whether there is an entry, which doesn't count as reading it."""
-        return self.read(key) is not None
+        return self.peek(key) is not None
 
     def victim(self, value_bytes: int) -> str | None:
         """Return the key that would leave first for a value of `value_bytes`.

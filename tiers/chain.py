@@ -6,6 +6,7 @@ it may be used for, or is a miss.
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from enum import StrEnum
 from math import log
 from random import random
 from typing import NamedTuple
@@ -38,6 +39,16 @@ class _Seen(NamedTuple):
     value: bytes
     entry: Entry
     state: State
+
+
+class Adoption(StrEnum):
+    """What became of an entry that was made elsewhere."""
+
+    STORED = "stored"
+    OLDER = "older"
+    """One is held that was stored later, or then."""
+    REFUSED = "refused"
+    """It is too large, or no tier could store it."""
 
 
 class Chain:
@@ -177,6 +188,34 @@ class Chain:
             for tier in self._shared if self._write is Write.ON_EVICT else self.tiers:
                 stored = await tier.put(key, value, left_s) or stored
             return stored
+
+    def frequency(self, key: str) -> int:
+        """Return how often `key` was asked for lately, as far as it is known."""
+        return self._frequency.estimate(key)
+
+    async def peek(self, key: str) -> Entry | None:
+        """Return the entry under `key`, which doesn't count as asking for it, or `None`."""
+        for tier in self.tiers:
+            if (entry := await tier.peek(key)) is not None:
+                return entry
+        return None
+
+    async def adopt(self, key: str, entry: Entry, into: Sequence[Tier]) -> Adoption:
+        """Store an entry that was made elsewhere, unless one is held that is as new."""
+        if len(entry.answer.content) + len(entry.answer.usage) > self.max_answer_bytes:
+            return Adoption.REFUSED
+        value, stored = entry.encode(), False
+        async with self._copies.storing(key):
+            held = await self.peek(key)
+            if held is not None and held.stored_at >= entry.stored_at:
+                return Adoption.OLDER
+            for tier in self.tiers:
+                left_s = entry.kept_until - self.clock()
+                if tier not in into or left_s <= 0:
+                    await tier.remove(key)
+                else:
+                    stored = await tier.put(key, value, left_s) or stored
+        return Adoption.STORED if stored else Adoption.REFUSED
 
     async def purge(self, label: str) -> None:
         """Purge all entries with `label`: `all`, or `key:…`, `model:…`, `tenant:…`, `tag:…`.

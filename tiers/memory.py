@@ -99,9 +99,10 @@ class MemoryCache(ByteCache):
     def keys(self) -> Iterable[str]:
         return list(self._entries)
 
-    def holds(self, key: str) -> bool:
+    def peek(self, key: str) -> tuple[bytes, float | None] | None:
         found = self._entries.get(key)
-        return found is not None and (found[1] is None or found[1] > self.clock())
+        alive = found is not None and (found[1] is None or found[1] > self.clock())
+        return found if alive else None
 
     def victim(self, value_bytes: int) -> str | None:
         fits = self.usage.bytes + value_bytes + self.overhead_bytes <= self.max_bytes

@@ -139,6 +139,14 @@ class Movement:
         if self._disk is not None:
             self._task = asyncio.create_task(self._run(self._disk))
 
+    def recall(self) -> None:
+        """Take over how often each key was asked for, from the disk tier's file, if it is open."""
+        if self._disk is not None and (saved := self._disk.load(_SKETCH)) is not None:
+            try:
+                self._frequency.restore(saved)
+            except ValueError as exc:
+                logger.info("frequencies start anew: %s", exc)
+
     async def settle(self) -> None:
         """Finish the demotions that are under way."""
         await self._demotion.finish()
@@ -168,11 +176,7 @@ class Movement:
             await self._save(disk)
 
     async def _remember(self, disk: DiskCache) -> None:
-        if (saved := disk.load(_SKETCH)) is not None:
-            try:
-                self._frequency.restore(saved)
-            except ValueError as exc:
-                logger.info("frequencies start anew: %s", exc)
+        self.recall()
         if self._nearest is not None and self._nearest.backend is not disk:
             await _refill(self._nearest, disk, self._purges, self._clock)
         self.remembered.set()

@@ -129,6 +129,24 @@ class Tier:
         self.counts.misses += counted
         return None
 
+    async def peek(self, key: str) -> Entry | None:
+        """Return the entry under `key`, which doesn't count as asking for it, or `None`."""
+        try:
+            value: bytes | None
+            if self._near is not None:
+                held = self._near.peek(key)
+                value = None if held is None else held[0]
+            else:
+                value = await self._read(key) if self.available else None
+            entry = None if value is None else Entry.decode(value)
+            return None if entry is None or self._losses.hides(key, entry.stored_at) else entry
+        except ValueError:
+            # Of another version of ours.
+            return None
+        except Exception as exc:
+            self._failed("read", exc)
+            return None
+
     async def put(self, key: str, value: bytes, ttl_s: float) -> bool:
         """Store an encoded entry for `ttl_s` seconds. Returns whether it is stored."""
         stored, may_be_older = False, True

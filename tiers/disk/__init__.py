@@ -1,12 +1,12 @@
 """The disk tier: an aiocache backend that stores entries in an LMDB file.
 
-Needs nothing of the other tiers. `DiskCache` is the way in; `compact` works on a file that nobody
-has open, and so does `tiers.disk.verify`.
+Needs nothing of the other tiers. `DiskCache` is the way in; `upkeep` has what is done to a file by
+hand.
 """
 
 from tiers.disk.cache import MIN_BYTES, DiskCache
 from tiers.disk.file import OtherFormatError, Statistics
-from tiers.disk.opening import Compacted, compact
+from tiers.disk.upkeep import Compacted, Verified, check, compact
 from tiers.disk.writer import Durability
 
 __all__ = [
@@ -16,5 +16,7 @@ __all__ = [
     "Durability",
     "OtherFormatError",
     "Statistics",
+    "Verified",
+    "check",
     "compact",
 ]

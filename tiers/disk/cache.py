@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import inf
 from pathlib import Path
+from typing import TypeVar
 
 import lmdb
 
@@ -20,6 +21,7 @@ from tiers.disk.file import (
     MAX_KEY_BYTES,
     DiskFile,
     OtherFormatError,
+    Ranked,
     Statistics,
     alike,
     reserve_bytes,
@@ -34,6 +36,10 @@ MIN_BYTES = 1024 * 1024
 
 _PENDING_BYTES = 64 * 1024 * 1024
 _UNUSABLE = (OtherFormatError, lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.CorruptedError)
+
+
+_At = TypeVar("_At")
+_Found = TypeVar("_Found")
 
 
 def _is_key(key: str) -> bool:
@@ -112,9 +118,12 @@ class DiskCache(ByteCache):
         self._note_read(key)
         return found[0]
 
-    def holds(self, key: str) -> bool:
+    def peek(self, key: str) -> tuple[bytes, float | None] | None:
         found = self._find(key)
-        return found is not None and self._is_alive(found)
+        if found is None or not self._is_alive(found):
+            return None
+        value, expires_at = found
+        return value, None if expires_at == inf else expires_at
 
     async def write(self, key: str, value: bytes, expires_at: float | None) -> bool:
         change = Change(key, value, inf if expires_at is None else expires_at)
@@ -172,22 +181,36 @@ class DiskCache(ByteCache):
         entry that is being replaced or dropped isn't yielded. What has expired is, so that
         whoever iterates can pause.
         """
-        rank = None
-        while (file := self._file) is not None:
-            try:
-                ranked = file.next_ranked(rank)
-            except lmdb.MapResizedError:
-                # The next commit adopts the size that another process has given the map.
-                return
-            except lmdb.Error:
-                self._suspect = True
-                logger.exception("the disk tier's hottest entries can't be read")
-                return
-            if ranked is None:
-                return
-            rank, key = ranked.rank, ranked.key.decode()
-            if key not in self._pending:
-                yield key, ranked.value, None if ranked.expires_at == inf else ranked.expires_at
+        with contextlib.suppress(OSError):
+            for _, key, value, expires_at in self.ranked():
+                yield key.decode(), value, None if expires_at == inf else expires_at
+
+    def ranked(self, below: bytes | None = None) -> Iterator[Ranked]:
+        """Yield as `hottest` does, but those below a rank, each with its own.
+
+        Raises:
+            OSError: the file can't be read.
+        """
+        while (found := self._step(DiskFile.next_ranked, below)) is not None:
+            below = found.rank
+            if found.key.decode() not in self._pending:
+                yield found
+
+    def sorted_keys(self, after: str = "") -> Iterator[str]:
+        """Yield keys in their order, those after `after`; each batch is read when it is asked for.
+
+        From the beginning, those come first that wait to be committed, so that each key of an
+        entry that is held throughout is yielded, once.
+
+        Raises:
+            OSError: the file can't be read.
+        """
+        queued = set() if after else set(self._pending)
+        yield from queued
+        last = after.encode()
+        while keys := self._step(DiskFile.keys_after, last):
+            last = keys[-1]
+            yield from (text for key in keys if (text := key.decode()) not in queued)
 
     async def save(self, name: str, blob: bytes) -> bool:
         """Store a blob beside the entries, for good. Returns whether it is stored."""
@@ -250,6 +273,18 @@ class DiskCache(ByteCache):
             await asyncio.to_thread(file.close)
         is_suspect = self._suspect or self._writer.is_suspect
         self._opening.release(whole=file is not None and not is_suspect)
+
+    def _step(self, step: Callable[[DiskFile, _At], _Found | None], at: _At) -> _Found | None:
+        """Return what comes next in a walk through the file; `None` while it isn't open."""
+        try:
+            return None if self._file is None else step(self._file, at)
+        except lmdb.MapResizedError as exc:
+            # The next commit adopts the size.
+            raise OSError("another process has just grown the file of the disk tier") from exc
+        except lmdb.Error as exc:
+            self._suspect = True
+            logger.exception("the disk tier's entries can't be read")
+            raise OSError("the disk tier's entries can't be read") from exc
 
     def _find(self, key: str) -> tuple[bytes, float] | None:
         """Return a value and its expiry (Unix s), which may have passed."""

@@ -17,10 +17,9 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from tiers.disk.compaction import shrink
 from tiers.disk.file import DATA
@@ -33,13 +32,6 @@ _POLL_S = 0.1
 _VERIFY_S = 60.0
 _VERIFY_BYTES_PER_S = 5e6
 _PACKAGES = Path(__file__).parents[2]
-
-
-class Compacted(NamedTuple):
-    """The size of the file, in bytes."""
-
-    before: int
-    after: int
 
 
 class Opening:
@@ -139,15 +131,36 @@ class Opening:
             made.replace(self._mark)
 
     def verify(self) -> None:
-        """Verify the file in another process, and set it aside if it fails.
+        """Verify the file in another process, which drops what fails; set it aside if all does.
 
-        Needs the exclusive lock; the other process holds it too, and drops records that fail.
+        Needs the exclusive lock.
         """
         size = self._data.stat().st_size
         logger.warning("the disk tier's file was not closed cleanly; verifying %d bytes", size)
+        report = self.examine(repair=True)
+        if "problem" in report:
+            self.set_aside(report["problem"])
+            return
+        self.damaged = report["damaged"]
+        logger.info(
+            "the disk tier's file is whole: %d entries, and %d damaged ones that were dropped",
+            report["entries"],
+            self.damaged,
+        )
+
+    def examine(self, *, repair: bool) -> dict[str, Any]:
+        """Return what `tiers.disk.verify` says of the file, in a process of its own.
+
+        Needs the exclusive lock; the other process holds it too.
+
+        Raises:
+            InterruptedError: `cancel` was called.
+        """
+        size = self._data.stat().st_size
+        command, env = verifier(self.folder, *["--repair"] * repair)
         self._verifier = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", "tiers.disk.verify", "--repair", str(self.folder)],
-            env=os.environ | {"PYTHONPATH": str(_PACKAGES)},
+            command,
+            env=env,
             pass_fds=[self._lock],
             stdout=subprocess.PIPE,
             text=True,
@@ -164,18 +177,10 @@ class Opening:
         if self._cancelled.is_set():
             raise InterruptedError("closed before the file was open")
         try:
-            report = json.loads(said)
+            report: dict[str, Any] = json.loads(said)
         except ValueError:
             report = {"problem": f"verifying it ended with status {status}"}
-        if "problem" in report:
-            self.set_aside(report["problem"])
-            return
-        self.damaged = report["damaged"]
-        logger.info(
-            "the disk tier's file is whole: %d entries, and %d damaged ones that were dropped",
-            report["entries"],
-            self.damaged,
-        )
+        return report
 
     def replace(self, problem: str) -> None:
         """Set aside the file that one was about to open, as `try_now` or `wait` allowed.
@@ -227,23 +232,7 @@ class Opening:
         return None
 
 
-def compact(folder: Path) -> Compacted:
-    """Make the file in `folder` as small as its entries, having verified it if need be.
-
-    Raises:
-        OSError: there is no file, another process has it open, or there is no room for a copy.
-        OtherFormatError: the file has another format.
-    """
-    data = folder / DATA
-    before = data.stat().st_size
-    opening = Opening(folder, sys.maxsize, time.time)
-    try:
-        if not opening.try_exclusive():
-            raise OSError(errno.EBUSY, "another process has the disk tier open", str(folder))
-        if not opening.is_clean():
-            opening.verify()
-        shrink(folder)
-        opening.mark()
-        return Compacted(before, data.stat().st_size)
-    finally:
-        opening.release(whole=False)
+def verifier(folder: Path, *options: str) -> tuple[list[str], dict[str, str]]:
+    """Return the command that verifies the file in `folder`, and its environment."""
+    command = [sys.executable, "-m", "tiers.disk.verify", *options, str(folder)]
+    return command, os.environ | {"PYTHONPATH": str(_PACKAGES)}

@@ -1,9 +1,9 @@
-"""Verifies a disk tier's file: `python -m tiers.disk.verify [--repair] FOLDER`.
+"""Verifies a disk tier's file: `python -m tiers.disk.verify [--repair | --records] FOLDER`.
 
 First the pages, read by py-lmdb's verifier, which never hands them to LMDB, then every record,
 read by LMDB. Run it in a process of its own, which a damaged page may crash, and only on a file
-that nobody writes. Prints one line of JSON: `entries` and `damaged`, or the `problem` for which
-the file can't be used.
+that nobody writes; with `--records` the pages are left out, and others may write. Prints one line
+of JSON: `entries` and `damaged`, or the `problem` for which the file can't be used.
 """
 
 import argparse
@@ -29,6 +29,7 @@ _BOUNDS = Struct("=HH")
 _NODE = Struct("=HHHH")
 """Low and high half of the value's size, flags, size of the key."""
 _REPAIR_BYTES = 64 * 1024 * 1024
+_GROWTH_BYTES = 1024 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +44,17 @@ class Report:
 def main() -> int:
     """Verify, print, and return 0 if the file can be used."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--repair", action="store_true", help="drop damaged entries")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--repair", action="store_true", help="drop damaged entries")
+    how.add_argument("--records", action="store_true", help="only records, of a file in use")
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()
     try:
-        report = verify(options.folder, repair=options.repair)
+        report = (
+            verify_records(options.folder)
+            if options.records
+            else verify(options.folder, repair=options.repair)
+        )
     except ValueError as exc:
         print(json.dumps({"problem": str(exc)}))
         return 1
@@ -79,6 +86,41 @@ def verify(folder: Path, *, repair: bool = False) -> Report:
     finally:
         file.close()
     return Report(entries, len(damaged))
+
+
+def verify_records(folder: Path) -> Report:
+    """Verify the records of a file that others may write; what changes meanwhile may be missed.
+
+    Raises:
+        ValueError: its pages are damaged, or it has another format.
+        OSError: it can't be read.
+    """
+    # Others may let it grow, which this process would have to follow.
+    max_bytes = 2 * (folder / DATA).stat().st_size + _GROWTH_BYTES
+    try:
+        file = DiskFile(folder, max_bytes)
+    except (OtherFormatError, lmdb.Error) as exc:
+        raise ValueError(str(exc)) from exc
+    entries = damaged = 0
+    try:
+        last = b""
+        while keys := file.keys_after(last):
+            last = keys[-1]
+            # One transaction a batch: a long one would keep the writers from reusing pages.
+            with file.env.begin(db=file.dbs.entries, buffers=True) as txn:
+                for key in keys:
+                    if (record := txn.get(key)) is None:
+                        continue
+                    entries += 1
+                    try:
+                        unpack(key, record)
+                    except ValueError:
+                        damaged += 1
+    except lmdb.Error as exc:
+        raise ValueError(f"its pages are damaged: {exc}") from exc
+    finally:
+        file.close()
+    return Report(entries, damaged)
 
 
 def _problems(folder: Path) -> list[str]:
