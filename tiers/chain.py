@@ -47,6 +47,7 @@ class Adoption(StrEnum):
     STORED = "stored"
     OLDER = "older"
     """One is held that was stored later, or then."""
+    PURGED = "purged"
     REFUSED = "refused"
     """It is too large, or no tier could store it."""
 
@@ -196,14 +197,23 @@ class Chain:
     async def peek(self, key: str) -> Entry | None:
         """Return the entry under `key`, which doesn't count as asking for it, or `None`."""
         for tier in self.tiers:
-            if (entry := await tier.peek(key)) is not None:
+            entry = await tier.peek(key)
+            if entry is not None and not self.purges.cover(key, entry):
                 return entry
         return None
 
     async def adopt(self, key: str, entry: Entry, into: Sequence[Tier]) -> Adoption:
-        """Store an entry that was made elsewhere, unless one is held that is as new."""
+        """Store an entry that was made elsewhere, unless one is held that is as new.
+
+        It is purged by what was purged here after its making began, by its own clock.
+        """
         if len(entry.answer.content) + len(entry.answer.usage) > self.max_answer_bytes:
             return Adoption.REFUSED
+        began_us = int((entry.stored_at - entry.took_s) * 1e6)
+        known = self.origin().generation
+        entry = entry._replace(generation=min(max(entry.generation, began_us), known))
+        if self.purges.cover(key, entry):
+            return Adoption.PURGED
         value, stored = entry.encode(), False
         async with self._copies.storing(key):
             held = await self.peek(key)

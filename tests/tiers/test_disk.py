@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiers import DiskCache
-from tiers.disk import Durability, compact
-from tiers.disk.file import DiskFile
+from tiers.disk import Durability, check, compact
+from tiers.disk.file import DATA, DiskFile
 from tiers.disk.record import unpack_blob
 from tiers.disk.verify import verify
 
@@ -469,3 +469,45 @@ async def test_is_private(tmp_path: Path) -> None:
 def test_refuses_a_limit_that_is_too_small(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_bytes must be at least"):
         DiskCache(tmp_path, 1000)
+
+
+async def test_keys_come_in_order_each_once_whatever_changes(opened) -> None:
+    cache = await opened(max_bytes=8 * MIB)
+    texts = sorted(f"{number}" for number in range(1000))
+    await asyncio.gather(*(cache.set(key, b"v") for key in texts))
+    walk = cache.sorted_keys()
+    found = [next(walk)]
+    for number, key in enumerate(walk):
+        found.append(key)
+        await cache.set(f"{number:04}", b"v")
+        await cache.delete(found[-1])
+    assert len(found) == len(set(found))
+    assert set(texts) <= set(found)
+    assert [key for key in found if key in texts] == texts
+    assert list(cache.sorted_keys("9998")) == []
+
+
+async def test_what_waits_to_be_committed_is_among_the_keys(opened) -> None:
+    cache = await opened()
+    await cache.set("first", b"v")
+    writes = [asyncio.create_task(cache.write(key, b"w", None)) for key in ("second", "first")]
+    await asyncio.sleep(0)
+    assert cache.queued_bytes == len("secondwfirstw")
+    assert sorted(cache.sorted_keys()) == ["first", "second"]
+    assert cache.peek("second") == (b"w", None)
+    assert await asyncio.gather(*writes) == [True, True]
+    assert cache.queued_bytes == 0
+
+
+async def test_a_file_in_use_is_checked(opened, tmp_path: Path) -> None:
+    cache = await opened()
+    await asyncio.gather(*(cache.set(f"{number}", b"text%d" % number * 9) for number in range(9)))
+    assert await check(tmp_path) == (9, 0, None)
+    data = tmp_path / DATA
+    at = data.read_bytes().index(b"text7text7")
+    with data.open("r+b") as file:
+        file.seek(at)
+        file.write(b"TEXT")
+    assert await check(tmp_path) == (9, 1, None)
+    with pytest.raises(OSError, match="No such file"):
+        await check(tmp_path / "none")

@@ -166,6 +166,11 @@ class DiskCache(ByteCache):
         """Whether entries can be read."""
         return self._file is not None
 
+    @property
+    def queued_bytes(self) -> int:
+        """What waits to be committed."""
+        return self._pending_bytes
+
     async def opened(self) -> None:
         """Return when the file is open.
 
