@@ -13,9 +13,13 @@ import uvloop
 from aiohttp import web
 from prometheus_client import generate_latest
 
+from server.admin import Admin
+from server.admin_listener import administered
+from server.administration import Administration
 from server.chain import build, build_turns
 from server.config import Config, ConfigError
 from server.engine import Engine, EngineState
+from server.exports import max_line_bytes
 from server.freshness import FreshnessRules
 from server.http_request import Handler, HttpRequest
 from server.identity import Identity
@@ -98,7 +102,12 @@ async def _serve(
         freshness=FreshnessRules(config.cache).of,
         cache_all=config.cache.nondeterministic == "always",
     )
-    routes = _routes(road, upstreams, lambda handler: wrap(handler, metrics, access), metrics)
+    admin = Admin(Administration(chain), max_line_bytes=max_line_bytes(config))
+
+    def wrapped(handler: Handler) -> Handler:
+        return wrap(handler, metrics, access)
+
+    routes = _routes(road, upstreams, wrapped, metrics)
     server = make_server(routes, config.server)
     runner = web.ServerRunner(server, shutdown_timeout=config.server.shutdown_grace_s)
     failures: list[BaseException] = []
@@ -119,12 +128,13 @@ async def _serve(
         # What is there now stays: looking it over again and again would cost 5% of all hits.
         gc.freeze()
         gc.set_threshold(_GC_ALLOCATIONS)
-        movement.start()
-        if engine is not None:
-            go_on(engine.run())
-        await stop.wait()
-        logger.info("stopping; a second signal ends at once")
-        listener.close()
+        async with administered(config, wrapped(admin.answer)):
+            movement.start()
+            if engine is not None:
+                go_on(engine.run())
+            await stop.wait()
+            logger.info("stopping; a second signal ends at once")
+            listener.close()
     finally:
         # Running answers end or are cut within the grace; what they leave is to be stored.
         await runner.cleanup()

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import yaml
 
+from server.cache_cli import run
+from server.cache_options import add_cache
 from server.config import Config, ConfigError, load
 
 
@@ -23,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--config", type=Path, required=True, metavar="FILE")
     _add_simulate(commands)
+    add_cache(commands)
     commands.add_parser("version", help="print the version")
     options = parser.parse_args(arguments)
     if options.command == "version":
@@ -35,6 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if options.command == "simulate":
             return _simulate(config, options)
+        if options.command == "cache":
+            return run(config, options)
         from server.app import serve
 
         return serve(config)

@@ -42,6 +42,8 @@ ENV_PREFIX = "TIERSERVE__"
 EMBEDDED = "embedded"
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 _HTTP_URL = re.compile(r"https?://[^/\s]+(/[^\s?#]*)?").fullmatch
+SOCKET_PATH_BYTES = 107
+"""Of Linux's sockaddr_un, without the final zero."""
 OWNED_ENGINE_ARGS = frozenset(
     {"config", "host", "model", "port", "revision", "served_model_name", "uds"}
 )
@@ -216,6 +218,15 @@ class Tiers(_Section):
     shared: SharedTier | None = None
 
 
+class Admin(_Section):
+    """Where this user's `tierserve cache` reaches the server: a Unix socket; `null` for nowhere.
+
+    By default `admin-PORT.sock` in the cache folder, PORT being `server.port`.
+    """
+
+    socket: Path | None = None
+
+
 class Log(_Section):
     """What is logged to standard error. `auto` is text on a terminal and JSON elsewhere."""
 
@@ -235,6 +246,7 @@ class Config(BaseSettings):
     engine: Engine = Engine()
     cache: Cache = Cache()
     tiers: Tiers = Tiers()
+    admin: Admin = Admin()
     log: Log = Log()
 
     @classmethod
@@ -289,12 +301,25 @@ def load(file: Path) -> Config:
         mistakes += [_explain(error) for error in exc.errors()]
     if mistakes:
         raise ConfigError(mistakes)
-    disk = config.tiers.disk
-    if disk is None:
-        return config
-    path = (disk.path or cache_folder() / "disk").expanduser()
-    absolute = disk.model_copy(update={"path": file.resolve().parent / path})
-    return config.model_copy(update={"tiers": config.tiers.model_copy(update={"disk": absolute})})
+    return _with_paths(config, file.resolve().parent)
+
+
+def _with_paths(config: Config, folder: Path) -> Config:
+    """Return the configuration with the paths as they take effect, relative ones from `folder`."""
+    admin, tiers = config.admin, config.tiers
+    socket = admin.socket
+    if "socket" not in admin.model_fields_set:
+        socket = cache_folder() / f"admin-{config.server.port}.sock"
+    if socket is not None:
+        socket = folder / socket.expanduser()
+        if len(os.fsencode(socket)) > SOCKET_PATH_BYTES:
+            should = f"should have at most {SOCKET_PATH_BYTES} bytes, as any socket"
+            raise ConfigError([f"admin.socket: {should}, not {str(socket)!r}"])
+    if (disk := tiers.disk) is not None:
+        path = folder / (disk.path or cache_folder() / "disk").expanduser()
+        tiers = tiers.model_copy(update={"disk": disk.model_copy(update={"path": path})})
+    admin = admin.model_copy(update={"socket": socket})
+    return config.model_copy(update={"tiers": tiers, "admin": admin})
 
 
 def _variables() -> list[str]:

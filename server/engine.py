@@ -21,7 +21,7 @@ from typing import Any
 
 import orjson
 
-from server.config import Config, ConfigError
+from server.config import SOCKET_PATH_BYTES, Config, ConfigError
 from server.upstream import Upstream
 from server.weights import Weights
 
@@ -37,8 +37,6 @@ _LAST_WORDS_S = 5
 _LINE_BYTES = 8192
 # As in «(EngineCore pid=7) ERROR 11-24 …», or «(APIServer pid=1) ERROR:    …» of uvicorn.
 _LEVEL = re.compile(rb"(?:\([^)]*\) )?(DEBUG|INFO|WARNING|ERROR|CRITICAL):? ").match
-# Of Linux's sockaddr_un, without the final zero.
-_SOCKET_PATH_BYTES = 107
 
 
 class EngineState(StrEnum):
@@ -59,7 +57,7 @@ class Engine:
     def __init__(self, config: Config, weights: Weights) -> None:
         self.folder = Path(tempfile.gettempdir(), f"tierserve-{secrets.token_hex(8)}")
         socket = str(self.folder / "engine.sock")
-        if len(os.fsencode(socket)) > _SOCKET_PATH_BYTES:
+        if len(os.fsencode(socket)) > SOCKET_PATH_BYTES:
             raise ConfigError(
                 [f"TMPDIR: {self.folder.parent} is too long for a socket in it; set a shorter one"]
             )

@@ -1,7 +1,8 @@
-"""The listening socket, and HTTP that can't be understood."""
+"""The listening sockets, and HTTP that can't be understood."""
 
 import asyncio
 import logging
+import socket
 from functools import partial
 from typing import Any
 
@@ -94,3 +95,9 @@ async def listen(server: web.Server, options: Listener) -> asyncio.Server:
     protocol = partial(_Protocol, server, options.read_timeout_s)
     loop = asyncio.get_running_loop()
     return await loop.create_server(protocol, options.host, options.port, backlog=_BACKLOG)
+
+
+async def listen_on(server: web.Server, bound: socket.socket, options: Listener) -> asyncio.Server:
+    """Accept connections for `server` at a Unix socket that is bound."""
+    protocol = partial(_Protocol, server, options.read_timeout_s)
+    return await asyncio.get_running_loop().create_unix_server(protocol, sock=bound)

@@ -8,6 +8,9 @@ import pytest
 import tiers
 
 HTTP = {
+    "admin",
+    "admin_client",
+    "admin_listener",
     "app",
     "http_request",
     "listener",
@@ -17,6 +20,7 @@ HTTP = {
     "record",
     "responses",
     "upstream",
+    "warm",
     "websocket",
 }
 

@@ -45,6 +45,7 @@ class Server:
                 "TIERSERVE__SERVER__PORT": str(self.port),
                 "TIERSERVE__TIERS__DISK__PATH": str(self.folder / "disk"),
                 "TIERSERVE__TIERS__DISK__MAX_BYTES": "64MiB",
+                "TIERSERVE__ADMIN__SOCKET": str(self.temporary / "admin.sock"),
                 "TIERSERVE__SERVER__SHUTDOWN_GRACE_S": "2",
             }
             | variables

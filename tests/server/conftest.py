@@ -119,6 +119,7 @@ class Front:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "log"
+        self.socket = folder / "admin.sock"
         self.config = folder / "config.yaml"
         self.config.write_bytes(
             orjson.dumps(
@@ -137,6 +138,7 @@ class Front:
                             {"model": "sie", "ttl_s": 1e-6, "stale_if_error_s": 3600},
                         ]
                     },
+                    "admin": {"socket": str(self.socket)},
                     "tiers": {"disk": {"path": str(folder / "disk"), "max_bytes": "4MiB"}} | tiers,
                 }
             )

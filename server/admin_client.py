@@ -1,0 +1,116 @@
+"""A client of a server's admin API, which offers the same operations as in this process."""
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import aiohttp
+import orjson
+from yarl import URL
+
+from server.lines import split
+from server.operations import AdminError, Operations, Query
+
+# Once it is connected there is no deadline: to verify or import a large file takes minutes.
+_CONNECT_S = 10
+_ENDED = AdminError(502, "The server ended before it had answered.")
+
+
+def is_answered(path: Path) -> bool:
+    """Return whether a server answers at the socket `path`.
+
+    Raises:
+        OSError: there is one, but it isn't for this user.
+    """
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(_CONNECT_S)
+        try:
+            probe.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
+            return False
+    return True
+
+
+class AdminClient(Operations):
+    """The operations through a server.
+
+    Args:
+        session: connects to it.
+        max_line_bytes: of an export.
+    """
+
+    def __init__(self, session: aiohttp.ClientSession, max_line_bytes: int) -> None:
+        self._session, self._max_line_bytes = session, max_line_bytes
+
+    async def stats(self) -> dict[str, Any]:
+        return await self._ask("GET", "/stats")
+
+    async def page(self, query: Query) -> dict[str, Any]:
+        given = {name: str(value) for name, value in query._asdict().items() if value}
+        return await self._ask("GET", "/entries", params=given)
+
+    async def entry(self, key: str) -> dict[str, Any]:
+        return await self._ask("GET", URL(f"/entries/{quote(key, safe='')}", encoded=True))
+
+    async def purge(self, labels: list[str]) -> None:
+        by_kind: dict[str, list[str]] = {}
+        for each in labels:
+            kind, _, name = each.partition(":")
+            by_kind.setdefault(kind, []).append(name)
+        for kind, names in by_kind.items():
+            await self._ask("POST", "/purge", json={kind: names if any(names) else True})
+
+    async def export(self) -> AsyncIterator[bytes]:
+        try:
+            async with self._session.get("/export") as response:
+                await _check(response)
+                async for line in split(response.content.iter_any(), self._max_line_bytes):
+                    yield line + b"\n"
+        except aiohttp.ClientError as exc:
+            raise _ENDED from exc
+
+    async def take(self, lines: AsyncIterator[bytes]) -> dict[str, Any]:
+        return await self._ask("POST", "/import", data=_ended(lines))
+
+    async def compact(self) -> dict[str, Any]:
+        return await self._ask("POST", "/compact")
+
+    async def verify(self) -> dict[str, Any]:
+        return await self._ask("POST", "/verify")
+
+    async def _ask(self, method: str, path: str | URL, **options: Any) -> dict[str, Any]:
+        try:
+            async with self._session.request(method, path, **options) as response:
+                await _check(response)
+                told: dict[str, Any] = orjson.loads(await response.read())
+                return told
+        except (aiohttp.ClientError, ValueError) as exc:
+            raise _ENDED from exc
+
+
+@asynccontextmanager
+async def connected(path: Path, max_line_bytes: int) -> AsyncIterator[AdminClient]:
+    """Yield a client of the server at the socket `path`."""
+    connector = aiohttp.UnixConnector(str(path))
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S)
+    async with aiohttp.ClientSession("http://admin", connector=connector, timeout=timeout) as made:
+        yield AdminClient(made, max_line_bytes)
+
+
+async def _check(response: aiohttp.ClientResponse) -> None:
+    if response.status < 400:
+        return
+    try:
+        error = orjson.loads(await response.read())["error"]
+        message, param = error["message"], error["param"]
+    except (ValueError, LookupError, TypeError) as exc:
+        raise _ENDED from exc
+    raise AdminError(response.status, message, param=param)
+
+
+async def _ended(lines: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async for line in lines:
+        yield line + b"\n"

@@ -1,0 +1,128 @@
+"""The operations on tiers in this process: a running server's, or a file's."""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from typing import Any
+
+from server import convert, exports
+from server.chain import build
+from server.config import Config
+from server.imports import Import
+from server.listing import Listing
+from server.operations import STOP_FIRST, AdminError, Operations, Query
+from server.pace import Pace
+from tiers import Chain, DiskCache, Form, MemoryCache, PurgeError, Tier
+from tiers.backend import ByteCache
+from tiers.disk import check
+
+_DONE = b"data: [DONE]\n\n"
+
+
+class Administration(Operations):
+    """The operations on a chain.
+
+    Args:
+        chain: what is administered.
+        tiers: those to look at; by default the chain's.
+    """
+
+    def __init__(self, chain: Chain, tiers: Sequence[Tier] | None = None) -> None:
+        self._chain = chain
+        self._tiers = chain.tiers if tiers is None else tuple(tiers)
+        self._listing = Listing(chain, self._tiers)
+
+    async def stats(self) -> dict[str, Any]:
+        return {"tiers": [_statistics(tier) for tier in self._tiers]}
+
+    async def page(self, query: Query) -> dict[str, Any]:
+        return await self._listing.page(query)
+
+    async def entry(self, key: str) -> dict[str, Any]:
+        entry = await self._chain.peek(key)
+        if entry is None or not self._listing.is_alive(key, entry):
+            raise AdminError(404, "There is no entry under this key.", param="key")
+        answer = entry.answer
+        content = convert.counted(answer.content, wants_usage=False)
+        if answer.form is Form.EVENTS:
+            content += _DONE
+        return self._listing.row(key, entry) | {
+            "stored_at": entry.stored_at,
+            "expires_at": entry.expires_at,
+            "kept_until": entry.kept_until,
+            "took_s": entry.took_s,
+            "form": answer.form.name.lower(),
+            "content": convert.fill(content, b"", 0).decode(errors="replace"),
+        }
+
+    async def purge(self, labels: list[str]) -> None:
+        for label in labels:
+            try:
+                await self._chain.purge(label)
+            except ValueError as exc:
+                raise AdminError(400, str(exc)) from exc
+            except PurgeError as exc:
+                raise AdminError(503, str(exc)) from exc
+
+    async def export(self) -> AsyncIterator[bytes]:
+        backends, pace = self._listing.backends(), Pace()
+        # What memory has told of, which is no more than it holds.
+        told: set[str] = set()
+        entries = 0
+        yield exports.first_line()
+        for number, backend in enumerate(backends, 1):
+            keys = backend.sorted_keys() if isinstance(backend, DiskCache) else backend.keys()
+            for key in keys:
+                if key not in told and (entry := self._listing.peek(backend, key)) is not None:
+                    entries += 1
+                    if number < len(backends):
+                        told.add(key)
+                    yield exports.entry_line(key, entry)
+                await pace.give_way()
+        yield exports.last_line(entries)
+
+    async def take(self, lines: AsyncIterator[bytes]) -> dict[str, Any]:
+        # A disk tier that isn't open would lose what it is given.
+        self._listing.backends()
+        return await Import(self._chain).run(lines)
+
+    async def compact(self) -> dict[str, Any]:
+        raise AdminError(409, STOP_FIRST)
+
+    async def verify(self) -> dict[str, Any]:
+        for backend in self._listing.backends():
+            if isinstance(backend, DiskCache):
+                return (await check(backend.path))._asdict()
+        raise AdminError(409, "There is no disk tier.")
+
+
+@asynccontextmanager
+async def offline(config: Config) -> AsyncIterator[Administration]:
+    """Open the disk tier's file, which servers may use meanwhile.
+
+    Raises:
+        ConfigError: its folder can't be used.
+        OSError: it can't be opened.
+    """
+    chain, movement = build(config)
+    try:
+        for tier in chain.tiers:
+            if isinstance(tier.backend, DiskCache):
+                await tier.backend.opened()
+        movement.recall()
+        # Nothing is in this process's memory.
+        tiers = [tier for tier in chain.tiers if not isinstance(tier.backend, MemoryCache)]
+        yield Administration(chain, tiers)
+    finally:
+        await chain.close()
+
+
+def _statistics(tier: Tier) -> dict[str, Any]:
+    told: dict[str, Any] = {"tier": tier.name, **asdict(tier.counts)}
+    if isinstance(backend := tier.backend, ByteCache):
+        told |= asdict(backend.usage)
+    if isinstance(backend, MemoryCache | DiskCache):
+        told["max_bytes"] = backend.max_bytes
+    if isinstance(backend, DiskCache) and (file := backend.statistics()) is not None:
+        told["file"] = asdict(file)
+    return told

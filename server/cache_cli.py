@@ -1,0 +1,299 @@
+"""The command `tierserve cache`: the operations on tiers, through a server or on its file."""
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from server.config import Config
+from server.operations import MAX_PAGE, AdminError, Operations, Query
+
+_PIECE_BYTES = 64 * 1024
+_ROW = "{:<64}  {:<11}  {:>9}  {:>9}  {:>9}  {:<8}  {:>5}"
+_INTERRUPTED = 130
+
+
+def run(config: Config, options: argparse.Namespace) -> int:
+    """Run the command; returns its exit status: 1 for a failure, 2 for wrong use."""
+    actions: dict[str, Callable[[Config, argparse.Namespace], Awaitable[int]]] = {
+        "stats": _stats, "ls": _ls, "get": _get, "purge": _purge, "warm": _warm,
+        "export": _export, "import": _import, "compact": _compact, "verify": _verify,
+    }  # fmt: skip
+    try:
+        status = asyncio.run(_awaited(actions[options.action](config, options)))
+        sys.stdout.flush()
+    except AdminError as exc:
+        _say(str(exc))
+        return 2 if exc.status == 400 else 1
+    except BrokenPipeError:
+        # Whoever read has had enough; what is still buffered mustn't fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as exc:
+        _say(str(exc))
+        return 1
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    return status
+
+
+async def _awaited(action: Awaitable[int]) -> int:
+    return await action
+
+
+async def _stats(config: Config, options: argparse.Namespace) -> int:
+    from server.report import size, table
+
+    async with _operations(config) as operations:
+        told = await operations.stats()
+    if options.json:
+        print(orjson.dumps(told, option=orjson.OPT_INDENT_2).decode())
+        return 0
+    tiers = told["tiers"]
+    flat = [each | {f"file_{n}": v for n, v in each.pop("file", {}).items()} for each in tiers]
+    names = dict.fromkeys(name for each in flat for name in each if name != "tier")
+    rows = [
+        (
+            name.replace("_", " "),
+            *(
+                "" if (value := each.get(name)) is None
+                else size(value) if "bytes" in name
+                else f"{value:,}"
+                for each in flat
+            ),
+        )
+        for name in names
+    ]  # fmt: skip
+    print(*table(("", *(each["tier"] for each in flat)), rows), sep="\n")
+    return 0
+
+
+async def _ls(config: Config, options: argparse.Namespace) -> int:
+    limit = MAX_PAGE if options.all else min(options.limit, MAX_PAGE)
+    query = Query(options.tier, options.prefix, options.label, limit, options.after)
+    left = None if options.all else options.limit
+    async with _operations(config) as operations:
+        page = await operations.page(query)
+        if not options.json:
+            print(_ROW.format("key", "tiers", "bytes", "age", "ttl", "state", "asked"))
+        while True:
+            for row in page["entries"]:
+                print(orjson.dumps(row).decode() if options.json else _as_row(row))
+            after = page["after"]
+            if left is not None:
+                left -= len(page["entries"])
+            if after is None or left == 0:
+                break
+            limit = MAX_PAGE if left is None else min(left, MAX_PAGE)
+            page = await operations.page(query._replace(after=after, limit=limit))
+    if after is not None:
+        _say(f"there may be more: --after {after}")
+    return 0
+
+
+async def _get(config: Config, options: argparse.Namespace) -> int:
+    async with _operations(config) as operations:
+        entry = await operations.entry(options.key)
+    if options.json:
+        print(orjson.dumps(entry, option=orjson.OPT_INDENT_2).decode())
+        return 0
+    content = entry.pop("content")
+    if not options.raw:
+        for name, value in entry.items():
+            print(f"{name}: {', '.join(value) if isinstance(value, list) else value}")
+        print()
+    sys.stdout.write(content)
+    if not content.endswith("\n") and not options.raw:
+        print()
+    return 0
+
+
+async def _purge(config: Config, options: argparse.Namespace) -> int:
+    from tiers.purges import ALL, label
+
+    if options.all:
+        labels = [ALL]
+        if not options.yes and sys.stdin.isatty():
+            print("Purge everything? [y/N] ", end="", file=sys.stderr, flush=True)
+            if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+                _say("nothing was purged")
+                return 1
+    elif options.key is not None:
+        labels = [label("key", key) for key in options.key]
+    else:
+        given = {kind: getattr(options, kind) for kind in ("model", "tenant", "tag")}
+        labels = [label(kind, name) for kind, name in given.items() if name is not None]
+    async with _operations(config) as operations:
+        await operations.purge(labels)
+    _say(f"purged {', '.join(labels)}")
+    return 0
+
+
+async def _warm(config: Config, options: argparse.Namespace) -> int:
+    from server.warm import warm
+
+    warmed = await warm(config, options.file, options.concurrency, _say)
+    told = {name.replace("_", " "): count for name, count in warmed._asdict().items()}
+    print(", ".join(f"{name}: {count:,}" for name, count in told.items()))
+    return int(bool(warmed.errors or warmed.malformed))
+
+
+async def _export(config: Config, options: argparse.Namespace) -> int:
+    async with _operations(config) as operations:
+        lines = operations.export()
+        if options.file == "-":
+            async for line in lines:
+                sys.stdout.buffer.write(line)
+            return 0
+        # Nothing that isn't whole takes the place of an earlier export.
+        file = Path(options.file)
+        new = file.with_name(f"{file.name}.new")
+        try:
+            await _write(new, lines)
+            new.replace(file)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
+    return 0
+
+
+async def _import(config: Config, options: argparse.Namespace) -> int:
+    from server.exports import max_line_bytes
+    from server.lines import split
+
+    with (
+        os.fdopen(os.dup(sys.stdin.fileno()), "rb")
+        if options.file == "-"
+        else open(options.file, "rb") as source  # noqa: ASYNC230, PTH123
+    ):
+        async with _operations(config, makes_file=True) as operations:
+            pieces = _pieces(iter(lambda: source.read(_PIECE_BYTES), b""))
+            told = await operations.take(split(pieces, max_line_bytes(config)))
+    problems = told.pop("problems")
+    for problem in problems:
+        _say(f"{options.file}: {problem}")
+    print(", ".join(f"{name}: {count:,}" for name, count in told.items()))
+    return int(bool(problems or told["refused"]))
+
+
+async def _compact(config: Config, _: argparse.Namespace) -> int:
+    from server.report import size
+    from tiers.disk import OtherFormatError, compact
+
+    async with _server(config) as client:
+        if client is not None:
+            told = await client.compact()
+            before, after = told["before"], told["after"]
+        else:
+            try:
+                before, after = compact(_file(config))
+            except OtherFormatError as exc:
+                raise AdminError(409, f"the file can't be compacted: {exc}") from exc
+    print(f"{size(before)} before, {size(after)} after")
+    return 0
+
+
+async def _verify(config: Config, options: argparse.Namespace) -> int:
+    from tiers.disk.upkeep import verify
+
+    async with _server(config) as client:
+        if client is None:
+            told = verify(_file(config), repair=options.repair)._asdict()
+        elif options.repair:
+            raise AdminError(409, "stop the server first: it uses the file; or leave out --repair")
+        else:
+            told = await client.verify()
+    if told["problem"] is not None:
+        _say(f"the file can't be used: {told['problem']}")
+        return 1
+    dropped = " and dropped" if options.repair and told["damaged"] else ""
+    print(f"{told['entries']:,} entries, {told['damaged']:,} damaged{dropped}")
+    return int(bool(told["damaged"]) and not options.repair)
+
+
+@asynccontextmanager
+async def _operations(config: Config, *, makes_file: bool = False) -> AsyncIterator[Operations]:
+    """Yield the operations through a server if one answers, else on the disk tier's file."""
+    async with _server(config) as client:
+        if client is not None:
+            yield client
+            return
+        from server.administration import offline
+
+        if makes_file and config.tiers.disk is not None:
+            _say(f"in {config.tiers.disk.path}, since no server answers at {config.admin.socket}")
+        else:
+            _file(config)
+        async with offline(config) as administration:
+            yield administration
+
+
+@asynccontextmanager
+async def _server(config: Config) -> AsyncIterator[Operations | None]:
+    """Yield a client of the server, or `None` if none answers."""
+    from server.admin_client import connected, is_answered
+    from server.exports import max_line_bytes
+
+    path = config.admin.socket
+    if path is None or not is_answered(path):
+        yield None
+        return
+    _say(f"through the server at {path}")
+    async with connected(path, max_line_bytes(config)) as client:
+        yield client
+
+
+def _file(config: Config) -> Path:
+    """Return the folder of the disk tier's file, and say that it is used.
+
+    Raises:
+        AdminError: there is none.
+    """
+    nobody = f"no server answers at {config.admin.socket}"
+    disk = config.tiers.disk
+    if disk is None or disk.path is None:
+        raise AdminError(409, f"{nobody}, and there is no disk tier")
+    if not (disk.path / "data.mdb").exists():
+        raise AdminError(404, f"{nobody}, and there is no file of a disk tier in {disk.path}")
+    _say(f"in {disk.path}, since {nobody}")
+    return disk.path
+
+
+def _as_row(row: dict[str, Any]) -> str:
+    return _ROW.format(
+        row["key"], ",".join(row["tiers"]), row["bytes"], _duration(row["age_s"]),
+        _duration(row["ttl_s"]), row["state"], row["frequency"],
+    )  # fmt: skip
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if abs(seconds) >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+async def _write(file: Path, lines: AsyncIterator[bytes]) -> None:
+    with open(file, "wb", opener=_private) as target:  # noqa: ASYNC230
+        async for line in lines:
+            target.write(line)
+
+
+def _private(path: str, flags: int) -> int:
+    # Answers are nobody else's business.
+    return os.open(path, flags, 0o600)
+
+
+async def _pieces(read: Iterator[bytes]) -> AsyncIterator[bytes]:
+    for piece in read:
+        yield piece
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

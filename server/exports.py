@@ -1,0 +1,132 @@
+"""The format of an export: entries as lines of JSON, each with a checksum of its own.
+
+The first line is `{"format":"tierserve-export","version":1}`. Each line after it is an entry:
+`key`; `stored_at` and `expires_at` in Unix seconds; `took_s`, `stale_while_revalidate_s` and
+`stale_if_error_s` in seconds; `generation` and `labels`, by which it may be purged; `form`, `body`
+or `events`; `content` and `usage`, the answer as `tiers.answer` describes it, in Base64 (RFC 4648).
+The last is `{"entries":N}`, so that an export that was cut is known by its end. Every line ends
+with `,"crc32":"HHHHHHHH"}`, the digits being the CRC-32 of all bytes of the line before that comma.
+
+The format is independent of those in which tiers store entries, so it outlives them.
+"""
+
+from base64 import b64decode, b64encode
+from math import isfinite
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import orjson
+
+from server.config import Config
+from tiers import Answer, Entry, Form, Origin
+
+NAME, VERSION = "tierserve-export", 1
+
+_CHECK = b',"crc32":"'
+_CHECK_BYTES = len(_CHECK) + len(b'00000000"}')
+_FORMS = {"body": Form.BODY, "events": Form.EVENTS}
+_NAMES = {form: name for name, form in _FORMS.items()}
+_TIMES = ("stored_at", "expires_at", "took_s", "stale_while_revalidate_s", "stale_if_error_s")
+_KEY_BYTES = 511
+# For all but the answer.
+_ROOM_BYTES = 64 * 1024
+
+
+class Keyed(NamedTuple):
+    """An entry and its key."""
+
+    key: str
+    entry: Entry
+
+
+def max_line_bytes(config: Config) -> int:
+    """Return how long the line of an answer can be that may be stored."""
+    return 2 * config.cache.max_answer_bytes + _ROOM_BYTES
+
+
+def first_line() -> bytes:
+    """Return the line that tells the format."""
+    return _line({"format": NAME, "version": VERSION})
+
+
+def entry_line(key: str, entry: Entry) -> bytes:
+    """Return the line of an entry."""
+    return _line(
+        {
+            "key": key,
+            **{name: getattr(entry, name) for name in _TIMES},
+            "generation": entry.generation,
+            "labels": entry.labels,
+            "form": _NAMES[entry.answer.form],
+            "content": b64encode(entry.answer.content).decode(),
+            "usage": b64encode(entry.answer.usage).decode(),
+        }
+    )
+
+
+def last_line(entries: int) -> bytes:
+    """Return the line that tells how many entries there are."""
+    return _line({"entries": entries})
+
+
+def check_first(line: bytes) -> None:
+    """Raise `ValueError` unless what follows `line` can be read."""
+    try:
+        said = _read(line)
+    except ValueError as exc:
+        raise ValueError(f"should begin as an export of tierserve; its first line {exc}") from exc
+    if said.get("format") != NAME:
+        raise ValueError("should be an export of tierserve; its first line names another format")
+    if said.get("version") != VERSION:
+        raise ValueError(f"should be an export of version {VERSION}, not {said.get('version')!r}")
+
+
+def read(line: bytes) -> Keyed | int:
+    """Return the entry of a line, or the number of entries of the last one.
+
+    Raises:
+        ValueError: the line is damaged; the text goes after its number.
+    """
+    said = _read(line)
+    if (entries := said.get("entries")) is not None:
+        if not isinstance(entries, int) or "key" in said:
+            raise ValueError("should tell how many entries there are")
+        return entries
+    try:
+        answer = Answer(
+            _FORMS[said["form"]],
+            b64decode(said["content"], validate=True),
+            b64decode(said["usage"], validate=True),
+        )
+        times: list[Any] = [float(said[name]) for name in _TIMES]
+        origin = Origin.of(said["generation"], said["labels"])
+    except (AttributeError, KeyError, TypeError, ValueError) as exc:
+        raise ValueError(f"has no entry that could be read: {exc!r}") from exc
+    key = said.get("key")
+    if not isinstance(key, str) or not 0 < len(key.encode()) <= _KEY_BYTES:
+        raise ValueError(f"should have a key of 1 to {_KEY_BYTES} bytes")
+    if not all(isfinite(time) and time >= 0 for time in times):
+        raise ValueError("has times that can't be")
+    if not isinstance(origin.generation, int) or not 0 <= origin.generation < 1 << 64:
+        raise ValueError("has a generation that can't be")
+    entry = Entry(answer, *times)
+    return Keyed(key, entry._replace(**origin._asdict()))
+
+
+def _line(fields: dict[str, Any]) -> bytes:
+    start = orjson.dumps(fields).removesuffix(b"}")
+    return b'%b%b%08x"}\n' % (start, _CHECK, crc32(start))
+
+
+def _read(line: bytes) -> dict[str, Any]:
+    line = line.rstrip(b"\r\n")
+    start, check = line[:-_CHECK_BYTES], line[-_CHECK_BYTES:]
+    if check != b'%b%08x"}' % (_CHECK, crc32(start)):
+        raise ValueError("is damaged or cut: its checksum is wrong or missing")
+    try:
+        said = orjson.loads(start + b"}")
+    except ValueError as exc:
+        raise ValueError("isn't JSON") from exc
+    if not isinstance(said, dict):
+        raise ValueError("isn't a JSON object")
+    return said

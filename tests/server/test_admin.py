@@ -1,0 +1,314 @@
+"""The admin API at its edge: the socket of a real server."""
+
+import asyncio
+import io
+import os
+import signal
+import socket
+import stat
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import orjson
+import pytest
+import pytest_asyncio
+
+from server.config import ConfigError, cache_folder, load
+from server.identity import identity
+from server.request import parse
+
+from .conftest import CHAT, WHOLE, Front, Upstream, body, free_port, question, running
+from .test_exports import entry, export, streamed
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+def connect(path: Path) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession("http://admin", connector=aiohttp.UnixConnector(str(path)))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def admin(front: Front) -> AsyncIterator[aiohttp.ClientSession]:
+    async with connect(front.socket) as session:
+        yield session
+
+
+async def get(admin: aiohttp.ClientSession, path: str, **given) -> dict:
+    async with admin.get(path, params=given) as response:
+        assert response.status == 200
+        assert response.headers["Content-Type"] == "application/json"
+        return await response.json()
+
+
+async def key_of(admin: aiohttp.ClientSession, front: Front, **more) -> str:
+    """Have an answer stored in both tiers; return its key."""
+    asked = question(**more)
+    engine = identity(load(front.config), None)
+    key = parse(CHAT, orjson.dumps(asked), "", engine, "m").key
+    await front.ask(asked)
+    # An answer is given before it is on disk.
+    async with asyncio.timeout(20):
+        while not [row for row in await rows_of(admin, key) if len(row["tiers"]) == 2]:
+            pass
+    return key
+
+
+async def asked_of(admin: aiohttp.ClientSession) -> list[tuple[int, int]]:
+    return [(tier["hits"], tier["misses"]) for tier in (await get(admin, "/stats"))["tiers"]]
+
+
+async def rows_of(admin: aiohttp.ClientSession, key: str) -> list[dict]:
+    return (await get(admin, "/entries", prefix=key))["entries"]
+
+
+async def test_the_socket_is_this_user_s_alone(front: Front, admin) -> None:
+    assert stat.S_IMODE(front.socket.stat().st_mode) == 0o600
+    assert (await get(admin, "/stats"))["tiers"][0]["tier"] == "memory"
+
+
+async def test_nothing_of_it_is_on_the_public_port(front: Front, upstream: Upstream) -> None:
+    for method, path in (("GET", "/stats"), ("GET", "/entries"), ("POST", "/purge")):
+        async with front.session.request(method, path, json={"all": True}) as response:
+            # It is the engine's to answer, as any other path.
+            assert await response.json() == body()
+        assert upstream.asked[-1].path == path
+
+
+async def test_looking_counts_as_no_question(front: Front, admin) -> None:
+    key = await key_of(admin, front)
+    before = await asked_of(admin)
+    rows = await rows_of(admin, key)
+    entry = await get(admin, f"/entries/{key}")
+    assert await asked_of(admin) == before
+    assert rows[0]["tiers"] == entry["tiers"] == ["memory", "disk"]
+    assert entry["frequency"] == 1
+    assert entry["state"] == "fresh"
+    assert entry["stored_at"] + entry["age_s"] == pytest.approx(
+        entry["expires_at"] - entry["ttl_s"]
+    )
+
+
+async def test_an_entry_has_the_content_that_clients_get(front: Front, admin) -> None:
+    told = await get(admin, f"/entries/{await key_of(admin, front)}")
+    assert told["form"] == "body"
+    assert orjson.loads(told["content"]) == body() | {"id": "", "created": 0}
+    told = await get(admin, f"/entries/{await key_of(admin, front, stream=True)}")
+    assert told["form"] == "events"
+    plain = b"".join(WHOLE[:3]) + WHOLE[4]
+    plain = plain.replace(b'"chatcmpl-x"', b'""').replace(b'"created":1', b'"created":0')
+    assert told["content"] == plain.decode()
+
+
+async def test_pages_tell_of_each_entry_once(front: Front, admin) -> None:
+    keys = {await key_of(admin, front) for _ in range(7)}
+    for tier in ("", "memory", "disk"):
+        found, after = [], ""
+        while after is not None:
+            given = {"tier": tier, "limit": 3, "after": after}
+            page = await get(admin, "/entries", **{n: v for n, v in given.items() if v})
+            assert len(page["entries"]) <= 3
+            found += [row["key"] for row in page["entries"]]
+            after = page["after"]
+        assert len(found) == len(set(found))
+        assert keys <= set(found)
+
+
+async def test_what_is_asked_for_most_comes_first(front: Front, admin) -> None:
+    asked = question()
+    for _ in range(9):
+        await front.ask_alone(asked)
+    for given in ({}, {"tier": "memory"}):
+        counts = [row["frequency"] for row in (await get(admin, "/entries", **given))["entries"]]
+        assert counts == sorted(counts, reverse=True)
+        assert counts[0] >= 9
+
+
+async def test_a_purged_entry_is_gone_everywhere(front: Front, admin, upstream: Upstream) -> None:
+    asked = question()
+    await key_of(admin, front, **asked)
+    key = await key_of(admin, front)
+    async with admin.delete(f"/entries/{key}") as response:
+        assert response.status == 204
+    async with admin.get(f"/entries/{key}") as response:
+        assert response.status == 404
+    assert await rows_of(admin, key) == []
+    assert "hit" in (await front.ask(asked))[1]
+    async with admin.post("/purge", json={"all": True}) as response:
+        assert await response.json() == {"purged": ["all"]}
+    assert (await get(admin, "/entries"))["entries"] == []
+    assert "fwd=miss" in (await front.ask_alone(asked))[1]
+    assert len(upstream.asked) == 3
+
+
+async def test_an_export_is_imported_after_a_purge_only_as_purged(front: Front, admin) -> None:
+    key = await key_of(admin, front)
+    async with admin.get("/export") as response:
+        assert response.headers["Content-Type"] == "application/jsonl"
+        lines = await response.read()
+    held = len(lines.splitlines()) - 2
+    async with admin.post("/import", data=lines) as response:
+        told = await response.json()
+    assert told == dict.fromkeys(told, 0) | {"older": held, "problems": []}
+    async with admin.post("/purge", json={"key": [key]}) as response:
+        assert response.status == 200
+    async with admin.post("/import", data=lines) as response:
+        told = await response.json()
+    assert (told["older"], told["purged"]) == (held - 1, 1)
+
+
+async def test_a_file_in_use_is_verified_and_not_compacted(front: Front, admin) -> None:
+    await key_of(admin, front)
+    async with admin.post("/verify") as response:
+        told = await response.json()
+    assert told["entries"] >= 1
+    assert (told["damaged"], told["problem"]) == (0, None)
+    async with admin.post("/compact") as response:
+        assert response.status == 409
+        assert "Stop the server first" in (await response.json())["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "options", "status", "said"),
+    [
+        ("GET", "/", {}, 404, "There is no such path; there are /stats"),
+        ("GET", CHAT, {}, 404, "There is no such path"),
+        ("POST", "/stats", {}, 405, "The method should be GET"),
+        ("GET", "/entries", {"params": {"limit": "0"}}, 400, "limit should be from 1 to 1000"),
+        ("GET", "/entries", {"params": {"limit": "1001"}}, 400, "limit should be"),
+        ("GET", "/entries", {"params": {"limit": "²"}}, 400, "limit should be"),
+        ("GET", "/entries", {"params": {"size": "1"}}, 400, "There are only tier, prefix"),
+        ("GET", "/entries", {"params": {"tier": "x"}}, 400, "one of memory, disk"),
+        ("GET", "/entries", {"params": {"after": "x:"}}, 400, "after should be"),
+        ("GET", "/entries", {"params": {"after": "disk:x"}}, 400, "after should be"),
+        ("GET", "/entries", {"params": {"after": "memory:x:y"}}, 400, "after should be"),
+        ("GET", "/entries", {"params": {"prefix": "k" * 512}}, 400, "prefix should have at most"),
+        ("GET", "/entries/none", {}, 404, "There is no entry under this key."),
+        ("GET", f"/entries/{'k' * 512}", {}, 400, "key should have at most 511 bytes"),
+        ("DELETE", "/entries/none", {}, 404, "There is no entry under this key."),
+        ("POST", "/purge", {}, 400, "an object with one of key, model, tenant, tag, all"),
+        ("POST", "/purge", {"json": {"key": "k", "all": True}}, 400, "one of key, model"),
+        ("POST", "/purge", {"json": {"keys": "k"}}, 400, "one of key, model"),
+        ("POST", "/purge", {"json": {"all": False}}, 400, "all should be true"),
+        ("POST", "/purge", {"json": {"key": []}}, 400, "key should be text, or a list"),
+        ("POST", "/purge", {"json": {"tag": [1]}}, 400, "tag should be text, or a list"),
+        ("POST", "/purge", {"data": io.BytesIO(bytes(2_000_000))}, 413, "larger"),
+        ("POST", "/import", {"data": b"hello\n"}, 400, "should begin as an export of tierserve"),
+    ],
+)
+async def test_what_is_asked_wrongly_is_named(admin, method, path, options, status, said) -> None:
+    async with admin.request(method, path, **options) as response:
+        assert response.status == status
+        error = (await response.json())["error"]
+    assert said in error["message"]
+    assert error["code"] == status
+
+
+async def test_20000_entries_are_listed_while_hits_are_answered(
+    upstream: Upstream, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("TIERSERVE__TIERS__DISK__MAX_BYTES", "64MiB")
+    now = time.time()
+    keys = {f"{number:064x}" for number in range(20_000)}
+    lines = export(*((key, entry("{}", now, 1e6)) for key in keys))
+    async with running(tmp_path, upstream) as front, connect(front.socket) as admin:
+        async with admin.post("/import", data=streamed(lines)) as response:
+            told = await response.json()
+        assert (told["stored"], told["problems"]) == (20_000, [])
+        asked = question()
+        while "hit" not in (await front.ask(asked))[1]:
+            pass
+        found: list[str] = []
+
+        async def list_all() -> None:
+            after = ""
+            while after is not None:
+                page = await get(admin, "/entries", limit=1000, after=after)
+                found.extend(row["key"] for row in page["entries"])
+                after = page["after"]
+
+        hits = 0
+        listing = asyncio.create_task(list_all())
+        while not listing.done():
+            assert "hit" in (await front.ask(asked))[1]
+            hits += 1
+        await listing
+        assert hits > 20
+        assert len(found) == len(set(found)) == 20_001
+        assert keys < set(found)
+
+
+async def test_the_socket_is_removed_replaced_and_never_taken(
+    upstream: Upstream, tmp_path: Path
+) -> None:
+    async with running(tmp_path, upstream) as front:
+        config = orjson.loads(front.config.read_bytes())
+        config["server"]["port"] = free_port()
+        config["tiers"]["disk"]["path"] = str(tmp_path / "other")
+        second = tmp_path / "second.yaml"
+        second.write_bytes(orjson.dumps(config))
+        process = await asyncio.create_subprocess_exec(
+            *front.command[:-1], str(second), stderr=asyncio.subprocess.PIPE
+        )
+        _, said = await process.communicate()
+        assert process.returncode == 1
+        assert f"admin.socket: another server answers at {front.socket}".encode() in said
+        front.process.send_signal(signal.SIGKILL)
+        await front.process.wait()
+        assert front.socket.is_socket()
+        await front.session.close()
+        await front.start()
+        async with connect(front.socket) as admin:
+            assert (await get(admin, "/stats"))["tiers"]
+        front.process.terminate()
+        await front.process.wait()
+        assert not front.socket.exists()
+
+
+@pytest.mark.parametrize("made", ["file", "folder of a file"])
+async def test_a_socket_that_can_t_be_made_is_named(
+    upstream: Upstream, tmp_path: Path, made: str
+) -> None:
+    front = Front(tmp_path, [upstream.url])
+    front.socket.write_text("mine")
+    if made != "file":
+        os.environ["TIERSERVE__ADMIN__SOCKET"] = str(front.socket / "admin.sock")
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *front.command, stderr=asyncio.subprocess.PIPE
+        )
+    finally:
+        os.environ.pop("TIERSERVE__ADMIN__SOCKET", None)
+    _, said = await process.communicate()
+    assert process.returncode == 1
+    assert b"admin.socket: should be a path where a socket can be made, or null" in said
+    assert front.socket.read_text() == "mine"
+
+
+async def test_where_the_socket_is(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    file = tmp_path / "c.yaml"
+    for text, expected in (
+        ("server: {port: 7}", cache_folder() / "admin-7.sock"),
+        ("admin: {socket: null}", None),
+        ("admin: {socket: a.sock}", tmp_path / "a.sock"),
+    ):
+        file.write_text(text)
+        assert load(file).admin.socket == expected
+    file.write_text(f"admin: {{socket: /{'x' * 107}}}")
+    with pytest.raises(ConfigError, match=r"admin\.socket: should have at most 107 bytes"):
+        load(file)
+
+
+async def test_without_a_socket_there_is_no_admin_api(upstream: Upstream, tmp_path: Path) -> None:
+    front = Front(tmp_path, [upstream.url])
+    config = orjson.loads(front.config.read_bytes()) | {"admin": {"socket": None}}
+    front.config.write_bytes(orjson.dumps(config))
+    try:
+        await front.start()
+        assert not list(tmp_path.glob("*.sock*"))
+        with socket.socket(socket.AF_UNIX) as probe, pytest.raises(FileNotFoundError):
+            probe.connect(str(front.socket))
+    finally:
+        await front.stop()

@@ -1,0 +1,288 @@
+"""`tierserve cache` as a command, through a server and on its file."""
+
+import asyncio
+import re
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import orjson
+import pytest
+from aiohttp import web
+
+from server.cli import main
+from tiers import DiskCache
+from tiers.disk.file import DATA
+
+from .conftest import Front, Upstream, answer, body, question, running
+from .test_exports import entry, export
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+class Ended(NamedTuple):
+    status: int
+    said: str
+    told: str
+
+    @property
+    def rows(self) -> list[dict]:
+        return [orjson.loads(line) for line in self.said.splitlines()]
+
+
+Cache = Callable[..., Awaitable[Ended]]
+
+
+@pytest.fixture
+def cache(capsys) -> Cache:
+    """Runs the command, with a loop of its own."""
+
+    async def run(config: Path, action: str, *rest: str) -> Ended:
+        def ended() -> int:
+            try:
+                return main(["cache", action, "--config", str(config), *rest])
+            except SystemExit as exc:
+                return exc.code
+
+        capsys.readouterr()
+        status = await asyncio.to_thread(ended)
+        return Ended(status, *capsys.readouterr())
+
+    return run
+
+
+async def started(config: Path, action: str, *rest: str) -> asyncio.subprocess.Process:
+    """Start the command in a process of its own."""
+    command = (sys.executable, "-m", "server.cli", "cache", action, "--config", str(config), *rest)
+    pipe = asyncio.subprocess.PIPE
+    return await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=pipe)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A configuration whose server doesn't run."""
+    return Front(tmp_path, ["http://127.0.0.1:1"]).config
+
+
+def exported(tmp_path: Path, **texts: str) -> str:
+    file = tmp_path / "export"
+    now = Path(tmp_path).stat().st_mtime
+    file.write_bytes(b"".join(export(*((key, entry(t, now, 1e6)) for key, t in texts.items()))))
+    return str(file)
+
+
+async def test_a_file_is_administered_while_no_server_runs(
+    cache: Cache, tmp_path: Path, config: Path
+) -> None:
+    made = await cache(config, "import", exported(tmp_path, a="{}", ab="{}", b="{}"))
+    assert made.status == 0
+    assert made.said == "stored: 3, older: 0, expired: 0, purged: 0, refused: 0, damaged: 0\n"
+    assert f"in {tmp_path / 'disk'}, since no server answers at " in made.told
+    rows = (await cache(config, "ls", "--prefix", "a", "--json")).rows
+    assert [(row["key"], row["tiers"], row["bytes"]) for row in rows] == [
+        ("a", ["disk"], 2), ("ab", ["disk"], 2),
+    ]  # fmt: skip
+    (memory_is_not_there,) = orjson.loads((await cache(config, "stats", "--json")).said)["tiers"]
+    assert (memory_is_not_there["tier"], memory_is_not_there["entries"]) == ("disk", 3)
+    assert (await cache(config, "get", "a", "--raw")).said == "{}"
+    assert (await cache(config, "purge", "--key", "a", "b")).status == 0
+    gone = await cache(config, "get", "a")
+    assert (gone.status, gone.said) == (1, "")
+    assert "There is no entry under this key." in gone.told
+    assert [row["key"] for row in (await cache(config, "ls", "--all", "--json")).rows] == ["ab"]
+    assert (await cache(config, "verify")).said == "3 entries, 0 damaged\n"
+    compacted = await cache(config, "compact")
+    assert re.fullmatch(r"[\d.]+KiB before, [\d.]+KiB after\n", compacted.said)
+    exported_ = await cache(config, "export")
+    assert len(exported_.said.splitlines()) == 3
+
+
+async def test_a_running_server_is_administered_and_its_leftovers(
+    cache: Cache, tmp_path: Path, upstream: Upstream
+) -> None:
+    async with running(tmp_path, upstream) as front:
+        asked = question()
+        await front.ask(asked)
+        assert "hit" in (await front.ask_alone(asked))[1]
+        listed = await cache(front.config, "ls", "--json", "--limit", "1")
+        (row,) = listed.rows
+        assert listed.told.startswith(f"through the server at {front.socket}\n")
+        got = await cache(front.config, "get", row["key"])
+        assert re.search(r"^frequency: 2$", got.said, re.MULTILINE)
+        assert orjson.loads(got.said.splitlines()[-1]) == body() | {"id": "", "created": 0}
+        for label, rows in (("model:m", 1), ("tenant:anonymous", 1), ("model:x", 0)):
+            labelled = await cache(front.config, "ls", "--label", label, "--json")
+            assert len(labelled.rows) == rows
+        table = (await cache(front.config, "ls")).said.splitlines()
+        assert len(table) == 2
+        assert table[1].startswith(row["key"])
+        stats = (await cache(front.config, "stats")).said
+        assert re.search(r"^hits +1 +0$", stats, re.MULTILINE)
+        assert (await cache(front.config, "verify")).said == "1 entries, 0 damaged\n"
+        for refused in (["compact"], ["verify", "--repair"]):
+            ended = await cache(front.config, *refused)
+            assert ended.status == 1
+            assert "top the server first" in ended.told
+        kept = tmp_path / "kept"
+        assert (await cache(front.config, "export", str(kept))).status == 0
+        assert kept.stat().st_mode & 0o777 == 0o600
+        front.process.send_signal(signal.SIGKILL)
+        await front.process.wait()
+        again = await cache(front.config, "ls", "--json")
+        assert [each["key"] for each in again.rows] == [row["key"]]
+        assert (await cache(front.config, "purge", "--all")).status == 0
+        process = await started(front.config, "import", "-")
+        said, _ = await process.communicate(kept.read_bytes())
+        assert said == b"stored: 0, older: 0, expired: 0, purged: 1, refused: 0, damaged: 0\n"
+
+
+async def test_purges_by_label(cache: Cache, front: Front) -> None:
+    asked = question(model="purged", cache={"tags": ["red"]})
+    for how in (["--model", "purged"], ["--tenant", "anonymous"], ["--tag", "red"], ["--all"]):
+        await front.ask(asked)
+        assert "hit" in (await front.ask_alone(asked))[1]
+        assert (await cache(front.config, "purge", "--model", "other")).status == 0
+        assert "hit" in (await front.ask(asked))[1]
+        ended = await cache(front.config, "purge", *how)
+        assert (ended.status, ended.said) == (0, "")
+        assert "fwd=miss" in (await front.ask(asked))[1]
+
+
+async def test_damage_is_found_and_repaired(cache: Cache, tmp_path: Path, config: Path) -> None:
+    texts = {f"key{number}": f"text{number}" * 9 for number in range(9)}
+    await cache(config, "import", exported(tmp_path, **texts))
+    data = tmp_path / "disk" / DATA
+    data.write_bytes(data.read_bytes().replace(b"text7text7", b"text7texT7"))
+    found = await cache(config, "verify")
+    assert (found.status, found.said) == (1, "9 entries, 1 damaged\n")
+    repaired = await cache(config, "verify", "--repair")
+    assert (repaired.status, repaired.said) == (0, "9 entries, 1 damaged and dropped\n")
+    assert (await cache(config, "verify")).said == "8 entries, 0 damaged\n"
+    assert len((await cache(config, "ls", "--json")).rows) == 8
+    data.write_bytes(b"nothing" * 10_000)
+    broken = await cache(config, "verify")
+    assert broken.status == 1
+    assert "the file can't be used: " in broken.told
+
+
+async def test_a_file_in_use_is_not_compacted(cache: Cache, tmp_path: Path, config: Path) -> None:
+    # By a server without an admin API, for instance.
+    other = DiskCache(tmp_path / "disk", 4 * 1024**2)
+    await other.set("k", b"v")
+    for action in ("compact", "verify"):
+        ended = await cache(config, action)
+        assert ended.status == 1
+        assert "another process has the disk tier open" in ended.told
+    process = await started(config, "stats")
+    said, _ = await process.communicate()
+    assert re.search(rb"^entries +1$", said, re.MULTILINE)
+    await other.close()
+
+
+async def test_damaged_lines_are_named(cache: Cache, tmp_path: Path, config: Path) -> None:
+    file = Path(exported(tmp_path, a="{}", b="{}"))
+    first, one, two, last = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(first + one[:40] + b"\n" + two + last)
+    ended = await cache(config, "import", str(file))
+    assert ended.status == 1
+    assert ended.said == "stored: 1, older: 0, expired: 0, purged: 0, refused: 0, damaged: 1\n"
+    assert f"{file}: line 2 is damaged or cut" in ended.told
+    file.write_text("hello")
+    ended = await cache(config, "import", str(file))
+    assert (ended.status, ended.said) == (2, "")
+    assert "should begin as an export of tierserve" in ended.told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["ls"], 1, "no server answers at "),
+        (["export"], 1, "there is no file of a disk tier in "),
+        (["compact"], 1, "there is no file of a disk tier in "),
+        (["verify"], 1, "there is no file of a disk tier in "),
+        (["import", "/nowhere"], 1, "No such file"),
+        (["warm", "/dev/null"], 1, "no server answers: "),
+        (["ls", "--limit", "0"], 2, "should be a number from 1 on, not '0'"),
+        (["purge"], 2, "one of the arguments --key --model --tenant --tag --all is required"),
+        (["purge", "--key", "k", "--all"], 2, "not allowed with"),
+        (["get"], 2, "the following arguments are required: KEY"),
+        (["drop"], 2, "invalid choice"),
+    ],
+)
+async def test_what_can_t_be_done_is_named(
+    cache: Cache, config: Path, arguments, status, said
+) -> None:
+    ended = await cache(config, *arguments)
+    assert (ended.status, ended.said) == (status, "")
+    assert said in ended.told
+    assert not (config.parent / "disk").exists()
+
+
+async def test_wrong_queries_are_wrong_use(cache: Cache, tmp_path: Path, config: Path) -> None:
+    await cache(config, "import", exported(tmp_path, a="{}"))
+    for arguments, said in (
+        (["ls", "--tier", "memory"], "tier should be one of disk"),
+        (["ls", "--after", "x"], "after should be as the page before gave it"),
+        (["purge", "--model", ""], "a label should be"),
+    ):
+        ended = await cache(config, *arguments)
+        assert (ended.status, ended.said) == (2, "")
+        assert said in ended.told
+
+
+async def test_warming(
+    cache: Cache, tmp_path: Path, front: Front, upstream: Upstream, monkeypatch
+) -> None:
+    async def failing(http: web.Request) -> web.StreamResponse:
+        if b"fail" in await http.read():
+            return web.json_response({"error": {"message": "no"}}, status=400)
+        return await answer(http)
+
+    upstream.handler = failing
+    asked = question()
+    lines = [
+        orjson.dumps(asked),
+        orjson.dumps({"route": "/v1/chat/completions", "body": question()}),
+        orjson.dumps(question(temperature=1)),
+        orjson.dumps(question(model="fail")),
+        b"no JSON",
+        b"[]",
+        b"",
+        b'{"route":"/v1/models","body":{}}',
+        b'{"body":1}',
+        b'{"body":{},"more":1}',
+    ]
+    file = tmp_path / "requests.jsonl"
+    file.write_bytes(b"\n".join(lines))
+    monkeypatch.setenv("OPENAI_API_KEY", "mine")
+    first = await cache(front.config, "warm", str(file))
+    assert first.status == 1
+    assert first.said == "hits: 0, misses: 2, not kept: 1, errors: 1, malformed: 5\n"
+    named = [line.removeprefix(f"{file}:") for line in first.told.splitlines()]
+    assert [line.partition(":")[0] for line in named] == ["5", "6", "8", "9", "10", "4"]
+    assert "4: answered with status 400" in named
+    assert {http.headers["Authorization"] for http in upstream.asked} == {"Bearer mine"}
+    file.write_bytes(b"\n".join(lines[:2]))
+    again = await cache(front.config, "warm", str(file))
+    assert (again.status, again.said) == (
+        0,
+        "hits: 2, misses: 0, not kept: 0, errors: 0, malformed: 0\n",
+    )
+    monkeypatch.delenv("OPENAI_API_KEY")
+    other = await cache(front.config, "warm", str(file), "--concurrency", "1")
+    assert other.said.startswith("hits: 0, misses: 2, ")
+
+
+async def test_whoever_reads_may_stop(cache: Cache, tmp_path: Path, config: Path) -> None:
+    texts = {f"{number}": "x" * 9000 for number in range(200)}
+    await cache(config, "import", exported(tmp_path, **texts))
+    process = await started(config, "export")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert b"tierserve-export" in await process.stdout.readline()
+    process.stdout._transport.close()
+    told = await process.stderr.read()
+    assert await process.wait() == 1
+    assert b"Traceback" not in told

@@ -1,0 +1,203 @@
+"""Exports: what is read is what was written, or is named as damaged."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server import exports
+from server.administration import Administration
+from server.lines import split
+from server.operations import AdminError
+from tests.tiers.conftest import Clock
+from tiers import Answer, Chain, DiskCache, Entry, Form, FrequencySketch, MemoryCache, Tier
+from tiers.purges import label
+
+NOW = Clock().now
+TIMES = st.floats(min_value=0, max_value=NOW)
+LABELS = st.lists(st.text(min_size=1).filter(lambda text: "\n" not in text), max_size=3)
+ENTRIES = st.builds(
+    lambda form, content, usage, stored_at, ttl_s, more, generation, labels: Entry(
+        Answer(form, content, usage), stored_at, stored_at + ttl_s, *more, generation,
+        "\n".join(labels).encode(errors="replace"),
+    ),
+    st.sampled_from(Form), st.binary(max_size=200), st.binary(max_size=20), TIMES, TIMES,
+    st.tuples(TIMES, TIMES, TIMES), st.integers(0, 2**64 - 1), LABELS,
+)  # fmt: skip
+KEYS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=100)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def entry(text: str, stored_at: float = NOW, ttl_s: float = 100, **more: object) -> Entry:
+    return Entry(Answer(Form.BODY, text.encode()), stored_at, stored_at + ttl_s, **more)
+
+
+def export(*entries: tuple[str, Entry], told: int | None = None) -> list[bytes]:
+    lines = [exports.entry_line(*each) for each in entries]
+    last = exports.last_line(len(entries) if told is None else told)
+    return [exports.first_line(), *lines, last]
+
+
+async def streamed(lines: Iterable[bytes]) -> AsyncIterator[bytes]:
+    for line in lines:
+        yield line
+
+
+def made(folder: Path, clock: Clock, memory_bytes: int = 100_000) -> Chain:
+    tiers = [
+        Tier("memory", MemoryCache(memory_bytes, clock=clock)),
+        Tier("disk", DiskCache(folder, 4 * 1024**2, clock=clock)),
+    ]
+    return Chain(tiers, frequency=FrequencySketch(1000), max_answer_bytes=10_000, clock=clock)
+
+
+@given(KEYS, ENTRIES)
+def test_what_is_read_is_what_was_written(key: str, written: Entry) -> None:
+    line = exports.entry_line(key, written)
+    assert exports.read(line) == (key, written)
+    assert line.count(b"\n") == 1
+
+
+@given(KEYS, ENTRIES, st.data())
+def test_a_line_that_was_changed_is_damaged(key: str, written: Entry, data: st.DataObject) -> None:
+    line = bytearray(exports.entry_line(key, written)[:-1])
+    line[data.draw(st.integers(0, len(line) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    with pytest.raises(ValueError, match="damaged or cut"):
+        exports.read(bytes(line))
+
+
+@given(st.lists(st.binary(max_size=20)), st.integers(1, 10))
+async def test_lines_don_t_depend_on_how_bytes_come(pieces: list[bytes], most: int) -> None:
+    found = [line async for line in split(streamed(pieces), most)]
+    *ended, rest = b"".join(pieces).split(b"\n")
+    assert found == [line[:most] for line in [*ended, *[rest] * bool(rest)]]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.dictionaries(KEYS, ENTRIES, max_size=20))
+def test_an_import_of_an_export_gives_the_same_entries(
+    tmp_path_factory, entries: dict[str, Entry]
+) -> None:
+    async def run() -> None:
+        clock = Clock()
+        folder = tmp_path_factory.mktemp("exports")
+        lines = export(*entries.items())
+        alive = {key: e for key, e in entries.items() if e.kept_until > clock.now}
+        for name in ("one", "other"):
+            chain = made(folder / name, clock)
+            told = await Administration(chain).take(streamed(lines))
+            assert told.pop("problems") == []
+            assert (told["stored"], told["expired"]) == (len(alive), len(lines) - 2 - len(alive))
+            lines = [line async for line in Administration(chain).export()]
+            found = dict(
+                each for line in lines[1:-1] if isinstance(each := exports.read(line), tuple)
+            )
+            # Nothing has been purged here, so no purge is known.
+            assert found == {key: e._replace(generation=0) for key, e in alive.items()}
+            assert exports.read(lines[-1]) == len(alive)
+            await chain.close()
+
+    asyncio.run(run())
+
+
+async def test_an_import_overwrites_nothing_newer_and_keeps_what_was_purged_away(
+    tmp_path: Path, clock: Clock
+) -> None:
+    chain = made(tmp_path, clock)
+    administration = Administration(chain)
+    await chain.adopt("held", entry("held"), chain.tiers)
+    await chain.adopt("older", entry("older", NOW - 9), chain.tiers)
+    of_model = entry("m", NOW - 5, packed_labels=b"model:m")
+    await chain.purge(label("model", "m"))
+    clock.now += 1
+    told = await administration.take(
+        streamed(
+            export(
+                ("held", entry("imported", NOW - 1)),
+                ("older", entry("imported", NOW - 1)),
+                ("expired", entry("imported", NOW - 101)),
+                ("purged", of_model),
+                ("made since", of_model._replace(stored_at=NOW + 0.5)),
+                ("large", entry("x" * 10_001)),
+            )
+        )
+    )
+    assert told == {
+        "stored": 2, "older": 1, "expired": 1, "purged": 1, "refused": 1, "damaged": 0,
+        "problems": [],
+    }  # fmt: skip
+    texts = {}
+    for key in ("held", "older", "expired", "purged", "made since", "large"):
+        found = await chain.lookup(key)
+        texts[key] = None if found is None else found.entry.answer.content
+    assert texts == {
+        "held": b"held", "older": b"imported", "expired": None, "purged": None,
+        "made since": b"m", "large": None,
+    }  # fmt: skip
+    await chain.close()
+
+
+async def test_damage_is_named_and_the_rest_is_imported(tmp_path: Path, clock: Clock) -> None:
+    first, one, two, three, last = export(*((key, entry(key)) for key in "123"))
+    lines = [first, one, two[:50], b"", three.replace(b"key", b"KEY"), last]
+    chain = made(tmp_path, clock)
+    told = await Administration(chain).take(streamed(lines))
+    assert (told["stored"], told["damaged"]) == (1, 3)
+    assert [problem.split(" is ")[0] for problem in told["problems"][:3]] == [
+        "line 3", "line 4", "line 5",
+    ]  # fmt: skip
+    assert told["problems"][3] == "the last line tells of 3 entries, and 1 could be read"
+    told = await Administration(chain).take(streamed([first, one]))
+    assert told["problems"] == ["the last line is missing: the export was cut"]
+    await chain.close()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"form": "odd"}, "no entry"),
+        ({"content": "?"}, "no entry"),
+        ({"labels": ["a\nb"]}, "no entry"),
+        ({"labels": 1}, "no entry"),
+        ({"stored_at": None}, "no entry"),
+        ({"took_s": -1}, "times"),
+        ({"generation": -1}, "generation"),
+        ({"generation": 0.5}, "generation"),
+        ({"key": ""}, "key"),
+        ({"key": "k" * 512}, "key"),
+        ({"key": 1}, "key"),
+    ],
+)
+def test_a_line_that_verifies_but_can_t_be_is_named(fields: dict, said: str) -> None:
+    whole = {
+        "key": "k", "stored_at": 1, "expires_at": 2, "took_s": 0, "stale_while_revalidate_s": 0,
+        "stale_if_error_s": 0, "generation": 0, "labels": [], "form": "body", "content": "",
+        "usage": "",
+    }  # fmt: skip
+    assert exports.read(exports._line(whole)) == ("k", Entry(Answer(Form.BODY, b""), 1, 2))
+    with pytest.raises(ValueError, match=said):
+        exports.read(exports._line(whole | fields))
+
+
+@pytest.mark.parametrize(
+    ("first", "said"),
+    [
+        (b"", "should begin as an export of tierserve"),
+        (b'{"format":"tierserve-export","version":1}', "should begin as an export"),
+        (exports._line({"format": "other"}), "names another format"),
+        (exports._line({"format": exports.NAME, "version": 2}), "of version 1, not 2"),
+    ],
+)
+async def test_what_is_no_export_is_refused(tmp_path: Path, clock: Clock, first, said) -> None:
+    chain = made(tmp_path, clock)
+    with pytest.raises(AdminError, match=said) as caught:
+        await Administration(chain).take(streamed([first]))
+    assert caught.value.status == 400
+    await chain.close()
