@@ -247,7 +247,7 @@ class DiskFile:
         """
         target_bytes = self.max_bytes - self.reserve_bytes
         outcome = Outcome()
-        for _ in range(_ROUNDS):
+        for attempt in range(1, _ROUNDS + 1):
             try:
                 outcome = outcome.then(self._transact(changes, read, target_bytes, self._drops))
             except lmdb.MapResizedError:
@@ -256,8 +256,12 @@ class DiskFile:
             except lmdb.MapFullError:
                 # A reader that died may hold on to pages that have been freed since.
                 self.env.reader_check()
-                target_bytes = max(0, target_bytes - self.reserve_bytes // 2)
+                # Pages may be free and no run of them long enough for a value, so what counts is
+                # what is in use now, and not what should be.
+                more_bytes = attempt * self.reserve_bytes // _ROUNDS
+                target_bytes = max(0, min(target_bytes, self._used_bytes()) - more_bytes)
                 outcome = outcome.then(self.evict(target_bytes))
+                self._release_pages()
             else:
                 if outcome.used_bytes > target_bytes + self.reserve_bytes // 4:
                     outcome = outcome.then(self.evict(target_bytes))
@@ -284,6 +288,15 @@ class DiskFile:
             outcome = outcome.then(done)
             if done.used_bytes <= target_bytes or not done.evicted:
                 return outcome
+
+    def _used_bytes(self) -> int:
+        with self.env.begin() as txn:
+            return used_bytes(txn, self.dbs)
+
+    def _release_pages(self) -> None:
+        """Make a commit that changes nothing: LMDB reuses what the one before the last freed."""
+        with self.env.begin(write=True, db=self.dbs.meta) as txn:
+            txn.put(_FORMAT_NAME, b"%d" % FORMAT)
 
     def check_readers(self) -> None:
         """Free the slots of readers that have died."""
