@@ -30,6 +30,7 @@ from server.middleware import wrap
 from server.openai import ROUTES, OpenAI
 from server.passthrough import forward
 from server.responses import unavailable
+from server.trace_log import TraceLog
 from server.upstream import UnavailableError, Upstream, Upstreams
 from server.websocket import forward_websocket, is_asked_for
 from server.weights import Weights, locate
@@ -52,22 +53,31 @@ def serve(config: Config) -> int:
         ConfigError: the weights or the engine that the configuration names aren't there.
     """
     log = configure(config.log)
+    trace = None
     try:
+        if config.log.trace is not None:
+            trace = TraceLog(config.log.trace, config.log.trace_max_bytes)
         weights = None
         if not config.engine.upstreams:
             if find_spec("vllm") is None:
                 raise ConfigError(["engine: vLLM isn't installed; run scripts/setup"])
             weights = locate(config.model)
-        return uvloop.run(_serve(config, log, weights, Identity(config, weights)))
+        return uvloop.run(_serve(config, log, trace, weights, Identity(config, weights)))
     except OSError as exc:
         logger.error("can't serve: %s", exc)
         return 1
     finally:
+        if trace is not None:
+            trace.close()
         log.close()
 
 
 async def _serve(
-    config: Config, log: LogStream, weights: Weights | None, known_by: Identity
+    config: Config,
+    log: LogStream,
+    trace: TraceLog | None,
+    weights: Weights | None,
+    known_by: Identity,
 ) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -105,7 +115,7 @@ async def _serve(
     admin = Admin(Administration(chain), max_line_bytes=max_line_bytes(config))
 
     def wrapped(handler: Handler) -> Handler:
-        return wrap(handler, metrics, access)
+        return wrap(handler, metrics, access, trace)
 
     routes = _routes(road, upstreams, wrapped, metrics)
     server = make_server(routes, config.server)
@@ -148,6 +158,8 @@ async def _serve(
         access.flush()
     if not stored:
         # The thread that hangs would keep the process.
+        if trace is not None:
+            trace.close()
         log.close()
         os._exit(1)
     return int(bool(failures))

@@ -227,11 +227,24 @@ class Admin(_Section):
     socket: Path | None = None
 
 
+def _is_json_lines(path: Path) -> Path:
+    if path.suffix != ".jsonl":
+        raise ValueError("should end in .jsonl")
+    return path
+
+
 class Log(_Section):
-    """What is logged to standard error. `auto` is text on a terminal and JSON elsewhere."""
+    """What is logged to standard error. `auto` is text on a terminal and JSON elsewhere.
+
+    `trace` is a file for what `tierserve simulate` replays: time, key, size, tokens, model, tier
+    and outcome of each request that may be cached. At `trace_max_bytes` it is renamed, `x.jsonl`
+    to `x.1.jsonl` in place of what had that name, and begun anew.
+    """
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["auto", "json", "text"] = "auto"
+    trace: Annotated[Path, AfterValidator(_is_json_lines)] | None = None
+    trace_max_bytes: Annotated[ByteSize, Field(ge=64 * 1024)] = ByteSize(256 * 1024**2)
 
 
 class Config(BaseSettings):
@@ -306,7 +319,7 @@ def load(file: Path) -> Config:
 
 def _with_paths(config: Config, folder: Path) -> Config:
     """Return the configuration with the paths as they take effect, relative ones from `folder`."""
-    admin, tiers = config.admin, config.tiers
+    admin, tiers, log = config.admin, config.tiers, config.log
     socket = admin.socket
     if "socket" not in admin.model_fields_set:
         socket = cache_folder() / f"admin-{config.server.port}.sock"
@@ -318,8 +331,10 @@ def _with_paths(config: Config, folder: Path) -> Config:
     if (disk := tiers.disk) is not None:
         path = folder / (disk.path or cache_folder() / "disk").expanduser()
         tiers = tiers.model_copy(update={"disk": disk.model_copy(update={"path": path})})
+    if log.trace is not None:
+        log = log.model_copy(update={"trace": folder / log.trace.expanduser()})
     admin = admin.model_copy(update={"socket": socket})
-    return config.model_copy(update={"tiers": tiers, "admin": admin})
+    return config.model_copy(update={"tiers": tiers, "admin": admin, "log": log})
 
 
 def _variables() -> list[str]:

@@ -6,6 +6,9 @@ from typing import Any
 
 from aiohttp import hdrs, web
 
+from server.request import Request
+from tiers import Answer
+
 
 class SlowClientError(Exception):
     """The body did not come in time."""
@@ -18,6 +21,8 @@ class HttpRequest(web.BaseRequest):
     """The `X-Request-Id` of its response."""
     outcome: tuple[str, str] = ("none", "own")
     """Which tier answered, and how."""
+    found: tuple[Request, Answer] | None = None
+    """Where the answer may be kept: what was asked for, and the answer."""
 
     def __init__(self, *args: Any, read_timeout_s: float, **more: Any) -> None:
         super().__init__(*args, **more)

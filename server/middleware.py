@@ -18,6 +18,7 @@ from server.http_request import Handler, HttpRequest, SlowClientError
 from server.logs import AccessLog
 from server.metrics import Metrics
 from server.responses import SERVER, error_response
+from server.trace_log import TraceLog
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,9 @@ _X_REQUEST_ID = istr("X-Request-Id")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}").fullmatch
 
 
-def wrap(handler: Handler, metrics: Metrics, access: AccessLog) -> Handler:
+def wrap(
+    handler: Handler, metrics: Metrics, access: AccessLog, trace: TraceLog | None = None
+) -> Handler:
     """Return `handler` with its surroundings.
 
     A response that it prepares itself needs `own_headers`.
@@ -62,19 +65,33 @@ def wrap(handler: Handler, metrics: Metrics, access: AccessLog) -> Handler:
             response = error_response(500, "Internal error.")
             status = 500
         finally:
-            seconds = time.perf_counter() - started
-            tier, outcome = http.outcome
-            if status == _CLIENT_GONE and outcome != "error":
-                outcome = "aborted"
-            metrics.observe(tier, outcome, seconds)
-            at = time.time()
-            access.add(at, http.method, http.path, status, id_, tier, outcome, seconds)
+            _note(http, status, time.perf_counter() - started, metrics, access, trace)
         if not response.prepared:
             headers = response.headers
             headers["Server"], headers["X-Request-Id"] = SERVER, id_
         return response
 
     return around
+
+
+def _note(
+    http: HttpRequest,
+    status: int,
+    seconds: float,
+    metrics: Metrics,
+    access: AccessLog,
+    trace: TraceLog | None,
+) -> None:
+    """Count a request, and have it written down."""
+    tier, outcome = http.outcome
+    if status == _CLIENT_GONE and outcome != "error":
+        outcome = "aborted"
+    metrics.observe(tier, outcome, seconds)
+    at = time.time()
+    access.add(at, http.method, http.path, status, http.id, tier, outcome, seconds)
+    if trace is not None and http.found is not None:
+        request, answer = http.found
+        trace.add(at, request.key, request.model, answer, (tier, outcome))
 
 
 def _request_ids() -> Iterator[str]:

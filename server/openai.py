@@ -140,6 +140,7 @@ class OpenAI:
         now, entry = self._chain.clock(), hit.entry
         ttl, age = floor(entry.expires_at - now), max(0, int(now - entry.stored_at))
         status = f"tierserve; {how}; ttl={ttl}; detail={hit.tier}"
+        http.found = request, entry.answer
         response = await _render(http, request, entry.answer, status, age)
         http.outcome = (hit.tier, "hit" if hit.state is State.FRESH else "stale")
         return response
@@ -158,6 +159,7 @@ class OpenAI:
         if not request.form is flight.form is Form.EVENTS:
             async for _ in listener:
                 pass
+            _note(http, request, flight)
             return await _render(http, request, _answer_of(flight), told())
         id_, created = _fresh(http)
         response: web.StreamResponse | None = None
@@ -172,6 +174,7 @@ class OpenAI:
                 raise
             http.outcome = ("engine", "error")
             return await _cut(response, _failed(exc))
+        _note(http, request, flight)
         response = response or await _begin(http, told())
         tail = _answer_of(flight).usage if request.wants_usage else b""
         await response.write(convert.fill(tail, id_, created) + _DONE)
@@ -189,7 +192,7 @@ class OpenAI:
         answer = await _as_form(answer, flight.form)
         flight.collapsed = True
         await flight.publish(answer.content)
-        flight.end(answer)
+        flight.end(answer, kept=True)
 
     async def _generate(self, request: Request, headers: Mapping[str, str], flight: Flight) -> None:
         """Have an engine answer, publish what it says, and store a finished answer."""
@@ -200,7 +203,7 @@ class OpenAI:
             answer, finished = await record(
                 reply, request.form, flight.publish, self._flights.max_bytes
             )
-        flight.end(answer)
+        flight.end(answer, kept=finished)
         if finished:
             freshness = self._freshness(request.route, request.model)
             took_s = time.monotonic() - started
@@ -272,6 +275,12 @@ def _not_cached() -> web.Response:
     response = error_response(504, "No tier has this answer, and only-if-cached asks for no other.")
     response.headers["Cache-Status"] = "tierserve; detail=only-if-cached"
     return response
+
+
+def _note(http: HttpRequest, request: Request, flight: Flight) -> None:
+    """Note what was found, if it is to be kept."""
+    if flight.kept:
+        http.found = request, _answer_of(flight)
 
 
 def _fresh(http: HttpRequest) -> tuple[bytes, int]:

@@ -27,6 +27,8 @@ class Flight:
         self.answer: Answer | None = None
         self.collapsed = False
         """Whether another process has generated it."""
+        self.kept = False
+        """Whether its answer is to be stored."""
         self._max_bytes = max_bytes
         self._log: deque[bytes] = deque()
         self._log_bytes = 0
@@ -57,13 +59,20 @@ class Flight:
         """Return an iterator over all items from the first. It counts as a listener from now on."""
         return Listener(self)
 
-    def end(self, answer: Answer | None = None, error: BaseException | None = None) -> None:
+    def end(
+        self,
+        answer: Answer | None = None,
+        error: BaseException | None = None,
+        *,
+        kept: bool = False,
+    ) -> None:
         """Tell the listeners that no item follows; `error` is raised to each of them.
 
-        `answer` is the whole of what was published. Only the first call counts.
+        `answer` is the whole of what was published, and `kept` says whether it is to be stored.
+        Only the first call counts.
         """
         if not self._ended:
-            self._ended, self.answer, self._error = True, answer, error
+            self._ended, self.answer, self._error, self.kept = True, answer, error, kept
             self._grow()
 
     def _drop_first_if_read(self) -> bool:
