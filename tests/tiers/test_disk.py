@@ -331,6 +331,21 @@ async def test_a_full_map_makes_room(opened, monkeypatch) -> None:
     assert cache.usage.entries < held
 
 
+async def test_room_that_readers_keep_is_waited_for(opened, monkeypatch) -> None:
+    cache = await opened()
+    evict, errors = DiskFile.evict, [lmdb.MapFullError("full")] * 2
+
+    def failing(self, target_bytes):
+        if errors:
+            raise errors.pop()
+        return evict(self, target_bytes)
+
+    monkeypatch.setattr(DiskFile, "evict", failing)
+    fail_once(monkeypatch, lmdb.MapFullError("full"))
+    assert await cache.set("a", b"1")
+    assert await cache.get("a") == b"1"
+
+
 def test_large_values_find_room_among_small_ones(tmp_path: Path) -> None:
     # A large value needs a run of pages, and those that are free are scattered among small values.
     file = DiskFile(tmp_path, 4 * MIB, sync=False, worth=lambda key, size: 1 / size)

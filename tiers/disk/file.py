@@ -42,6 +42,7 @@ _FORMAT_NAME = b"format"
 _DICTIONARY_NAME = b"dictionary"
 _MAX_RESERVE_BYTES = 64 * 1024 * 1024
 _ROUNDS = 8
+_READER_S = 0.005
 _DROPS = 1024
 _DROP_BYTES = 16 * 1024
 """What a transaction may have to copy to drop one entry."""
@@ -259,9 +260,15 @@ class DiskFile:
                 # Pages may be free and no run of them long enough for a value, so what counts is
                 # what is in use now, and not what should be.
                 more_bytes = attempt * self.reserve_bytes // _ROUNDS
-                target_bytes = max(0, min(target_bytes, self._used_bytes()) - more_bytes)
-                outcome = outcome.then(self.evict(target_bytes))
-                self._release_pages()
+                target_bytes = min(target_bytes, self._used_bytes()) - more_bytes
+                # What is being stored has to stay.
+                target_bytes = max(target_bytes, self.reserve_bytes // 4)
+                try:
+                    outcome = outcome.then(self.evict(target_bytes))
+                    self._release_pages()
+                except lmdb.MapFullError:
+                    # Readers keep pages that have been freed, but not for long.
+                    time.sleep(_READER_S)
             else:
                 if outcome.used_bytes > target_bytes + self.reserve_bytes // 4:
                     outcome = outcome.then(self.evict(target_bytes))
