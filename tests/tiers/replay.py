@@ -50,6 +50,23 @@ def count_hits_of_optimum(capacity: int, keys: Sequence[str]) -> int:
     return hits
 
 
+def count_most_hits(capacity: int, keys: Sequence[str]) -> int:
+    """Return the most hits of all choices, that of not letting a key in among them."""
+
+    @cache
+    def hits_from(now: int, held: frozenset[str]) -> int:
+        if now == len(keys):
+            return 0
+        key = keys[now]
+        if key in held:
+            return 1 + hits_from(now + 1, held)
+        if len(held) < capacity:
+            return max(hits_from(now + 1, held), hits_from(now + 1, held | {key}))
+        return max(hits_from(now + 1, (held | {key}) - {one}) for one in held | {key})
+
+    return hits_from(0, frozenset())
+
+
 def expect_hits_of_random(capacity: int, keys: Sequence[str]) -> Fraction:
     """Return the mean hits when each entry is as likely to make room."""
 

@@ -2,6 +2,8 @@
 
 import random
 from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from tests.tiers.replay import (
     Replay,
     count_hits,
     count_hits_of_optimum,
+    count_most_hits,
     expect_hits_of_random,
 )
 from tiers.policies import ARC, DEFAULT, FIFO, LFU, LRU, POLICIES, S3FIFO, SIEVE, Policy, WTinyLFU
@@ -85,11 +88,15 @@ def test_knows_every_policy_by_name(make: type[Policy]) -> None:
 
 @pytest.mark.parametrize("capacity", [3, 5, 7])
 def test_seed_example(capacity: int) -> None:
-    hits = {3: 0, 5: 1, 7: 3}[capacity]
-    assert [count_hits(make(capacity), SEED_EXAMPLE) for make in (FIFO, LRU, LFU)] == [hits] * 3
-    assert count_hits_of_optimum(capacity, SEED_EXAMPLE) == {3: 2, 5: 3, 7: 3}[capacity]
-    mean = float(expect_hits_of_random(capacity, SEED_EXAMPLE))
-    assert mean == pytest.approx({3: 0.69, 5: 2.23, 7: 3}[capacity], abs=0.01)
+    hits = [count_hits(make(capacity), SEED_EXAMPLE) for make in (FIFO, LRU, LFU)]
+    mean = expect_hits_of_random(capacity, SEED_EXAMPLE)
+    optimum = count_hits_of_optimum(capacity, SEED_EXAMPLE)
+    assert hits == [{3: 0, 5: 1, 7: 3}[capacity]] * 3
+    assert mean == {3: Fraction(505, 729), 5: Fraction(278, 125), 7: 3}[capacity]
+    assert optimum == {3: 2, 5: 3, 7: 3}[capacity]
+    assert count_most_hits(capacity, SEED_EXAMPLE) == 3
+    row = (capacity, *hits, f"{float(mean):.2f}", optimum)
+    assert f"| {' | '.join(map(str, row))} |\n" in Path("README.md").read_text()
 
 
 def zipf(requests: int, keys: int, exponent: float = 0.9) -> list[str]:
