@@ -103,7 +103,8 @@ class FrequencySketch:
     def dump(self) -> bytes:
         """Return the bytes that `restore` reads."""
         head = _HEADER.pack(_VERSION, self.capacity.bit_length() - 1, self._records)
-        return head + bytes(self._table)
+        # One copy of what may be megabytes: the caller's event loop waits for it.
+        return b"".join((head, self._table))
 
     def restore(self, data: bytes) -> None:
         """Add the counts that `dump` wrote of a sketch of the same capacity.

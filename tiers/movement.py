@@ -158,7 +158,10 @@ class Movement:
             await asyncio.wait([self._task])
         await self.settle()
         if self._write is Write.ON_EVICT and self._nearest is not None:
-            await self._demotion.write_all(self._nearest.entries())
+            # The end may come before all is written. Of entries that are alike, the newest first.
+            entries = reversed(list(self._nearest.entries()))
+            hottest = sorted(entries, key=lambda entry: -self._frequency.estimate(entry[0]))
+            await self._demotion.write_all(hottest)
         # What hasn't been taken over must not be lost, and a file that isn't open can't be written.
         if self._disk is not None and self.remembered.is_set():
             await self._save(self._disk)

@@ -216,6 +216,23 @@ async def test_what_is_purged_is_neither_demoted_nor_refilled(tmp_path: Path, cl
     await again.close()
 
 
+async def test_at_the_end_the_hottest_are_written_first(tmp_path: Path, clock, monkeypatch) -> None:
+    house = House(tmp_path, clock, write=Write.ON_EVICT)
+    for key in "abc":
+        await house.memory.set(key, ANSWER.content[:9], ttl=60)
+    for key in "abb":
+        house.frequency.record(key)
+    written, put = [], Tier.put
+
+    async def noting(tier: Tier, key: str, *args) -> bool:
+        written.append(key)
+        return await put(tier, key, *args)
+
+    monkeypatch.setattr(Tier, "put", noting)
+    await house.close()
+    assert written == ["b", "a", "c"]
+
+
 async def test_on_evict_never_brings_back_an_older_answer(tmp_path: Path, clock) -> None:
     house = House(tmp_path, clock, write=Write.ON_EVICT)
     older, newer = Answer(Form.BODY, b"1" * 1800), Answer(Form.BODY, b"2" * 1800)
