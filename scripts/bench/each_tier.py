@@ -1,15 +1,17 @@
-"""The disk tier alone, beside the memory tier: speed, start-up, stalls, bytes.
+"""Each tier alone: speed and stalls; what memory takes, and how the disk tier starts.
 
 Values are answers of about 2 KB cut from Python's help, keys are digests, as in service. Lookups
 are of random keys that are there; stores are of new keys, by many tasks at once. A stall is how
-late the event loop wakes a task that asked for a millisecond, while the tasks store.
+late the event loop wakes a task that asked for a millisecond, while the tasks store. What the
+process grows by while the memory tier is filled stands beside what the tier counts for it.
 
-Usage: disk.py [--entries N] [--operations N] [--tasks N] [--folder PATH]
+Usage: each_tier.py [--entries N] [--operations N] [--tasks N] [--folder PATH]
 """
 
 import argparse
 import asyncio
 import gc
+import os
 import random
 import sys
 import tempfile
@@ -31,6 +33,7 @@ from tiers.disk.transaction import Change
 GIB = 1024**3
 TEXT = "\n".join(topics.values())
 BATCH = 2000
+HELD = 100_000
 
 
 def main() -> int:
@@ -41,10 +44,29 @@ def main() -> int:
     parser.add_argument("--tasks", type=int, default=64, help="that store at once")
     parser.add_argument("--folder", type=Path, help="where the files are made")
     options = parser.parse_args()
+    # First, while the process has nothing to give back.
+    asyncio.run(_memory())
     with tempfile.TemporaryDirectory(prefix="tierserve-bench-", dir=options.folder) as folder:
         uvloop.run(_speed(Path(folder), options))
         uvloop.run(_start(Path(folder) / "start", options))
     return 0
+
+
+async def _memory() -> None:
+    cache, before, raw_bytes = MemoryCache(GIB), _resident_bytes(), 0
+    for number in range(HELD):
+        value = _answer(number)
+        raw_bytes += len(value)
+        await cache.set(_key(number), value, ttl=3600)
+    grown = _resident_bytes() - before
+    print(f"{HELD:,} entries in memory: {raw_bytes / 1e6:,.1f} MB of answers,"
+          f" {cache.usage.bytes / 1e6:,.1f} MB as the tier counts,"
+          f" {grown / 1e6:,.1f} MB in the process\n")  # fmt: skip
+
+
+def _resident_bytes() -> int:
+    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 async def _speed(folder: Path, options: argparse.Namespace) -> None:
@@ -171,7 +193,9 @@ def _answer(number: int) -> bytes:
     message = {"role": "assistant", "content": content}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
     usage = {"prompt_tokens": number % 999, "completion_tokens": len(content) // 5}
-    return orjson.dumps({"object": "chat.completion", "choices": [choice], "usage": usage})
+    made = orjson.dumps({"object": "chat.completion", "choices": [choice], "usage": usage})
+    # A copy, as tiers hold: what orjson gives keeps its room to grow, four times what it is.
+    return bytes(memoryview(made))
 
 
 def _at(ordered: list[float], percent: int) -> float:
