@@ -8,6 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from aiocache.base import BaseCache
+
+from server.shared import open_cache
 
 
 def free_port() -> int:
@@ -36,6 +39,10 @@ class StoreServer:
     @property
     def url(self) -> str:
         raise NotImplementedError
+
+    def open(self) -> BaseCache:
+        """Return the shared tier's backend on this server, as each process has one of its own."""
+        return open_cache(self.url)
 
     def start(self) -> None:
         self.process = subprocess.Popen(

@@ -5,21 +5,13 @@ import random
 from contextlib import suppress
 
 import pytest
-from aiocache.base import BaseCache
 from aiomcache.exceptions import ClientException
 
 from tests.servers import SERVERS, MemcachedServer, RedisServer
 from tiers.shared.memcached import MemcachedBytes
-from tiers.shared.redis import RedisBytes
 
 DAY_S = 24 * 3600
 CONNECTIONS = 16
-
-
-def open_on(server: RedisServer | MemcachedServer) -> BaseCache:
-    if isinstance(server, MemcachedServer):
-        return MemcachedBytes("127.0.0.1", server.port)
-    return RedisBytes(server.url)
 
 
 @pytest.fixture(params=SERVERS)
@@ -37,7 +29,7 @@ def server(request, tmp_path):
 async def test_redis_keeps_for_milliseconds(
     redis_server: RedisServer, ttl: float, least_ms: float, most_ms: float
 ) -> None:
-    cache = open_on(redis_server)
+    cache = redis_server.open()
     assert await cache.set("a", b"1", ttl=ttl)
     assert least_ms <= int(redis_server.ask("pttl tierserve:a")[1:]) <= most_ms
     await cache.close()
@@ -57,7 +49,7 @@ async def test_redis_keeps_for_milliseconds(
 async def test_memcached_keeps_for_seconds(
     memcached_server: MemcachedServer, ttl: float, least_s: float, most_s: float
 ) -> None:
-    cache = open_on(memcached_server)
+    cache = memcached_server.open()
     assert await cache.set("a", b"1", ttl=ttl)
     told = memcached_server.ask("mg tierserve:a t")
     # After its second it is gone.
@@ -66,7 +58,7 @@ async def test_memcached_keeps_for_seconds(
 
 
 async def test_memcached_refuses_what_is_too_large(memcached_server: MemcachedServer) -> None:
-    cache = open_on(memcached_server)
+    cache = memcached_server.open()
     await cache.set("a", b"1")
     await cache.set("b", b"1")
     assert not await cache.set("b", bytes(1024 * 1024))
@@ -77,7 +69,7 @@ async def test_memcached_refuses_what_is_too_large(memcached_server: MemcachedSe
 
 
 async def test_memcached_takes_keys_of_any_length(memcached_server: MemcachedServer) -> None:
-    cache = open_on(memcached_server)
+    cache = memcached_server.open()
     longs = ["k" * 240, "k" * 241, "k" * 1000, "k" * 999 + "l"]
     for number, key in enumerate(longs):
         assert await cache.set(key, b"%d" % number)
@@ -89,7 +81,7 @@ async def test_a_full_redis_refuses(tmp_path) -> None:
     server = RedisServer(tmp_path)
     try:
         assert server.ask("config set maxmemory 1") == b"+OK"
-        cache = open_on(server)
+        cache = server.open()
         assert not await cache.set("a", b"1", ttl=10)
         assert await cache.get("a") is None
         await cache.close()
@@ -98,7 +90,7 @@ async def test_a_full_redis_refuses(tmp_path) -> None:
 
 
 async def test_clearing_redis_leaves_the_keys_of_others(redis_server: RedisServer) -> None:
-    cache = open_on(redis_server)
+    cache = redis_server.open()
     assert redis_server.ask("set theirs 1") == b"+OK"
     await cache.set("ours", b"1")
     await cache.clear()
@@ -109,7 +101,7 @@ async def test_clearing_redis_leaves_the_keys_of_others(redis_server: RedisServe
 
 async def test_calls_that_are_cut_never_mix_up_replies(server) -> None:
     """A reply that comes after its call's deadline must not be taken for the next call's."""
-    cache = open_on(server)
+    cache = server.open()
     chance = random.Random(0)
     values = {f"{number}": b"%d" % number * (1 + number * 997 % 9000) for number in range(40)}
     for key, value in values.items():
@@ -137,7 +129,7 @@ async def test_calls_that_are_cut_never_mix_up_replies(server) -> None:
 
 
 async def test_hanging_and_dying_end_calls_and_leave_no_connection_lost(server) -> None:
-    cache = open_on(server)
+    cache = server.open()
     await cache.set("a", b"1")
     server.hang()
     for _ in range(2):
@@ -163,7 +155,7 @@ async def test_hanging_and_dying_end_calls_and_leave_no_connection_lost(server) 
 
 
 async def test_connections_are_bounded(server) -> None:
-    cache = open_on(server)
+    cache = server.open()
     assert await asyncio.gather(*(cache.get(f"{n}") for n in range(200))) == [None] * 200
     is_memcached = isinstance(server, MemcachedServer)
     if is_memcached:

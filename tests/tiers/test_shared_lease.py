@@ -5,45 +5,33 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 
 import pytest
-from aiocache import MemcachedCache, RedisCache
 from aiocache.base import BaseCache
-from aiocache.serializers import NullSerializer
 
+from tests.servers import SERVERS, StoreServer
 from tiers.shared_lease import SharedLeases
 
-from .servers import Server
-
 OWNER_HAS_GONE_S = 2
-KIND = {"redis-server": RedisCache, "memcached": MemcachedCache}
 
 
-@pytest.fixture(scope="module", params=KIND)
-def server(request, tmp_path_factory) -> Iterator[Server]:
-    made = Server(tmp_path_factory.mktemp("server"), request.param)
-    made.start()
+@pytest.fixture(scope="module", params=SERVERS)
+def server(request, tmp_path_factory) -> Iterator[StoreServer]:
+    made = SERVERS[request.param](tmp_path_factory.mktemp("server"))
     yield made
     made.kill()
 
 
 @pytest.fixture
-async def connect(server: Server) -> AsyncIterator[Callable[[], BaseCache]]:
+async def connect(server: StoreServer) -> AsyncIterator[Callable[[], BaseCache]]:
     """Return what connects to the server, as another process would."""
-    kind = KIND[server.command[0]]
     made: list[BaseCache] = []
 
     def connect() -> BaseCache:
-        cache = kind(
-            port=server.port,
-            serializer=NullSerializer(encoding=None),
-            namespace="test:",
-            timeout=0,
-        )
-        made.append(cache)
-        return cache
+        made.append(server.open())
+        return made[-1]
 
     yield connect
     for cache in made:
-        await (cache.client.aclose() if kind is RedisCache else cache.close())
+        await cache.close()
 
 
 @pytest.fixture
@@ -144,10 +132,10 @@ async def test_what_is_another_ones_by_now_is_neither_renewed_nor_released(
     assert await ours.take(key)
 
 
-@pytest.mark.parametrize("fails", [Server.kill, Server.hang])
-async def test_counts_as_taken_during_an_outage(server: Server, leases, key: str, fails) -> None:
-    if server.command[0] == "memcached":
-        pytest.skip("aiomcache's client never returns where a server closes a connection")
+@pytest.mark.parametrize("fails", [StoreServer.kill, StoreServer.hang])
+async def test_counts_as_taken_during_an_outage(
+    server: StoreServer, leases, key: str, fails
+) -> None:
     before, ours, theirs = leases(), leases(deadline_s=0.05), leases(deadline_s=0.05)
     assert await before.take(f"{key} before")
     assert await ours.take(f"{key} too")

@@ -1,10 +1,6 @@
 """Purges over a server that machines share: any backend of aiocache, a real Redis, a Memcached."""
 
 import asyncio
-import shutil
-import socket
-import subprocess
-import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -13,61 +9,30 @@ import pytest
 from aiocache.base import BaseCache
 from aiocache.serializers import NullSerializer
 
+from tests.servers import SERVERS
 from tiers import PurgeError, Purges
 from tiers.shared_purges import SharedPurges
 
-COMMANDS = {
-    "redis": lambda port, folder: [
-        "redis-server", "--port", port, "--bind", "127.0.0.1", "--save", "", "--dir", folder,
-    ],
-    "memcached": lambda port, _folder: [
-        "memcached", "-p", port, "-l", "127.0.0.1", "-U", "0", "-u", "nobody",
-    ],
-}  # fmt: skip
-CLASSES = {"redis": aiocache.RedisCache, "memcached": aiocache.MemcachedCache}
 
-
-def started(kind: str, folder: Path) -> tuple[subprocess.Popen[bytes], int]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = COMMANDS[kind](str(port), str(folder))
-    if shutil.which(command[0]) is None:
-        pytest.skip(f"{command[0]} isn't installed")
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while process.poll() is None:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-        except ConnectionRefusedError:
-            time.sleep(0.02)
-        else:
-            return process, port
-    pytest.fail(f"{command[0]} did not start")
-
-
-@pytest.fixture(params=["any", "redis", "memcached"])
+@pytest.fixture(params=["any", *SERVERS])
 async def connect(request, tmp_path: Path) -> AsyncIterator[Callable[[], BaseCache]]:
     """Return what gives a machine its connection to one and the same server."""
-    serializer = NullSerializer(encoding=None)
     if request.param == "any":
-        cache = aiocache.SimpleMemoryCache(serializer=serializer)
+        cache = aiocache.SimpleMemoryCache(serializer=NullSerializer(encoding=None))
         yield lambda: cache
         return
-    process, port = started(request.param, tmp_path)
-    made: list[BaseCache] = []
+    server, made = SERVERS[request.param](tmp_path), []
 
     def connection() -> BaseCache:
-        made.append(CLASSES[request.param](port=port, serializer=serializer))
+        made.append(server.open())
         return made[-1]
 
     try:
         yield connection
         for each in made:
-            # aiocache's own close warns, as redis has deprecated what it calls.
-            await (each.client.aclose if request.param == "redis" else each.client.close)()
+            await each.close()
     finally:
-        process.terminate()
-        process.wait(30)
+        server.kill()
 
 
 class Machine:
