@@ -132,6 +132,7 @@ async def _serve(
         go_on(upstream.watch())
     try:
         await runner.setup()
+        await movement.start()
         listener = await listen(server, config.server)
         host, port = listener.sockets[0].getsockname()[:2]
         logger.info("listening on http://%s:%d", host, port)
@@ -139,7 +140,6 @@ async def _serve(
         gc.freeze()
         gc.set_threshold(_GC_ALLOCATIONS)
         async with administered(config, wrapped(admin.answer)):
-            movement.start()
             if engine is not None:
                 go_on(engine.run())
             await stop.wait()

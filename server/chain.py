@@ -22,8 +22,11 @@ from tiers import (
     Write,
 )  # fmt: skip
 from tiers.disk import Durability
+from tiers.lease import Leases
 from tiers.purges import MAX_BYTES
 from tiers.shared import NAME
+from tiers.shared_lease import SharedLeases
+from tiers.shared_purges import SharedPurges
 
 # As many keys as answers of this size fill the tiers, but not more than 4 MiB of counters.
 _ENTRY_BYTES = 1024
@@ -52,7 +55,7 @@ def build(
     """
     where, cache, farther = config.tiers, config.cache, []
     # First, since a disk tier that is open has to be closed again.
-    shared = [] if where.shared is None else [_shared(where.shared, clock)]
+    shared = None if where.shared is None else _shared(where.shared, clock)
     frequency = FrequencySketch(_sketch_keys(where))
     disk = None
     if (on_disk := where.disk) is not None and on_disk.path is not None:
@@ -78,7 +81,10 @@ def build(
             memory.max_bytes, policy=memory.policy, on_evict=demotion.offer, clock=clock
         )
         tiers = [Tier(cache_.NAME, cache_, clock=clock), *farther]
-    tiers = [*tiers, *shared]
+    shared_purges = None
+    if shared is not None:
+        tiers = [*tiers, shared]
+        shared_purges = SharedPurges(purges, shared.backend)
     chain = Chain(
         tiers,
         frequency=frequency,
@@ -86,12 +92,22 @@ def build(
         promote_after=where.promote_after,
         copies=copies,
         purges=purges,
+        shared_purges=shared_purges,
         write=where.write,
         ttl_jitter=cache.ttl_jitter,
         clock=clock,
         chance=chance,
     )
-    movement = Movement(tiers, disk, frequency, demotion, purges, write=where.write, clock=clock)
+    movement = Movement(
+        tiers,
+        disk,
+        frequency,
+        demotion,
+        purges,
+        shared_purges=shared_purges,
+        write=where.write,
+        clock=clock,
+    )
     return chain, movement
 
 
@@ -107,7 +123,7 @@ def build_turns(config: Config, chain: Chain) -> Turns:
         ConfigError: the file of leases in the disk tier's folder can't be used.
     """
     wait_s, disk = config.cache.wait_for_others_s, config.tiers.disk
-    leases = []
+    leases: list[Leases] = []
     # Only where others see an answer as soon as it is stored.
     if (
         wait_s
@@ -120,6 +136,11 @@ def build_turns(config: Config, chain: Chain) -> Turns:
             leases.append(FileLeases(disk.path))
         except OSError as exc:
             raise ConfigError([f"tiers.disk.path: should be a folder for us alone: {exc}"]) from exc
+    leases += [
+        SharedLeases(tier.backend, deadline_s=tier.deadline_s)
+        for tier in chain.tiers
+        if wait_s and tier.shared
+    ]
     return Turns(chain, leases, wait_s=wait_s)
 
 

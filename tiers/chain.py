@@ -17,6 +17,7 @@ from tiers.frequency import FrequencySketch
 from tiers.movement import Write
 from tiers.promotion import Found, Promotion
 from tiers.purges import Purges
+from tiers.shared_purges import SharedPurges
 from tiers.tier import Tier
 
 # Promotions that wait for the disk.
@@ -63,6 +64,7 @@ class Chain:
             often than what it would push out there, or where an older entry is there.
         copies: those under way between the tiers; the demotion's own, if there is one.
         purges: what is purged; by default what this process purges, until it ends.
+        shared_purges: tells other machines, if there is a shared tier.
         write: whether a new answer is stored in all tiers, or in the nearest and the shared.
         ttl_jitter: by up to this part is each ttl cut by chance, so that what was stored together
             doesn't expire together.
@@ -79,6 +81,7 @@ class Chain:
         promote_after: int = 2,
         copies: Copies | None = None,
         purges: Purges | None = None,
+        shared_purges: SharedPurges | None = None,
         write: Write = Write.ON_INSERT,
         ttl_jitter: float = 0,
         clock: Callable[[], float] = time.time,
@@ -94,6 +97,7 @@ class Chain:
         )
         self._copies = Copies() if copies is None else copies
         self.purges = Purges(clock=clock) if purges is None else purges
+        self._shared_purges = shared_purges
         self.purged = 0
         """How often something was purged through this chain."""
         self.max_answer_bytes = max_answer_bytes
@@ -230,15 +234,15 @@ class Chain:
     async def purge(self, label: str) -> None:
         """Purge all entries with `label`: `all`, or `key:…`, `model:…`, `tenant:…`, `tag:…`.
 
-        When this returns no tier and no process on the same disk tier gives them out again, nor
-        any answer whose making had begun.
+        When this returns no tier gives them out again, nor any answer whose making had begun, in
+        no process on the same disk tier, nor on another machine with the same shared tier.
 
         Raises:
             ValueError: `label` isn't one.
-            PurgeError: it could not be made to last; it holds in this process.
+            PurgeError: it could not be made to last, or others could not be told.
         """
         self.purged += 1
-        await self.purges.purge(label)
+        await (self._shared_purges or self.purges).purge(label)
 
     async def settle(self) -> None:
         """Finish the promotions that are under way."""

@@ -17,6 +17,7 @@ from tiers.copy_queue import CopyQueue, Waiting, write_all
 from tiers.disk import DiskCache
 from tiers.frequency import FrequencySketch
 from tiers.purges import Purges
+from tiers.shared_purges import SharedPurges
 from tiers.tier import Tier
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ class Movement:
         frequency: the chain's.
         demotion: from the nearest tier.
         purges: the chain's.
+        shared_purges: keeps them and other machines' alike, if there is a shared tier.
         write: when it is `ON_EVICT`, the nearest tier is written to the others at the end.
         clock: returns Unix seconds.
     """
@@ -119,13 +121,15 @@ class Movement:
         demotion: Demotion,
         purges: Purges,
         *,
+        shared_purges: SharedPurges | None = None,
         write: Write,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._nearest = tiers[0] if tiers else None
         self._disk, self._frequency, self._demotion = disk, frequency, demotion
         self._purges, self._write, self._clock = purges, write, clock
-        self._task: asyncio.Task[None] | None = None
+        self._shared_purges = shared_purges
+        self._tasks: list[asyncio.Task[None]] = []
         self.remembered = asyncio.Event()
         """Set when what was remembered has been taken over, as far as it could be."""
 
@@ -134,10 +138,14 @@ class Movement:
         """How many demotions found no room in the queue."""
         return self._demotion.dropped
 
-    def start(self) -> None:
-        """Take over what was remembered, in the background."""
+    async def start(self) -> None:
+        """Take over what others have purged, and in the background what was remembered."""
+        if self._shared_purges is not None:
+            # What was purged while we were away must not be given out now.
+            await self._shared_purges.sync()
+            self._tasks.append(asyncio.create_task(self._shared_purges.run()))
         if self._disk is not None:
-            self._task = asyncio.create_task(self._run(self._disk))
+            self._tasks.append(asyncio.create_task(self._run(self._disk)))
 
     def recall(self) -> None:
         """Take over how often each key was asked for, from the disk tier's file, if it is open."""
@@ -153,9 +161,9 @@ class Movement:
 
     async def close(self) -> None:
         """Finish demotions and save what is to be remembered; the tiers must still be open."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.settle()
         if self._write is Write.ON_EVICT and self._nearest is not None:
             # The end may come before all is written. Of entries that are alike, the newest first.

@@ -5,11 +5,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from tests.servers import SERVERS, RedisServer, StoreServer
 
-from .conftest import Front, Upstream, question, running
+from .conftest import Front, Upstream, held, question, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -72,6 +73,47 @@ async def test_what_one_replica_stores_the_other_finds(upstream, server, tmp_pat
         assert details == ["shared", "shared", "memory"]
         assert len(upstream.asked) == 1
         assert await b.metric('tierserve_tier_hits_total{tier="shared"}') == 2
+
+
+async def test_replicas_make_one_generation_of_what_both_miss(upstream, server, tmp_path) -> None:
+    async with replicas(tmp_path, upstream, server) as pair:
+        asked, before = question(), len(upstream.asked)
+        go = asyncio.Event()
+        upstream.handler = held(go)
+        forms = [asked | {"stream": True}] * 10
+        waiting = [asyncio.create_task(each.ask(form)) for form in forms for each in pair]
+        async with asyncio.timeout(60):
+            while sum([await each.metric("tierserve_flights_waiting") for each in pair]) < 1:
+                pass
+        go.set()
+        assert {status for status, *_ in await asyncio.gather(*waiting)} == {200}
+        assert len(upstream.asked) == before + 1
+
+
+async def test_what_one_replica_purges_no_other_gives_out(upstream, server, tmp_path) -> None:
+    tagged = {"cache": {"tags": ["doc-1"]}}
+    async with replicas(tmp_path, upstream, server) as (a, b):
+        asked, other = await stored(a), question()
+        await a.ask(other | tagged)
+        for each in (asked, other, asked, other):
+            assert "hit" in (await b.ask_alone(each))[1]
+        await purge(a, tag="doc-1")
+        assert "fwd=miss" in (await b.ask(other))[1]
+        assert "hit" in (await b.ask(asked))[1]
+        await b.stop()
+        await purge(a, all=True)
+        # What it has on its own disk is purged too, before it answers the first request.
+        await b.start()
+        assert "fwd=miss" in (await b.ask(asked))[1]
+
+
+async def purge(front: Front, **what) -> None:
+    connector = aiohttp.UnixConnector(str(front.socket))
+    async with (
+        aiohttp.ClientSession("http://admin", connector=connector) as session,
+        session.post("/purge", json=what) as response,
+    ):
+        assert response.status in (200, 204), await response.text()
 
 
 @pytest.mark.parametrize("how", ["hang", "kill"])

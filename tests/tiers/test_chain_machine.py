@@ -132,7 +132,7 @@ class ChainMachine(RuleBasedStateMachine):
             tiers, self.backend, frequency, self.demotion, purges, write=write, clock=clock
         )
         self.hits = self.misses = self.stores = 0
-        self.movement.start()
+        await self.movement.start()
         await self.movement.remembered.wait()
         self.refilled = tiers[0].counts.stores
 

@@ -117,7 +117,7 @@ async def test_ends_while_the_file_is_still_being_verified(tmp_path: Path, clock
     await house.close()
     (tmp_path / MARK).unlink()
     house = House(tmp_path, clock, write=write)
-    house.movement.start()
+    await house.movement.start()
     assert await house.chain.store("a", ANSWER, WEEK)
     await house.close()
     assert not house.movement.remembered.is_set()
@@ -150,7 +150,7 @@ async def test_demotion_is_bounded_and_keeps_what_is_newer(house: House) -> None
 
 async def test_a_restart_refills_memory_hottest_first(tmp_path: Path, clock) -> None:
     house = House(tmp_path, clock)
-    house.movement.start()
+    await house.movement.start()
     await house.movement.remembered.wait()
     for key in "abcdef":
         await house.chain.store(key, ANSWER, WEEK)
@@ -162,7 +162,7 @@ async def test_a_restart_refills_memory_hottest_first(tmp_path: Path, clock) -> 
 
     again = House(tmp_path, clock)
     assert again.frequency.estimate("e") == 0
-    again.movement.start()
+    await again.movement.start()
     await again.movement.remembered.wait()
     assert again.frequency.estimate("e") == 4
     assert [again.memory.holds(key) for key in "abcdef"] == [False, True, False, False, True, False]
@@ -171,7 +171,7 @@ async def test_a_restart_refills_memory_hottest_first(tmp_path: Path, clock) -> 
     never_started = House(tmp_path, clock)
     await never_started.close()
     once_more = House(tmp_path, clock)
-    once_more.movement.start()
+    await once_more.movement.start()
     await once_more.movement.remembered.wait()
     assert once_more.frequency.estimate("e") == 4
     await once_more.close()
@@ -209,7 +209,7 @@ async def test_what_is_purged_is_neither_demoted_nor_refilled(tmp_path: Path, cl
 
     again = House(tmp_path, clock)
     assert [key for key in "abcd" if again.disk.holds(key)] == ["a", "b", "d"]
-    again.movement.start()
+    await again.movement.start()
     await again.movement.remembered.wait()
     assert not again.memory.holds("a")
     assert [await again.tier_of(key) for key in "abcd"] == [None, "memory", None, "memory"]
@@ -282,7 +282,7 @@ async def test_a_chain_without_tiers_only_misses(clock) -> None:
     demotion = Demotion([], frequency, Copies(), purges, max_bytes=0, clock=clock)
     movement = Movement([], None, frequency, demotion, purges, write=Write.ON_EVICT, clock=clock)
     chain = Chain([], frequency=frequency, max_answer_bytes=10, clock=clock)
-    movement.start()
+    await movement.start()
     assert not await chain.store("k", Answer(Form.BODY, b"{}"), WEEK)
     assert await chain.lookup("k") is None
     await movement.close()
