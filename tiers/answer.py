@@ -159,5 +159,4 @@ class Entry(NamedTuple):
         if form >= len(_FORMS):
             raise ValueError("entry is of an unknown form")
         answer = Answer(_FORMS[form], data[content_at:], data[usage_at:content_at])
-        fields.append(data[_HEADER.size : usage_at])
-        return cls(answer, *fields)
+        return cls._make((answer, *fields, data[_HEADER.size : usage_at]))

@@ -117,8 +117,17 @@ class Chain:
         then the farther tiers are asked too, and the latest entry counts.
         """
         asked = self._frequency.record(key)
-        best = await self._look(0, key) if self.tiers else None
-        if len(self.tiers) > 1 and (best is None or best.state is not State.FRESH):
+        best = None
+        if self.tiers and (found := await self.tiers[0].get(key, self.purges)) is not None:
+            value, entry = found
+            now = self.clock()
+            state = entry.state(now)
+            if state is State.FRESH:
+                # Nearly every hit ends here, and pays for each call.
+                refresh = self._is_refreshed_early(entry, now)
+                return Hit(entry, self.tiers[0].name, state, refresh)
+            best = None if state is State.EXPIRED else _Seen(0, value, entry, state)
+        if len(self.tiers) > 1:
             best = await self._look_farther(key, best, asked)
         if best is None:
             return None

@@ -16,6 +16,8 @@ class Losses:
     """
 
     def __init__(self, max_keys: int = _MAX_KEYS) -> None:
+        self.any = False
+        """Whether there is one; every hit asks, and a call would cost it more."""
         self._max_keys = max_keys
         self._latest: dict[str, float] = {}
         self._trusted_from = -inf
@@ -24,6 +26,7 @@ class Losses:
         """Hide what was stored under `key` before `stored_at` (Unix s)."""
         self._latest.pop(key, None)
         self._latest[key] = stored_at
+        self.any = True
         if len(self._latest) > self._max_keys:
             longest = next(iter(self._latest))
             self._trusted_from = max(self._trusted_from, self._latest.pop(longest))
@@ -31,6 +34,7 @@ class Losses:
     def forget(self, key: str) -> None:
         """Note that what the tier holds under `key` is the latest again."""
         self._latest.pop(key, None)
+        self.any = bool(self._latest) or self._trusted_from > -inf
 
     def hides(self, key: str, stored_at: float) -> bool:
         """Return whether an entry that was stored at `stored_at` (Unix s) may be outdated."""

@@ -190,6 +190,9 @@ class Purges:
         """Return whether what was stored under `key`, or is being made for it, is purged."""
         if self._monotonic() >= self._look_at:
             self._look()
+        if entry.generation >= self.table.latest and not self._under_way and not self._is_blind:
+            # As nearly always.
+            return False
         if self._under_way and not {ALL, f"key:{key}", *entry.labels}.isdisjoint(self._under_way):
             return True
         return self._is_blind or self.table.purges(key, entry.generation, entry.packed_labels)

@@ -122,7 +122,7 @@ class Tier:
                 # Of another version of ours; the next answer replaces it.
                 logger.debug("the %s tier holds what can't be read: %s", self.name, exc)
             else:
-                is_lost = self._losses.hides(key, entry.stored_at)
+                is_lost = self._losses.any and self._losses.hides(key, entry.stored_at)
                 if not is_lost and not purges.cover(key, entry):
                     self.counts.hits += counted
                     return value, entry
