@@ -13,13 +13,13 @@ import uvloop
 from aiohttp import web
 from prometheus_client import generate_latest
 
-from server.admin import Admin
-from server.admin_listener import administered
-from server.administration import Administration
+from server.admin.api import Admin
+from server.admin.exports import max_line_bytes
+from server.admin.listener import administered
+from server.admin.local import Administration
 from server.chain import build, build_turns
 from server.config import Config, ConfigError
 from server.engine import Engine, EngineState
-from server.exports import max_line_bytes
 from server.freshness import FreshnessRules
 from server.http_request import Handler, HttpRequest
 from server.identity import Identity

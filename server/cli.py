@@ -9,8 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from server.cache_cli import run
-from server.cache_options import add_cache
+from server.admin.cli import run
+from server.admin.options import add_cache
 from server.config import Config, ConfigError, load
 
 
@@ -66,9 +66,9 @@ def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 def _simulate(config: Config, options: argparse.Namespace) -> int:
     from server.progress import shown
-    from server.report import as_json, as_text, notes, report
-    from server.simulate import limit
-    from server.traces import TraceError, read
+    from server.simulation.report import as_json, as_text, notes, report
+    from server.simulation.simulate import limit
+    from server.simulation.traces import TraceError, read
 
     if options.plot is not None:
         _check_plot(options.plot)
@@ -90,7 +90,7 @@ def _simulate(config: Config, options: argparse.Namespace) -> int:
     elif missing:
         print(*missing, sep="\n")
     if options.plot is not None:
-        from server.plot import draw
+        from server.simulation.plot import draw
 
         try:
             draw(options.plot, plots)

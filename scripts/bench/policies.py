@@ -2,7 +2,7 @@
 
 Each trace is replayed against each policy at several cache sizes, given as shares of the trace's
 footprint: the bytes of all different keys. Mooncake's traces are replayed twice: as whole requests,
-and as prefix blocks, each a key. `server/traces.py` says which formats there are.
+and as prefix blocks, each a key. `server/simulation/traces.py` says which formats there are.
 
 A key keeps the size that it had when it was let in. What alone is larger than the cache is a miss
 and is not let in.
@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from server import references
-from server.references import ONLINE, OPTIMUM
-from server.traces import BLOCK_TOKENS, TOKEN_BYTES, Request, Trace, read
+from server.simulation import references
+from server.simulation.references import ONLINE, OPTIMUM
+from server.simulation.traces import BLOCK_TOKENS, TOKEN_BYTES, Request, Trace, read
 from tiers import digest
 from tiers.policies import DEFAULT, POLICIES
 

@@ -11,8 +11,8 @@ import pytest
 from aiohttp import web
 
 from server.config import ConfigError
+from server.simulation.traces import Request, read
 from server.trace_log import TraceLog, earlier
-from server.traces import Request, read
 from tiers import Answer, Form
 
 from .conftest import Front, Upstream, body, running

@@ -11,8 +11,8 @@ import aiohttp
 import orjson
 from yarl import URL
 
-from server.lines import split
-from server.operations import AdminError, Operations, Query
+from server.admin.lines import split
+from server.admin.operations import AdminError, Operations, Query
 
 # Once it is connected there is no deadline: to verify or import a large file takes minutes.
 _CONNECT_S = 10

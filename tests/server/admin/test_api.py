@@ -18,8 +18,8 @@ import pytest_asyncio
 from server.config import ConfigError, cache_folder, load
 from server.identity import identity
 from server.request import parse
+from tests.server.conftest import CHAT, WHOLE, Front, Upstream, body, free_port, question, running
 
-from .conftest import CHAT, WHOLE, Front, Upstream, body, free_port, question, running
 from .test_exports import entry, export, streamed
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

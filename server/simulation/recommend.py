@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from server.config import Config, MemoryTier
-from server.simulate import Progress, memory_overhead_bytes, simulate, unshown
-from server.traces import Trace
+from server.simulation.simulate import Progress, memory_overhead_bytes, simulate, unshown
+from server.simulation.traces import Trace
 
 _GIB = 1024**3
 _HALVINGS = 10

@@ -8,13 +8,13 @@ from pathlib import Path
 import orjson
 import pytest
 
-from server import references
 from server.cli import main
 from server.config import Cache, Config, ConfigError, MemoryTier, Tiers
-from server.prefixes import PrefixReuse, measure, reuse
-from server.recommend import recommend
-from server.simulate import limit, memory_overhead_bytes, simulate
-from server.traces import Request, Trace, TraceError, read
+from server.simulation import references
+from server.simulation.prefixes import PrefixReuse, measure, reuse
+from server.simulation.recommend import recommend
+from server.simulation.simulate import limit, memory_overhead_bytes, simulate
+from server.simulation.traces import Request, Trace, TraceError, read
 from tests.tiers.replay import SEED_EXAMPLE, count_hits, count_hits_of_optimum
 from tiers import Write, digest
 from tiers.policies import POLICIES
@@ -300,4 +300,4 @@ def test_the_command_starts_without_what_only_simulations_need() -> None:
         [sys.executable, "-c", "import server.cli, sys; print(*sys.modules)"],
         capture_output=True, text=True, check=True,
     ).stdout.split()  # fmt: skip
-    assert not {"server.simulate", "matplotlib", "libcachesim", "tqdm", "aiohttp"} & set(said)
+    assert not {"server.simulation", "matplotlib", "libcachesim", "tqdm", "aiohttp"} & set(said)

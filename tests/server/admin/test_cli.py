@@ -13,10 +13,10 @@ import pytest
 from aiohttp import web
 
 from server.cli import main
+from tests.server.conftest import Front, Upstream, answer, body, question, running
 from tiers import DiskCache
 from tiers.disk.file import DATA
 
-from .conftest import Front, Upstream, answer, body, question, running
 from .test_exports import entry, export
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

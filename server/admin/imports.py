@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from server import exports
-from server.operations import AdminError
-from server.pace import Pace
+from server.admin import exports
+from server.admin.operations import AdminError
+from server.admin.pace import Pace
 from tiers import Adoption, Chain, DiskCache, MemoryCache, State
 
 # Stored at once, as the disk tier commits together what comes together.

@@ -4,15 +4,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import orjson
-from pydantic import ByteSize
 
-from server import references
 from server.config import Config
-from server.prefixes import PrefixReuse, measure
-from server.recommend import Recommendation, recommend
-from server.references import Reference
-from server.simulate import Progress, Replay, Result, memory_overhead_bytes, ratio, simulate
-from server.traces import Trace
+from server.simulation import references
+from server.simulation.prefixes import PrefixReuse, measure
+from server.simulation.recommend import Recommendation, recommend
+from server.simulation.references import Reference
+from server.simulation.simulate import (
+    Progress,
+    Replay,
+    Result,
+    memory_overhead_bytes,
+    ratio,
+    simulate,
+)
+from server.simulation.traces import Trace
+from server.table import size, table
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,23 +115,6 @@ def as_text(told: Report) -> str:
     if told.recommendation is not None:
         parts.append(_of_recommendation(told.recommendation))
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
-
-
-def size(count: int) -> str:
-    """Return a size in bytes as people read it."""
-    return ByteSize(count).human_readable()
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return lines in which columns stand below each other, the first to the left."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if number == 0 else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (head, *rows)
-    ]
 
 
 def _of_chain(told: Report) -> list[str]:

@@ -20,7 +20,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from server.chain import build
 from server.config import Config, ConfigError, DiskTier, MemoryTier
 from server.freshness import FreshnessRules
-from server.traces import Request, Trace
+from server.simulation.traces import Request, Trace
 from tiers import (
     Answer,
     Chain,

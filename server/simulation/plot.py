@@ -6,9 +6,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from server.recommend import Recommendation
-from server.simulate import Replay
-from server.traces import Trace
+from server.simulation.recommend import Recommendation
+from server.simulation.simulate import Replay
+from server.simulation.traces import Trace
 
 _WINDOWS = 100
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server import exports
-from server.administration import Administration
-from server.lines import split
-from server.operations import AdminError
+from server.admin import exports
+from server.admin.lines import split
+from server.admin.local import Administration
+from server.admin.operations import AdminError
 from tests.tiers.conftest import Clock
 from tiers import Answer, Chain, DiskCache, Entry, Form, FrequencySketch, MemoryCache, Tier
 from tiers.purges import label

@@ -6,7 +6,7 @@ and of a prompt the last blocks leave first.
 
 from dataclasses import dataclass
 
-from server.traces import BLOCK_TOKENS, Trace
+from server.simulation.traces import BLOCK_TOKENS, Trace
 from tiers.policies import LRU, POLICIES
 
 SHARES = (0.01, 0.1, 1.0)

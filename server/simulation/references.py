@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from server.traces import Trace
+from server.simulation.traces import Trace
 
 ONLINE = ("LRU", "LFU", "FIFO", "Random", "Sieve", "S3FIFO", "WTinyLFU", "ARC")
 OPTIMUM = "Belady"

@@ -5,7 +5,7 @@
     GET    /entries/KEY
     DELETE /entries/KEY
     POST   /purge          {"key" | "model" | "tenant" | "tag": NAME or [NAME, …]} or {"all": true}
-    GET    /export         lines, as `server.exports` describes them
+    GET    /export         lines, as `server.admin.exports` describes them
     POST   /import         the same
     POST   /compact
     POST   /verify
@@ -21,9 +21,9 @@ from typing import Any
 import orjson
 from aiohttp import hdrs, web
 
+from server.admin.lines import split
+from server.admin.operations import MAX_KEY_BYTES, MAX_PAGE, AdminError, Operations, Query
 from server.http_request import HttpRequest
-from server.lines import split
-from server.operations import MAX_KEY_BYTES, MAX_PAGE, AdminError, Operations, Query
 from server.responses import error_response, own_headers
 from tiers.purges import ALL, KINDS, label
 

@@ -5,13 +5,14 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
-from server import convert, exports
+from server import convert
+from server.admin import exports
+from server.admin.imports import Import
+from server.admin.listing import Listing
+from server.admin.operations import STOP_FIRST, AdminError, Operations, Query
+from server.admin.pace import Pace
 from server.chain import build
 from server.config import Config
-from server.imports import Import
-from server.listing import Listing
-from server.operations import STOP_FIRST, AdminError, Operations, Query
-from server.pace import Pace
 from tiers import Chain, DiskCache, Form, MemoryCache, PurgeError, Tier
 from tiers.backend import ByteCache
 from tiers.disk import check

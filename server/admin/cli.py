@@ -11,8 +11,9 @@ from typing import Any
 
 import orjson
 
+from server.admin.operations import MAX_PAGE, AdminError, Operations, Query
 from server.config import Config
-from server.operations import MAX_PAGE, AdminError, Operations, Query
+from server.table import size, table
 
 _PIECE_BYTES = 64 * 1024
 _ROW = "{:<64}  {:<11}  {:>9}  {:>9}  {:>9}  {:<8}  {:>5}"
@@ -48,8 +49,6 @@ async def _awaited(action: Awaitable[int]) -> int:
 
 
 async def _stats(config: Config, options: argparse.Namespace) -> int:
-    from server.report import size, table
-
     async with _operations(config) as operations:
         told = await operations.stats()
     if options.json:
@@ -136,7 +135,7 @@ async def _purge(config: Config, options: argparse.Namespace) -> int:
 
 
 async def _warm(config: Config, options: argparse.Namespace) -> int:
-    from server.warm import warm
+    from server.admin.warm import warm
 
     warmed = await warm(config, options.file, options.concurrency, _say)
     told = {name.replace("_", " "): count for name, count in warmed._asdict().items()}
@@ -164,8 +163,8 @@ async def _export(config: Config, options: argparse.Namespace) -> int:
 
 
 async def _import(config: Config, options: argparse.Namespace) -> int:
-    from server.exports import max_line_bytes
-    from server.lines import split
+    from server.admin.exports import max_line_bytes
+    from server.admin.lines import split
 
     with (
         os.fdopen(os.dup(sys.stdin.fileno()), "rb")
@@ -183,7 +182,6 @@ async def _import(config: Config, options: argparse.Namespace) -> int:
 
 
 async def _compact(config: Config, _: argparse.Namespace) -> int:
-    from server.report import size
     from tiers.disk import OtherFormatError, compact
 
     async with _server(config) as client:
@@ -224,7 +222,7 @@ async def _operations(config: Config, *, makes_file: bool = False) -> AsyncItera
         if client is not None:
             yield client
             return
-        from server.administration import offline
+        from server.admin.local import offline
 
         if makes_file and config.tiers.disk is not None:
             _say(f"in {config.tiers.disk.path}, since no server answers at {config.admin.socket}")
@@ -237,8 +235,8 @@ async def _operations(config: Config, *, makes_file: bool = False) -> AsyncItera
 @asynccontextmanager
 async def _server(config: Config) -> AsyncIterator[Operations | None]:
     """Yield a client of the server, or `None` if none answers."""
-    from server.admin_client import connected, is_answered
-    from server.exports import max_line_bytes
+    from server.admin.client import connected, is_answered
+    from server.admin.exports import max_line_bytes
 
     path = config.admin.socket
     if path is None or not is_answered(path):

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import aiohttp
 import orjson
 
+from server.admin.operations import AdminError
 from server.config import Config
 from server.openai import ROUTES
-from server.operations import AdminError
 from server.progress import shown
 
 _CHAT, _COMPLETIONS = ROUTES

@@ -58,7 +58,7 @@ class Operations(Protocol):
         """Purge all entries with one of the labels."""
 
     def export(self) -> AsyncIterator[bytes]:
-        """Yield the lines of an export (`server.exports`) of what memory and disk hold."""
+        """Yield the lines of an export (`server.admin.exports`) of what memory and disk hold."""
 
     async def take(self, lines: AsyncIterator[bytes]) -> dict[str, Any]:
         """Store the entries of an export, and return how many.

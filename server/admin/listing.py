@@ -5,8 +5,8 @@ from itertools import chain as joined
 from math import inf
 from typing import Any
 
-from server.operations import MAX_PAGE, AdminError, Query
-from server.pace import Pace
+from server.admin.operations import MAX_PAGE, AdminError, Query
+from server.admin.pace import Pace
 from tiers import Chain, DiskCache, Entry, State, Tier
 from tiers.backend import ByteCache
 
