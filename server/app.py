@@ -84,9 +84,14 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _stopper(stop))
     timeout_s = config.engine.timeout_s
-    chain, movement = build(config)
-    turns = build_turns(config, chain)
     engine = None if weights is None else Engine(config, weights)
+    chain, movement = build(config)
+    try:
+        turns = build_turns(config, chain)
+    except ConfigError:
+        # Else the disk tier's file would have to be verified.
+        await chain.close()
+        raise
     upstreams = Upstreams(
         [engine.upstream]
         if engine is not None

@@ -70,14 +70,14 @@ class _Section(BaseModel):
 class Listener(_Section):
     """Where clients connect, and how long a stop may take.
 
-    `read_timeout_s` is how long a client may take to send a head, or a body that we read whole, and
-    how long it may pause within one that is passed through.
+    `client_timeout_s` is how long a client may take to send a head, or a body that we read whole,
+    and how long it may pause within one that is passed through, or in taking what it is sent.
     """
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     max_body_bytes: Annotated[ByteSize, Field(ge=1024)] = ByteSize(10 * 1024**2)
-    read_timeout_s: Annotated[float, Field(ge=0.1, le=3600)] = 60
+    client_timeout_s: Annotated[float, Field(ge=0.1, le=3600)] = 60
     shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = 30
 
 

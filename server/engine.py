@@ -21,7 +21,7 @@ from typing import Any
 
 import orjson
 
-from server.config import SOCKET_PATH_BYTES, Config, ConfigError
+from server.config import ENV_PREFIX, SOCKET_PATH_BYTES, Config, ConfigError
 from server.upstream import Upstream
 from server.weights import Weights
 
@@ -73,7 +73,9 @@ class Engine:
             *(("--revision", weights.revision) if weights.revision else ()),
             *_flags(_QUIET | config.engine.args),
         ]  # fmt: skip
-        self._env = os.environ | config.engine.env
+        # Our own variables may hold secrets.
+        env = {n: v for n, v in os.environ.items() if not n.upper().startswith(ENV_PREFIX)}
+        self._env = env | config.engine.env
         if Path(weights.source).is_dir():
             self._env.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -15,7 +15,7 @@ class SlowClientError(Exception):
 
 
 class HttpRequest(web.BaseRequest):
-    """One HTTP request. Takes what aiohttp's own takes, and how long its body may take."""
+    """One HTTP request. Takes what aiohttp's own takes, and how long its client may pause."""
 
     id: str = ""
     """The `X-Request-Id` of its response."""
@@ -24,9 +24,9 @@ class HttpRequest(web.BaseRequest):
     found: tuple[Request, Answer] | None = None
     """Where the answer may be kept: what was asked for, and the answer."""
 
-    def __init__(self, *args: Any, read_timeout_s: float, **more: Any) -> None:
+    def __init__(self, *args: Any, client_timeout_s: float, **more: Any) -> None:
         super().__init__(*args, **more)
-        self._read_timeout_s = read_timeout_s
+        self._client_timeout_s = client_timeout_s
 
     async def invite_body(self) -> None:
         """Have a client go on that waits to be told so (RFC 9110, section 10.1.1)."""
@@ -45,7 +45,7 @@ class HttpRequest(web.BaseRequest):
         """
         if not self.content.is_eof():
             try:
-                async with asyncio.timeout(self._read_timeout_s):
+                async with asyncio.timeout(self._client_timeout_s):
                     return await self.read()
             except TimeoutError as exc:
                 raise SlowClientError from exc
@@ -54,6 +54,21 @@ class HttpRequest(web.BaseRequest):
         if len(body) > self.client_max_size:
             raise web.HTTPRequestEntityTooLarge(self.client_max_size)
         return body
+
+    async def send(self, response: web.StreamResponse, data: bytes) -> None:
+        """Write to the client, as fast as it reads.
+
+        Raises:
+            ConnectionResetError: it has gone, or does not read any more.
+        """
+        try:
+            async with asyncio.timeout(self._client_timeout_s):
+                await response.write(data)
+        except TimeoutError as exc:
+            if self.transport is not None:
+                # What it has not taken would stay in memory.
+                self.transport.abort()
+            raise ConnectionResetError("the client does not read") from exc
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """Yield the body as it comes.
@@ -64,7 +79,7 @@ class HttpRequest(web.BaseRequest):
         """
         while True:
             try:
-                async with asyncio.timeout(self._read_timeout_s):
+                async with asyncio.timeout(self._client_timeout_s):
                     piece = await self.content.readany()
             except TimeoutError as exc:
                 raise SlowClientError from exc

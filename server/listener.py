@@ -23,7 +23,7 @@ _KEEP_ALIVE_S = 630
 class _Protocol(web.RequestHandler):
     """aiohttp's HTTP/1.1 protocol, whose own errors are in OpenAI's shape.
 
-    A connection on which no head comes is closed: a first one within `read_timeout_s`, a further
+    A connection on which no head comes is closed: a first one within `client_timeout_s`, a further
     one within the time for which it is kept open.
     """
 
@@ -80,7 +80,7 @@ def make_server(handler: Handler, options: Listener) -> web.Server:
         HttpRequest,
         loop=asyncio.get_running_loop(),
         client_max_size=options.max_body_bytes,
-        read_timeout_s=options.read_timeout_s,
+        client_timeout_s=options.client_timeout_s,
     )
     # The handler is given what the factory makes, which aiohttp's types don't say.
     return web.Server(handler, request_factory=make_request, handler_cancellation=True)  # type: ignore[arg-type]
@@ -92,12 +92,12 @@ async def listen(server: web.Server, options: Listener) -> asyncio.Server:
     Raises:
         OSError: the address can't be had.
     """
-    protocol = partial(_Protocol, server, options.read_timeout_s)
+    protocol = partial(_Protocol, server, options.client_timeout_s)
     loop = asyncio.get_running_loop()
     return await loop.create_server(protocol, options.host, options.port, backlog=_BACKLOG)
 
 
 async def listen_on(server: web.Server, bound: socket.socket, options: Listener) -> asyncio.Server:
     """Accept connections for `server` at a Unix socket that is bound."""
-    protocol = partial(_Protocol, server, options.read_timeout_s)
+    protocol = partial(_Protocol, server, options.client_timeout_s)
     return await asyncio.get_running_loop().create_unix_server(protocol, sock=bound)

@@ -55,7 +55,7 @@ def wrap(
             response.force_close()
             status = 400
         except SlowClientError:
-            response = error_response(408, "The body did not come within server.read_timeout_s.")
+            response = error_response(408, "The body did not come within server.client_timeout_s.")
             response.force_close()
             status = 408
         except ConnectionError:

@@ -74,7 +74,7 @@ class OpenAI:
             request = parse(http.path, raw, scope, self._identity(), self._model)
         except BadRequestError as exc:
             return error_response(400, str(exc), param=exc.param)
-        control = control_of(http.headers.get(hdrs.CACHE_CONTROL, ""))
+        control = control_of(", ".join(http.headers.getall(hdrs.CACHE_CONTROL, ())))
         if self._may_keep(http, request) and not control.no_store:
             try:
                 return await self._answer(http, request, control)
@@ -119,13 +119,18 @@ class OpenAI:
             if http.transport is None:
                 # Not the flight has failed: this client has gone.
                 raise ConnectionResetError from exc
-            if hit is not None and not control.is_about_age and _cannot_answer(exc):
+            if hit is not None and not control.is_about_age and self._stands_in(request, hit, exc):
                 status = f"; fwd-status={exc.status}" if isinstance(exc, NotAnAnswerError) else ""
                 return await self._render_hit(http, request, hit, f"fwd=stale{status}")
             failed = _failed(exc)
             failed.headers["Cache-Status"] = told()
             http.outcome = ("engine", "error")
             return failed
+
+    def _stands_in(self, request: Request, hit: Hit, exc: Exception) -> bool:
+        """Whether a stale answer may be given for one that could not be had."""
+        # It may have been purged while the engine was asked.
+        return _cannot_answer(exc) and not self._chain.purges.cover(request.key, hit.entry)
 
     def _refresh(self, http: HttpRequest, request: Request, hit: Hit) -> None:
         """Have a new answer made in the background, in place of the one that is given out now."""
@@ -168,7 +173,7 @@ class OpenAI:
                 if response is None:
                     response = await _begin(http, told())
                 event = convert.counted(event, wants_usage=request.wants_usage)
-                await response.write(convert.fill(event, id_, created))
+                await http.send(response, convert.fill(event, id_, created))
         except (NotAnAnswerError, aiohttp.ClientError, OSError) as exc:
             if response is None or http.transport is None:
                 raise
@@ -177,7 +182,7 @@ class OpenAI:
         _note(http, request, flight)
         response = response or await _begin(http, told())
         tail = _answer_of(flight).usage if request.wants_usage else b""
-        await response.write(convert.fill(tail, id_, created) + _DONE)
+        await http.send(response, convert.fill(tail, id_, created) + _DONE)
         await response.write_eof()
         return response
 
@@ -185,7 +190,7 @@ class OpenAI:
         self, request: Request, headers: Mapping[str, str], newer_than: float, flight: Flight
     ) -> None:
         """Publish what another process has generated, or else what an engine says."""
-        async with self._turns.turn(request.key, newer_than) as answer:
+        async with self._turns.turn(request.key, flight.origin.generation, newer_than) as answer:
             if answer is None:
                 await self._generate(request, headers, flight)
                 return

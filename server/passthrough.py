@@ -81,7 +81,7 @@ async def forward(
                 )
             await response.prepare(http)
             async for piece in reply.content.iter_any():
-                await response.write(piece)
+                await http.send(response, piece)
             await response.write_eof()
             return response
     except UnavailableError as exc:

@@ -44,7 +44,8 @@ def check(url: str) -> str:
 
 def masked(url: str) -> str:
     """Return `url` without what may be secret in it, to be shown; any other text as it is."""
-    without_user = re.sub(r"://.*@", "://***@", url, flags=re.DOTALL)
+    # Somebody may have forgotten the scheme.
+    without_user = re.sub(r"^(\w+://)?.*@", r"\1***@", url, flags=re.DOTALL)
     return re.sub(r"(://[^?]*)\?.*", r"\1?***", without_user, flags=re.DOTALL)
 
 

@@ -8,12 +8,15 @@ let in, and makes the producer wait for the slowest listener.
 """
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Self
 
 from tiers.answer import Answer, Form, Origin
+
+logger = logging.getLogger(__name__)
 
 _UNKNOWN = Origin()
 
@@ -196,6 +199,9 @@ class Flights:
         try:
             await produce(flight)
         except Exception as exc:
+            if flight._ended:
+                # Nobody listens any more, such as where the answer could not be stored.
+                logger.exception("a flight failed after its end")
             flight.end(error=exc)
 
     def _land(self, key: str, flight: Flight, task: asyncio.Task[None]) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 
 from tiers.answer import Answer
@@ -63,20 +64,25 @@ class Turns:
         self.waits = Waits()
 
     @asynccontextmanager
-    async def turn(self, key: str, newer_than: float) -> AsyncIterator[Answer | None]:
+    async def turn(
+        self, key: str, generation: int, newer_than: float
+    ) -> AsyncIterator[Answer | None]:
         """Wait for the turn at `key`, which lasts as long as the context.
+
+        Only those of the same `generation` (see `tiers.purges`) wait for each other: what is purged
+        meanwhile is nobody's answer any more.
 
         Gives the answer that another process has stored meanwhile, after `newer_than` (Unix s);
         `None` asks for one to be generated, and stored before the context ends. With `inf` no
         answer of others will do, so none is waited for.
         """
         async with AsyncExitStack() as turn:
-            answer = None
-            if self._leases and await self._take(key, turn):
-                # It may have been stored between the lookup and now.
-                answer = await self._chain.newer(key, newer_than)
-            elif self._leases and newer_than < inf:
-                answer = await self._wait(key, newer_than, turn)
+            answer, lease = None, f"{key}.{generation}"
+            is_ours = not self._leases or await self._take(lease, turn)
+            if self._leases and newer_than < inf:
+                # If it is ours, it may have been stored between the lookup and now.
+                find = self._chain.newer if is_ours else partial(self._wait, lease, turn)
+                answer = await find(key, newer_than)
             yield answer
 
     async def close(self) -> None:
@@ -84,14 +90,16 @@ class Turns:
         for leases in self._leases:
             await leases.close()
 
-    async def _wait(self, key: str, newer_than: float, turn: AsyncExitStack) -> Answer | None:
+    async def _wait(
+        self, lease: str, turn: AsyncExitStack, key: str, newer_than: float
+    ) -> Answer | None:
         waits, until, poll_s = self.waits, self._clock() + self._wait_s, _FIRST_POLL_S
         waits.waiting += 1
         try:
             while (left_s := until - self._clock()) > 0:
                 await self._sleep(min(poll_s, left_s))
                 poll_s = min(poll_s * _GROWTH, _LAST_POLL_S)
-                is_ours = await self._take(key, turn)
+                is_ours = await self._take(lease, turn)
                 # In this order: what is stored before a lease is released is found after it.
                 answer = await self._chain.newer(key, newer_than)
                 if answer is not None:
@@ -108,11 +116,11 @@ class Turns:
         waits.gave_up += 1
         return None
 
-    async def _take(self, key: str, turn: AsyncExitStack) -> bool:
+    async def _take(self, lease: str, turn: AsyncExitStack) -> bool:
         async with AsyncExitStack() as taken:
             for leases in self._leases:
-                if not await leases.take(key):
+                if not await leases.take(lease):
                     return False
-                taken.push_async_callback(leases.release, key)
+                taken.push_async_callback(leases.release, lease)
             turn.push_async_exit(taken.pop_all())
             return True

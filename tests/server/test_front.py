@@ -12,6 +12,7 @@ import aiohttp
 import orjson
 import pytest
 from aiohttp import web
+from multidict import CIMultiDict
 
 from server import convert
 from server.config import load
@@ -760,7 +761,7 @@ async def test_followers_and_those_who_leave_are_counted_as_such(
 async def test_slow_clients_are_told_to_go(
     tmp_path: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TIERSERVE__SERVER__READ_TIMEOUT_S", "0.3")
+    monkeypatch.setenv("TIERSERVE__SERVER__CLIENT_TIMEOUT_S", "0.3")
     half = b"Host: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
     async with running(tmp_path, upstream) as front:
         for path in (CHAT, "/v1/embeddings"):
@@ -802,3 +803,38 @@ async def test_more_than_the_engine_takes_is_sent_away(
         assert [status for status, *_ in await asyncio.gather(*waiting)] == [200, 200]
         upstream.handler = answer
         assert (await front.ask(question()))[0] == 200
+
+
+async def test_a_client_that_stops_reading_gives_its_place_up(
+    tmp_path: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIERSERVE__SERVER__CLIENT_TIMEOUT_S", "0.3")
+    monkeypatch.setenv("TIERSERVE__ENGINE__MAX_REQUESTS", "1")
+
+    async def endless(http: web.Request) -> web.StreamResponse:
+        if http.path == CHAT:
+            return await answer(http)
+        response = web.StreamResponse()
+        await response.prepare(http)
+        while True:
+            await response.write(bytes(64 * 1024))
+
+    upstream.handler = endless
+    async with running(tmp_path, upstream) as front:
+        _, writer = await asyncio.open_connection("127.0.0.1", front.port, limit=1024)
+        writer.write(b"GET /endless HTTP/1.1\r\nHost: x\r\n\r\n")
+        asked = question()
+        async with asyncio.timeout(20):
+            while not any(each.path == "/endless" for each in upstream.asked):
+                await front.ready()
+            while (await front.post(asked)).status != 200:
+                pass
+        writer.close()
+    upstream.handler = answer
+
+
+async def test_cache_control_may_stand_on_several_lines(front: Front, upstream: Upstream) -> None:
+    asked = question()
+    headers = CIMultiDict([("Cache-Control", "max-age=60"), ("Cache-Control", "no-store")])
+    for _ in range(2):
+        assert (await front.ask(asked, headers=headers))[1] == "tierserve; fwd=bypass"
