@@ -147,11 +147,13 @@ class Movement:
         if self._disk is not None:
             self._tasks.append(asyncio.create_task(self._run(self._disk)))
 
-    def recall(self) -> None:
+    async def recall(self) -> None:
         """Take over how often each key was asked for, from the disk tier's file, if it is open."""
         if self._disk is not None and (saved := self._disk.load(_SKETCH)) is not None:
             try:
-                self._frequency.restore(saved)
+                for _ in self._frequency.restoring(saved):
+                    # Requests go first.
+                    await asyncio.sleep(0)
             except ValueError as exc:
                 logger.info("frequencies start anew: %s", exc)
 
@@ -187,7 +189,7 @@ class Movement:
             await self._save(disk)
 
     async def _remember(self, disk: DiskCache) -> None:
-        self.recall()
+        await self.recall()
         if self._nearest is not None and self._nearest.backend is not disk:
             await _refill(self._nearest, disk, self._purges, self._clock)
         self.remembered.set()

@@ -110,7 +110,7 @@ async def offline(config: Config) -> AsyncIterator[Administration]:
         for tier in chain.tiers:
             if isinstance(tier.backend, DiskCache):
                 await tier.backend.opened()
-        movement.recall()
+        await movement.recall()
         # Nothing is in this process's memory.
         tiers = [tier for tier in chain.tiers if not isinstance(tier.backend, MemoryCache)]
         yield Administration(chain, tiers)

@@ -18,6 +18,11 @@ def key(number: int) -> str:
     return digest(b"%d" % number)
 
 
+def restore(sketch: FrequencySketch, data: bytes) -> None:
+    for _ in sketch.restoring(data):
+        pass
+
+
 @given(st.lists(KEYS, max_size=300), st.integers(1, 64))
 @settings(deadline=None)
 def test_never_underestimates_before_it_ages(keys: list[str], capacity: int) -> None:
@@ -75,7 +80,7 @@ def test_survives_dump_and_restore(keys: list[str], capacity: int) -> None:
     for one in keys:
         sketch.record(one)
     again = FrequencySketch(capacity)
-    again.restore(sketch.dump())
+    restore(again, sketch.dump())
     assert again.dump() == sketch.dump()
     for one in keys * 20:
         assert again.record(one) == sketch.record(one)
@@ -90,7 +95,7 @@ def test_restoring_adds_to_what_was_counted_meanwhile(before: list[str], since: 
     for one in since:
         sketch.record(one)
     counted = {one: (saved.estimate(one), sketch.estimate(one)) for one in {*before, *since}}
-    sketch.restore(saved.dump())
+    restore(sketch, saved.dump())
     for one, counts in counted.items():
         assert sketch.estimate(one) >= min(sum(counts), 15)
 
@@ -102,10 +107,37 @@ def test_restoring_is_exact_with_room_to_spare() -> None:
             saved.record(key(number))
         for _ in range(number % 12):
             sketch.record(key(number))
-    sketch.restore(saved.dump())
+    restore(sketch, saved.dump())
     assert [sketch.estimate(key(number)) for number in range(100)] == [
         min(number % 10 + number % 12, 15) for number in range(100)
     ]
+
+
+def test_counts_what_is_recorded_while_it_is_restored() -> None:
+    saved, sketch = FrequencySketch(1 << 16), FrequencySketch(1 << 16)
+    for number in range(100):
+        saved.record(key(number))
+    sketch.record(key(0))
+    steps = 0
+    for _ in sketch.restoring(saved.dump()):
+        steps += 1
+        for number in range(100):
+            sketch.record(key(number))
+    assert steps > 1
+    assert [sketch.estimate(key(number)) for number in range(100)] == [
+        1 + steps + (number == 0) for number in range(100)
+    ]
+
+
+def test_halving_while_it_is_restored_loses_no_more_than_half() -> None:
+    saved, sketch = FrequencySketch(1 << 15), FrequencySketch(1 << 15)
+    for number in range(800):
+        saved.record(key(number % 100))
+    for _ in range(10 * sketch.capacity - 1):
+        sketch.record("popular")
+    for _ in sketch.restoring(saved.dump()):
+        sketch.record("popular")
+    assert {sketch.estimate(key(number)) for number in range(100)} <= {4, 8}
 
 
 def test_restoring_ages_when_it_is_due() -> None:
@@ -113,7 +145,7 @@ def test_restoring_ages_when_it_is_due() -> None:
     for half in (saved, sketch):
         for _ in range(80):
             half.record("a")
-    sketch.restore(saved.dump())
+    restore(sketch, saved.dump())
     assert sketch.estimate("a") == 7
     for _ in range(79):
         sketch.record("a")
@@ -127,11 +159,11 @@ def test_restoring_ages_when_it_is_due() -> None:
 )
 def test_refuses_what_it_did_not_write(data: bytes) -> None:
     with pytest.raises(ValueError, match="sketch is"):
-        FrequencySketch(64).restore(data)
+        restore(FrequencySketch(64), data)
     with pytest.raises(ValueError, match="cut short or too long"):
-        FrequencySketch(64).restore(FrequencySketch(64).dump() + b"x")
+        restore(FrequencySketch(64), FrequencySketch(64).dump() + b"x")
     with pytest.raises(ValueError, match="another capacity"):
-        FrequencySketch(64).restore(FrequencySketch(128).dump())
+        restore(FrequencySketch(64), FrequencySketch(128).dump())
 
 
 def test_has_a_capacity() -> None:
