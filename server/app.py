@@ -42,8 +42,10 @@ logger = logging.getLogger(__name__)
 _STORE_S = 5
 # For all that is still to be written; a disk that hangs must not keep us.
 _CLOSE_S = 20
-# Requests leave few cycles behind; a collection for each ten of them would be waste.
-_GC_ALLOCATIONS = 50_000
+# Requests leave few cycles behind; a collection for each ten of them would be waste. But the event
+# loop waits for it, and it walks over what is under way: half a microsecond an object. The oldest
+# objects, entries in memory above all, are walked over once in five million.
+_GC_THRESHOLDS = 5_000, 10, 100
 
 
 def serve(config: Config) -> int:
@@ -143,7 +145,7 @@ async def _serve(
         logger.info("listening on http://%s:%d", host, port)
         # What is there now stays: looking it over again and again would cost 5% of all hits.
         gc.freeze()
-        gc.set_threshold(_GC_ALLOCATIONS)
+        gc.set_threshold(*_GC_THRESHOLDS)
         async with administered(config, wrapped(admin.answer)):
             if engine is not None:
                 go_on(engine.run())
