@@ -229,9 +229,13 @@ class Chain:
             return Adoption.PURGED
         value, stored = entry.encode(), False
         async with self._copies.storing(key):
-            held = await self.peek(key)
-            if held is not None and held.stored_at >= entry.stored_at:
-                return Adoption.OLDER
+            # A farther tier may hold a newer entry than a nearer one.
+            for tier in self.tiers:
+                held = await tier.peek(key)
+                if held is None or self.purges.cover(key, held):
+                    continue
+                if held.stored_at >= entry.stored_at:
+                    return Adoption.OLDER
             for tier in self.tiers:
                 left_s = entry.kept_until - self.clock()
                 if tier not in into or left_s <= 0:

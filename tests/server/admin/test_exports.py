@@ -144,6 +144,19 @@ async def test_an_import_overwrites_nothing_newer_and_keeps_what_was_purged_away
     await chain.close()
 
 
+async def test_an_import_overwrites_nothing_newer_in_a_farther_tier(
+    tmp_path: Path, clock: Clock
+) -> None:
+    chain = made(tmp_path, clock)
+    old, new = entry("old", NOW - 30), entry("new", NOW - 10)
+    for tier, held in zip(chain.tiers, (old, new), strict=True):
+        await tier.put("k", held.encode(), 100)
+    told = await Administration(chain).take(streamed(export(("k", entry("between", NOW - 20)))))
+    assert (told["stored"], told["older"]) == (0, 1)
+    assert [await tier.peek("k") for tier in chain.tiers] == [old, new]
+    await chain.close()
+
+
 async def test_damage_is_named_and_the_rest_is_imported(tmp_path: Path, clock: Clock) -> None:
     first, one, two, three, last = export(*((key, entry(key)) for key in "123"))
     lines = [first, one, two[:50], b"", three.replace(b"key", b"KEY"), last]
