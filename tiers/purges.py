@@ -24,12 +24,14 @@ from typing import Any, Self
 
 from tiers.answer import Entry, Origin
 from tiers.disk import DiskCache
+from tiers.disk.file import MAX_KEY_BYTES
 
 logger = logging.getLogger(__name__)
 
 ALL = "all"
 """The label of every entry."""
-KINDS = ("key", "model", "tenant", "tag")
+KEY = "key"
+KINDS = (KEY, "model", "tenant", "tag")
 """What stands before the colon of any other label."""
 MAX_BYTES = 700_000
 """Of a table, such as 9,000 purged keys. Memcached takes no more, in base64."""
@@ -57,8 +59,11 @@ def label(kind: str, name: str) -> str:
 
     Args:
         kind: one of `KINDS`.
-        name: its unprintable characters, and those after the first 128, are left out.
+        name: its unprintable characters, and those after the first 128, are left out, but not of a
+            key, which is to be purged alone.
     """
+    if kind == KEY:
+        return f"{kind}:{name}"
     return f"{kind}:{''.join(filter(str.isprintable, name[:_NAME_CHARACTERS]))}"
 
 
@@ -330,10 +335,12 @@ class Purges:
 def check_label(label: str) -> None:
     """Raise `ValueError`, which says what would be right, unless `label` can be purged."""
     kind, colon, name = label.partition(":")
-    if label == ALL or (kind in KINDS and colon and name and label.isprintable()):
-        return
-    kinds = ", ".join(f"{kind}:…" for kind in KINDS)
-    raise ValueError(f"a label should be {ALL} or one of {kinds}, not {label[:_NAME_CHARACTERS]!r}")
+    if label != ALL and not (kind in KINDS and colon and name and label.isprintable()):
+        kinds = ", ".join(f"{kind}:…" for kind in KINDS)
+        said = f"a label should be {ALL} or one of {kinds}, in printable characters"
+        raise ValueError(f"{said}, not {label[:_NAME_CHARACTERS]!r}")
+    if kind == KEY and len(name.encode()) > MAX_KEY_BYTES:
+        raise ValueError(f"a key should have at most {MAX_KEY_BYTES} bytes")
 
 
 def _bytes(numbers: Mapping[str, int]) -> int:

@@ -142,6 +142,21 @@ def test_a_label_is_printable_and_short() -> None:
     assert label("tag", "é \ud800") == "tag:é "
 
 
+async def test_a_key_of_any_length_is_purged_and_no_other(clock, tmp_path: Path) -> None:
+    chain = chain_of(DiskCache(tmp_path, 1 << 20, clock=clock), clock)
+    purged, other = "k" * 511, "k" * 128
+    for key in (purged, other):
+        assert await chain.store(key, ANSWER, Freshness(60))
+    await chain.purge(label("key", purged))
+    assert await chain.lookup(purged) is None
+    assert await chain.lookup(other) is not None
+    with pytest.raises(ValueError, match="a key should have at most 511 bytes"):
+        await chain.purge(label("key", "k" * 512))
+    with pytest.raises(ValueError, match="in printable characters"):
+        await chain.purge(label("key", "k\n"))
+    await chain.close()
+
+
 async def test_purges_outlive_a_restart_and_a_clock_set_back(clock, tmp_path: Path) -> None:
     chain = chain_of(DiskCache(tmp_path, 1 << 20, clock=clock), clock)
     await chain.purge("model:n")
