@@ -40,6 +40,7 @@ _PURGES_PART = 32
 def build(
     config: Config,
     *,
+    sets_aside: bool = True,
     clock: Callable[[], float] = time.time,
     chance: Callable[[], float] = random,
 ) -> tuple[Chain, Movement]:
@@ -47,11 +48,13 @@ def build(
 
     Args:
         config: says which tiers there are, and how entries move.
+        sets_aside: whether a disk tier's file that can't be trusted gives way to a new one.
         clock: returns Unix seconds.
         chance: returns a number from 0 to below 1.
 
     Raises:
         ConfigError: the disk tier's folder, or a file that the shared tier needs, can't be used.
+        UntrustedError: the disk tier's file can't be trusted, and isn't to be set aside.
     """
     where, cache, farther = config.tiers, config.cache, []
     # First, since a disk tier that is open has to be closed again.
@@ -63,6 +66,7 @@ def build(
             disk = DiskCache(
                 on_disk.path,
                 on_disk.max_bytes,
+                sets_aside=sets_aside,
                 durability=on_disk.durability,
                 interval_s=on_disk.interval_ms / 1000,
                 compresses=on_disk.compression == "zstd",

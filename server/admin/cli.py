@@ -14,6 +14,7 @@ import orjson
 from server.admin.operations import MAX_PAGE, AdminError, Operations, Query
 from server.config import Config
 from server.table import size, table
+from tiers.disk import OtherFormatError, UntrustedError
 
 _PIECE_BYTES = 64 * 1024
 _ROW = "{:<64}  {:<11}  {:>9}  {:>9}  {:>9}  {:<8}  {:>5}"
@@ -32,6 +33,9 @@ def run(config: Config, options: argparse.Namespace) -> int:
     except AdminError as exc:
         _say(str(exc))
         return 2 if exc.status == 400 else 1
+    except (OtherFormatError, UntrustedError) as exc:
+        _say(f"the file can't be used: {exc}")
+        return 1
     except BrokenPipeError:
         # Whoever read has had enough; what is still buffered mustn't fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -182,17 +186,14 @@ async def _import(config: Config, options: argparse.Namespace) -> int:
 
 
 async def _compact(config: Config, _: argparse.Namespace) -> int:
-    from tiers.disk import OtherFormatError, compact
+    from tiers.disk import compact
 
     async with _server(config) as client:
         if client is not None:
             told = await client.compact()
             before, after = told["before"], told["after"]
         else:
-            try:
-                before, after = compact(_file(config))
-            except OtherFormatError as exc:
-                raise AdminError(409, f"the file can't be compacted: {exc}") from exc
+            before, after = compact(_file(config))
     print(f"{size(before)} before, {size(after)} after")
     return 0
 

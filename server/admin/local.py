@@ -104,8 +104,9 @@ async def offline(config: Config) -> AsyncIterator[Administration]:
     Raises:
         ConfigError: its folder can't be used.
         OSError: it can't be opened.
+        UntrustedError: it can't be trusted. Only a server sets it aside.
     """
-    chain, movement = build(config)
+    chain, movement = build(config, sets_aside=False)
     try:
         for tier in chain.tiers:
             if isinstance(tier.backend, DiskCache):

@@ -6,6 +6,7 @@ hand.
 
 from tiers.disk.cache import MIN_BYTES, DiskCache
 from tiers.disk.file import OtherFormatError, Statistics
+from tiers.disk.opening import UntrustedError
 from tiers.disk.upkeep import Compacted, Verified, check, compact
 from tiers.disk.writer import Durability
 
@@ -16,6 +17,7 @@ __all__ = [
     "Durability",
     "OtherFormatError",
     "Statistics",
+    "UntrustedError",
     "Verified",
     "check",
     "compact",

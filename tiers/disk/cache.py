@@ -69,10 +69,12 @@ class DiskCache(ByteCache):
         interval_s: seconds between commits with `Durability.INTERVAL`.
         worth: what keeping an entry is worth, from its key and its bytes on disk, such as its
             frequency times its cost over its bytes. Called in the writer's thread.
+        sets_aside: whether a file that can't be trusted gives way to a new one.
 
     Raises:
         OSError: the folder or the file can't be used.
         ValueError: `max_bytes` is too small.
+        UntrustedError: the file can't be trusted, and isn't to be set aside.
     """
 
     NAME = "disk"
@@ -86,6 +88,7 @@ class DiskCache(ByteCache):
         interval_s: float = 0.05,
         compresses: bool = False,
         worth: Callable[[str, int], float] = alike,
+        sets_aside: bool = True,
         clock: Callable[[], float] = time.time,
         namespace: str | None = None,
     ) -> None:
@@ -101,7 +104,7 @@ class DiskCache(ByteCache):
         self._pending_bytes = 0
         self._closed = False
         self._suspect = False
-        self._opening = Opening(path, max_bytes, clock)
+        self._opening = Opening(path, max_bytes, clock, sets_aside=sets_aside)
         try:
             self._file = self._open() if self._opening.try_now() else None
         except BaseException:
@@ -176,6 +179,7 @@ class DiskCache(ByteCache):
 
         Raises:
             OSError: it can't be opened.
+            UntrustedError: it can't be trusted, and isn't to be set aside.
         """
         await asyncio.shield(asyncio.wrap_future(self._writer.opened))
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tiers.disk.compaction import shrink
-from tiers.disk.file import DATA
+from tiers.disk.file import DATA, OtherFormatError
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,10 @@ _VERIFY_BYTES_PER_S = 5e6
 _PACKAGES = Path(__file__).parents[2]
 
 
+class UntrustedError(Exception):
+    """The file can't be trusted, and isn't to be set aside; the text says why."""
+
+
 class Opening:
     """One process's right to open the file in `folder`.
 
@@ -41,13 +45,22 @@ class Opening:
         folder: made, private to this user, if it isn't there.
         max_bytes: a larger file is shrunk before it is opened.
         clock: returns Unix seconds, for the names of files that are set aside.
+        sets_aside: whether a file that can't be trusted gives way to a new one.
 
     Raises:
         OSError: the folder can't be made or written.
     """
 
-    def __init__(self, folder: Path, max_bytes: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        max_bytes: int,
+        clock: Callable[[], float],
+        *,
+        sets_aside: bool = True,
+    ) -> None:
         self.folder = folder
+        self._sets_aside = sets_aside
         self._max_bytes = max_bytes
         self.damaged = 0
         self._clock = clock
@@ -83,6 +96,7 @@ class Opening:
         Raises:
             InterruptedError: `cancel` was called.
             OSError: the file can't be read or renamed.
+            UntrustedError: it should be set aside, and isn't to be.
         """
         try:
             while not self.try_now():
@@ -114,7 +128,10 @@ class Opening:
         if not self.is_clean():
             self.verify()
         if self._is_too_large():
-            shrink(self.folder, self._max_bytes)
+            try:
+                shrink(self.folder, self._max_bytes)
+            except OtherFormatError as exc:
+                self.set_aside(str(exc))
         self.mark()
 
     def _is_too_large(self) -> bool:
@@ -134,6 +151,9 @@ class Opening:
         """Verify the file in another process, which drops what fails; set it aside if all does.
 
         Needs the exclusive lock.
+
+        Raises:
+            UntrustedError: it should be set aside, and isn't to be.
         """
         size = self._data.stat().st_size
         logger.warning("the disk tier's file was not closed cleanly; verifying %d bytes", size)
@@ -187,17 +207,27 @@ class Opening:
 
         Raises:
             OSError: another process has it open.
+            UntrustedError: it isn't to be set aside.
         """
         if not self.try_exclusive():
             raise OSError(
                 errno.EBUSY, f"another process has it open, and {problem}", str(self._data)
             )
+        if not self._sets_aside:
+            # As it was found.
+            self.mark()
         self.set_aside(problem)
         if not self._take(fcntl.LOCK_SH):
             raise OSError(errno.EBUSY, "another process opened it first", str(self._data))
 
     def set_aside(self, problem: str) -> None:
-        """Rename the file so that a new one is made; only the last such file is kept."""
+        """Rename the file so that a new one is made; only the last such file is kept.
+
+        Raises:
+            UntrustedError: it isn't to be set aside.
+        """
+        if not self._sets_aside:
+            raise UntrustedError(problem)
         for earlier in self.folder.glob(f"{DATA}.aside-*"):
             earlier.unlink()
         aside = self.folder / f"{DATA}.aside-{int(self._clock())}"

@@ -46,6 +46,7 @@ def compact(folder: Path) -> Compacted:
         OSError: there is no file, another process has it open, it can't be read, or there is no
             room for a copy.
         OtherFormatError: the file has another format.
+        UntrustedError: it was not closed cleanly, and can't be used.
     """
     data = folder / DATA
     before = data.stat().st_size
@@ -100,7 +101,7 @@ async def check(folder: Path) -> Verified:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[Opening]:
-    opening = Opening(folder, sys.maxsize, time.time)
+    opening = Opening(folder, sys.maxsize, time.time, sets_aside=False)
     try:
         if not opening.try_exclusive():
             raise OSError(errno.EBUSY, "another process has the disk tier open", str(folder))

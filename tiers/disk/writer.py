@@ -20,6 +20,7 @@ from enum import StrEnum
 import lmdb
 
 from tiers.disk.file import DiskFile
+from tiers.disk.opening import UntrustedError
 from tiers.disk.transaction import Change, Outcome
 
 logger = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class Writer:
         try:
             file = self._open_file()
         except Exception as exc:
-            if not isinstance(exc, InterruptedError):
+            if not isinstance(exc, InterruptedError | UntrustedError):
                 logger.exception("the disk tier can't be opened")
             self.opened.set_exception(exc)
             self._refuse()

@@ -16,6 +16,7 @@ from server.cli import main
 from tests.server.conftest import Front, Upstream, answer, body, question, running
 from tiers import DiskCache
 from tiers.disk.file import DATA
+from tiers.disk.opening import MARK
 
 from .test_exports import entry, export
 
@@ -179,6 +180,33 @@ async def test_a_file_in_use_is_not_compacted(cache: Cache, tmp_path: Path, conf
     said, _ = await process.communicate()
     assert re.search(rb"^entries +1$", said, re.MULTILINE)
     await other.close()
+
+
+@pytest.mark.parametrize("closed", ["cleanly", "too large", "not cleanly"])
+async def test_a_file_of_another_format_stays_where_it_is(
+    cache: Cache, tmp_path: Path, config: Path, monkeypatch, closed: str
+) -> None:
+    folder = tmp_path / "disk"
+    max_bytes = 16 * 1024**2 if closed == "too large" else 4 * 1024**2
+    with monkeypatch.context() as other:
+        other.setattr("tiers.disk.file.FORMAT", 1)
+        disk = DiskCache(folder, max_bytes)
+        for number in range(8 if closed == "too large" else 1):
+            await disk.set(f"{number}", bytes(900_000))
+        await disk.close()
+    if closed == "not cleanly":
+        (folder / MARK).unlink()
+    held = {file.name for file in folder.iterdir()}
+    before = (folder / DATA).read_bytes()
+    for arguments in (
+        ["stats"], ["ls"], ["get", "0"], ["export"], ["purge", "--all", "--yes"], ["compact"],
+    ):  # fmt: skip
+        ended = await cache(config, *arguments)
+        assert (ended.status, ended.said) == (1, "")
+        assert "the file can't be used: its format is b'1', not " in ended.told
+        assert "Traceback" not in ended.told
+    assert (folder / DATA).read_bytes() == before
+    assert {file.name for file in folder.iterdir()} == held
 
 
 async def test_damaged_lines_are_named(cache: Cache, tmp_path: Path, config: Path) -> None:
