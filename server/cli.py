@@ -2,16 +2,21 @@
 
 import argparse
 import os
+import re
 import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from server.admin.cli import run
 from server.admin.options import add_cache
 from server.config import Config, ConfigError, load
+from server.shared import masked
+
+_names_secret = re.compile(r"(?i)(^|_)(key|token|password|secret)$").search
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -108,8 +113,20 @@ def _check_plot(file: Path) -> None:
 
 
 def _as_yaml(config: Config) -> str:
-    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    shown = _without_secrets(config.model_dump(mode="json"))
+    text: str = yaml.safe_dump(shown, sort_keys=False)
     return text
+
+
+def _without_secrets(value: Any, name: str = "") -> Any:
+    """Return what may be pasted into an issue."""
+    if isinstance(value, dict):
+        return {name: _without_secrets(each, name) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(each, name) for each in value]
+    if isinstance(value, str) and _names_secret(name):
+        return "***"
+    return masked(value) if isinstance(value, str) and "://" in value else value
 
 
 if __name__ == "__main__":

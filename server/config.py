@@ -74,7 +74,7 @@ class Listener(_Section):
     and how long it may pause within one that is passed through, or in taking what it is sent.
     """
 
-    host: str = "127.0.0.1"
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     max_body_bytes: Annotated[ByteSize, Field(ge=1024)] = ByteSize(10 * 1024**2)
     client_timeout_s: Annotated[float, Field(ge=0.1, le=3600)] = 60

@@ -21,21 +21,22 @@ class Control(NamedTuple):
     """Only an answer that is there."""
     max_age_s: float = inf
     min_fresh_s: float = -inf
-    max_stale_s: float = 0
+    max_stale_s: float | None = None
 
     @property
     def is_about_age(self) -> bool:
         """Whether anything is said of how old an answer may be."""
-        return self.max_age_s < inf or self.min_fresh_s > -inf
+        return self.max_age_s < inf or self.min_fresh_s > -inf or self.max_stale_s is not None
 
     def takes(self, entry: Entry, state: State, now: float) -> bool:
         """Whether the client takes an entry in this state at `now` (Unix s)."""
         age_s, stale_s = now - entry.stored_at, now - entry.expires_at
         if self.no_cache or -stale_s < self.min_fresh_s:
             return False
-        if age_s > self.max_age_s + self.max_stale_s:
+        max_stale_s = self.max_stale_s or 0
+        if age_s > self.max_age_s + max_stale_s:
             return False
-        if stale_s <= self.max_stale_s:
+        if stale_s <= max_stale_s:
             return True
         # Who says nothing of age gets what the server gives while a new one is made.
         return state <= State.STALE and not self.is_about_age
@@ -51,7 +52,7 @@ def control_of(value: str) -> Control:
     said: dict[str, str] = {}
     for name, quoted, plain in _DIRECTIVE.findall(value):
         said.setdefault(name.lower(), quoted or plain)
-    stale = said.get("max-stale", "0")
+    stale = said.get("max-stale")
     return Control(
         no_cache="no-cache" in said,
         no_store="no-store" in said,
@@ -59,7 +60,7 @@ def control_of(value: str) -> Control:
         max_age_s=_seconds(said["max-age"], 0) if "max-age" in said else inf,
         min_fresh_s=_seconds(said["min-fresh"], inf) if "min-fresh" in said else -inf,
         # Without a time, any staleness will do.
-        max_stale_s=_seconds(stale, 0) if stale else inf,
+        max_stale_s=inf if stale == "" else _seconds(stale, 0) if stale is not None else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import orjson
 import pytest
 
 from server.chain import build
@@ -173,3 +174,23 @@ def test_check_prints_the_effective_configuration(tmp_path: Path, capsys) -> Non
     assert main(["check", "--config", str(file)]) == 0
     printed = write(tmp_path, capsys.readouterr().out)
     assert load(printed) == load(write(tmp_path, "{}"))
+
+
+def test_check_shows_no_secrets(tmp_path: Path, capsys) -> None:
+    file = tmp_path / "config.yaml"
+    for engine in (
+        {"args": {"api_key": "s3cr3t", "max_model_len": 99}, "env": {"HF_TOKEN": "s3cr3t"}},
+        {"upstreams": ["http://user:s3cr3t@host:8000"]},
+    ):
+        file.write_text(orjson.dumps({"engine": engine}).decode())
+        assert main(["check", "--config", str(file)]) == 0
+        shown = capsys.readouterr().out
+        assert "s3cr3t" not in shown
+        assert "***" in shown
+
+
+def test_an_empty_host_is_no_host(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("server: {host: ''}")
+    with pytest.raises(ConfigError, match=r"server\.host"):
+        load(file)
