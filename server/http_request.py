@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
 
 from aiohttp import hdrs, web
 
@@ -15,7 +14,10 @@ class SlowClientError(Exception):
 
 
 class HttpRequest(web.BaseRequest):
-    """One HTTP request. Takes what aiohttp's own takes, and how long its client may pause."""
+    """One HTTP request."""
+
+    client_timeout_s: float
+    """How long its client may pause; set by a subclass, since an argument would cost each hit."""
 
     id: str = ""
     """The `X-Request-Id` of its response."""
@@ -23,10 +25,6 @@ class HttpRequest(web.BaseRequest):
     """Which tier answered, and how."""
     found: tuple[Request, Answer] | None = None
     """Where the answer may be kept: what was asked for, and the answer."""
-
-    def __init__(self, *args: Any, client_timeout_s: float, **more: Any) -> None:
-        super().__init__(*args, **more)
-        self._client_timeout_s = client_timeout_s
 
     async def invite_body(self) -> None:
         """Have a client go on that waits to be told so (RFC 9110, section 10.1.1)."""
@@ -45,7 +43,7 @@ class HttpRequest(web.BaseRequest):
         """
         if not self.content.is_eof():
             try:
-                async with asyncio.timeout(self._client_timeout_s):
+                async with asyncio.timeout(self.client_timeout_s):
                     return await self.read()
             except TimeoutError as exc:
                 raise SlowClientError from exc
@@ -62,7 +60,7 @@ class HttpRequest(web.BaseRequest):
             ConnectionResetError: it has gone, or does not read any more.
         """
         try:
-            async with asyncio.timeout(self._client_timeout_s):
+            async with asyncio.timeout(self.client_timeout_s):
                 await response.write(data)
         except TimeoutError as exc:
             if self.transport is not None:
@@ -79,7 +77,7 @@ class HttpRequest(web.BaseRequest):
         """
         while True:
             try:
-                async with asyncio.timeout(self._client_timeout_s):
+                async with asyncio.timeout(self.client_timeout_s):
                     piece = await self.content.readany()
             except TimeoutError as exc:
                 raise SlowClientError from exc

@@ -76,12 +76,12 @@ class _Protocol(web.RequestHandler):
 
 def make_server(handler: Handler, options: Listener) -> web.Server:
     """Return aiohttp's server around one handler; its `Application` would double its cost."""
-    make_request = partial(
-        HttpRequest,
-        loop=asyncio.get_running_loop(),
-        client_max_size=options.max_body_bytes,
-        client_timeout_s=options.client_timeout_s,
-    )
+
+    class Request(HttpRequest):
+        client_timeout_s = options.client_timeout_s
+
+    loop = asyncio.get_running_loop()
+    make_request = partial(Request, loop=loop, client_max_size=options.max_body_bytes)
     # The handler is given what the factory makes, which aiohttp's types don't say.
     return web.Server(handler, request_factory=make_request, handler_cancellation=True)  # type: ignore[arg-type]
 
