@@ -8,6 +8,7 @@ is a template: in their place stand the bytes `ID` and `CREATED`, which JSON for
 
 from collections.abc import Iterable
 from enum import IntEnum
+from math import isfinite
 from struct import Struct, error
 from typing import NamedTuple, Self
 
@@ -160,3 +161,18 @@ class Entry(NamedTuple):
             raise ValueError("entry is of an unknown form")
         answer = Answer(_FORMS[form], data[content_at:], data[usage_at:content_at])
         return cls._make((answer, *fields, data[_HEADER.size : usage_at]))
+
+    @classmethod
+    def decode_untrusted(cls, data: bytes) -> Self:
+        """Read the same where no checksum has told that these are the bytes that were stored.
+
+        Raises:
+            ValueError: as `decode`, or labels aren't text, or a time isn't finite.
+        """
+        entry = cls.decode(data)
+        entry.packed_labels.decode()
+        times = (entry.stored_at, entry.expires_at, entry.took_s, entry.kept_until)
+        lasts = (entry.stale_while_revalidate_s, entry.stale_if_error_s)
+        if not all(map(isfinite, (*times, *lasts))):
+            raise ValueError("entry has a time that isn't finite")
+        return entry

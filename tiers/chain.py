@@ -180,7 +180,7 @@ class Chain:
         if len(answer.content) + len(answer.usage) > self.max_answer_bytes:
             return False
         origin = self.origin() if origin is None else origin
-        if self.purges.cover(key, origin):
+        if self.purges.refuse(key, origin):
             return False
         now = self.clock()
         ttl_s = freshness.ttl_s * (1 - self.ttl_jitter * self._chance())

@@ -90,7 +90,7 @@ class Demotion:
         return Waiting(self._copies.take(key), len(value), write)
 
     async def _demote(self, key: str, value: bytes, expires_at: float) -> None:
-        if self._purges.cover_encoded(key, value):
+        if self._purges.refuse_encoded(key, value):
             return
         for tier in self._to:
             left_s = expires_at - self._clock()
@@ -206,7 +206,7 @@ async def _refill(
     number = read_bytes = 0
     for key, value, expires_at in disk.hottest():
         left_s = 0 if expires_at is None else expires_at - clock()
-        if left_s > 0 and not await nearest.holds(key) and not purges.cover_encoded(key, value):
+        if left_s > 0 and not await nearest.holds(key) and not purges.refuse_encoded(key, value):
             if nearest.victim(len(value)) is not None:
                 return
             await nearest.put(key, value, left_s)

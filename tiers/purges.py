@@ -172,6 +172,8 @@ class Purges:
         deadline_s: float = _DEADLINE_S,
     ) -> None:
         self.table = PurgeTable(max_bytes=max_bytes)
+        self.lacks_shared = False
+        """Whether other machines have purges that weren't taken over yet, as far as is known."""
         self._disk, self._max_bytes, self._deadline_s = disk, max_bytes, deadline_s
         self._clock, self._monotonic = clock, monotonic
         self._look_at = inf if disk is None else -inf
@@ -198,14 +200,21 @@ class Purges:
         if entry.generation >= self.table.latest and not self._under_way and not self._is_blind:
             # As nearly always.
             return False
-        if self._under_way and not {ALL, f"key:{key}", *entry.labels}.isdisjoint(self._under_way):
-            return True
-        return self._is_blind or self.table.purges(key, entry.generation, entry.packed_labels)
+        return self._is_blind or self._cover_as_known(key, entry)
 
-    def cover_encoded(self, key: str, value: bytes) -> bool:
-        """Return whether an encoded entry is purged, as far as it can be read."""
+    def refuse(self, key: str, origin: Origin) -> bool:
+        """Return whether what has that origin isn't worth storing, since it is known to be purged.
+
+        Where the file can't be read it may be purged and stored: `cover` tells once it is found.
+        """
+        if self._monotonic() >= self._look_at:
+            self._look()
+        return self._cover_as_known(key, origin)
+
+    def refuse_encoded(self, key: str, value: bytes) -> bool:
+        """Return the same of an encoded entry, as far as it can be read."""
         try:
-            return self.cover(key, Entry.origin_of(value))
+            return self.refuse(key, Entry.origin_of(value))
         except ValueError:
             return False
 
@@ -262,6 +271,11 @@ class Purges:
         """Wait for what is being written; the disk tier must still be open."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=self._deadline_s)
+
+    def _cover_as_known(self, key: str, entry: Entry | Origin) -> bool:
+        if self._under_way and not {ALL, f"key:{key}", *entry.labels}.isdisjoint(self._under_way):
+            return True
+        return self.table.purges(key, entry.generation, entry.packed_labels)
 
     def _look(self) -> None:
         """Take over what is in the file, if it has changed."""

@@ -2,7 +2,8 @@
 
 The value is the table of `tiers.purges`, in base64 since aiocache's Redis backend compares text.
 It is read again and again, merged, and given what it lacks; a server that has lost it gets it back.
-It is only ever replaced by who has read it (compare-and-set), so a number is given once.
+It is only ever replaced by who has read it (compare-and-set), so a number is given once. Until it
+has been read, nothing of a shared tier is given out.
 """
 
 import asyncio
@@ -44,6 +45,7 @@ class SharedPurges:
         self._every_s, self._deadline_s = every_s, deadline_s
         self._known, self._table = b"", PurgeTable()
         self._is_failing = False
+        purges.lacks_shared = True
 
     async def run(self) -> None:
         """Look at the server again and again, until cancelled."""
@@ -95,6 +97,7 @@ class SharedPurges:
             data = await self._backend.get(_KEY)
             if data is not None and data != self._known:
                 await self._adopt(data)
+            self._purges.lacks_shared = False
             known = PurgeTable() if data is None else self._table
             # Here the purge holds only once it is there, so that nothing can begin here that knows
             # of it and not of what others have purged before.

@@ -78,6 +78,7 @@ class Tier:
         self._clock = clock
         # Our own backends answer at once; aiocache's layers cost more than such a read.
         self._near = backend if isinstance(backend, ByteCache) else None
+        self._decode = Entry.decode_untrusted if self._near is None else Entry.decode
         self._reads = Calls(_READS, deadline_s)
         self._writes = Calls(_WRITES, self._write_s)
         self._breaker = CircuitBreaker(self._probe, self._answers_again)
@@ -106,7 +107,8 @@ class Tier:
             value: bytes | None
             if self._near is not None:
                 value = self._near.read(key)
-            elif self._breaker.is_open:
+            elif self._breaker.is_open or (self.shared and purges.lacks_shared):
+                # What may have been purged elsewhere can't be told from the rest.
                 value = None
             else:
                 value = await self._read(key)
@@ -117,9 +119,9 @@ class Tier:
             self._failing.pop("read", None)
         if value is not None:
             try:
-                entry = Entry.decode(value)
+                entry = self._decode(value)
             except ValueError as exc:
-                # Of another version of ours; the next answer replaces it.
+                # Of another version of ours, or damaged; the next answer replaces it.
                 logger.debug("the %s tier holds what can't be read: %s", self.name, exc)
             else:
                 is_lost = self._losses.any and self._losses.hides(key, entry.stored_at)
@@ -138,10 +140,10 @@ class Tier:
                 value = None if held is None else held[0]
             else:
                 value = await self._read(key) if self.available else None
-            entry = None if value is None else Entry.decode(value)
+            entry = None if value is None else self._decode(value)
             return None if entry is None or self._losses.hides(key, entry.stored_at) else entry
         except ValueError:
-            # Of another version of ours.
+            # Of another version of ours, or damaged.
             return None
         except Exception as exc:
             self._failed("read", exc)
@@ -154,7 +156,7 @@ class Tier:
             if self.available:
                 write = partial(self.backend.set, key, value, ttl=ttl_s, timeout=self._write_s)
                 stored = await self._write("write", write)
-                may_be_older = not stored and await self._exists(key)
+                may_be_older = not stored and await self._holds_other(key, value)
         except Exception as exc:
             self._failed("write", exc)
         finally:
@@ -235,6 +237,13 @@ class Tier:
         if self._near is not None:
             return self._near.holds(key)
         return bool(await self.backend.exists(key, timeout=self._write_s))
+
+    async def _holds_other(self, key: str, value: bytes) -> bool:
+        if self._near is None:
+            return await self._exists(key)
+        # What waits for its file to be opened isn't stored yet, and is the latest all the same.
+        held = self._near.peek(key)
+        return held is not None and held[0] != value
 
     def _settle(self, key: str, stored_at: float) -> None:
         """Note that a write has succeeded where an earlier one hadn't."""

@@ -1,6 +1,7 @@
 """Replicas with one shared tier, which hangs, dies, and comes back, while requests go on."""
 
 import asyncio
+import fcntl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ import aiohttp
 import pytest
 
 from tests.servers import SERVERS, RedisServer, StoreServer
+from tiers.disk.opening import LOCK
 
 from .conftest import Front, Upstream, held, question, running
 
@@ -105,6 +107,32 @@ async def test_what_one_replica_purges_no_other_gives_out(upstream, server, tmp_
         # What it has on its own disk is purged too, before it answers the first request.
         await b.start()
         assert "fwd=miss" in (await b.ask(asked))[1]
+
+
+async def test_a_kill_brings_back_nothing_that_was_purged(upstream, redis, tmp_path) -> None:
+    shared = {"url": redis.url, "deadline_ms": 500}
+    async with running(tmp_path, upstream, shared=shared) as front:
+        kept, gone = await stored(front), question(cache={"tags": ["doc-1"]})
+        await front.ask(gone)
+        await until(front, STORES, 2)
+        await purge(front, tag="doc-1")
+        front.process.kill()
+        await front.stop()
+        with (tmp_path / "disk" / LOCK).open() as lock:
+            # So the file can't be verified, nor opened, and what it knows isn't known.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            await front.start()
+            # Until the server's purges are known all is a miss.
+            async with asyncio.timeout(60):
+                while not await is_held(front, kept):
+                    await front.ready()
+            assert not await is_held(front, gone)
+
+
+async def is_held(front: Front, asked: dict) -> bool:
+    async with front.post(asked, headers={"Cache-Control": "only-if-cached"}) as response:
+        assert response.status in (200, 504)
+        return response.status == 200
 
 
 async def purge(front: Front, **what) -> None:

@@ -384,6 +384,35 @@ async def test_a_verifier_that_fails_is_damage(
     await again.close()
 
 
+def grow_and_purge(connection: Connection, folder: Path) -> None:
+    async def main() -> None:
+        disk = DiskCache(folder, 16 * MIB)
+        await disk.opened()
+        for number in range(100):
+            await disk.set(f"{number}", os.urandom(50_000))
+        connection.send(await Purges(disk).purge("key:purged"))
+        await asyncio.Event().wait()
+
+    asyncio.run(main())
+
+
+async def test_a_file_that_another_process_grows_is_read_again_soon(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("tiers.disk.writer._IDLE_S", 3600.0)
+    chain = chain_on(tmp_path)
+    disk = chain.tiers[1].backend
+    for key in ("k", "purged"):
+        assert await chain.store(key, Answer(Form.BODY, b"{}"), Freshness(60))
+    with Child(grow_and_purge, tmp_path) as child:
+        assert next(child.receive()) is None
+        assert disk.statistics() is None
+        assert await chain.lookup("purged") is None
+        async with asyncio.timeout(60):
+            while disk.statistics() is None or await chain.lookup("k") is None:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert await chain.lookup("purged") is None
+        await chain.close()
+
+
 async def test_closing_does_not_wait_for_the_verifier(tmp_path: Path) -> None:
     (tmp_path / DATA).write_bytes(b"not a database" * 1000)
     cache = DiskCache(tmp_path, MIB)

@@ -206,6 +206,23 @@ async def test_a_damaged_table_purges_everything_for_good(clock, tmp_path: Path,
     await chain.close()
 
 
+async def test_what_can_not_be_told_is_a_miss_and_stored(clock, tmp_path, monkeypatch) -> None:
+    chain = chain_of(DiskCache(tmp_path, 1 << 20, clock=clock), clock)
+    old = chain.origin(["tag:a"])
+    await chain.purge("tag:a")
+
+    def failing(*args: object) -> bytes:
+        raise OSError("can't be read")
+
+    with monkeypatch.context() as blind:
+        blind.setattr(DiskCache, "reload", failing)
+        assert not await chain.store("k", ANSWER, Freshness(60), origin=old)
+        assert await chain.store("k", ANSWER, Freshness(60), origin=chain.origin(["tag:a"]))
+        assert await chain.lookup("k") is None
+    assert await chain.lookup("k") is not None
+    await chain.close()
+
+
 class Refusing(DiskCache):
     async def update(self, name, change) -> bool:
         return False

@@ -10,7 +10,7 @@ from aiocache.base import BaseCache
 from aiocache.serializers import NullSerializer
 
 from tests.servers import SERVERS
-from tiers import PurgeError, Purges
+from tiers import Answer, Entry, Form, PurgeError, Purges, Tier
 from tiers.shared_purges import SharedPurges
 
 
@@ -125,3 +125,20 @@ async def test_says_that_the_server_was_not_told_and_tells_it_later(kind, caplog
     assert await two.shared.sync()
     assert two.purges.cover("k", entry)
     assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
+
+
+async def test_nothing_shared_is_given_out_before_the_purges_are_known(clock, connect) -> None:
+    """Such as after a kill, while the disk's file is verified and the server answers late."""
+    backend = connect()
+    one = Machine(backend, clock)
+    tier = Tier("shared", backend, shared=True, clock=clock)
+    value = Entry(Answer(Form.BODY, b"1"), clock.now, clock.now + 60).encode()
+    await one.shared.sync()
+    for key in ("k", "purged"):
+        await tier.put(key, value, 60)
+        assert await tier.get(key, one.purges) is not None
+    restarted = Machine(backend, clock)
+    assert [await tier.get(key, restarted.purges) for key in ("k", "purged")] == [None, None]
+    await restarted.shared.purge("key:purged")
+    assert await tier.get("purged", restarted.purges) is None
+    assert await tier.get("k", restarted.purges) is not None

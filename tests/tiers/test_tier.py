@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import random
+from math import inf, nan
 
 import lmdb
 import pytest
@@ -29,6 +30,7 @@ from tiers.purges import Purges
 
 from .conftest import Clock, Remote
 
+TIMES = ("stored_at", "expires_at", "took_s", "stale_while_revalidate_s", "stale_if_error_s")
 # Nothing is purged.
 PURGES = Purges()
 
@@ -52,6 +54,15 @@ class Far(Remote):
         if self.fails:
             raise OSError("no route")
         return await super()._go(there)
+
+
+def damaged() -> list[bytes]:
+    whole = Entry(Answer(Form.BODY, b"1"), 1_000_000.0, 1_000_060.0)
+    odd = [whole._replace(packed_labels=b"tag:\xff")]
+    for number in (nan, inf, -inf):
+        odd += [whole._replace(**{field: number}) for field in TIMES]
+    odd.append(whole._replace(expires_at=1.7e308, stale_if_error_s=1.7e308))
+    return [each.encode() for each in odd]
 
 
 async def content_of(tier: Tier, key: str) -> bytes | None:
@@ -281,6 +292,46 @@ async def test_a_disk_that_could_not_store_does_not_show_what_it_held(
     assert await content_of(tier, "a") == b"2"
     await tier.remove("b")
     assert await tier.get("b", PURGES) is None
+    await tier.close()
+
+
+@pytest.mark.parametrize("value", damaged())
+async def test_what_a_server_elsewhere_has_damaged_is_a_miss(clock, value: bytes) -> None:
+    far = Far(clock)
+    chain = Chain(
+        [Tier("far", far, clock=clock)],
+        frequency=FrequencySketch(64),
+        max_answer_bytes=99,
+        clock=clock,
+    )
+    # Only then are labels read.
+    await chain.purge("tag:other")
+    await far.set("k", value, ttl=60)
+    assert await chain.lookup("k") is None
+    assert await chain.peek("k") is None
+    assert await chain.store("k", Answer(Form.BODY, b"2"), Freshness(60))
+    assert await chain.lookup("k") is not None
+
+
+async def test_what_waits_for_a_file_to_be_opened_hides_nothing(clock, tmp_path) -> None:
+    before = DiskCache(tmp_path, 1 << 20, clock=clock)
+    tier = Tier("disk", before, clock=clock)
+    for key in "ab":
+        assert await tier.put(key, entry(b"1", clock.now), 60)
+    await tier.close()
+    # As a kill leaves it.
+    (tmp_path / "clean").unlink()
+    clock.now += 1
+    disk = DiskCache(tmp_path, 1 << 20, clock=clock)
+    tier = Tier("disk", disk, clock=clock)
+    tier._losses = Losses(2)
+    for key in "bcdef":
+        assert not await tier.put(key, entry(b"2", clock.now), 60)
+    assert not disk.is_open
+    assert not tier._losses.any
+    assert await content_of(tier, "b") == b"2"
+    await disk.opened()
+    assert [await content_of(tier, key) for key in "abf"] == [b"1", b"2", b"2"]
     await tier.close()
 
 

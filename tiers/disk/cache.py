@@ -245,8 +245,7 @@ class DiskCache(ByteCache):
         except ValueError:
             self.usage.damaged += 1
         except lmdb.MapResizedError:
-            # The next commit adopts the size that another process has given the map.
-            pass
+            self._writer.wake()
         except lmdb.Error:
             self._suspect = True
             logger.exception("the disk tier can't read what was saved")
@@ -264,11 +263,17 @@ class DiskCache(ByteCache):
         try:
             return self._file.load(f"blob:{name}".encode(), known)
         except lmdb.Error as exc:
+            if isinstance(exc, lmdb.MapResizedError):
+                self._writer.wake()
             raise OSError(f"the disk tier can't read what was saved: {exc}") from exc
 
     def statistics(self) -> Statistics | None:
-        """Return the file in numbers, or `None` while it isn't open."""
-        return None if self._file is None else self._file.statistics()
+        """Return the file in numbers, or `None` while it isn't open or has just been grown."""
+        try:
+            return None if self._file is None else self._file.statistics()
+        except lmdb.MapResizedError:
+            self._writer.wake()
+            return None
 
     async def _close(self, *args: object, **kwargs: object) -> None:
         if self._closed:
@@ -288,7 +293,7 @@ class DiskCache(ByteCache):
         try:
             return None if self._file is None else step(self._file, at)
         except lmdb.MapResizedError as exc:
-            # The next commit adopts the size.
+            self._writer.wake()
             raise OSError("another process has just grown the file of the disk tier") from exc
         except lmdb.Error as exc:
             self._suspect = True
@@ -309,7 +314,7 @@ class DiskCache(ByteCache):
             self._drop_damaged(key)
             return None
         except lmdb.MapResizedError:
-            # The next commit adopts the size that another process has given the map.
+            self._writer.wake()
             return None
         except lmdb.BadValsizeError:
             # No entry has such a key.

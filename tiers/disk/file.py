@@ -162,7 +162,8 @@ class DiskFile:
 
         Raises:
             ValueError: it does not verify.
-            lmdb.MapResizedError: another process has grown the map; the next write adopts it.
+            lmdb.MapResizedError: another process has grown the map; the next write adopts it,
+                even an empty one.
         """
         # As a buffer, the record is copied only once.
         with self._lock, self.env.begin(db=self.dbs.entries, buffers=True) as txn:

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum, StrEnum, auto
 
 import lmdb
 
@@ -61,6 +61,11 @@ class Submission:
         return len(self.change.key) + len(self.change.value or b"")
 
 
+class _Order(Enum):
+    COMMIT = auto()
+    END = auto()
+
+
 @dataclass(slots=True)
 class _Episode:
     """A time during which batches fail."""
@@ -92,7 +97,8 @@ class Writer:
         self._interval_s = interval_s
         self._committed_at = 0.0
         self._checked_at = time.monotonic()
-        self._queue: queue.SimpleQueue[Submission | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Submission | _Order] = queue.SimpleQueue()
+        self._is_woken = False
         self.read: deque[str] = deque(maxlen=_READS)
         """Keys of entries that were read, whose priority rises with a later commit; append only.
         The oldest are forgotten."""
@@ -113,9 +119,15 @@ class Writer:
         """Queue a change."""
         self._queue.put(submission)
 
+    def wake(self) -> None:
+        """Commit now, even if nothing is queued: that adopts the size others gave the map."""
+        if not self._is_woken:
+            self._is_woken = True
+            self._queue.put(_Order.COMMIT)
+
     async def close(self) -> None:
         """Commit what is queued and end the thread."""
-        self._queue.put(None)
+        self._queue.put(_Order.END)
         await asyncio.to_thread(self._thread.join)
         # Let the last batch settle.
         await asyncio.sleep(0)
@@ -144,8 +156,11 @@ class Writer:
                 submission = self._queue.get(wait_s > 0, max(wait_s, 0.0))
             except queue.Empty:
                 break
-            if submission is None:
+            if submission is _Order.END:
                 return batch, False
+            if submission is _Order.COMMIT:
+                self._is_woken = False
+                break
             batch.append(submission)
             batch_bytes += submission.bytes
             wait_s = self._committed_at + self._interval_s - time.monotonic()
@@ -193,8 +208,9 @@ class Writer:
         return list(dict.fromkeys(read))[::-1]
 
     def _refuse(self) -> None:
-        while (submission := self._queue.get()) is not None:
-            self._tell([submission], None)
+        while (submission := self._queue.get()) is not _Order.END:
+            if submission is not _Order.COMMIT:
+                self._tell([submission], None)
 
     def _tell(self, batch: Sequence[Submission], outcome: Outcome | None) -> None:
         if batch:
