@@ -42,7 +42,7 @@ async def test_redis_keeps_for_milliseconds(
         (100.25, 90, 101),
         (30 * DAY_S, 30 * DAY_S - 10, 30 * DAY_S),
         # From here on it goes out as a Unix time.
-        (30 * DAY_S + 0.5, 30 * DAY_S - 10, 30 * DAY_S + 2),
+        (30 * DAY_S + 0.5, 30 * DAY_S - 10, 30 * DAY_S + 10),
         (100 * 366 * DAY_S, DAY_S, 2**31),
     ],
 )
