@@ -14,6 +14,9 @@ import orjson
 from tiers import Answer, Form
 from tiers.answer import CREATED, ID
 
+DONE = b"data: [DONE]\n\n"
+"""What ends a stream."""
+
 _UNCOUNTED, _END = b"\x02", b"\x03"
 _MARKS = {"id": b'"' + ID + b'"', "created": CREATED}
 _UNFINISHED = (None, "abort", "error")
@@ -57,6 +60,15 @@ def counted(content: bytes, *, wants_usage: bool) -> bytes:
     if wants_usage:
         return _without_uncounted(b"", content)
     return content.replace(_UNCOUNTED, b"").replace(_END, b"")
+
+
+def rendered(answer: Answer, id_: bytes, created: int, *, wants_usage: bool) -> bytes:
+    """Return an answer in its own form, all of it, as a client gets it."""
+    content = answer.content
+    if answer.form is Form.EVENTS:
+        usage = answer.usage if wants_usage else b""
+        content = counted(content, wants_usage=wants_usage) + usage + DONE
+    return fill(content, id_, created)
 
 
 def is_finished(choices: Any) -> bool:

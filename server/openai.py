@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 _JSON = "application/json"
 _SSE = "text/event-stream; charset=utf-8"
-_DONE = b"data: [DONE]\n\n"
 _ID_PREFIX = {"/v1/chat/completions": "chatcmpl-", "/v1/completions": "cmpl-"}
 ROUTES = tuple(_ID_PREFIX)
 # Below a millisecond or two; more would stop all others.
@@ -182,7 +181,7 @@ class OpenAI:
         _note(http, request, flight)
         response = response or await _begin(http, told())
         tail = _answer_of(flight).usage if request.wants_usage else b""
-        await http.send(response, convert.fill(tail, id_, created) + _DONE)
+        await http.send(response, convert.fill(tail, id_, created) + convert.DONE)
         await response.write_eof()
         return response
 
@@ -223,12 +222,9 @@ async def _render(
     """Return a finished answer in the form that was asked for."""
     if answer.form is not request.form:
         answer = await _as_form(answer, request.form)
-    content, content_type = answer.content, _JSON
-    if answer.form is Form.EVENTS:
-        usage = answer.usage if request.wants_usage else b""
-        content = convert.counted(content, wants_usage=request.wants_usage) + usage + _DONE
-        content_type = _SSE
-    return Whole(http, content_type, status, age_s, convert.fill(content, *_fresh(http)))
+    body = convert.rendered(answer, *_fresh(http), wants_usage=request.wants_usage)
+    content_type = _SSE if answer.form is Form.EVENTS else _JSON
+    return Whole(http, content_type, status, age_s, body)
 
 
 async def _as_form(answer: Answer, form: Form) -> Answer:

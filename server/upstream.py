@@ -4,8 +4,8 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, TypeVar
 
 import aiohttp
@@ -20,7 +20,7 @@ _PROBE_S = 10
 _KEEP_ALIVE_S = 3
 _PROBE_DOWN_S = 0.5
 _PROBE_UP_S = 2.0
-_Reply = TypeVar("_Reply")
+_Reply = TypeVar("_Reply", aiohttp.ClientResponse, aiohttp.ClientWebSocketResponse)
 
 
 class UnavailableError(Exception):
@@ -114,58 +114,52 @@ class Upstreams:
         """Whether any upstream answers."""
         return any(upstream.ready for upstream in self.all)
 
-    @asynccontextmanager
-    async def request(
+    def request(
         self, method: str, path: str, *, data: Any, headers: Mapping[str, str]
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         """Ask the next upstream that takes the connection; gives the reply as it begins.
 
         Raises:
             UnavailableError: none answers, or they have too much to do.
             aiohttp.ClientError: the one that was asked failed.
         """
-        with self._place():
-            reply = await self._first(
-                lambda upstream: upstream.session.request(
-                    method,
-                    URL(upstream.url + path, encoded=True),
-                    data=data,
-                    headers=headers,
-                    allow_redirects=False,
-                )
+        return self._ask(
+            lambda upstream: upstream.session.request(
+                method,
+                URL(upstream.url + path, encoded=True),
+                data=data,
+                headers=headers,
+                allow_redirects=False,
             )
-            async with reply:
-                yield reply
+        )
 
-    @asynccontextmanager
-    async def websocket(
+    def websocket(
         self, path: str, headers: Mapping[str, str], protocols: Sequence[str], *, max_bytes: int
-    ) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
+    ) -> AbstractAsyncContextManager[aiohttp.ClientWebSocketResponse]:
         """Open a WebSocket to the next upstream that takes it; a message may have `max_bytes`.
 
         Raises:
             UnavailableError: none answers, or they have too much to do.
             aiohttp.ClientError: the one that was asked failed or refused.
         """
-        with self._place():
-            opened = await self._first(
-                lambda upstream: upstream.session.ws_connect(
-                    URL(upstream.url + path, encoded=True),
-                    headers=headers,
-                    protocols=protocols,
-                    max_msg_size=max_bytes,
-                )
+        return self._ask(
+            lambda upstream: upstream.session.ws_connect(
+                URL(upstream.url + path, encoded=True),
+                headers=headers,
+                protocols=protocols,
+                max_msg_size=max_bytes,
             )
-            async with opened:
-                yield opened
+        )
 
-    @contextmanager
-    def _place(self) -> Iterator[None]:
+    @asynccontextmanager
+    async def _ask(self, ask: Callable[[Upstream], Awaitable[_Reply]]) -> AsyncIterator[_Reply]:
+        """Give what the first upstream says, and close it; counts as asked meanwhile."""
         if self._asked >= self._most:
             raise UnavailableError("The engine has as many requests as it takes; try again.")
         self._asked += 1
         try:
-            yield
+            async with await self._first(ask) as reply:
+                yield reply
         finally:
             self._asked -= 1
 

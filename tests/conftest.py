@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from .servers import MemcachedServer, RedisServer
+from .servers import SERVERS, MemcachedServer, RedisServer, StoreServer
 
 
 @pytest.fixture(scope="session")
@@ -17,5 +17,13 @@ def redis_server(tmp_path_factory) -> Iterator[RedisServer]:
 @pytest.fixture(scope="session")
 def memcached_server(tmp_path_factory) -> Iterator[MemcachedServer]:
     made = MemcachedServer(tmp_path_factory.mktemp("memcached"))
+    yield made
+    made.kill()
+
+
+@pytest.fixture(params=SERVERS)
+def server(request, tmp_path) -> Iterator[StoreServer]:
+    """A server of its own for a test that stops it."""
+    made = SERVERS[request.param](tmp_path)
     yield made
     made.kill()

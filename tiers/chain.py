@@ -5,7 +5,7 @@ it may be used for, or is a miss.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from enum import StrEnum
 from math import log
 from random import random
@@ -209,10 +209,8 @@ class Chain:
 
     async def peek(self, key: str) -> Entry | None:
         """Return the entry under `key`, which doesn't count as asking for it, or `None`."""
-        for tier in self.tiers:
-            entry = await tier.peek(key)
-            if entry is not None and not self.purges.cover(key, entry):
-                return entry
+        async for entry in self._held(key):
+            return entry
         return None
 
     async def adopt(self, key: str, entry: Entry, into: Sequence[Tier]) -> Adoption:
@@ -230,10 +228,7 @@ class Chain:
         value, stored = entry.encode(), False
         async with self._copies.storing(key):
             # A farther tier may hold a newer entry than a nearer one.
-            for tier in self.tiers:
-                held = await tier.peek(key)
-                if held is None or self.purges.cover(key, held):
-                    continue
+            async for held in self._held(key):
                 if held.stored_at >= entry.stored_at:
                     return Adoption.OLDER
             for tier in self.tiers:
@@ -267,6 +262,13 @@ class Chain:
         await self.purges.close()
         for tier in self.tiers:
             await tier.close()
+
+    async def _held(self, key: str) -> AsyncIterator[Entry]:
+        """Yield what the tiers hold under `key` and isn't purged, nearest first."""
+        for tier in self.tiers:
+            entry = await tier.peek(key)
+            if entry is not None and not self.purges.cover(key, entry):
+                yield entry
 
     async def _store_nearest(self, key: str, value: bytes, ttl_s: float) -> bool:
         # What farther tiers hold is older, and would be found once the nearest has evicted this.

@@ -23,8 +23,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from tiers.answer import Entry, Origin
-from tiers.disk import DiskCache
-from tiers.disk.file import MAX_KEY_BYTES
+from tiers.disk import MAX_KEY_BYTES, DiskCache
 
 logger = logging.getLogger(__name__)
 

@@ -22,9 +22,10 @@ import orjson
 from aiohttp import hdrs, web
 
 from server.admin.lines import split
-from server.admin.operations import MAX_KEY_BYTES, MAX_PAGE, AdminError, Operations, Query
+from server.admin.operations import MAX_PAGE, AdminError, Operations, Query
 from server.http_request import HttpRequest
 from server.responses import error_response, own_headers
+from tiers.disk import MAX_KEY_BYTES
 from tiers.purges import ALL, KINDS, label
 
 logger = logging.getLogger(__name__)

@@ -19,6 +19,7 @@ import orjson
 
 from server.config import Config
 from tiers import Answer, Entry, Form, Origin
+from tiers.disk import MAX_KEY_BYTES
 
 NAME, VERSION = "tierserve-export", 1
 
@@ -27,7 +28,6 @@ _CHECK_BYTES = len(_CHECK) + len(b'00000000"}')
 _FORMS = {"body": Form.BODY, "events": Form.EVENTS}
 _NAMES = {form: name for name, form in _FORMS.items()}
 _TIMES = ("stored_at", "expires_at", "took_s", "stale_while_revalidate_s", "stale_if_error_s")
-_KEY_BYTES = 511
 # For all but the answer.
 _ROOM_BYTES = 64 * 1024
 
@@ -103,8 +103,8 @@ def read(line: bytes) -> Keyed | int:
     except (AttributeError, KeyError, TypeError, ValueError) as exc:
         raise ValueError(f"has no entry that could be read: {exc!r}") from exc
     key = said.get("key")
-    if not isinstance(key, str) or not 0 < len(key.encode()) <= _KEY_BYTES:
-        raise ValueError(f"should have a key of 1 to {_KEY_BYTES} bytes")
+    if not isinstance(key, str) or not 0 < len(key.encode()) <= MAX_KEY_BYTES:
+        raise ValueError(f"should have a key of 1 to {MAX_KEY_BYTES} bytes")
     if not all(isfinite(time) and time >= 0 for time in times):
         raise ValueError("has times that can't be")
     if not isinstance(origin.generation, int) or not 0 <= origin.generation < 1 << 64:

@@ -13,11 +13,9 @@ from server.admin.operations import STOP_FIRST, AdminError, Operations, Query
 from server.admin.pace import Pace
 from server.chain import build
 from server.config import Config
-from tiers import Chain, DiskCache, Form, MemoryCache, PurgeError, Tier
+from tiers import Chain, DiskCache, MemoryCache, PurgeError, Tier
 from tiers.backend import ByteCache
 from tiers.disk import check
-
-_DONE = b"data: [DONE]\n\n"
 
 
 class Administration(Operations):
@@ -43,17 +41,14 @@ class Administration(Operations):
         entry = await self._chain.peek(key)
         if entry is None or not self._listing.is_alive(key, entry):
             raise AdminError(404, "There is no entry under this key.", param="key")
-        answer = entry.answer
-        content = convert.counted(answer.content, wants_usage=False)
-        if answer.form is Form.EVENTS:
-            content += _DONE
+        content = convert.rendered(entry.answer, b"", 0, wants_usage=False)
         return self._listing.row(key, entry) | {
             "stored_at": entry.stored_at,
             "expires_at": entry.expires_at,
             "kept_until": entry.kept_until,
             "took_s": entry.took_s,
-            "form": answer.form.name.lower(),
-            "content": convert.fill(content, b"", 0).decode(errors="replace"),
+            "form": entry.answer.form.name.lower(),
+            "content": content.decode(errors="replace"),
         }
 
     async def purge(self, labels: list[str]) -> None:

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple, Protocol
 
 MAX_PAGE = 1000
 """The most entries of a page."""
-MAX_KEY_BYTES = 511
 STOP_FIRST = "Stop the server first: its file can be compacted only while nobody has it open."
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -14,14 +13,10 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
+from tests.servers import free_port
+
 CHAT = "/v1/chat/completions"
 _number = itertools.count()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def question(**more) -> dict:

@@ -9,7 +9,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from tests.servers import SERVERS, RedisServer, StoreServer
+from tests.servers import RedisServer, StoreServer
 from tiers.disk.opening import LOCK
 
 from .conftest import Front, Upstream, held, question, running
@@ -20,13 +20,6 @@ STORES = 'tierserve_tier_stores_total{tier="shared"}'
 ERRORS = 'tierserve_tier_errors_total{tier="shared"}'
 AVAILABLE = 'tierserve_tier_available{tier="shared"}'
 LEFT_OUT = "is left out until it answers again"
-
-
-@pytest.fixture(params=SERVERS)
-def server(request, tmp_path):
-    made = SERVERS[request.param](tmp_path)
-    yield made
-    made.kill()
 
 
 @pytest.fixture

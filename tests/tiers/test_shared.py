@@ -7,19 +7,11 @@ from contextlib import suppress
 import pytest
 from aiomcache.exceptions import ClientException
 
-from tests.servers import SERVERS, MemcachedServer, RedisServer
+from tests.servers import MemcachedServer, RedisServer
 from tiers.shared.memcached import MemcachedBytes
 
 DAY_S = 24 * 3600
 CONNECTIONS = 16
-
-
-@pytest.fixture(params=SERVERS)
-def server(request, tmp_path):
-    """A server of its own for a test that stops it."""
-    made = SERVERS[request.param](tmp_path)
-    yield made
-    made.kill()
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,13 @@ hand.
 """
 
 from tiers.disk.cache import MIN_BYTES, DiskCache
-from tiers.disk.file import OtherFormatError, Statistics
+from tiers.disk.file import MAX_KEY_BYTES, OtherFormatError, Statistics
 from tiers.disk.opening import UntrustedError
 from tiers.disk.upkeep import Compacted, Verified, check, compact
 from tiers.disk.writer import Durability
 
 __all__ = [
+    "MAX_KEY_BYTES",
     "MIN_BYTES",
     "Compacted",
     "DiskCache",
