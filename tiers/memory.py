@@ -1,7 +1,8 @@
 """The memory tier's backend: entries in this process, bounded in bytes; a policy says who leaves.
 
-Owns the entries. Invariants: `usage.bytes` is the sum of what the entries cost and never exceeds
-`max_bytes` after a call; the policy knows exactly the keys that are in.
+Owns the entries. Invariants: `usage.bytes` is the sum of what the entries cost and, with what the
+policy takes in any case, never exceeds `max_bytes` after a call; the policy knows exactly the keys
+that are in.
 """
 
 import sys
@@ -25,14 +26,14 @@ class MemoryCache(ByteCache):
 
     Args:
         max_bytes: what all entries together may take.
-        policy: the name of a policy in `POLICIES`, or one made for `max_bytes`.
+        policy: the name of a policy in `POLICIES`, or one made for at most `max_bytes`.
         on_evict: called for each entry that left because of room, after it left; not for what was
             removed, replaced or had expired. It must not raise.
         clock: returns Unix seconds.
         namespace: aiocache's prefix of keys.
 
     Raises:
-        ValueError: the policy is unknown, or made for another size.
+        ValueError: the policy is unknown, or made for more.
     """
 
     NAME = "memory"
@@ -50,8 +51,8 @@ class MemoryCache(ByteCache):
         if isinstance(policy, str):
             if policy not in POLICIES:
                 raise ValueError(f"unknown policy {policy!r}; there are {', '.join(POLICIES)}")
-            policy = POLICIES[policy](max_bytes)
-        elif policy.max_bytes != max_bytes:
+            policy = POLICIES[policy].within(max_bytes)
+        elif policy.max_bytes > max_bytes:
             raise ValueError(f"the policy is made for {policy.max_bytes} bytes, not {max_bytes}")
         self.max_bytes = max_bytes
         self.policy = policy
@@ -75,14 +76,14 @@ class MemoryCache(ByteCache):
     async def write(self, key: str, value: bytes, expires_at: float | None) -> bool:
         self._drop(key)
         cost = len(value) + self.overhead_bytes
-        if cost > self.max_bytes:
+        if cost > self.policy.max_bytes:
             self.usage.refused += 1
             return False
         self._entries[key] = (value, expires_at)
         self.policy.insert(key, cost)
         self.usage.bytes += cost
         self.usage.entries += 1
-        while self.usage.bytes > self.max_bytes:
+        while self.usage.bytes > self.policy.max_bytes:
             self._evict()
         return key in self._entries
 
@@ -105,7 +106,7 @@ class MemoryCache(ByteCache):
         return found if alive else None
 
     def victim(self, value_bytes: int) -> str | None:
-        fits = self.usage.bytes + value_bytes + self.overhead_bytes <= self.max_bytes
+        fits = self.usage.bytes + value_bytes + self.overhead_bytes <= self.policy.max_bytes
         return None if fits else self.policy.victim()
 
     def entries(self) -> Iterator[tuple[str, bytes, float | None]]:

@@ -11,10 +11,10 @@ SEED_EXAMPLE = ("1", "2", "3", "4", "5", "1", "6", "7", "2", "3", "8", "9", "10"
 
 
 class Replay:
-    """A policy with the keys that it let in, each costing one byte."""
+    """A policy with the keys that it let in, each costing as many bytes."""
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+    def __init__(self, policy: Policy, cost: int = 1) -> None:
+        self.policy, self.cost = policy, cost
         self.held: set[str] = set()
 
     def ask(self, keys: Iterable[str]) -> int:
@@ -25,16 +25,16 @@ class Replay:
                 self.policy.access(key)
                 hits += 1
                 continue
-            self.policy.insert(key, 1)
+            self.policy.insert(key, self.cost)
             self.held.add(key)
-            if len(self.held) > self.policy.max_bytes:
+            if len(self.held) * self.cost > self.policy.max_bytes:
                 self.held.remove(self.policy.evict())
         return hits
 
 
-def count_hits(policy: Policy, keys: Iterable[str]) -> int:
+def count_hits(policy: Policy, keys: Iterable[str], cost: int = 1) -> int:
     """Return how many of `keys` an empty cache under `policy` finds."""
-    return Replay(policy).ask(keys)
+    return Replay(policy, cost).ask(keys)
 
 
 def count_hits_of_optimum(capacity: int, keys: Sequence[str]) -> int:

@@ -130,6 +130,6 @@ async def test_takes_a_policy_that_fits() -> None:
     await cache.set("a", b"1")
     assert policy.victim() == "a"
     with pytest.raises(ValueError, match="made for 2000"):
-        MemoryCache(3000, policy=policy)
+        MemoryCache(1000, policy=policy)
     with pytest.raises(ValueError, match="unknown policy 'mru'; there are arc"):
         MemoryCache(3000, policy="mru")

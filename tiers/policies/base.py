@@ -5,7 +5,7 @@ entry leaves; its owner holds the entries, decides when room is needed, and drop
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class Policy(ABC):
@@ -21,10 +21,18 @@ class Policy(ABC):
     """What configurations call it."""
 
     OVERHEAD_BYTES: ClassVar[int]
-    """The most that the policy was measured to take per entry that is in, ghosts included."""
+    """The most that the policy was measured to take per entry that is in."""
+
+    FIXED_SHARE: ClassVar[float] = 0
+    """What it takes however little is in, as a share of `max_bytes`."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
+
+    @classmethod
+    def within(cls, total_bytes: int) -> Self:
+        """Return a policy that, with the most that it lets in, takes `total_bytes`."""
+        return cls(int(total_bytes / (1 + cls.FIXED_SHARE)))
 
     @abstractmethod
     def insert(self, key: str, size: int) -> None:
