@@ -209,6 +209,33 @@ async def test_a_full_disk(disk: Path, caplog, monkeypatch) -> None:
     assert verify(disk).damaged == 0
 
 
+@pytest.mark.parametrize("durability", Durability)
+async def test_a_full_disk_shows_nothing_that_was_to_be_replaced(
+    disk: Path, monkeypatch, durability
+) -> None:
+    cache = DiskCache(disk, 64 * MIB, durability=durability, interval_s=0.001)
+    keys = [f"{number}" for number in range(100)]
+    old, new = ({key: os.urandom(10_000) for key in keys} for _ in range(2))
+    assert all([await cache.set(key, old[key]) for key in keys])
+    await cache.save("settled", b"")
+    free = os.statvfs(disk)
+    (disk / "filler").write_bytes(bytes(free.f_bavail * free.f_frsize))
+    for key in keys:
+        await cache.set(key, new[key])
+        assert cache.read(key) in (new[key], None)
+    assert not await cache.save("settled", bytes(100_000))
+    assert cache.usage.refused > 0
+    assert all(cache.read(key) in (new[key], None) for key in keys)
+    assert all(value == new[key] for key, value, _ in cache.hottest())
+    (disk / "filler").unlink()
+    monkeypatch.setattr(cache._writer._episode, "until", 0.0)
+    assert await cache.set("more", b"1")
+    await cache.close()
+    again = DiskCache(disk, 64 * MIB)
+    assert all(again.read(key) in (new[key], None) for key in keys)
+    await again.close()
+
+
 def fill_up_to_a_limit(connection: Connection, folder: Path) -> None:
     async def main() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2 * MIB, 2 * MIB))

@@ -320,6 +320,51 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, error: lmdb.Error) -> None:
     monkeypatch.setattr(DiskFile, "_transact", failing)
 
 
+@given(st.integers(0, 2**32), st.sampled_from(Durability), st.integers(0, 3))
+@settings(deadline=None, max_examples=60)
+async def test_a_lost_change_never_shows_what_it_was_to_replace(
+    seed: int, durability: Durability, most_lost: int
+) -> None:
+    """Whenever the disk fails: what is read is the last that was written, or nothing."""
+    chance, fails, transact = random.Random(seed), False, DiskFile._transact
+    last: dict[str, bytes | None] = {}
+
+    def failing(self, changes, *args):
+        if fails and changes:
+            raise lmdb.DiskError("full")
+        return transact(self, changes, *args)
+
+    def look() -> None:
+        for key, value in last.items():
+            assert cache.read(key) in (value, None)
+        assert all(last[key] == value for key, value, _ in cache.hottest())
+
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DiskFile, "_transact", failing)
+        patch.setattr("tiers.disk.cache._MOST_LOST", most_lost)
+        patch.setattr("tiers.disk.writer._FIRST_DELAY_S", chance.choice([0, 1e-4]))
+        cache = DiskCache(Path(folder), MIB, durability=durability, interval_s=0.001)
+        for number in range(40):
+            fails = chance.random() < 0.4
+            key = chance.choice("abcd")
+            try:
+                last[key] = None if chance.random() < 0.2 else b"%d" % number
+                done = await (cache.set(key, value) if (value := last[key]) else cache.delete(key))
+            except OSError:
+                done = False
+            if not done and len(cache._lost) >= most_lost:
+                # Its caller knows, and there is no room to remember it.
+                last[key] = cache.read(key)
+            if chance.random() < 0.3:
+                await cache.save("settled", b"")
+            look()
+        fails = False
+        await cache.close()
+        cache = DiskCache(Path(folder), MIB)
+        look()
+        await cache.close()
+
+
 async def test_a_full_map_makes_room(opened, monkeypatch) -> None:
     cache = await opened()
     for number in range(300):

@@ -1,8 +1,9 @@
 """The disk tier's backend: entries in an LMDB file that survive restarts, bounded on disk.
 
 One thread writes, many entries a transaction; the event loop reads inline, since a warm read takes
-microseconds. Invariants: a read sees the last write, from the queue if it isn't committed; the
-file never outgrows `max_bytes`; a record that doesn't verify is a miss.
+microseconds. Invariants: a read sees the last write, from the queue if it isn't committed, or
+nothing if that was lost; the file never outgrows `max_bytes`; a record that doesn't verify is a
+miss.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from math import inf
 from pathlib import Path
 from typing import TypeVar
@@ -35,6 +37,9 @@ logger = logging.getLogger(__name__)
 MIN_BYTES = 1024 * 1024
 
 _PENDING_BYTES = 64 * 1024 * 1024
+# About 500 bytes each.
+_MOST_LOST = 8192
+_DROPPED_AT_ONCE = 256
 _UNUSABLE = (OtherFormatError, lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.CorruptedError)
 
 
@@ -59,7 +64,9 @@ class DiskCache(ByteCache):
     several limits the smallest holds for the entries, and the largest for the file.
 
     A value larger than a sixteenth of `max_bytes` or 16 MiB, or a key of more than 511 bytes, is
-    refused; so is everything for a while after the disk has failed.
+    refused; so is everything for a while after the disk has failed. What the file holds under the
+    key of a change that was lost is a miss from then on, and is dropped as soon as the disk stores
+    again, or at the close; only where neither happens may the next start find it again.
 
     Args:
         path: made, private to this user, if it isn't there.
@@ -102,6 +109,8 @@ class DiskCache(ByteCache):
         self._worth = worth
         self._pending: dict[str, Submission] = {}
         self._pending_bytes = 0
+        # Keys whose removal is pending and not queued, in the order in which changes were lost.
+        self._lost: dict[str, None] = {}
         self._closed = False
         self._suspect = False
         self._opening = Opening(path, max_bytes, clock, sets_aside=sets_aside)
@@ -135,10 +144,12 @@ class DiskCache(ByteCache):
             # Better no entry than the one that this value was to replace.
             if self._file is None:
                 self._submit(Change(key, None))
-            elif self._find(key) is not None:
+            elif self._may_show(key):
                 await self._done(Change(key, None))
             return False
-        if self._file is None or self._durability is Durability.INTERVAL:
+        # Whoever waits learns of a loss, so it needn't be remembered here.
+        waits = self._durability is not Durability.INTERVAL or len(self._lost) >= _MOST_LOST
+        if self._file is None or not waits:
             self._submit(change)
             return self._file is not None
         return await self._done(change)
@@ -152,13 +163,13 @@ class DiskCache(ByteCache):
         if self._file is None:
             self._submit(change)
             return False
-        found = self._find(key)
-        if found is None:
+        if not self._may_show(key):
             return False
+        found = self._find(key)
         # What has expired, too: it would be back if the clock were set back.
         if not await self._done(change):
             raise OSError("an entry could not be dropped")
-        return self._is_alive(found)
+        return found is not None and self._is_alive(found)
 
     def keys(self) -> Iterable[str]:
         committed = [] if self._file is None else self._file.all_keys()
@@ -278,6 +289,7 @@ class DiskCache(ByteCache):
     async def _close(self, *args: object, **kwargs: object) -> None:
         if self._closed:
             return
+        self._drop_lost(len(self._lost))
         self._closed = True
         if self._file is None:
             self._opening.cancel()
@@ -323,6 +335,17 @@ class DiskCache(ByteCache):
             self._suspect = True
             raise
 
+    def _may_show(self, key: str) -> bool:
+        """Return whether `_find` may find something, now or where what it can't read is read."""
+        if (submission := self._pending.get(key)) is not None:
+            return submission.change.value is not None
+        try:
+            return self._file is not None and self._file.holds(key.encode())
+        except lmdb.BadValsizeError:
+            return False
+        except lmdb.Error:
+            return True
+
     def _is_alive(self, found: tuple[bytes, float]) -> bool:
         return found[1] > self.clock()
 
@@ -354,6 +377,7 @@ class DiskCache(ByteCache):
         submission = Submission(change, asyncio.get_running_loop(), done)
         if not change.is_blob:
             self._pending[change.key] = submission
+            self._lost.pop(change.key, None)
         self._pending_bytes += submission.bytes
         self._writer.submit(submission)
         return True
@@ -363,15 +387,30 @@ class DiskCache(ByteCache):
             self._pending_bytes -= submission.bytes
             if self._pending.get(submission.change.key) is submission:
                 del self._pending[submission.change.key]
+                if outcome is None:
+                    self._lose(submission)
             if submission.done is not None and not submission.done.done():
                 submission.done.set_result(outcome is not None)
         if outcome is None:
             self.usage.refused += len(batch)
             return
+        if batch:
+            self._drop_lost(_DROPPED_AT_ONCE)
         self.usage.evictions += outcome.evicted
         self.usage.expirations += outcome.expired
         self.usage.entries = outcome.entries
         self.usage.bytes = outcome.used_bytes
+
+    def _lose(self, submission: Submission) -> None:
+        """Hide what the file holds under the key of a change that was lost."""
+        key, is_told = submission.change.key, submission.done is not None
+        if not (is_told and len(self._lost) >= _MOST_LOST) and self._may_show(key):
+            self._pending[key] = Submission(Change(key, None), submission.loop, None)
+            self._lost[key] = None
+
+    def _drop_lost(self, most: int) -> None:
+        for key in list(islice(self._lost, most)):
+            self._submit(Change(key, None))
 
     def _wait_open(self) -> DiskFile:
         """Return the open file; in the writer's thread."""

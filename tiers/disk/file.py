@@ -173,6 +173,15 @@ class DiskFile:
             coding, expires_at, _, payload = unpack(key, record)
             return self._decode(txn, coding, payload), expires_at
 
+    def holds(self, key: bytes) -> bool:
+        """Return whether there is a record under `key`, which may be damaged or have expired.
+
+        Raises:
+            lmdb.Error: that can't be told.
+        """
+        with self._lock, self.env.begin(db=self.dbs.entries, buffers=True) as txn:
+            return txn.get(key) is not None
+
     def next_ranked(self, below: bytes | None) -> Ranked | None:
         """Return the entry of the highest priority, or of the highest below a rank."""
         with (
