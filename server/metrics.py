@@ -155,6 +155,11 @@ class _Tiers(Collector):
         purges = CounterMetricFamily("tierserve_purges", "Purges asked for here")
         purges.add_metric((), self._chain.purged)
         yield purges
+        errors = CounterMetricFamily(
+            "tierserve_shared_purge_errors", "Looks at what other machines have purged that failed"
+        )
+        errors.add_metric((), self._chain.purge_errors)
+        yield errors
 
 
 def _counter(name: str, values: Iterable[tuple[str, int]]) -> Metric:

@@ -110,6 +110,11 @@ class Chain:
         """How many promotions found no room in the queue."""
         return self._promotion.dropped
 
+    @property
+    def purge_errors(self) -> int:
+        """How many looks at what other machines have purged failed."""
+        return 0 if self._shared_purges is None else self._shared_purges.errors
+
     async def lookup(self, key: str) -> Hit | None:
         """Return the entry under `key`, which may be promoted for it. Counts as asking for it.
 

@@ -1,10 +1,14 @@
 """What the metrics say of what happened."""
 
+from socket import socket
+
 import pytest
 
 from server.engine import EngineState
 from server.metrics import _BOUNDS_S, Metrics
+from server.shared import open_cache
 from tiers import Chain, DiskCache, FrequencySketch, MemoryCache, Purges, Tier
+from tiers.shared_purges import SharedPurges
 from tiers.tier import Counts
 from tiers.turn import Waits
 
@@ -17,8 +21,9 @@ def made(
     restarts=lambda: 0,
     dropped=lambda: 0,
     waits: Waits | None = None,
+    **options,
 ) -> Metrics:
-    chain = Chain(tiers, frequency=FrequencySketch(1), max_answer_bytes=1)
+    chain = Chain(tiers, frequency=FrequencySketch(1), max_answer_bytes=1, **options)
     return Metrics(chain, state=state, restarts=restarts, dropped=dropped, waits=waits or Waits())
 
 
@@ -96,6 +101,22 @@ def test_what_a_tier_lost_is_told() -> None:
     for number, name in enumerate(("evictions", "expirations", "damaged", "refused")):
         setattr(memory.backend.usage, name, number)
         assert value(metrics, f"tier_{name}_total", tier="memory") == number
+
+
+async def test_looks_at_shared_purges_that_failed_are_told() -> None:
+    with socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        # Nobody listens there.
+        cache = open_cache(f"memcached://127.0.0.1:{unused.getsockname()[1]}")
+        purges = Purges()
+        shared = SharedPurges(purges, cache)
+        metrics = made(purges=purges, shared_purges=shared)
+        assert value(metrics, "shared_purge_errors_total") == 0
+        for _ in range(2):
+            assert not await shared.sync()
+        assert value(metrics, "shared_purge_errors_total") == 2
+        await cache.close()
+    assert value(made(), "shared_purge_errors_total") == 0
 
 
 @pytest.mark.parametrize("state", EngineState)
