@@ -253,17 +253,26 @@ class Purges:
         except ValueError:
             return self.table.stamped(ALL, self._clock_us() + _BEYOND_US)
 
-    async def adopt(self, table: PurgeTable) -> None:
+    async def adopt(self, table: PurgeTable, *, awaits_opening: bool = True) -> None:
         """Take over purges that were made elsewhere, at once, and keep them.
+
+        Unless it `awaits_opening`, they are kept in the background where the disk tier isn't open
+        yet, which may take minutes.
 
         Raises:
             PurgeError: they could not be written in time; they will be with the next that can.
         """
-        merged = self.table.merged(table)
+        merged, disk = self.table.merged(table), self._disk
         if merged is self.table:
             return
         self.table = merged
-        if self._disk is not None and not await self._in_time(self._commit(self._disk)):
+        if disk is None:
+            return
+        if not awaits_opening and not disk.is_open:
+            # What waits there already will write the table as it is then.
+            if not self._tasks:
+                self._keep(self._commit(disk))
+        elif not await self._in_time(self._commit(disk)):
             raise PurgeError("the disk tier could not store purges in time")
 
     async def close(self) -> None:
@@ -311,14 +320,14 @@ class Purges:
 
     async def _commit(self, disk: DiskCache, label: str | None = None) -> bool:
         """Merge the table with the file's, and purge `label`. Returns whether it is on the disk."""
-        mine, made = self.table, b""
+        made = b""
 
         def change(blob: bytes | None) -> bytes:
             # In the writer's thread, and once more if there was no room.
             nonlocal made
-            merged = mine
+            merged = self.table
             if blob is not None:
-                merged = self.read(blob).merged(mine)
+                merged = self.read(blob).merged(merged)
             if label is not None:
                 merged = merged.stamped(label, self._clock_us())
             made = merged.pack()

@@ -96,7 +96,8 @@ class SharedPurges:
         for _ in range(_ATTEMPTS):
             data = await self._backend.get(_KEY)
             if data is not None and data != self._known:
-                await self._adopt(data)
+                # Who purges is told whether it will last; nobody else need wait for the disk.
+                await self._adopt(data, awaits_opening=label is not None)
             self._purges.lacks_shared = False
             known = PurgeTable() if data is None else self._table
             # Here the purge holds only once it is there, so that nothing can begin here that knows
@@ -110,9 +111,9 @@ class SharedPurges:
                 return
         raise TimeoutError("others wrote at the same time, again and again")
 
-    async def _adopt(self, data: bytes) -> None:
+    async def _adopt(self, data: bytes, *, awaits_opening: bool = True) -> None:
         table = self._purges.read(_decoded(data))
-        await self._purges.adopt(table)
+        await self._purges.adopt(table, awaits_opening=awaits_opening)
         self._known, self._table = data, table
 
     async def _is_replaced(self, data: bytes | None, made: bytes) -> bool:

@@ -1,6 +1,7 @@
 """Purges over a server that machines share: any backend of aiocache, a real Redis, a Memcached."""
 
 import asyncio
+import fcntl
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from aiocache.base import BaseCache
 from aiocache.serializers import NullSerializer
 
 from tests.servers import SERVERS
-from tiers import Answer, Entry, Form, PurgeError, Purges, Tier
+from tiers import Answer, DiskCache, Entry, Form, PurgeError, Purges, Tier
+from tiers.disk.opening import LOCK
 from tiers.shared_purges import SharedPurges
 
 
@@ -125,6 +127,30 @@ async def test_says_that_the_server_was_not_told_and_tells_it_later(kind, caplog
     assert await two.shared.sync()
     assert two.purges.cover("k", entry)
     assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
+
+
+async def test_a_disk_that_is_not_open_holds_up_no_look(tmp_path, caplog) -> None:
+    server = aiocache.SimpleMemoryCache(serializer=NullSerializer(encoding=None))
+    other = Machine(server, lambda: 1.0)
+    (tmp_path / "disk").mkdir()
+    with (tmp_path / "disk" / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        disk = DiskCache(tmp_path / "disk", 1 << 20)
+        purges = Purges(disk, clock=lambda: 1.0)
+        # Nothing ends but by itself.
+        shared = SharedPurges(purges, server, every_s=0, deadline_s=3600)
+        entry = purges.origin(["tag:a", "tag:b"])
+        for tag in ("tag:a", "tag:b"):
+            await other.shared.purge(tag)
+            assert await asyncio.wait_for(shared.sync(), 60)
+        assert not disk.is_open
+        assert len(purges._tasks) == 1
+        assert purges.cover("k", entry)
+        assert (shared.errors, caplog.records) == (0, [])
+    await disk.opened()
+    await purges.close()
+    assert Purges(disk).origin().generation == purges.table.latest
+    await disk.close()
 
 
 async def test_nothing_shared_is_given_out_before_the_purges_are_known(clock, connect) -> None:
