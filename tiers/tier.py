@@ -81,6 +81,7 @@ class Tier:
         self._decode = Entry.decode_untrusted if self._near is None else Entry.decode
         self._reads = Calls(_READS, deadline_s)
         self._writes = Calls(_WRITES, self._write_s)
+        self._probes = Calls(1, deadline_s)
         self._breaker = CircuitBreaker(self._probe, self._answers_again)
         self._losses = Losses()
         self._failing: dict[str, int] = {}
@@ -209,6 +210,7 @@ class Tier:
     async def close(self) -> None:
         """Flush and release the backend."""
         await self._breaker.close()
+        await self._probes.close()
         await self._reads.close()
         await self._writes.close()
         try:
@@ -261,8 +263,10 @@ class Tier:
 
     async def _probe(self) -> None:
         # The first call may have to connect, which is no matter as long as the next ones are quick.
-        await self.backend.exists(_PROBED, timeout=_WRITE_S)
-        await self.backend.exists(_PROBED, timeout=self.deadline_s)
+        exists = partial(self.backend.exists, _PROBED, timeout=_WRITE_S)
+        await exists()
+        if self.deadline_s:
+            await self._probes.make(exists)
 
     def _answers_again(self) -> None:
         logger.warning("the %s tier answers again", self.name)

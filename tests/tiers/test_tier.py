@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import random
+import time
 from math import inf, nan
 
 import lmdb
@@ -22,7 +23,7 @@ from tiers import (
     Tier,
 )  # fmt: skip
 from tiers.calls import BusyError, Calls
-from tiers.circuit import CircuitBreaker
+from tiers.circuit import FAILURES, CircuitBreaker
 from tiers.disk import Durability
 from tiers.disk.file import DiskFile
 from tiers.losses import Losses
@@ -121,6 +122,27 @@ async def test_a_call_that_takes_too_long_goes_on_without_its_caller(clock) -> N
         await calls.make(call)
     await calls.close()
     assert len(asyncio.all_tasks()) == 1
+
+
+async def test_an_event_loop_that_is_late_is_no_outage(clock) -> None:
+    """Each turn takes longer than the deadline, which is for what is elsewhere."""
+    far = Remote(clock, delay=lambda: 1)
+    tier = Tier("far", far, deadline_s=0.001, clock=clock)
+    assert await tier.put("k", entry(b"1", clock.now), 60)
+
+    async def hog() -> None:
+        while True:
+            time.sleep(0.003)
+            await asyncio.sleep(0)
+
+    hogging = asyncio.create_task(hog())
+    for _ in range(FAILURES + 1):
+        assert await content_of(tier, "k") == b"1"
+    await tier._probe()
+    hogging.cancel()
+    assert tier.available
+    assert tier.counts.errors == 0
+    await tier.close()
 
 
 async def test_many_calls_take_turns(clock) -> None:
