@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from math import inf
 from pathlib import Path
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import lmdb
 
@@ -43,8 +43,13 @@ _DROPPED_AT_ONCE = 256
 _UNUSABLE = (OtherFormatError, lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.CorruptedError)
 
 
+_Args = ParamSpec("_Args")
 _At = TypeVar("_At")
 _Found = TypeVar("_Found")
+
+
+class _GrownError(OSError):
+    """Another process has just grown the file, and the writer hasn't adopted that yet."""
 
 
 def _is_key(key: str) -> bool:
@@ -252,13 +257,12 @@ class DiskCache(ByteCache):
         if self._file is None:
             return None
         try:
-            return self._file.load(f"blob:{name}".encode())
+            return self._read(self._file.load, f"blob:{name}".encode())
         except ValueError:
             self.usage.damaged += 1
-        except lmdb.MapResizedError:
-            self._writer.wake()
-        except lmdb.Error:
-            self._suspect = True
+        except _GrownError:
+            pass
+        except OSError:
             logger.exception("the disk tier can't read what was saved")
         return None
 
@@ -271,19 +275,13 @@ class DiskCache(ByteCache):
         """
         if self._file is None:
             raise OSError("the disk tier isn't open")
-        try:
-            return self._file.load(f"blob:{name}".encode(), known)
-        except lmdb.Error as exc:
-            if isinstance(exc, lmdb.MapResizedError):
-                self._writer.wake()
-            raise OSError(f"the disk tier can't read what was saved: {exc}") from exc
+        return self._read(self._file.load, f"blob:{name}".encode(), known)
 
     def statistics(self) -> Statistics | None:
         """Return the file in numbers, or `None` while it isn't open or has just been grown."""
         try:
-            return None if self._file is None else self._file.statistics()
-        except lmdb.MapResizedError:
-            self._writer.wake()
+            return None if self._file is None else self._read(self._file.statistics)
+        except _GrownError:
             return None
 
     async def _close(self, *args: object, **kwargs: object) -> None:
@@ -303,14 +301,30 @@ class DiskCache(ByteCache):
     def _step(self, step: Callable[[DiskFile, _At], _Found | None], at: _At) -> _Found | None:
         """Return what comes next in a walk through the file; `None` while it isn't open."""
         try:
-            return None if self._file is None else step(self._file, at)
+            return None if self._file is None else self._read(step, self._file, at)
+        except _GrownError:
+            raise
+        except OSError:
+            logger.exception("the disk tier's entries can't be read")
+            raise
+
+    def _read(
+        self, read: Callable[_Args, _Found], *args: _Args.args, **kwargs: _Args.kwargs
+    ) -> _Found:
+        """Return what `read`, which is the file's, returns.
+
+        Raises:
+            OSError: nothing can be read now.
+            ValueError: a record does not verify.
+        """
+        try:
+            return read(*args, **kwargs)
         except lmdb.MapResizedError as exc:
             self._writer.wake()
-            raise OSError("another process has just grown the file of the disk tier") from exc
+            raise _GrownError("another process has just grown the disk tier's file") from exc
         except lmdb.Error as exc:
             self._suspect = True
-            logger.exception("the disk tier's entries can't be read")
-            raise OSError("the disk tier's entries can't be read") from exc
+            raise OSError(f"the disk tier's file can't be read: {exc}") from exc
 
     def _find(self, key: str) -> tuple[bytes, float] | None:
         """Return a value and its expiry (Unix s), which may have passed."""
@@ -319,31 +333,21 @@ class DiskCache(ByteCache):
             return None if change.value is None else (change.value, change.expires_at)
         if (file := self._file) is None:
             return None
-        raw_key = key.encode()
         try:
-            return file.get(raw_key)
+            return self._read(file.get, key.encode())
         except ValueError:
             self._drop_damaged(key)
-            return None
-        except lmdb.MapResizedError:
-            self._writer.wake()
-            return None
-        except lmdb.BadValsizeError:
-            # No entry has such a key.
-            return None
-        except lmdb.Error:
-            self._suspect = True
-            raise
+        except _GrownError:
+            pass
+        return None
 
     def _may_show(self, key: str) -> bool:
         """Return whether `_find` may find something, now or where what it can't read is read."""
         if (submission := self._pending.get(key)) is not None:
             return submission.change.value is not None
         try:
-            return self._file is not None and self._file.holds(key.encode())
-        except lmdb.BadValsizeError:
-            return False
-        except lmdb.Error:
+            return self._file is not None and self._read(self._file.holds, key.encode())
+        except OSError:
             return True
 
     def _is_alive(self, found: tuple[bytes, float]) -> bool:

@@ -167,7 +167,7 @@ class DiskFile:
         """
         # As a buffer, the record is copied only once.
         with self._lock, self.env.begin(db=self.dbs.entries, buffers=True) as txn:
-            record = txn.get(key)
+            record = _record(txn, key)
             if record is None:
                 return None
             coding, expires_at, _, payload = unpack(key, record)
@@ -180,7 +180,7 @@ class DiskFile:
             lmdb.Error: that can't be told.
         """
         with self._lock, self.env.begin(db=self.dbs.entries, buffers=True) as txn:
-            return txn.get(key) is not None
+            return _record(txn, key) is not None
 
     def next_ranked(self, below: bytes | None) -> Ranked | None:
         """Return the entry of the highest priority, or of the highest below a rank."""
@@ -364,6 +364,14 @@ class DiskFile:
 def reserve_bytes(max_bytes: int) -> int:
     """Return the room for pages that a transaction copies and for gaps between pages."""
     return min(max_bytes // 4, _MAX_RESERVE_BYTES)
+
+
+def _record(txn: "lmdb.Transaction[memoryview]", key: bytes) -> memoryview | None:
+    try:
+        return txn.get(key)
+    except lmdb.BadValsizeError:
+        # No entry has such a key.
+        return None
 
 
 def _check_format(env: lmdb.Environment, txn: "lmdb.Transaction[bytes]") -> None:
