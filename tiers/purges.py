@@ -50,7 +50,13 @@ _NOTHING: Mapping[str, int] = MappingProxyType({})
 
 
 class PurgeError(Exception):
-    """A purge holds in this process, but perhaps not in others, nor after a restart."""
+    """A purge holds in this process, but perhaps not in others, nor after a restart.
+
+    If the process ends before what failed has been made up for, entries may be given out again:
+    those on disk, where the disk tier could not store the purge; and those of a shared tier that
+    was not told, until the disk tier's file is open again, which takes its time after a kill. So
+    whoever gets this should purge again.
+    """
 
 
 def label(kind: str, name: str) -> str:

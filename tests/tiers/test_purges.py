@@ -1,6 +1,7 @@
 """Purges: the table's order, the file that processes share, and what becomes of damage."""
 
 import asyncio
+import fcntl
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from tiers import (
     Purges,
     Tier,
 )  # fmt: skip
+from tiers.disk.opening import LOCK
+from tiers.flight import Flight, Flights
 from tiers.purges import ALL, MAX_BYTES, PurgeTable, label
 
 ANSWER = Answer(Form.BODY, b"{}")
@@ -221,6 +224,33 @@ async def test_what_can_not_be_told_is_a_miss_and_stored(clock, tmp_path, monkey
         assert await chain.lookup("k") is None
     assert await chain.lookup("k") is not None
     await chain.close()
+
+
+async def test_requests_that_are_alike_join_before_the_file_is_open(clock, tmp_path: Path) -> None:
+    with (tmp_path / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        disk = DiskCache(tmp_path, 1 << 20, clock=clock)
+        purges, go = Purges(disk, clock=clock), asyncio.Event()
+        flights = Flights(max_bytes=100, purged=purges.cover)
+
+        async def produce(flight: Flight) -> None:
+            await go.wait()
+            flight.end(ANSWER)
+
+        joined = [
+            flights.join("k", Form.BODY, produce, purges.origin(["tag:a"]))[1] for _ in range(3)
+        ]
+        assert not disk.is_open
+        assert joined == [False, True, True]
+    await disk.opened()
+    # What was purged before can't be told from what was purged since, so only this is left alone.
+    for label_, joins in (("tag:b", True), ("tag:a", False)):
+        await purges.purge(label_)
+        known = purges.origin(["tag:a"])
+        assert flights.join("k", Form.BODY, produce, known)[1] is joins
+    go.set()
+    await flights.finish(60)
+    await disk.close()
 
 
 class Refusing(DiskCache):
