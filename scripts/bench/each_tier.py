@@ -4,6 +4,7 @@ Values are answers of about 2 KB cut from Python's help, keys are digests, as in
 are of random keys that are there; stores are of new keys, by many tasks at once. A stall is how
 late the event loop wakes a task that asked for a millisecond, while the tasks store. What the
 process grows by while the memory tier is filled stands beside what the tier counts for it.
+The shared tier's servers are started on the loopback; its lookups are made by the tasks, too.
 
 Usage: each_tier.py [--entries N] [--operations N] [--tasks N] [--folder PATH]
 """
@@ -13,15 +14,20 @@ import asyncio
 import gc
 import os
 import random
+import shutil
+import socket
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import orjson
 import uvloop
+from aiocache.base import BaseCache
 
 from tiers import DiskCache, MemoryCache, digest
 from tiers.backend import ByteCache
@@ -29,11 +35,15 @@ from tiers.disk import Durability
 from tiers.disk.file import DATA, DiskFile
 from tiers.disk.opening import MARK, Opening
 from tiers.disk.transaction import Change
+from tiers.shared.memcached import MemcachedBytes
+from tiers.shared.redis import RedisBytes
 
 GIB = 1024**3
 TEXT = "\n".join(topics.values())
 BATCH = 2000
 HELD = 100_000
+START_S = 30
+Pairs = list[tuple[str, bytes]]
 
 
 def main() -> int:
@@ -76,9 +86,52 @@ async def _speed(folder: Path, options: argparse.Namespace) -> None:
     for durability in Durability:
         cache = DiskCache(folder / durability, GIB, durability=durability)
         await _measure(f"disk, {durability}", cache, options)
+    port = _free_port()
+    redis = ["redis-server", "--bind", "127.0.0.1", "--port", f"{port}", "--save", "",
+             "--dir", str(folder)]  # fmt: skip
+    with _running(redis, port) as is_there:
+        if is_there:
+            await _measure("shared, redis", RedisBytes(f"redis://127.0.0.1:{port}/0"), options)
+    port = _free_port()
+    memcached = ["memcached", "-l", "127.0.0.1", "-p", f"{port}", "-U", "0", "-m", "1024",
+                 "-u", "nobody"]  # fmt: skip
+    with _running(memcached, port) as is_there:
+        if is_there:
+            await _measure("shared, memcached", MemcachedBytes("127.0.0.1", port), options)
 
 
-async def _measure(name: str, cache: ByteCache, options: argparse.Namespace) -> None:
+@contextmanager
+def _running(command: list[str], port: int) -> Iterator[bool]:
+    """Run a server that listens at a port; tells whether its program is there."""
+    if shutil.which(command[0]) is None:
+        print(f"{command[0]} isn't installed")
+        yield False
+        return
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + START_S
+        while not _listens(port):
+            if process.poll() is not None or time.monotonic() > until:
+                raise ChildProcessError(f"{command[0]} didn't start: {process.returncode}")
+            time.sleep(0.01)
+        yield True
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+async def _measure(name: str, cache: BaseCache, options: argparse.Namespace) -> None:
     pairs = [(_key(number), _answer(number)) for number in range(options.operations)]
     waiting, stores = iter(pairs), []
 
@@ -99,19 +152,47 @@ async def _measure(name: str, cache: ByteCache, options: argparse.Namespace) -> 
     if isinstance(cache, DiskCache):
         # What is queued has to be on its way before lookups are timed.
         await cache.save("end", b"")
+    wanted = random.Random(1).sample(pairs, len(pairs))  # noqa: S311
+    if isinstance(cache, ByteCache):
+        lookups = _look_up(cache, wanted)
+        lookup_s = sum(lookups)
+    else:
+        began = time.perf_counter()
+        lookups = await _look_up_together(cache, wanted, options.tasks)
+        lookup_s = time.perf_counter() - began
+    await cache.close()
+    lookup, stored = sorted(lookups), sorted(stores)
+    print(f"{name:<18} {len(pairs) / lookup_s:>10,.0f} {_at(lookup, 50) * 1e6:>7.1f}"
+          f" {_at(lookup, 99) * 1e6:>7.1f} {len(pairs) / store_s:>9,.0f}"
+          f" {_at(stored, 50) * 1e3:>7.2f} {_at(stored, 99) * 1e3:>7.2f}"
+          f" {stall * 1e3:>9.1f}", flush=True)  # fmt: skip
+
+
+def _look_up(cache: ByteCache, wanted: Pairs) -> list[float]:
+    """Return the seconds of each lookup."""
     lookups = []
-    for key, _ in random.Random(1).sample(pairs, len(pairs)):  # noqa: S311
+    for key, _ in wanted:
         began = time.perf_counter()
         found = cache.read(key)
         lookups.append(time.perf_counter() - began)
         if found is None:
             raise ValueError("an entry is missing")
-    await cache.close()
-    lookup, stored = sorted(lookups), sorted(stores)
-    print(f"{name:<18} {len(pairs) / sum(lookups):>10,.0f} {_at(lookup, 50) * 1e6:>7.1f}"
-          f" {_at(lookup, 99) * 1e6:>7.1f} {len(pairs) / store_s:>9,.0f}"
-          f" {_at(stored, 50) * 1e3:>7.2f} {_at(stored, 99) * 1e3:>7.2f}"
-          f" {stall * 1e3:>9.1f}", flush=True)  # fmt: skip
+    return lookups
+
+
+async def _look_up_together(cache: BaseCache, wanted: Pairs, tasks: int) -> list[float]:
+    waiting, lookups = iter(wanted), []
+
+    async def look_up() -> None:
+        for key, value in waiting:
+            began = time.perf_counter()
+            found = await cache.get(key)
+            lookups.append(time.perf_counter() - began)
+            if found != value:
+                raise ValueError("an entry is missing")
+
+    await _together(look_up, tasks)
+    return lookups
 
 
 async def _start(folder: Path, options: argparse.Namespace) -> None:
