@@ -1,5 +1,6 @@
 """Redis and Memcached of Debian's packages, on this machine only, that tests may torment."""
 
+import os
 import shutil
 import signal
 import socket
@@ -59,6 +60,8 @@ class StoreServer:
 
     def hang(self) -> None:
         self.process.send_signal(signal.SIGSTOP)
+        # Until its last thread has stopped it may still answer.
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
 
     def go_on(self) -> None:
         self.process.send_signal(signal.SIGCONT)

@@ -1,7 +1,9 @@
 """The shared tier's backends on real servers: times to live, refusals, and calls that are cut."""
 
 import asyncio
+import gc
 import random
+import warnings
 from contextlib import suppress
 
 import pytest
@@ -118,6 +120,24 @@ async def test_calls_that_are_cut_never_mix_up_replies(server) -> None:
     for key, value in values.items():
         assert await cache.get(key) == value
     await cache.close()
+
+
+async def test_a_call_that_is_cut_while_it_connects_leaves_no_connection(server) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for turns in range(40):
+            cache = server.open()
+            call = asyncio.ensure_future(cache.get("a"))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            call.cancel()
+            with suppress(asyncio.CancelledError):
+                assert await call is None
+            await cache.close()
+            del cache, call
+        await asyncio.sleep(0)
+        gc.collect()
+    assert [str(each.message) for each in told] == []
 
 
 async def test_hanging_and_dying_end_calls_and_leave_no_connection_lost(server) -> None:
