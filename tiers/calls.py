@@ -14,7 +14,7 @@ class BusyError(Exception):
     """So many calls are under way that another one waited in vain for its turn."""
 
 
-async def wait_in_turns(task: asyncio.Task[Any], deadline_s: float) -> None:
+async def _wait(task: asyncio.Task[Any], deadline_s: float) -> None:
     """Wait until a task is done, or its deadline is over; it goes on then.
 
     The deadline is for what the task waits for. So it passes in slices, and one in which our own
@@ -64,7 +64,7 @@ class Calls:
         task = asyncio.create_task(call())
         self._running.add(task)
         task.add_done_callback(self._end)
-        await wait_in_turns(task, self._deadline_s)
+        await _wait(task, self._deadline_s)
         return task.result()
 
     async def close(self) -> None:
