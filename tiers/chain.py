@@ -244,18 +244,19 @@ class Chain:
                     stored = await tier.put(key, value, left_s) or stored
         return Adoption.STORED if stored else Adoption.REFUSED
 
-    async def purge(self, label: str) -> None:
-        """Purge all entries with `label`: `all`, or `key:…`, `model:…`, `tenant:…`, `tag:…`.
+    async def purge(self, *labels: str) -> None:
+        """Purge all entries with one of `labels`: `all`, or such as `key:…` (`tiers.purges.KINDS`).
 
         When this returns no tier gives them out again, nor any answer whose making had begun, in
-        no process on the same disk tier, nor on another machine with the same shared tier.
+        no process on the same disk tier, nor on another machine with the same shared tier. None of
+        the labels is purged without the others.
 
         Raises:
-            ValueError: `label` isn't one.
+            ValueError: one isn't a label, or they are more than `MAX_LABELS`.
             PurgeError: it could not be made to last, or others could not be told.
         """
         self.purged += 1
-        await (self._shared_purges or self.purges).purge(label)
+        await (self._shared_purges or self.purges).purge(*labels)
 
     async def settle(self) -> None:
         """Finish the promotions that are under way."""

@@ -16,7 +16,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from math import inf
 from struct import Struct, error, pack, unpack_from
 from types import MappingProxyType
@@ -34,6 +34,8 @@ KINDS = (KEY, "model", "tenant", "tag")
 """What stands before the colon of any other label."""
 MAX_BYTES = 700_000
 """Of a table, such as 9,000 purged keys. Memcached takes no more, in base64."""
+MAX_LABELS = 1000
+"""Of one purge: they are to fill but a part of the table, and to be written in milliseconds."""
 FRESH_S = 0.02
 
 _NAME = "purges"
@@ -107,10 +109,11 @@ class PurgeTable:
                 return True
         return False
 
-    def stamped(self, label: str, clock_us: int) -> Self:
-        """Return a table in which `label` has the highest number."""
+    def stamped(self, clock_us: int, *labels: str) -> Self:
+        """Return a table in which `labels` have the highest number, one for all of them."""
         number = max(clock_us, self.latest + 1)
-        return type(self)(self._numbers | {label: number}, max_bytes=self._max_bytes)
+        news = dict.fromkeys(labels, number)
+        return type(self)(self._numbers | news, max_bytes=self._max_bytes)
 
     def merged(self, other: Self) -> Self:
         """Return a table of all labels, each with its higher number. The order doesn't matter."""
@@ -185,7 +188,7 @@ class Purges:
         self._head = b""
         self._is_blind = self._is_damaged = False
         # Their numbers are given when they are committed, so until then nothing is newer.
-        self._under_way: list[str] = []
+        self._under_way: list[frozenset[str]] = []
         self._tasks: set[asyncio.Task[bool]] = set()
 
     def origin(self, labels: Iterable[str] = ()) -> Origin:
@@ -223,41 +226,42 @@ class Purges:
         except ValueError:
             return False
 
-    async def purge(self, label: str) -> None:
-        """Purge all entries with `label`: `all`, or such as `model:m` (see `KINDS`).
+    async def purge(self, *labels: str) -> None:
+        """Purge all entries with one of `labels`: `all`, or such as `model:m` (see `KINDS`).
 
-        Returns when that is on the disk, and all processes on this file know it.
+        Returns when that is on the disk, and all processes on this file know it. It is one step:
+        none of the labels is purged without the others.
 
         Raises:
-            ValueError: it can't be a label.
+            ValueError: one can't be a label, or they are more than `MAX_LABELS`.
             PurgeError: it could not be written in time; it will be with the next that can.
         """
-        check_label(label)
+        check_labels(labels)
         if self._disk is None:
-            self.table = self.table.stamped(label, self._clock_us())
+            self.table = self.table.stamped(self._clock_us(), *labels)
             return
-        self._under_way.append(label)
+        purged = frozenset(labels)
+        self._under_way.append(purged)
         try:
-            if not await self._in_time(self._commit(self._disk, label)):
-                self.table = self.table.stamped(label, self._clock_us())
+            if not await self._in_time(self._commit(self._disk, labels)):
+                self.table = self.table.stamped(self._clock_us(), *labels)
                 raise PurgeError(
                     "the disk tier could not store the purge in time; it holds in this process"
                 )
         finally:
-            self._under_way.remove(label)
+            self._under_way.remove(purged)
         await asyncio.sleep(_SETTLE_S)
 
-    def stamped(self, label: str) -> PurgeTable:
+    def stamped(self, labels: Sequence[str]) -> PurgeTable:
         """Return the table with a purge that doesn't hold yet: `adopt` it once others have it."""
-        check_label(label)
-        return self.table.stamped(label, self._clock_us())
+        return self.table.stamped(self._clock_us(), *labels)
 
     def read(self, packed: bytes) -> PurgeTable:
         """Return a packed table; one by which everything is purged if it is damaged."""
         try:
             return PurgeTable.unpack(packed, max_bytes=self._max_bytes)
         except ValueError:
-            return self.table.stamped(ALL, self._clock_us() + _BEYOND_US)
+            return self.table.stamped(self._clock_us() + _BEYOND_US, ALL)
 
     async def adopt(self, table: PurgeTable, *, awaits_opening: bool = True) -> None:
         """Take over purges that were made elsewhere, at once, and keep them.
@@ -287,8 +291,10 @@ class Purges:
             await asyncio.wait(self._tasks, timeout=self._deadline_s)
 
     def _cover_as_known(self, key: str, entry: Entry | Origin) -> bool:
-        if self._under_way and not {ALL, f"key:{key}", *entry.labels}.isdisjoint(self._under_way):
-            return True
+        if self._under_way:
+            own = {ALL, f"key:{key}", *entry.labels}
+            if not all(map(own.isdisjoint, self._under_way)):
+                return True
         return self.table.purges(key, entry.generation, entry.packed_labels)
 
     def _look(self) -> None:
@@ -321,11 +327,11 @@ class Purges:
             return
         self._is_damaged = True
         logger.error("everything is purged, since what was purged can't be read: %s", exc)
-        self.table = self.table.stamped(ALL, self._clock_us() + _BEYOND_US)
+        self.table = self.table.stamped(self._clock_us() + _BEYOND_US, ALL)
         self._keep(self._commit(disk))
 
-    async def _commit(self, disk: DiskCache, label: str | None = None) -> bool:
-        """Merge the table with the file's, and purge `label`. Returns whether it is on the disk."""
+    async def _commit(self, disk: DiskCache, labels: Sequence[str] = ()) -> bool:
+        """Merge the table with the file's, and purge `labels`. Returns whether it is on disk."""
         made = b""
 
         def change(blob: bytes | None) -> bytes:
@@ -334,8 +340,8 @@ class Purges:
             merged = self.table
             if blob is not None:
                 merged = self.read(blob).merged(merged)
-            if label is not None:
-                merged = merged.stamped(label, self._clock_us())
+            if labels:
+                merged = merged.stamped(self._clock_us(), *labels)
             made = merged.pack()
             return made
 
@@ -360,8 +366,15 @@ class Purges:
         return int(self._clock() * 1e6)
 
 
-def check_label(label: str) -> None:
-    """Raise `ValueError`, which says what would be right, unless `label` can be purged."""
+def check_labels(labels: Sequence[str]) -> None:
+    """Raise `ValueError`, which says what would be right, unless `labels` can be purged at once."""
+    if not 0 < len(labels) <= MAX_LABELS:
+        raise ValueError(f"a purge should have from 1 to {MAX_LABELS} labels, not {len(labels)}")
+    for each in labels:
+        _check_label(each)
+
+
+def _check_label(label: str) -> None:
     kind, colon, name = label.partition(":")
     if label != ALL and not (kind in KINDS and colon and name and label.isprintable()):
         kinds = ", ".join(f"{kind}:…" for kind in KINDS)

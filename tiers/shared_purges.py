@@ -9,11 +9,12 @@ has been read, nothing of a shared tier is given out.
 import asyncio
 import logging
 from base64 import b64decode, b64encode
+from collections.abc import Sequence
 
 from aiocache.base import BaseCache
 from aiocache.lock import OptimisticLock, OptimisticLockError
 
-from tiers.purges import PurgeError, Purges, PurgeTable, check_label
+from tiers.purges import PurgeError, Purges, PurgeTable, check_labels
 
 logger = logging.getLogger(__name__)
 
@@ -60,27 +61,27 @@ class SharedPurges:
         """
         return await self._exchange_in_time()
 
-    async def purge(self, label: str) -> None:
+    async def purge(self, *labels: str) -> None:
         """Purge as `Purges.purge` does, and on all machines that reach the server.
 
         Raises:
-            ValueError: it can't be a label.
+            ValueError: one can't be a label, or they are too many.
             PurgeError: it could not be made to last, or the server not be told in time; it holds on
                 this machine, and elsewhere once the server answers.
         """
-        check_label(label)
-        if not await self._exchange_in_time(label):
-            await self._purges.purge(label)
+        check_labels(labels)
+        if not await self._exchange_in_time(labels):
+            await self._purges.purge(*labels)
             raise PurgeError(
                 "the shared tier could not be told of the purge; it holds on this machine"
             )
         # All others have looked by then.
         await asyncio.sleep(self._every_s + self._deadline_s)
 
-    async def _exchange_in_time(self, label: str | None = None) -> bool:
+    async def _exchange_in_time(self, labels: Sequence[str] = ()) -> bool:
         try:
             async with asyncio.timeout(self._deadline_s):
-                await self._exchange(label)
+                await self._exchange(labels)
         except Exception as exc:
             self.errors += 1
             if not self._is_failing:
@@ -92,17 +93,17 @@ class SharedPurges:
             logger.warning("purges are shared with other machines again")
         return True
 
-    async def _exchange(self, label: str | None) -> None:
+    async def _exchange(self, labels: Sequence[str]) -> None:
         for _ in range(_ATTEMPTS):
             data = await self._backend.get(_KEY)
             if data is not None and data != self._known:
                 # Who purges is told whether it will last; nobody else need wait for the disk.
-                await self._adopt(data, awaits_opening=label is not None)
+                await self._adopt(data, awaits_opening=bool(labels))
             self._purges.lacks_shared = False
             known = PurgeTable() if data is None else self._table
             # Here the purge holds only once it is there, so that nothing can begin here that knows
             # of it and not of what others have purged before.
-            wanted = self._purges.table if label is None else self._purges.stamped(label)
+            wanted = self._purges.stamped(labels) if labels else self._purges.table
             if known.merged(wanted) is known:
                 return
             made = b64encode(wanted.pack())

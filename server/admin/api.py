@@ -26,7 +26,7 @@ from server.admin.operations import MAX_PAGE, AdminError, Operations, Query
 from server.http_request import HttpRequest
 from server.responses import error_response, own_headers
 from tiers.disk import MAX_KEY_BYTES
-from tiers.purges import ALL, KINDS, label
+from tiers.purges import ALL, KEY, KINDS
 
 logger = logging.getLogger(__name__)
 
@@ -97,13 +97,11 @@ class Admin:
     async def _delete(self, http: HttpRequest) -> Any:
         key = _key(http)
         await self._operations.entry(key)
-        await self._operations.purge([f"key:{key}"])
+        await self._operations.purge(KEY, [key])
         return web.Response(status=204)
 
     async def _purge(self, http: HttpRequest) -> Any:
-        labels = _labels(await http.body())
-        await self._operations.purge(labels)
-        return {"purged": labels}
+        return {"purged": await self._operations.purge(*_named(await http.body()))}
 
     async def _export(self, http: HttpRequest) -> web.StreamResponse:
         lines = self._operations.export()
@@ -137,11 +135,11 @@ def _check_key(key: str, param: str) -> None:
         raise AdminError(400, f"{param} should have at most {MAX_KEY_BYTES} bytes.", param=param)
 
 
-def _labels(raw: bytes) -> list[str]:
-    """Return the labels that a body names.
+def _named(raw: bytes) -> tuple[str, list[str]]:
+    """Return the kind of label that a body is about, and the names.
 
     Raises:
-        AdminError: it names none, or not as it should.
+        AdminError: it isn't as it should be.
     """
     should = f"The body should be an object with one of {', '.join((*KINDS, ALL))}."
     try:
@@ -154,10 +152,10 @@ def _labels(raw: bytes) -> list[str]:
     if kind == ALL:
         if given is not True:
             raise AdminError(400, "all should be true.", param=ALL)
-        return [ALL]
+        return ALL, []
     if kind not in KINDS:
         raise AdminError(400, should, param=kind)
     names = given if isinstance(given, list) else [given]
     if not names or not all(isinstance(name, str) and name for name in names):
         raise AdminError(400, f"{kind} should be text, or a list of such.", param=kind)
-    return [label(kind, name) for name in names]
+    return kind, names

@@ -19,6 +19,7 @@ from tiers.disk import OtherFormatError, UntrustedError
 _PIECE_BYTES = 64 * 1024
 _ROW = "{:<64}  {:<11}  {:>9}  {:>9}  {:>9}  {:<8}  {:>5}"
 _INTERRUPTED = 130
+_NAMED = 3
 
 
 def run(config: Config, options: argparse.Namespace) -> int:
@@ -118,23 +119,22 @@ async def _get(config: Config, options: argparse.Namespace) -> int:
 
 
 async def _purge(config: Config, options: argparse.Namespace) -> int:
-    from tiers.purges import ALL, label
+    from tiers.purges import ALL, KINDS
 
-    if options.all:
-        labels = [ALL]
-        if not options.yes and sys.stdin.isatty():
-            print("Purge everything? [y/N] ", end="", file=sys.stderr, flush=True)
-            if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-                _say("nothing was purged")
-                return 1
-    elif options.key is not None:
-        labels = [label("key", key) for key in options.key]
-    else:
-        given = {kind: getattr(options, kind) for kind in ("model", "tenant", "tag")}
-        labels = [label(kind, name) for kind, name in given.items() if name is not None]
+    kind, names = ALL, []
+    for each in KINDS:
+        if (given := getattr(options, each)) is not None:
+            kind, names = each, given
+    if kind == ALL and not options.yes and sys.stdin.isatty():
+        print("Purge everything? [y/N] ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            _say("nothing was purged")
+            return 1
     async with _operations(config) as operations:
-        await operations.purge(labels)
-    _say(f"purged {', '.join(labels)}")
+        purged = await operations.purge(kind, names)
+    what = "everything" if kind == ALL else ", ".join(purged[:_NAMED])
+    more = f" and {len(purged) - _NAMED:,} more" if len(purged) > _NAMED else ""
+    _say(f"purged {what}{more}: nothing of it from before is given out any more")
     return 0
 
 

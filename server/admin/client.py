@@ -1,7 +1,7 @@
 """A client of a server's admin API, which offers the same operations as in this process."""
 
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from yarl import URL
 
 from server.admin.lines import split
 from server.admin.operations import AdminError, Operations, Query
+from tiers.purges import ALL
 
 # Once it is connected there is no deadline: to verify or import a large file takes minutes.
 _CONNECT_S = 10
@@ -55,13 +56,10 @@ class AdminClient(Operations):
     async def entry(self, key: str) -> dict[str, Any]:
         return await self._ask("GET", URL(f"/entries/{quote(key, safe='')}", encoded=True))
 
-    async def purge(self, labels: list[str]) -> None:
-        by_kind: dict[str, list[str]] = {}
-        for each in labels:
-            kind, _, name = each.partition(":")
-            by_kind.setdefault(kind, []).append(name)
-        for kind, names in by_kind.items():
-            await self._ask("POST", "/purge", json={kind: names if any(names) else True})
+    async def purge(self, kind: str, names: Sequence[str] = ()) -> list[str]:
+        told = await self._ask("POST", "/purge", json={kind: True if kind == ALL else [*names]})
+        labels: list[str] = told["purged"]
+        return labels
 
     async def export(self) -> AsyncIterator[bytes]:
         try:

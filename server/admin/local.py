@@ -16,6 +16,7 @@ from server.config import Config
 from tiers import Chain, DiskCache, MemoryCache, PurgeError, Tier
 from tiers.backend import ByteCache
 from tiers.disk import check
+from tiers.purges import ALL, MAX_LABELS, label
 
 
 class Administration(Operations):
@@ -51,14 +52,18 @@ class Administration(Operations):
             "content": content.decode(errors="replace"),
         }
 
-    async def purge(self, labels: list[str]) -> None:
-        for label in labels:
-            try:
-                await self._chain.purge(label)
-            except ValueError as exc:
-                raise AdminError(400, str(exc)) from exc
-            except PurgeError as exc:
-                raise AdminError(503, str(exc)) from exc
+    async def purge(self, kind: str, names: Sequence[str] = ()) -> list[str]:
+        if kind != ALL and not 0 < len(names) <= MAX_LABELS:
+            should = f"{kind} should have from 1 to {MAX_LABELS} names at once, not {len(names)}"
+            raise AdminError(400, f"{should}; nothing was purged.", param=kind)
+        labels = [ALL] if kind == ALL else [label(kind, name) for name in names]
+        try:
+            await self._chain.purge(*labels)
+        except ValueError as exc:
+            raise AdminError(400, str(exc), param=kind) from exc
+        except PurgeError as exc:
+            raise AdminError(503, str(exc)) from exc
+        return labels
 
     async def export(self) -> AsyncIterator[bytes]:
         backends, pace = self._listing.backends(), Pace()

@@ -1,6 +1,6 @@
 """What can be done to the tiers by hand, in this process or through a server's admin API."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 MAX_PAGE = 1000
@@ -53,8 +53,11 @@ class Operations(Protocol):
     async def entry(self, key: str) -> dict[str, Any]:
         """Return an entry with its content as clients get it, but for `id` and `created`."""
 
-    async def purge(self, labels: list[str]) -> None:
-        """Purge all entries with one of the labels."""
+    async def purge(self, kind: str, names: Sequence[str] = ()) -> list[str]:
+        """Purge all entries whose key, model, tenant, or tag is one of `names`, or `all` of them.
+
+        All at once, or none if it fails. Returns the labels that were purged.
+        """
 
     def export(self) -> AsyncIterator[bytes]:
         """Yield the lines of an export (`server.admin.exports`) of what memory and disk hold."""

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from tiers.purges import KINDS, MAX_LABELS
+
 
 def add_cache(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command's parser."""
@@ -33,9 +35,11 @@ def add_cache(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     how.add_argument("--json", **json)  # type: ignore[arg-type]
     purge = add("purge", "drop entries, and answers that are being made, for good")
     what = purge.add_mutually_exclusive_group(required=True)
-    what.add_argument("--key", nargs="+", metavar="KEY", help="those entries")
-    for kind in ("model", "tenant", "tag"):
-        what.add_argument(f"--{kind}", metavar="NAME", help=f"all of that {kind}")
+    text = f"those entries, up to {MAX_LABELS} at once"
+    what.add_argument("--key", nargs="+", action="extend", metavar="KEY", help=text)
+    for kind in KINDS[1:]:
+        text = f"all of that {kind}"
+        what.add_argument(f"--{kind}", nargs="+", action="extend", metavar="NAME", help=text)
     what.add_argument("--all", action="store_true", help="everything")
     purge.add_argument("--yes", action="store_true", help="don't ask before --all")
     warm = add("warm", "send a running server requests, so that it keeps their answers")

@@ -23,7 +23,7 @@ from tiers import (
 )  # fmt: skip
 from tiers.disk.opening import LOCK
 from tiers.flight import Flight, Flights
-from tiers.purges import ALL, MAX_BYTES, PurgeTable, label
+from tiers.purges import ALL, MAX_BYTES, MAX_LABELS, PurgeTable, label
 
 ANSWER = Answer(Form.BODY, b"{}")
 LABELS = ["all", "key:k", "model:m", "tenant:t", "tag:é", "tag:two words"]
@@ -57,7 +57,7 @@ def test_a_table_survives_packing_and_no_two_begin_alike(table) -> None:
 
 @given(tables, st.data())
 def test_a_table_that_is_cut_or_of_another_format_is_refused(table, data) -> None:
-    packed = table.stamped("tag:last", 1).pack()
+    packed = table.stamped(1, "tag:last").pack()
     size = data.draw(st.integers(0, len(packed) - len("tag:last") - 2))
     with pytest.raises(ValueError, match=r"purges|argument|decode"):
         PurgeTable.unpack(packed[:size])
@@ -73,7 +73,7 @@ def test_the_order_holds_however_the_clock_jumps(steps) -> None:
     for name, jump_us in steps:
         clock_us += jump_us
         made.append((name, table.latest, False))
-        table = table.stamped(name, clock_us)
+        table = table.stamped(clock_us, name)
         made = [(own, at, gone or name in (own, ALL)) for own, at, gone in made]
         made.append((name, table.latest, False))
         for own, generation, gone in made:
@@ -86,7 +86,7 @@ def test_a_table_that_outgrows_its_bound_purges_everything_and_starts_anew() -> 
     sizes = []
     for number in range(200):
         before = table
-        table = table.stamped(f"key:{number}", number)
+        table = table.stamped(number, f"key:{number}")
         sizes.append(len(table.pack()))
         if len(table) < len(before):
             assert table.purges("other", *origin(before.latest))
@@ -118,6 +118,30 @@ async def test_purges_by_key_model_tenant_tag_and_all(clock, tmp_path: Path) -> 
         assert await chain.lookup("k") is None
         assert (await chain.lookup("other") is None) is (purged == "all")
     assert chain.purged == 6
+    await chain.close()
+
+
+async def test_many_labels_are_purged_in_one_step(clock, tmp_path: Path) -> None:
+    disk, keys = DiskCache(tmp_path, 8 << 20, clock=clock), [f"k{n}" for n in range(MAX_LABELS)]
+    chain = chain_of(disk, clock)
+    for key in ("k0", "k999", "other"):
+        await chain.store(key, ANSWER, Freshness(60))
+    purged = asyncio.create_task(chain.purge(*(label("key", key) for key in keys)))
+    await asyncio.sleep(0)
+    # While it is under way, too.
+    for _ in range(2):
+        assert await chain.lookup("k0") is None
+        assert await chain.lookup("k999") is None
+        assert await chain.lookup("other") is not None
+        await purged
+    assert len(chain.purges.table) == MAX_LABELS
+    assert chain.purged == 1
+    for wrong in ([], [f"key:{n}" for n in range(MAX_LABELS + 1)]):
+        with pytest.raises(ValueError, match="from 1 to 1000 labels, not "):
+            await chain.purge(*wrong)
+    with pytest.raises(ValueError, match="a label should be"):
+        await chain.purge("key:other", "odd")
+    assert await chain.lookup("other") is not None
     await chain.close()
 
 

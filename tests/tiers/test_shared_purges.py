@@ -58,6 +58,16 @@ async def test_what_one_machine_purges_no_other_gives_out(connect) -> None:
     assert one.purges.table == two.purges.table == three.purges.table
 
 
+async def test_many_labels_reach_others_together(connect) -> None:
+    one, two = Machine(connect(), lambda: 1.0), Machine(connect(), lambda: 1.0)
+    labels = [f"key:{n:064x}" for n in range(1000)]
+    await one.shared.purge(*labels)
+    assert await two.shared.sync()
+    assert len(two.purges.table) == 1000
+    # As one compare-and-set gives all of them one number.
+    assert len(set(two.purges.table._numbers.values())) == 1
+
+
 async def test_many_at_once_all_get_numbers_of_their_own(connect) -> None:
     machines = [Machine(connect(), lambda: 1.0) for _ in range(4)]
     for each in machines:

@@ -149,6 +149,19 @@ async def test_a_purged_entry_is_gone_everywhere(front: Front, admin, upstream: 
     assert len(upstream.asked) == 3
 
 
+async def test_many_keys_are_purged_at_once_or_none(front: Front, admin) -> None:
+    keys = [await key_of(admin, front) for _ in range(2)]
+    others = [f"{n:064x}" for n in range(998)]
+    async with admin.post("/purge", json={"key": [*keys, *others, "1"]}) as response:
+        error = (await response.json())["error"]
+        assert (response.status, error["param"]) == (400, "key")
+        assert "from 1 to 1000 names at once, not 1001; nothing was purged" in error["message"]
+    assert len([*await rows_of(admin, keys[0]), *await rows_of(admin, keys[1])]) == 2
+    async with admin.post("/purge", json={"key": [*keys, *others]}) as response:
+        assert await response.json() == {"purged": [f"key:{key}" for key in (*keys, *others)]}
+    assert [*await rows_of(admin, keys[0]), *await rows_of(admin, keys[1])] == []
+
+
 async def test_an_export_is_imported_after_a_purge_only_as_purged(front: Front, admin) -> None:
     key = await key_of(admin, front)
     async with admin.get("/export") as response:
