@@ -1,17 +1,23 @@
 """Looking at the entries of tiers without asking for them: one, a page, or all."""
 
+import asyncio
 from collections.abc import Iterator, Sequence
+from heapq import merge
 from itertools import chain as joined
 from math import inf
 from typing import Any
 
-from server.admin.operations import MAX_PAGE, AdminError, Query
+from server.admin.operations import AdminError, Query
 from server.admin.pace import Pace
 from tiers import Chain, DiskCache, Entry, State, Tier
 from tiers.backend import ByteCache
 
 # A page of what is rare ends after so many others.
 _SCANNED = 10_000
+# Keys that are sorted at once, in less than a millisecond.
+_SORTED = 1000
+# Lists of memory that are under way, each with a reference to every key, and how long they may be.
+_WALKS, _KEPT_S = 4, 60
 _AFTER = "after should be as the page before gave it"
 
 
@@ -26,6 +32,7 @@ class Listing:
     def __init__(self, chain: Chain, tiers: Sequence[Tier]) -> None:
         self._chain = chain
         self._backends = {t.name: t.backend for t in tiers if isinstance(t.backend, ByteCache)}
+        self._walks: dict[Query, Iterator[tuple[int, str]]] = {}
 
     def backends(self) -> list[ByteCache]:
         """Return the backends of the tiers, nearest first.
@@ -102,24 +109,58 @@ class Listing:
         self, backend: ByteCache, query: Query, rows: list[dict[str, Any]]
     ) -> str:
         """Add the entries that are asked for most; return where that ended, nothing at the end."""
-        after, pace = _place(query.after), Pace()
-        found: list[tuple[float, str]] = []
-        keys = backend.keys()
-        for key in keys:
-            place = (-self._chain.frequency(key), key)
-            if place > after and self._matches(backend, key, query):
-                found.append(place)
-                if len(found) > query.limit + MAX_PAGE:
-                    found = sorted(found)[: query.limit + 1]
-            await pace.give_way()
-        found.sort()
-        for _, key in found[: query.limit]:
+        walk = self._walks.pop(query._replace(limit=0), None)
+        if walk is None:
+            walk = await self._walk(backend, query)
+        left, pace = query.limit, Pace()
+        for frequency, key in walk:
+            # What is gone, expired or purged since leaves a page shorter.
+            left -= 1
             if (entry := self.peek(backend, key)) is not None:
                 rows.append(self.row(key, entry))
-        if len(found) <= query.limit:
-            return ""
-        last = found[query.limit - 1]
-        return f"{-last[0]:.0f}:{last[1]}"
+            await pace.give_way()
+            if not left:
+                after = f"{frequency}:{key}"
+                self._keep(query._replace(limit=0, after=after), walk)
+                return after
+        return ""
+
+    async def _walk(self, backend: ByteCache, query: Query) -> Iterator[tuple[int, str]]:
+        """Return frequency and key of the entries after the query's place, in their order.
+
+        Sorted piece by piece, and merged as they are asked for, so that nobody waits for it long.
+        """
+        (below, after), pace = _place(query.after), Pace()
+        pieces: dict[int, list[list[str]]] = {}
+        keys = backend.keys()
+        for key in keys:
+            frequency = self._chain.frequency(key)
+            is_after = frequency < below or (frequency == below and key > after)
+            if is_after and self._matches(backend, key, query):
+                of_frequency = pieces.setdefault(frequency, [[]])
+                of_frequency[-1].append(key)
+                if len(of_frequency[-1]) == _SORTED:
+                    of_frequency[-1].sort()
+                    of_frequency.append([])
+            await pace.give_way()
+        for of_frequency in pieces.values():
+            of_frequency[-1].sort()
+            await pace.give_way()
+        return (
+            (frequency, key) for frequency in sorted(pieces, reverse=True)
+            for key in merge(*pieces[frequency])
+        )  # fmt: skip
+
+    def _keep(self, query: Query, walk: Iterator[tuple[int, str]]) -> None:
+        """Keep a walk for the next page of its query; without it, all would be sorted anew."""
+        while len(self._walks) >= _WALKS:
+            del self._walks[next(iter(self._walks))]
+        self._walks[query] = walk
+        asyncio.get_running_loop().call_later(_KEPT_S, self._drop, query, walk)
+
+    def _drop(self, query: Query, walk: Iterator[tuple[int, str]]) -> None:
+        if self._walks.get(query) is walk:
+            del self._walks[query]
 
     async def _page_of_disk(
         self,
@@ -172,9 +213,9 @@ def _places(disk: DiskCache, query: Query) -> Iterator[tuple[str, str]]:
 
 def _place(after: str) -> tuple[float, str]:
     if not after:
-        return -inf, ""
+        return inf, ""
     frequency, _, key = after.partition(":")
     try:
-        return -int(frequency), key
+        return int(frequency), key
     except ValueError as exc:
         raise AdminError(400, _AFTER, param="after") from exc
