@@ -10,6 +10,7 @@ with `,"crc32":"HHHHHHHH"}`, the digits being the CRC-32 of all bytes of the lin
 The format is independent of those in which tiers store entries, so it outlives them.
 """
 
+import asyncio
 from base64 import b64decode, b64encode
 from math import isfinite
 from typing import Any, NamedTuple
@@ -30,6 +31,10 @@ _NAMES = {form: name for name, form in _FORMS.items()}
 _TIMES = ("stored_at", "expires_at", "took_s", "stale_while_revalidate_s", "stale_if_error_s")
 # For all but the answer.
 _ROOM_BYTES = 64 * 1024
+# Above a millisecond of work, others go on meanwhile.
+_INLINE_BYTES = 64 * 1024
+# Of Base64 at once, since no thread goes on meanwhile: bytes and digits, both of whole groups.
+_PIECE_BYTES, _PIECE_DIGITS = 48 * 1024, 64 * 1024
 
 
 class Keyed(NamedTuple):
@@ -58,10 +63,17 @@ def entry_line(key: str, entry: Entry) -> bytes:
             "generation": entry.generation,
             "labels": entry.labels,
             "form": _NAMES[entry.answer.form],
-            "content": b64encode(entry.answer.content).decode(),
-            "usage": b64encode(entry.answer.usage).decode(),
+            "content": _in_base64(entry.answer.content),
+            "usage": _in_base64(entry.answer.usage),
         }
     )
+
+
+async def entry_line_of(key: str, entry: Entry) -> bytes:
+    """Return the same without stopping others for long, however large the answer is."""
+    if len(entry.answer.content) < _INLINE_BYTES:
+        return entry_line(key, entry)
+    return await asyncio.to_thread(entry_line, key, entry)
 
 
 def last_line(entries: int) -> bytes:
@@ -95,8 +107,8 @@ def read(line: bytes) -> Keyed | int:
     try:
         answer = Answer(
             _FORMS[said["form"]],
-            b64decode(said["content"], validate=True),
-            b64decode(said["usage"], validate=True),
+            _of_base64(said["content"]),
+            _of_base64(said["usage"]),
         )
         times: list[Any] = [float(said[name]) for name in _TIMES]
         origin = Origin.of(said["generation"], said["labels"])
@@ -111,6 +123,21 @@ def read(line: bytes) -> Keyed | int:
         raise ValueError("has a generation that can't be")
     entry = Entry(answer, *times)
     return Keyed(key, entry._replace(**origin._asdict()))
+
+
+async def read_of(line: bytes) -> Keyed | int:
+    """Read the same without stopping others for long, however large the answer is."""
+    return read(line) if len(line) < _INLINE_BYTES else await asyncio.to_thread(read, line)
+
+
+def _in_base64(data: bytes) -> str:
+    starts = range(0, len(data), _PIECE_BYTES)
+    return b"".join(b64encode(data[at : at + _PIECE_BYTES]) for at in starts).decode()
+
+
+def _of_base64(text: str) -> bytes:
+    starts = range(0, len(text), _PIECE_DIGITS)
+    return b"".join(b64decode(text[at : at + _PIECE_DIGITS], validate=True) for at in starts)
 
 
 def _line(fields: dict[str, Any]) -> bytes:

@@ -49,7 +49,7 @@ class Import:
         number, pace = 1, Pace()
         async for line in lines:
             number += 1
-            self._read(number, line)
+            await self._read(number, line)
             if len(self._batch) >= _BATCH or self._batch_bytes > _BATCH_BYTES:
                 await self._store()
             await pace.give_way()
@@ -61,9 +61,9 @@ class Import:
             self._problems.append(f"{told}, and {self._entries} could be read")
         return {**self._counts, "problems": self._problems}
 
-    def _read(self, number: int, line: bytes) -> None:
+    async def _read(self, number: int, line: bytes) -> None:
         try:
-            found = exports.read(line)
+            found = await exports.read_of(line)
         except ValueError as exc:
             self._counts["damaged"] += 1
             if len(self._problems) < _NAMED:

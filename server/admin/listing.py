@@ -60,12 +60,12 @@ class Listing:
         is_purged = self._chain.purges.cover(key, entry)
         return not is_purged and entry.state(self._chain.clock()) is not State.EXPIRED
 
-    def row(self, key: str, entry: Entry) -> dict[str, Any]:
-        """Return what is told of an entry."""
+    def row(self, key: str, entry: Entry, of: ByteCache | None = None) -> dict[str, Any]:
+        """Return what is told of an entry, which is held by `of` at least."""
         now = self._chain.clock()
         return {
             "key": key,
-            "tiers": [name for name, backend in self._backends.items() if backend.holds(key)],
+            "tiers": [n for n, each in self._backends.items() if each is of or each.holds(key)],
             "bytes": len(entry.answer.content) + len(entry.answer.usage),
             "age_s": round(now - entry.stored_at, 3),
             "ttl_s": round(entry.expires_at - now, 3),
@@ -117,7 +117,7 @@ class Listing:
             # What is gone, expired or purged since leaves a page shorter.
             left -= 1
             if (entry := self.peek(backend, key)) is not None:
-                rows.append(self.row(key, entry))
+                rows.append(self.row(key, entry, backend))
             await pace.give_way()
             if not left:
                 after = f"{frequency}:{key}"
@@ -178,7 +178,7 @@ class Listing:
             if not any(near.holds(key) for near in nearer):
                 entry = self.peek(disk, key)
                 if entry is not None and query.label in ("", *entry.labels):
-                    rows.append(self.row(key, entry))
+                    rows.append(self.row(key, entry, disk))
                     left -= 1
             await pace.give_way()
         return ""

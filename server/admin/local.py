@@ -78,7 +78,7 @@ class Administration(Operations):
                     entries += 1
                     if number < len(backends):
                         told.add(key)
-                    yield exports.entry_line(key, entry)
+                    yield await exports.entry_line_of(key, entry)
                 await pace.give_way()
         yield exports.last_line(entries)
 

@@ -14,11 +14,25 @@ import aiohttp
 import orjson
 import pytest
 import pytest_asyncio
+from aiohttp import web
 
+from server.admin import exports
 from server.config import ConfigError, cache_folder, load
 from server.identity import identity
 from server.request import parse
-from tests.server.conftest import CHAT, WHOLE, Front, Upstream, body, free_port, question, running
+from tests.server.conftest import (
+    CHAT,
+    WHOLE,
+    Front,
+    Upstream,
+    answer,
+    body,
+    chunk,
+    free_port,
+    question,
+    running,
+    stream,
+)  # fmt: skip
 
 from .test_exports import entry, export, streamed
 
@@ -99,6 +113,32 @@ async def test_an_entry_has_the_content_that_clients_get(front: Front, admin) ->
     plain = b"".join(WHOLE[:3]) + WHOLE[4]
     plain = plain.replace(b'"chatcmpl-x"', b'""').replace(b'"created":1', b'"created":0')
     assert told["content"] == plain.decode()
+
+
+@pytest.mark.parametrize("streams", [False, True])
+async def test_a_large_answer_is_told_whole(front: Front, admin, upstream, streams: bool) -> None:
+    text = 'é\n"\U0001f600' * 15_000
+
+    async def large(http: web.Request) -> web.StreamResponse:
+        if not streams:
+            return web.json_response(body(text))
+        return await stream(http, WHOLE[0], chunk({"content": text}), *WHOLE[2:])
+
+    upstream.handler = large
+    key = await key_of(admin, front, stream=streams)
+    upstream.handler = answer
+    told = await get(admin, f"/entries/{key}")
+    assert told["key"] == key
+    if not streams:
+        assert orjson.loads(told["content"]) == body(text) | {"id": "", "created": 0}
+    else:
+        (_, event, *_) = told["content"].split("\n\n")
+        assert orjson.loads(event[6:])["choices"][0]["delta"]["content"] == text
+    async with admin.get("/export") as response:
+        line = next(line for line in (await response.read()).splitlines() if key.encode() in line)
+    async with admin.delete(f"/entries/{key}") as response:
+        assert response.status == 204
+    assert len(exports.read(line).entry.answer.content) > len(text.encode())
 
 
 async def paged(admin: aiohttp.ClientSession, tier: str) -> list[str]:

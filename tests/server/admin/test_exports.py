@@ -1,6 +1,7 @@
 """Exports: what is read is what was written, or is named as damaged."""
 
 import asyncio
+from base64 import b64encode
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
@@ -63,6 +64,18 @@ def test_what_is_read_is_what_was_written(key: str, written: Entry) -> None:
     line = exports.entry_line(key, written)
     assert exports.read(line) == (key, written)
     assert line.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1, 2, 3])
+@pytest.mark.parametrize("pieces", [1, 2])
+async def test_large_answers_are_written_and_read_as_small_ones(more: int, pieces: int) -> None:
+    content = bytes(range(256)) * 192 * pieces
+    assert len(content) == pieces * exports._PIECE_BYTES
+    written = entry("")._replace(answer=Answer(Form.BODY, content[:more] + bytes(max(more, 0))))
+    line = await exports.entry_line_of("k", written)
+    assert line == exports.entry_line("k", written)
+    assert b64encode(written.answer.content) in line
+    assert await exports.read_of(line) == ("k", written)
 
 
 @given(KEYS, ENTRIES, st.data())
