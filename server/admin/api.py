@@ -112,10 +112,10 @@ class Admin:
         first = await anext(lines)
         response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: LINES} | own_headers(http))
         await response.prepare(http)
-        await response.write(first)
+        await http.send(response, first)
         try:
             async for line in lines:
-                await response.write(line)
+                await http.send(response, line)
         except OSError as exc:
             logger.error("an export ended early: %s", exc)
             raise ConnectionResetError from exc

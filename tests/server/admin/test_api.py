@@ -1,6 +1,7 @@
 """The admin API at its edge: the socket of a real server."""
 
 import asyncio
+import contextlib
 import io
 import os
 import signal
@@ -297,6 +298,34 @@ async def test_20000_entries_are_listed_while_hits_are_answered(
         assert hits > 20
         assert len(found) == len(set(found)) == 20_001
         assert keys < set(found)
+
+
+async def test_an_export_that_nobody_reads_ends(
+    upstream: Upstream, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("TIERSERVE__SERVER__CLIENT_TIMEOUT_S", "0.3")
+    now = time.time()
+    lines = export(*((f"{n:064x}", entry("x" * 9000, now, 1e6)) for n in range(200)))
+    async with running(tmp_path, upstream) as front, connect(front.socket) as admin:
+        async with admin.post("/import", data=streamed(lines)) as response:
+            assert (await response.json())["stored"] == 200
+        with socket.socket(socket.AF_UNIX) as idle:
+            idle.connect(str(front.socket))
+            idle.sendall(b"GET /export HTTP/1.1\r\nHost: admin\r\n\r\n")
+            async with asyncio.timeout(20):
+                while "the client does not read" not in front.log.read_text():
+                    await front.ready()
+            whole = await asyncio.to_thread(_rest, idle)
+        assert b"tierserve-export" in whole
+        assert b'{"entries":' not in whole
+
+
+def _rest(connection: socket.socket) -> bytes:
+    read = b""
+    with contextlib.suppress(ConnectionResetError):
+        while piece := connection.recv(65536):
+            read += piece
+    return read
 
 
 async def test_the_socket_is_removed_replaced_and_never_taken(
