@@ -46,8 +46,10 @@ class Adoption(StrEnum):
     """What became of an entry that was made elsewhere."""
 
     STORED = "stored"
+    UNCHANGED = "unchanged"
+    """It is held already."""
     OLDER = "older"
-    """One is held that was stored later, or then."""
+    """One is held that was stored later, or another one that was stored then."""
     PURGED = "purged"
     REFUSED = "refused"
     """It is too large, or no tier could store it."""
@@ -213,10 +215,20 @@ class Chain:
         return self._frequency.estimate(key)
 
     async def peek(self, key: str) -> Entry | None:
-        """Return the entry under `key`, which doesn't count as asking for it, or `None`."""
-        async for entry in self._held(key):
-            return entry
-        return None
+        """Return the entry that `lookup` would find, which doesn't count as asking for it."""
+        best: Entry | None = None
+        for tier in self.tiers:
+            if tier.shared and self.purges.lacks_shared:
+                continue
+            entry = await tier.peek(key)
+            if entry is None or self.purges.cover(key, entry):
+                continue
+            state = entry.state(self.clock())
+            if state is not State.EXPIRED and (best is None or entry.stored_at > best.stored_at):
+                best = entry
+            if best is not None and best.state(self.clock()) is State.FRESH:
+                break
+        return best
 
     async def adopt(self, key: str, entry: Entry, into: Sequence[Tier]) -> Adoption:
         """Store an entry that was made elsewhere, unless one is held that is as new.
@@ -230,12 +242,17 @@ class Chain:
         entry = entry._replace(generation=min(max(entry.generation, began_us), known))
         if self.purges.cover(key, entry):
             return Adoption.PURGED
-        value, stored = entry.encode(), False
+        value, stored, is_held = entry.encode(), False, False
         async with self._copies.storing(key):
             # A farther tier may hold a newer entry than a nearer one.
             async for held in self._held(key):
-                if held.stored_at >= entry.stored_at:
+                # The purges that an entry has outlived are another matter in each place.
+                is_same = held._replace(generation=entry.generation) == entry
+                if held.stored_at >= entry.stored_at and not is_same:
                     return Adoption.OLDER
+                is_held = is_held or is_same
+            if is_held:
+                return Adoption.UNCHANGED
             for tier in self.tiers:
                 left_s = entry.kept_until - self.clock()
                 if tier not in into or left_s <= 0:

@@ -29,7 +29,7 @@ class Import:
         self._into = far or chain.tiers
         self._disks = [t.backend for t in chain.tiers if isinstance(t.backend, DiskCache)]
         self._counts = dict.fromkeys(
-            ("stored", "older", "expired", "purged", "refused", "damaged"), 0
+            ("stored", "unchanged", "older", "expired", "purged", "refused", "damaged"), 0
         )
         self._problems: list[str] = []
         self._batch: list[exports.Keyed] = []

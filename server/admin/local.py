@@ -40,7 +40,7 @@ class Administration(Operations):
 
     async def entry(self, key: str) -> dict[str, Any]:
         entry = await self._chain.peek(key)
-        if entry is None or not self._listing.is_alive(key, entry):
+        if entry is None:
             raise AdminError(404, "There is no entry under this key.", param="key")
         content = convert.rendered(entry.answer, b"", 0, wants_usage=False)
         return self._listing.row(key, entry) | {

@@ -65,7 +65,8 @@ class Operations(Protocol):
     async def take(self, lines: AsyncIterator[bytes]) -> dict[str, Any]:
         """Store the entries of an export, and return how many.
 
-        They keep their times. Left out is what has expired, and what isn't newer than what is held.
+        They keep their times. Left out is what is held already or has expired, and what isn't newer
+        than what is held.
         Damaged lines are counted, and the first of them named in `problems`.
         """
 

@@ -73,6 +73,29 @@ async def renew(far: Tier, key: str, answer: Answer, clock, ttl_s: float = 60) -
     assert await far.backend.set(key, value, ttl=ttl_s)
 
 
+async def test_looking_shows_what_a_lookup_would_give_out(clock) -> None:
+    remote = Remote(clock, delay=lambda: 1)
+    memory, shared = MemoryCache(10_000, clock=clock), Tier("shared", remote, shared=True)
+    chain = Chain(
+        [Tier("memory", memory), shared],
+        frequency=FrequencySketch(1024),
+        max_answer_bytes=1000,
+        clock=clock,
+    )
+    new = Answer(Form.BODY, b"new")
+    await chain.store("k", ANSWER, Freshness(60, 60))
+    clock.now += 60
+    await renew(shared, "k", new, clock)
+    # What may have been purged on other machines.
+    for chain.purges.lacks_shared, expected in ((True, ANSWER), (False, new)):
+        entry = await chain.peek("k")
+        assert entry is not None
+        assert entry.answer == expected
+    assert (memory.usage.entries, chain.frequency("k")) == (1, 0)
+    clock.now += 60
+    assert await chain.peek("k") is None
+
+
 async def test_what_is_stale_does_not_hide_what_others_have_renewed(clock, tmp_path: Path) -> None:
     remote = Remote(clock, delay=lambda: 1)
     memory, disk = MemoryCache(10_000, clock=clock), DiskCache(tmp_path, 1 << 20, clock=clock)

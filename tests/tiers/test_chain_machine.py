@@ -185,10 +185,13 @@ class ChainMachine(RuleBasedStateMachine):
     @rule(keys=st.lists(st.sampled_from(KEYS), min_size=1, max_size=4))
     def look_up(self, keys: list[str]) -> None:
         for key in keys:
+            seen = self.run(self.chain.peek(key))
             hit = self.run(self.chain.lookup(key))
             if hit is None:
+                assert seen is None
                 self.misses += 1
                 continue
+            assert seen == hit.entry
             self.hits += 1
             answer, stored_at, freshness = self.truth[key]
             state = state_at(self.clock.now, stored_at, freshness)

@@ -211,12 +211,12 @@ async def test_an_export_is_imported_after_a_purge_only_as_purged(front: Front, 
     held = len(lines.splitlines()) - 2
     async with admin.post("/import", data=lines) as response:
         told = await response.json()
-    assert told == dict.fromkeys(told, 0) | {"older": held, "problems": []}
+    assert told == dict.fromkeys(told, 0) | {"unchanged": held, "problems": []}
     async with admin.post("/purge", json={"key": [key]}) as response:
         assert response.status == 200
     async with admin.post("/import", data=lines) as response:
         told = await response.json()
-    assert (told["older"], told["purged"]) == (held - 1, 1)
+    assert (told["unchanged"], told["purged"]) == (held - 1, 1)
 
 
 async def test_a_file_in_use_is_verified_and_not_compacted(front: Front, admin) -> None:

@@ -74,12 +74,20 @@ def exported(tmp_path: Path, **texts: str) -> str:
     return str(file)
 
 
+def counts(**of: int) -> str:
+    """Return what an import says."""
+    outcomes = ("stored", "unchanged", "older", "expired", "purged", "refused", "damaged")
+    return ", ".join(f"{outcome}: {of.get(outcome, 0)}" for outcome in outcomes) + "\n"
+
+
 async def test_a_file_is_administered_while_no_server_runs(
     cache: Cache, tmp_path: Path, config: Path
 ) -> None:
-    made = await cache(config, "import", exported(tmp_path, a="{}", ab="{}", b="{}"))
+    file = exported(tmp_path, a="{}", ab="{}", b="{}")
+    made = await cache(config, "import", file)
     assert made.status == 0
-    assert made.said == "stored: 3, older: 0, expired: 0, purged: 0, refused: 0, damaged: 0\n"
+    assert made.said == counts(stored=3)
+    assert (await cache(config, "import", file)).said == counts(unchanged=3)
     assert f"in {tmp_path / 'disk'}, since no server answers at " in made.told
     rows = (await cache(config, "ls", "--prefix", "a", "--json")).rows
     assert [(row["key"], row["tiers"], row["bytes"]) for row in rows] == [
@@ -136,7 +144,7 @@ async def test_a_running_server_is_administered_and_its_leftovers(
         assert (await cache(front.config, "purge", "--all")).status == 0
         process = await started(front.config, "import", "-")
         said, _ = await process.communicate(kept.read_bytes())
-        assert said == b"stored: 0, older: 0, expired: 0, purged: 1, refused: 0, damaged: 0\n"
+        assert said.decode() == counts(purged=1)
 
 
 async def test_purges_by_label(cache: Cache, front: Front) -> None:
@@ -215,7 +223,7 @@ async def test_damaged_lines_are_named(cache: Cache, tmp_path: Path, config: Pat
     file.write_bytes(first + one[:40] + b"\n" + two + last)
     ended = await cache(config, "import", str(file))
     assert ended.status == 1
-    assert ended.said == "stored: 1, older: 0, expired: 0, purged: 0, refused: 0, damaged: 1\n"
+    assert ended.said == counts(stored=1, damaged=1)
     assert f"{file}: line 2 is damaged or cut" in ended.told
     file.write_text("hello")
     ended = await cache(config, "import", str(file))

@@ -127,6 +127,8 @@ async def test_an_import_overwrites_nothing_newer_and_keeps_what_was_purged_away
     administration = Administration(chain)
     await chain.adopt("held", entry("held"), chain.tiers)
     await chain.adopt("older", entry("older", NOW - 9), chain.tiers)
+    await chain.adopt("same", entry("same"), chain.tiers)
+    await chain.adopt("then", entry("then"), chain.tiers)
     of_model = entry("m", NOW - 5, packed_labels=b"model:m")
     await chain.purge(label("model", "m"))
     clock.now += 1
@@ -135,6 +137,8 @@ async def test_an_import_overwrites_nothing_newer_and_keeps_what_was_purged_away
             export(
                 ("held", entry("imported", NOW - 1)),
                 ("older", entry("imported", NOW - 1)),
+                ("same", entry("same")),
+                ("then", entry("imported")),
                 ("expired", entry("imported", NOW - 101)),
                 ("purged", of_model),
                 ("made since", of_model._replace(stored_at=NOW + 0.5)),
@@ -143,15 +147,16 @@ async def test_an_import_overwrites_nothing_newer_and_keeps_what_was_purged_away
         )
     )
     assert told == {
-        "stored": 2, "older": 1, "expired": 1, "purged": 1, "refused": 1, "damaged": 0,
-        "problems": [],
+        "stored": 2, "unchanged": 1, "older": 2, "expired": 1, "purged": 1, "refused": 1,
+        "damaged": 0, "problems": [],
     }  # fmt: skip
     texts = {}
-    for key in ("held", "older", "expired", "purged", "made since", "large"):
+    for key in ("held", "older", "same", "then", "expired", "purged", "made since", "large"):
         found = await chain.lookup(key)
         texts[key] = None if found is None else found.entry.answer.content
     assert texts == {
-        "held": b"held", "older": b"imported", "expired": None, "purged": None,
+        "held": b"held", "older": b"imported", "same": b"same", "then": b"then",
+        "expired": None, "purged": None,
         "made since": b"m", "large": None,
     }  # fmt: skip
     await chain.close()
