@@ -10,6 +10,7 @@
     POST   /compact
     POST   /verify
 
+While an import or a verification goes on, its client gets a `102 Processing` every few seconds.
 It knows nothing of the listener that it is reached by, and asks for no key: who may connect to that
 may do everything.
 """
@@ -32,7 +33,10 @@ from tiers.purges import ALL, KEY, KINDS
 logger = logging.getLogger(__name__)
 
 LINES = "application/jsonl"
+_Operation = Callable[[HttpRequest], Awaitable[Any]]
 _ENTRIES = "/entries/"
+# Of an operation that may take minutes; its client waits for no longer than a few of them.
+_SIGN_EVERY_S = 5.0
 # Above a millisecond of work, others go on meanwhile; they do between such pieces.
 _INLINE_CHARACTERS = 64 * 1024
 
@@ -47,15 +51,15 @@ class Admin:
 
     def __init__(self, operations: Operations, *, max_line_bytes: int) -> None:
         self._operations, self._max_line_bytes = operations, max_line_bytes
-        self._routes: dict[str, dict[str, Callable[[HttpRequest], Awaitable[Any]]]] = {
+        self._routes: dict[str, dict[str, _Operation]] = {
             "/stats": {"GET": lambda _: operations.stats()},
             "/entries": {"GET": self._page},
             _ENTRIES: {"GET": self._entry, "DELETE": self._delete},
             "/purge": {"POST": self._purge},
             "/export": {"GET": self._export},
-            "/import": {"POST": self._import},
+            "/import": {"POST": _patient(self._import)},
             "/compact": {"POST": lambda _: operations.compact()},
-            "/verify": {"POST": lambda _: operations.verify()},
+            "/verify": {"POST": _patient(lambda _: operations.verify())},
         }
 
     async def answer(self, http: HttpRequest) -> web.StreamResponse:
@@ -124,6 +128,26 @@ class Admin:
 
     async def _import(self, http: HttpRequest) -> Any:
         return await self._operations.take(split(http.pieces(), self._max_line_bytes))
+
+
+def _patient(operation: _Operation) -> _Operation:
+    """Return the operation with a sign to its client now and then that it goes on."""
+
+    async def go_on(http: HttpRequest) -> Any:
+        async def give_signs() -> None:
+            while True:
+                await asyncio.sleep(_SIGN_EVERY_S)
+                await http.say_still_working()
+
+        signs = asyncio.create_task(give_signs())
+        try:
+            return await operation(http)
+        finally:
+            signs.cancel()
+            # It ends with the connection, too.
+            await asyncio.gather(signs, return_exceptions=True)
+
+    return go_on
 
 
 async def _as_json(told: dict[str, Any]) -> bytes:

@@ -1,5 +1,6 @@
 """A client of a server's admin API, which offers the same operations as in this process."""
 
+import asyncio
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -15,8 +16,10 @@ from server.admin.lines import split
 from server.admin.operations import AdminError, Operations, Query
 from tiers.purges import ALL
 
-# Once it is connected there is no deadline: to verify or import a large file takes minutes.
 _CONNECT_S = 10
+# How long a server may be silent: to verify or import a large file takes minutes, and it says so
+# every few seconds.
+_SILENT_S = 60.0
 _ENDED = AdminError(502, "The server ended before it had answered.")
 
 
@@ -67,11 +70,26 @@ class AdminClient(Operations):
                 await _check(response)
                 async for line in split(response.content.iter_any(), self._max_line_bytes):
                     yield line + b"\n"
+        except TimeoutError as exc:
+            raise _silent() from exc
         except aiohttp.ClientError as exc:
             raise _ENDED from exc
 
     async def take(self, lines: AsyncIterator[bytes]) -> dict[str, Any]:
-        return await self._ask("POST", "/import", data=_ended(lines))
+        loop = asyncio.get_running_loop()
+
+        async def ended() -> AsyncIterator[bytes]:
+            async for line in lines:
+                taken.reschedule(loop.time() + _SILENT_S)
+                yield line + b"\n"
+            # From here on, the session's own deadline holds.
+            taken.reschedule(None)
+
+        try:
+            async with asyncio.timeout(_SILENT_S) as taken:
+                return await self._ask("POST", "/import", data=ended())
+        except TimeoutError as exc:
+            raise _silent() from exc
 
     async def compact(self) -> dict[str, Any]:
         return await self._ask("POST", "/compact")
@@ -85,6 +103,8 @@ class AdminClient(Operations):
                 await _check(response)
                 told: dict[str, Any] = orjson.loads(await response.read())
                 return told
+        except aiohttp.ServerTimeoutError as exc:
+            raise _silent() from exc
         except (aiohttp.ClientError, ValueError) as exc:
             raise _ENDED from exc
 
@@ -93,7 +113,7 @@ class AdminClient(Operations):
 async def connected(path: Path, max_line_bytes: int) -> AsyncIterator[AdminClient]:
     """Yield a client of the server at the socket `path`."""
     connector = aiohttp.UnixConnector(str(path))
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_SILENT_S)
     async with aiohttp.ClientSession("http://admin", connector=connector, timeout=timeout) as made:
         yield AdminClient(made, max_line_bytes)
 
@@ -109,6 +129,6 @@ async def _check(response: aiohttp.ClientResponse) -> None:
     raise AdminError(response.status, message, param=param)
 
 
-async def _ended(lines: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    async for line in lines:
-        yield line + b"\n"
+def _silent() -> AdminError:
+    said = f"What listens at admin.socket has said nothing for {_SILENT_S:g} seconds; it should be "
+    return AdminError(504, said + "a tierserve that works. Stop it, and the file can be used.")

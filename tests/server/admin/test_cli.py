@@ -1,8 +1,10 @@
 """`tierserve cache` as a command, through a server and on its file."""
 
 import asyncio
+import gc
 import re
 import signal
+import socket
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -12,9 +14,13 @@ import orjson
 import pytest
 from aiohttp import web
 
+from server.admin.api import Admin
+from server.admin.listener import administered
+from server.admin.local import Administration
 from server.cli import main
+from server.config import load
 from tests.server.conftest import Front, Upstream, answer, body, question, running
-from tiers import DiskCache
+from tiers import Chain, DiskCache, FrequencySketch
 from tiers.disk.file import DATA
 from tiers.disk.opening import MARK
 
@@ -309,6 +315,56 @@ async def test_warming(
     monkeypatch.delenv("OPENAI_API_KEY")
     other = await cache(front.config, "warm", str(file), "--concurrency", "1")
     assert other.said.startswith("hits: 0, misses: 2, ")
+
+
+# What a client has not got rid of when it gives up ends with its process.
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+@pytest.mark.parametrize(
+    "arguments", [["stats"], ["export"], ["verify"], ["import", "small"], ["import", "large"]]
+)
+async def test_a_server_that_says_nothing_is_not_waited_for(
+    cache: Cache, tmp_path: Path, config: Path, monkeypatch, arguments: list[str]
+) -> None:
+    """Not even one that doesn't read what it is sent, as it is more than the system buffers."""
+    monkeypatch.setattr("server.admin.client._SILENT_S", 0.2)
+    if arguments[0] == "import":
+        sizes = {"small": 1, "large": 400}
+        texts = {f"{n}": "x" * 9000 for n in range(sizes[arguments[1]])}
+        arguments = ["import", exported(tmp_path, **texts)]
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "admin.sock"))
+        silent.listen()
+        ended = await cache(config, *arguments)
+    assert (ended.status, ended.said) == (1, "")
+    gc.collect()
+    assert "admin.socket has said nothing for 0.2 seconds; it should be a tierserve" in ended.told
+
+
+async def test_a_server_that_goes_on_is_waited_for(
+    cache: Cache, tmp_path: Path, config: Path, monkeypatch
+) -> None:
+    """It takes five times as long as it may be silent."""
+    monkeypatch.setattr("server.admin.client._SILENT_S", 0.5)
+    monkeypatch.setattr("server.admin.api._SIGN_EVERY_S", 0.05)
+    told = {"entries": 1, "damaged": 0, "problem": None}
+
+    class Slow(Administration):
+        async def verify(self) -> dict:
+            await asyncio.sleep(2.5)
+            return told
+
+        async def take(self, lines) -> dict:
+            async for _ in lines:
+                pass
+            await asyncio.sleep(2.5)
+            return {"stored": 7, "refused": 0, "problems": []}
+
+    chain = Chain([], frequency=FrequencySketch(1), max_answer_bytes=1)
+    admin = Admin(Slow(chain), max_line_bytes=99)
+    async with administered(load(config), admin.answer):
+        assert (await cache(config, "verify")).said == "1 entries, 0 damaged\n"
+        ended = await cache(config, "import", exported(tmp_path, a="{}"))
+        assert ended.said == "stored: 7, refused: 0\n"
 
 
 async def test_whoever_reads_may_stop(cache: Cache, tmp_path: Path, config: Path) -> None:
