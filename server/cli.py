@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import signal
 import sys
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -16,6 +17,8 @@ from server.admin.options import add_cache
 from server.config import Config, ConfigError, load
 from server.shared import masked
 
+# As shells report of a program that SIGPIPE has ended.
+_PIPE_CLOSED = 128 + signal.SIGPIPE
 _names_secret = re.compile(r"(?i)(^|_)(key|token|password|secret)$").search
 
 
@@ -37,20 +40,29 @@ def main(arguments: list[str] | None = None) -> int:
         print(version("tierserve"))
         return 0
     try:
-        config = load(options.config)
-        if options.command == "check":
-            print(_as_yaml(config), end="")
-            return 0
-        if options.command == "simulate":
-            return _simulate(config, options)
-        if options.command == "cache":
-            return run(config, options)
-        from server.app import serve
-
-        return serve(config)
+        status = _run(load(options.config), options)
+        sys.stdout.flush()
     except ConfigError as exc:
         print(*exc.mistakes, sep="\n", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Whoever read has had enough; what is still buffered mustn't fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
+    return status
+
+
+def _run(config: Config, options: argparse.Namespace) -> int:
+    if options.command == "check":
+        print(_as_yaml(config), end="")
+        return 0
+    if options.command == "simulate":
+        return _simulate(config, options)
+    if options.command == "cache":
+        return run(config, options)
+    from server.app import serve
+
+    return serve(config)
 
 
 def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -81,7 +93,7 @@ def _simulate(config: Config, options: argparse.Namespace) -> int:
         traces = [read(file) for file in options.traces]
     except TraceError as exc:
         raise ConfigError([str(exc)]) from exc
-    configs = [limit(config, trace, options.memory, options.disk) for trace in traces]
+    configs = [limit(config, trace, options.memory, options.disk, _say) for trace in traces]
     reports, plots = [], []
     for trace, limited in zip(traces, configs, strict=True):
         told, replay = report(limited, trace, shown, recommends=options.recommend)
@@ -102,6 +114,10 @@ def _simulate(config: Config, options: argparse.Namespace) -> int:
         except OSError as exc:
             raise ConfigError([f"--plot: can't be written: {exc}"]) from exc
     return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _check_plot(file: Path) -> None:

@@ -29,8 +29,7 @@ def run(config: Config, options: argparse.Namespace) -> int:
         "export": _export, "import": _import, "compact": _compact, "verify": _verify,
     }  # fmt: skip
     try:
-        status = asyncio.run(_awaited(actions[options.action](config, options)))
-        sys.stdout.flush()
+        return asyncio.run(_awaited(actions[options.action](config, options)))
     except AdminError as exc:
         _say(str(exc))
         return 2 if exc.status == 400 else 1
@@ -38,15 +37,13 @@ def run(config: Config, options: argparse.Namespace) -> int:
         _say(f"the file can't be used: {exc}")
         return 1
     except BrokenPipeError:
-        # Whoever read has had enough; what is still buffered mustn't fail once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        # Which is no failure of this command's.
+        raise
     except OSError as exc:
         _say(str(exc))
         return 1
     except KeyboardInterrupt:
         return _INTERRUPTED
-    return status
 
 
 async def _awaited(action: Awaitable[int]) -> int:

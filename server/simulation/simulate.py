@@ -17,6 +17,7 @@ from typing import NamedTuple
 import uvloop
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from server import table
 from server.chain import build
 from server.config import Config, ConfigError, DiskTier, MemoryTier
 from server.freshness import FreshnessRules
@@ -94,23 +95,30 @@ class Replay(NamedTuple):
     """The tier's position in the chain, or the number of tiers where none had an answer."""
 
 
-def limit(config: Config, trace: Trace, memory: str | None, disk: str | None) -> Config:
+def limit(
+    config: Config,
+    trace: Trace,
+    memory: str | None,
+    disk: str | None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Config:
     """Return the configuration with other limits of its tiers.
 
     A limit is a size such as `64MiB`, a share of the trace's footprint such as `10%`, or `none`,
-    which leaves the tier out.
+    which leaves the tier out. A share that is less than a tier can have is raised, which `say` is
+    told.
 
     Raises:
         ConfigError: a limit is none of these or too small, or no tier is left.
     """
     tiers = config.tiers
     if memory is not None:
-        max_bytes = _max_bytes("--memory", memory, trace, least=1)
+        max_bytes = _max_bytes("--memory", memory, trace, 1, say)
         tier = tiers.memory or MemoryTier()
         held = None if max_bytes is None else tier.model_copy(update={"max_bytes": max_bytes})
         tiers = tiers.model_copy(update={"memory": held})
     if disk is not None:
-        max_bytes = _max_bytes("--disk", disk, trace, least=MIN_BYTES)
+        max_bytes = _max_bytes("--disk", disk, trace, MIN_BYTES, say)
         on_disk = tiers.disk or DiskTier()
         kept = None if max_bytes is None else on_disk.model_copy(update={"max_bytes": max_bytes})
         tiers = tiers.model_copy(update={"disk": kept})
@@ -135,21 +143,27 @@ def memory_overhead_bytes(policy: str) -> int:
     return header_bytes + MemoryCache(1, policy=policy).overhead_bytes
 
 
-def _max_bytes(option: str, text: str, trace: Trace, *, least: int) -> int | None:
+def _max_bytes(
+    option: str, text: str, trace: Trace, least: int, say: Callable[[str], None]
+) -> int | None:
     if text == NONE:
         return None
+    is_share = text.endswith("%")
     try:
-        if text.endswith("%"):
+        if is_share:
             max_bytes = int(float(text[:-1]) / 100 * trace.footprint_bytes)
         else:
             max_bytes = int(TypeAdapter(ByteSize).validate_python(text))
     except (ValueError, OverflowError, ValidationError):
         raise ConfigError([f"{option}: should be as 64MiB, 10%, or {NONE}, not {text!r}"]) from None
-    if max_bytes < least:
-        raise ConfigError(
-            [f"{option}: should be at least {least} bytes; {text} for {trace.name} is {max_bytes}"]
-        )
-    return max_bytes
+    if max_bytes >= least:
+        return max_bytes
+    if not is_share or max_bytes <= 0:
+        raise ConfigError([f"{option}: should be at least {table.size(least)}, not {text}"])
+    # Who tries a small trace first hasn't chosen so small a size.
+    share = f"{text} of {trace.name} would be {table.size(max_bytes)}"
+    say(f"{option}: {share}, so it is the least that there is, {table.size(least)}")
+    return least
 
 
 def _in(folder: Path, config: Config) -> Config:

@@ -132,13 +132,36 @@ def test_limits_are_sizes_or_shares_of_the_footprint() -> None:
     assert limit(Config(), trace, "1MiB", "none").tiers.disk is None
 
 
+def test_a_share_is_at_least_what_a_tier_can_have(tmp_path: Path, capsys) -> None:
+    file = write(tmp_path, "t.csv", "key,size\na,1000\na,1000\nb,1000\n")
+    assert main(["simulate", str(file), "--disk", "50%", "--json"]) == 0
+    said, told = capsys.readouterr()
+    disk = orjson.loads(said)["traces"][0]["chain"]["tiers"][1]
+    assert (disk["name"], disk["max_bytes"]) == ("disk", 1024**2)
+    expected = "--disk: 50% of t would be 1000B, so it is the least that there is, 1.0MiB\n"
+    assert told == expected
+
+
+def test_whoever_reads_may_stop(tmp_path: Path) -> None:
+    file = write(tmp_path, "t.csv", "key,size\na,1000\n")
+    command = [sys.executable, "-m", "server.cli", "simulate", str(file), "--disk", "none"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 141
+
+
 @pytest.mark.parametrize(
     ("memory", "disk", "said"),
     [
         ("much", None, "--memory: should be as 64MiB, 10%, or none, not 'much'"),
         ("nan%", None, "--memory: should be as"),
-        ("0", None, "--memory: should be at least 1 bytes"),
-        (None, "10%", "--disk: should be at least 1048576 bytes; 10% for seed is 1"),
+        ("0", None, "--memory: should be at least 1B, not 0"),
+        (None, "10KiB", "--disk: should be at least 1.0MiB, not 10KiB"),
+        (None, "0%", "--disk: should be at least 1.0MiB, not 0%"),
         ("none", "none", "tiers: should be at least one"),
     ],
 )
