@@ -3,15 +3,21 @@
 Tags come in the body's field `cache`, as `{"tags": ["…"]}`, which is ours and not the engine's.
 """
 
+import re
 from hashlib import blake2b
 from typing import Any
 
-from tiers.purges import label
+from tiers.key import is_key
+from tiers.purges import KEY, label
 
 ANONYMOUS = "anonymous"
 """The tenant of requests without an `Authorization` header."""
 MAX_TAGS = 16
 MAX_TAG_CHARACTERS = 128
+
+_TAG = f"1 to {MAX_TAG_CHARACTERS} printable characters"
+_TENANT_DIGITS = 16
+_is_tenant = re.compile(f"[0-9a-f]{{{_TENANT_DIGITS}}}").fullmatch
 
 
 class BadRequestError(ValueError):
@@ -39,7 +45,18 @@ def labels_of(model: str, scope: bytes, cache: Any) -> tuple[str, ...]:
 
 def tenant_of(scope: bytes) -> str:
     """Return the name of whoever sends this `Authorization` header, which doesn't reveal it."""
-    return blake2b(scope).hexdigest()[:16] if scope else ANONYMOUS
+    return blake2b(scope).hexdigest()[:_TENANT_DIGITS] if scope else ANONYMOUS
+
+
+def misnamed(kind: str, name: str) -> str | None:
+    """Return what a name of that kind should be, if no entry can ever have the label."""
+    if kind == KEY and not is_key(name):
+        return "64 hexadecimal digits, as `tierserve cache ls` prints them"
+    if kind == "tenant" and name != ANONYMOUS and not _is_tenant(name):
+        return f"{ANONYMOUS}, or 16 hexadecimal digits, as `tierserve cache get` prints them"
+    if kind == "tag" and not _is_tag(name):
+        return _TAG
+    return None
 
 
 def _tags(cache: Any) -> list[str]:
@@ -55,9 +72,7 @@ def _tags(cache: Any) -> list[str]:
         return []
     if not isinstance(tags, list) or len(tags) > MAX_TAGS or not all(map(_is_tag, tags)):
         raise BadRequestError(
-            f"cache.tags should be a list of at most {MAX_TAGS} texts of 1 to {MAX_TAG_CHARACTERS} "
-            "printable characters",
-            "cache.tags",
+            f"cache.tags should be a list of at most {MAX_TAGS} texts, each of {_TAG}", "cache.tags"
         )
     return tags
 

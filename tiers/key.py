@@ -1,7 +1,11 @@
 """Keys: what an entry is found by."""
 
+import re
 from hashlib import blake2b
 from struct import Struct
+
+is_key = re.compile("[0-9a-f]{64}").fullmatch
+"""Tells what `digest` may have returned."""
 
 _LENGTH = Struct(">Q").pack
 

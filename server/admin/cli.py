@@ -127,6 +127,10 @@ async def _purge(config: Config, options: argparse.Namespace) -> int:
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             _say("nothing was purged")
             return 1
+    if kind == "model" and not config.engine.upstreams:
+        for name in names:
+            if name != (ours := config.model.name):
+                _say(f"note: model.name is {ours}, so {name} can only be an adapter of it")
     async with _operations(config) as operations:
         purged = await operations.purge(kind, names)
     what = "everything" if kind == ALL else ", ".join(purged[:_NAMED])

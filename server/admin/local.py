@@ -13,10 +13,14 @@ from server.admin.operations import STOP_FIRST, AdminError, Operations, Query
 from server.admin.pace import Pace
 from server.chain import build
 from server.config import Config
+from server.labels import misnamed
 from tiers import Chain, DiskCache, MemoryCache, PurgeError, Tier
 from tiers.backend import ByteCache
 from tiers.disk import check
 from tiers.purges import ALL, MAX_LABELS, label
+
+# Of a name that can't be.
+_SHOWN = 64
 
 
 class Administration(Operations):
@@ -54,8 +58,12 @@ class Administration(Operations):
 
     async def purge(self, kind: str, names: Sequence[str] = ()) -> list[str]:
         if kind != ALL and not 0 < len(names) <= MAX_LABELS:
-            should = f"{kind} should have from 1 to {MAX_LABELS} names at once, not {len(names)}"
-            raise AdminError(400, f"{should}; nothing was purged.", param=kind)
+            problem = f"{kind} should have from 1 to {MAX_LABELS} names at once, not {len(names)}"
+            raise AdminError(400, f"{problem}; nothing was purged.", param=kind)
+        for name in names:
+            if (should := misnamed(kind, name)) is not None:
+                problem = f"{kind} should be {should}, not {name[:_SHOWN]!r}; nothing was purged."
+                raise AdminError(400, problem, param=kind)
         labels = [ALL] if kind == ALL else [label(kind, name) for name in names]
         try:
             await self._chain.purge(*labels)

@@ -89,7 +89,8 @@ def counts(**of: int) -> str:
 async def test_a_file_is_administered_while_no_server_runs(
     cache: Cache, tmp_path: Path, config: Path
 ) -> None:
-    file = exported(tmp_path, a="{}", ab="{}", b="{}")
+    a, ab, b = "a" * 64, "ab" * 32, "b" * 64
+    file = exported(tmp_path, **dict.fromkeys((a, ab, b), "{}"))
     made = await cache(config, "import", file)
     assert made.status == 0
     assert made.said == counts(stored=3)
@@ -97,16 +98,18 @@ async def test_a_file_is_administered_while_no_server_runs(
     assert f"in {tmp_path / 'disk'}, since no server answers at " in made.told
     rows = (await cache(config, "ls", "--prefix", "a", "--json")).rows
     assert [(row["key"], row["tiers"], row["bytes"]) for row in rows] == [
-        ("a", ["disk"], 2), ("ab", ["disk"], 2),
+        (a, ["disk"], 2), (ab, ["disk"], 2),
     ]  # fmt: skip
     (memory_is_not_there,) = orjson.loads((await cache(config, "stats", "--json")).said)["tiers"]
     assert (memory_is_not_there["tier"], memory_is_not_there["entries"]) == ("disk", 3)
-    assert (await cache(config, "get", "a", "--raw")).said == "{}"
-    assert (await cache(config, "purge", "--key", "a", "b")).status == 0
-    gone = await cache(config, "get", "a")
+    assert (await cache(config, "get", a, "--raw")).said == "{}"
+    purged = await cache(config, "purge", "--key", a, "--key", b)
+    assert purged.status == 0
+    assert f"purged key:{a}, key:{b}: nothing of it from before is given out" in purged.told
+    gone = await cache(config, "get", a)
     assert (gone.status, gone.said) == (1, "")
     assert "There is no entry under this key." in gone.told
-    assert [row["key"] for row in (await cache(config, "ls", "--all", "--json")).rows] == ["ab"]
+    assert [row["key"] for row in (await cache(config, "ls", "--all", "--json")).rows] == [ab]
     assert (await cache(config, "verify")).said == "3 entries, 0 damaged\n"
     compacted = await cache(config, "compact")
     assert re.fullmatch(r"[\d.]+KiB before, [\d.]+KiB after\n", compacted.said)
@@ -163,6 +166,19 @@ async def test_purges_by_label(cache: Cache, front: Front) -> None:
         ended = await cache(front.config, "purge", *how)
         assert (ended.status, ended.said) == (0, "")
         assert "fwd=miss" in (await front.ask(asked))[1]
+
+
+async def test_a_model_that_the_configuration_does_not_name_is_noted(
+    cache: Cache, tmp_path: Path
+) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text(f"{{model: {{name: m}}, tiers: {{disk: {{path: {tmp_path / 'disk'}}}}}}}")
+    await cache(file, "import", exported(tmp_path, a="{}"))
+    for name in ("m", "n"):
+        ended = await cache(file, "purge", "--model", name)
+        assert ended.status == 0
+        noted = "note: model.name is m, so n can only be an adapter of it" in ended.told
+        assert noted is (name == "n")
 
 
 async def test_damage_is_found_and_repaired(cache: Cache, tmp_path: Path, config: Path) -> None:
@@ -268,6 +284,10 @@ async def test_wrong_queries_are_wrong_use(cache: Cache, tmp_path: Path, config:
         (["ls", "--tier", "memory"], "tier should be one of disk"),
         (["ls", "--after", "x"], "after should be as the page before gave it"),
         (["purge", "--model", ""], "a label should be"),
+        (["purge", "--key", "k"], "key should be 64 hexadecimal digits, as `tierserve cache ls`"),
+        (["purge", "--key", "A" * 64], "nothing was purged"),
+        (["purge", "--tenant", "alice"], "tenant should be anonymous, or 16 hexadecimal digits"),
+        (["purge", "--tag", "a\nb"], "tag should be 1 to 128 printable characters, not 'a\\nb'"),
     ):
         ended = await cache(config, *arguments)
         assert (ended.status, ended.said) == (2, "")
