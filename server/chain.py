@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from math import inf
+from pathlib import Path
 from random import random
 
 from server.config import Config, ConfigError, SharedTier, Tiers
@@ -74,7 +75,7 @@ def build(
                 clock=clock,
             )
         except OSError as exc:
-            raise ConfigError([f"tiers.disk.path: should be a folder for us alone: {exc}"]) from exc
+            raise _no_folder(on_disk.path, exc) from exc
         farther.append(Tier(disk.NAME, disk, clock=clock))
     copies = Copies()
     purges = _purges(disk, clock)
@@ -139,7 +140,7 @@ def build_turns(config: Config, chain: Chain) -> Turns:
         try:
             leases.append(FileLeases(disk.path))
         except OSError as exc:
-            raise ConfigError([f"tiers.disk.path: should be a folder for us alone: {exc}"]) from exc
+            raise _no_folder(disk.path, exc) from exc
     leases += [
         SharedLeases(tier.backend, deadline_s=tier.deadline_s)
         for tier in chain.tiers
@@ -152,9 +153,15 @@ def _shared(config: SharedTier, clock: Callable[[], float]) -> Tier:
     try:
         server = open_cache(config.url)
     except OSError as exc:
-        raise ConfigError([f"tiers.shared.url: its TLS files can't be used: {exc}"]) from exc
+        problem = f"its TLS files can't be used: {exc.strerror or exc}"
+        raise ConfigError([f"tiers.shared.url: {problem}"]) from exc
     deadline_s = config.deadline_ms / 1000
     return Tier(NAME, server, deadline_s=deadline_s, shared=True, clock=clock)
+
+
+def _no_folder(path: Path, exc: OSError) -> ConfigError:
+    should = f"should be a folder for us alone, not {path}: {exc.strerror or exc}"
+    return ConfigError([f"tiers.disk.path: {should}"])
 
 
 def _sketch_keys(tiers: Tiers) -> int:

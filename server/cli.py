@@ -112,7 +112,8 @@ def _simulate(config: Config, options: argparse.Namespace) -> int:
         try:
             draw(options.plot, plots)
         except OSError as exc:
-            raise ConfigError([f"--plot: can't be written: {exc}"]) from exc
+            should = f"should be a file that we can write, not {options.plot}"
+            raise ConfigError([f"--plot: {should}: {exc.strerror or exc}"]) from exc
     return 0
 
 

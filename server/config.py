@@ -298,7 +298,9 @@ def load(file: Path) -> Config:
     """
     try:
         data = yaml.load(file.read_text(encoding="utf-8"), _Loader)  # noqa: S506
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+    except OSError as exc:
+        raise ConfigError([f"{file}: should be a file to read: {exc.strerror}"]) from exc
+    except (UnicodeDecodeError, yaml.YAMLError) as exc:
         raise ConfigError([f"{file}: can't be read as YAML: {exc}"]) from exc
     if data is None:
         data = {}

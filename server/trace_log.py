@@ -61,7 +61,8 @@ class TraceLog:
             self._file = _open(path)
             self._bytes = _drop_half_line(self._file)
         except OSError as exc:
-            raise ConfigError([f"log.trace: should be a file that we can write: {exc}"]) from exc
+            should = f"should be a file that we can write, not {path}: {exc.strerror or exc}"
+            raise ConfigError([f"log.trace: {should}"]) from exc
         self._waiting: deque[_Line] = deque()
         self._unqueued = self._unwritten = self._told = 0
         self._closing = threading.Event()

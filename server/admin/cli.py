@@ -5,7 +5,7 @@ import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,9 @@ def run(config: Config, options: argparse.Namespace) -> int:
         # Which is no failure of this command's.
         raise
     except OSError as exc:
-        _say(str(exc))
+        # As the system says it, without its number.
+        of = f"{exc.filename}: " if exc.filename else ""
+        _say(f"{of}{exc.strerror or exc}")
         return 1
     except KeyboardInterrupt:
         return _INTERRUPTED
@@ -142,7 +144,8 @@ async def _purge(config: Config, options: argparse.Namespace) -> int:
 async def _warm(config: Config, options: argparse.Namespace) -> int:
     from server.admin.warm import warm
 
-    warmed = await warm(config, options.file, options.concurrency, _say)
+    with _named("a JSONL file that can be read", options.file):
+        warmed = await warm(config, options.file, options.concurrency, _say)
     told = {name.replace("_", " "): count for name, count in warmed._asdict().items()}
     print(", ".join(f"{name}: {count:,}" for name, count in told.items()))
     return int(bool(warmed.errors or warmed.malformed))
@@ -159,8 +162,9 @@ async def _export(config: Config, options: argparse.Namespace) -> int:
         file = Path(options.file)
         new = file.with_name(f"{file.name}.new")
         try:
-            await _write(new, lines)
-            new.replace(file)
+            with _named("where a file can be made", file):
+                await _write(new, lines)
+                new.replace(file)
         except BaseException:
             new.unlink(missing_ok=True)
             raise
@@ -171,11 +175,13 @@ async def _import(config: Config, options: argparse.Namespace) -> int:
     from server.admin.exports import max_line_bytes
     from server.admin.lines import split
 
-    with (
-        os.fdopen(os.dup(sys.stdin.fileno()), "rb")
-        if options.file == "-"
-        else open(options.file, "rb") as source  # noqa: ASYNC230, PTH123
-    ):
+    with _named("an export that can be read", options.file):
+        source = (
+            os.fdopen(os.dup(sys.stdin.fileno()), "rb")
+            if options.file == "-"
+            else open(options.file, "rb")  # noqa: ASYNC230, PTH123, SIM115
+        )
+    with source:
         async with _operations(config, makes_file=True) as operations:
             pieces = _pieces(iter(lambda: source.read(_PIECE_BYTES), b""))
             told = await operations.take(split(pieces, max_line_bytes(config)))
@@ -263,6 +269,17 @@ def _file(config: Config) -> Path:
         raise AdminError(404, f"{nobody}, and there is no file of a disk tier in {disk.path}")
     _say(f"in {disk.path}, since {nobody}")
     return disk.path
+
+
+@contextmanager
+def _named(should: str, file: Path | str) -> Iterator[None]:
+    """Have it said that FILE should be another where the system refuses it."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.filename is None:
+            raise
+        raise OSError(f"FILE should be {should}, not {file}: {exc.strerror}") from exc
 
 
 def _as_row(row: dict[str, Any]) -> str:

@@ -75,7 +75,7 @@ async def warm(config: Config, file: Path, concurrency: int, say: Callable[[str]
         total=None, sock_connect=_CONNECT_S, sock_read=config.engine.timeout_s
     )
     async with aiohttp.ClientSession(_url(config), headers=headers, timeout=timeout) as session:
-        await _check(session)
+        await _check(session, _url(config))
         free = asyncio.Semaphore(concurrency)
 
         async def send(asked: Asked) -> None:
@@ -94,13 +94,14 @@ async def warm(config: Config, file: Path, concurrency: int, say: Callable[[str]
     return Warmed(**counts)
 
 
-async def _check(session: aiohttp.ClientSession) -> None:
+async def _check(session: aiohttp.ClientSession, url: str) -> None:
     try:
         async with session.get("/health"):
             pass
     except (aiohttp.ClientError, OSError) as exc:
         # The address is the user's own.
-        raise AdminError(502, f"no server answers: {exc}") from exc
+        should = "server.host and server.port should be those of a running server"
+        raise AdminError(502, f"no server answers at {url}; {should}") from exc
 
 
 async def _send(session: aiohttp.ClientSession, asked: Asked) -> tuple[str, str]:

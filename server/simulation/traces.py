@@ -100,7 +100,9 @@ def _rows(path: Path) -> Iterator[tuple[int, Row]]:
             rows = csv.DictReader(file)
             for row in rows:
                 yield rows.line_num, row
-    except (OSError, UnicodeDecodeError, csv.Error) as exc:
+    except OSError as exc:
+        raise _unreadable(path, exc) from exc
+    except (UnicodeDecodeError, csv.Error) as exc:
         raise TraceError(f"{path}: can't be read as CSV: {exc}") from exc
 
 
@@ -118,7 +120,11 @@ def _lines(path: Path) -> Iterator[tuple[int, Row]]:
                     raise TraceError(f"{path}:{number}: should be a JSON object")
                 yield number, row
     except OSError as exc:
-        raise TraceError(f"{path}: can't be read: {exc}") from exc
+        raise _unreadable(path, exc) from exc
+
+
+def _unreadable(path: Path, exc: OSError) -> TraceError:
+    return TraceError(f"{path}: should be a file that can be read: {exc.strerror}")
 
 
 def _parser(first: Row) -> Callable[[Row], Request]:

@@ -76,7 +76,7 @@ async def test_a_file_that_can_not_be_written_is_a_mistake(tmp_path: Path) -> No
     environment = os.environ | {"TIERSERVE__LOG__TRACE": "no/trace.jsonl"}
     ended = subprocess.run(front.command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 2
-    assert "log.trace: should be a file that we can write: [Errno 2]" in ended.stderr
+    assert "log.trace: should be a file that we can write, not " in ended.stderr
     with pytest.raises(ConfigError, match=r"log\.trace"):
         TraceLog(tmp_path, 1000)
 

@@ -115,6 +115,9 @@ async def test_a_file_is_administered_while_no_server_runs(
     assert re.fullmatch(r"[\d.]+KiB before, [\d.]+KiB after\n", compacted.said)
     exported_ = await cache(config, "export")
     assert len(exported_.said.splitlines()) == 3
+    nowhere = await cache(config, "export", "/no/e")
+    assert nowhere.status == 1
+    assert "FILE should be where a file can be made, not /no/e: No such file" in nowhere.told
 
 
 async def test_a_running_server_is_administered_and_its_leftovers(
@@ -260,8 +263,9 @@ async def test_damaged_lines_are_named(cache: Cache, tmp_path: Path, config: Pat
         (["export"], 1, "there is no file of a disk tier in "),
         (["compact"], 1, "there is no file of a disk tier in "),
         (["verify"], 1, "there is no file of a disk tier in "),
-        (["import", "/nowhere"], 1, "No such file"),
-        (["warm", "/dev/null"], 1, "no server answers: "),
+        (["import", "/no/e"], 1, "FILE should be an export that can be read, not /no/e: No such"),
+        (["warm", "/no/e"], 1, "FILE should be a JSONL file that can be read, not /no/e: No such"),
+        (["warm", "/dev/null"], 1, "server.host and server.port should be those of a running"),
         (["ls", "--limit", "0"], 2, "should be a number from 1 on, not '0'"),
         (["purge"], 2, "one of the arguments --key --model --tenant --tag --all is required"),
         (["purge", "--key", "k", "--all"], 2, "not allowed with"),
@@ -275,6 +279,7 @@ async def test_what_can_t_be_done_is_named(
     ended = await cache(config, *arguments)
     assert (ended.status, ended.said) == (status, "")
     assert said in ended.told
+    assert "Errno" not in ended.told
     assert not (config.parent / "disk").exists()
 
 
