@@ -156,11 +156,8 @@ class Listing:
         while len(self._walks) >= _WALKS:
             del self._walks[next(iter(self._walks))]
         self._walks[query] = walk
-        asyncio.get_running_loop().call_later(_KEPT_S, self._drop, query, walk)
-
-    def _drop(self, query: Query, walk: Iterator[tuple[int, str]]) -> None:
-        if self._walks.get(query) is walk:
-            del self._walks[query]
+        # A timer that knew the walk itself would keep it when others have taken its place.
+        asyncio.get_running_loop().call_later(_KEPT_S, self._walks.pop, query, None)
 
     async def _page_of_disk(
         self,

@@ -1,5 +1,7 @@
 """Pages of the memory tier: each entry once, in one order, however they are asked for."""
 
+import asyncio
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -81,6 +83,19 @@ async def test_few_lists_are_kept_at_once() -> None:
     for limit in range(1, 10):
         await keys_of(listed, limit=limit)
     assert len(listed._walks) == listing._WALKS
+
+
+async def test_a_list_that_nobody_goes_on_with_is_dropped(monkeypatch) -> None:
+    monkeypatch.setattr(listing, "_KEPT_S", 0)
+    chain, backend = await made({f"{n}": 0 for n in range(10)})
+    listed = Listing(chain, chain.tiers)
+    first, after = await keys_of(listed, limit=5)
+    async with asyncio.timeout(20):
+        while listed._walks:  # noqa: ASYNC110 - a timer drops it.
+            await asyncio.sleep(0)
+    second, _ = await keys_of(listed, limit=5, after=after)
+    assert [*first, *second] == [f"{n}" for n in range(10)]
+    assert backend.walks == 2
 
 
 @pytest.mark.parametrize("after", ["x:y", "memory:x:y"])
