@@ -27,9 +27,10 @@ from server.listener import listen, make_server
 from server.logs import AccessLog, LogStream, configure
 from server.metrics import Metrics
 from server.middleware import wrap
-from server.openai import ROUTES, OpenAI
+from server.openai import OpenAI
 from server.passthrough import forward
 from server.responses import unavailable
+from server.routes import ROUTES, keeps_responses
 from server.trace_log import TraceLog
 from server.upstream import UnavailableError, Upstream, Upstreams
 from server.websocket import forward_websocket, is_asked_for
@@ -118,6 +119,7 @@ async def _serve(
         model=config.model.name,
         freshness=FreshnessRules(config.cache).of,
         cache_all=config.cache.nondeterministic == "always",
+        engine_keeps=keeps_responses((os.environ, config.engine.env)),
     )
     admin = Admin(Administration(chain), max_line_bytes=max_line_bytes(config))
 

@@ -1,25 +1,28 @@
 """Answers out of what an engine sends, and either form out of the other.
 
 The engine's JSON is kept as it came but for marks: bytes that JSON forbids unescaped (RFC 8259,
-section 7) and that therefore can't be part of an answer. They stand for the `id` and `created` at
-the top level, and around what belongs only into a stream without token counts.
+section 7) and that therefore can't be part of an answer. They stand for what is fresh each time an
+answer is given (`server.shapes`), and around what belongs only into a stream without token counts.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import orjson
 
+from server.shapes import CHOICES, FLAT, Shape
 from tiers import Answer, Form
 from tiers.answer import CREATED, ID
 
-DONE = b"data: [DONE]\n\n"
-"""What ends a stream."""
-
 _UNCOUNTED, _END = b"\x02", b"\x03"
-_MARKS = {"id": b'"' + ID + b'"', "created": CREATED}
-_UNFINISHED = (None, "abort", "error")
+_MARKS = CHOICES.fresh
+# Of a body, what stands before the first value that has others in it.
+_head = re.compile(rb'\s*\{(?:[^"{}\[\]]|"[^"\\]*")*').match
+_fresh_fields = tuple(
+    (re.compile(rb'("%s"\s*:\s*)("[^"\\]*"|\d+)' % name.encode()), mark)
+    for name, mark in FLAT.fresh.items()
+)
 _without_uncounted = re.compile(_UNCOUNTED + b"[^" + _END + b"]*" + _END).sub
 
 
@@ -27,17 +30,52 @@ class NotConvertibleError(ValueError):
     """The answer isn't of the shape that the other form could be made of."""
 
 
-def template(parsed: dict[str, Any]) -> bytes:
-    """Return JSON in which marks stand for the values of `id` and `created`."""
-    fields = (
-        orjson.dumps(k) + b":" + (_MARKS.get(k) or orjson.dumps(v)) for k, v in parsed.items()
-    )
+def template(
+    parsed: dict[str, Any], marks: Mapping[str, bytes] = _MARKS, within: str | None = None
+) -> bytes:
+    """Return JSON in which marks stand for the values of some fields.
+
+    Args:
+        parsed: the JSON.
+        marks: by the names of the fields.
+        within: the field whose value has these fields, if not the whole of it.
+    """
+    if within is None:
+        fields = [_field(name, marks.get(name) or orjson.dumps(v)) for name, v in parsed.items()]
+    else:
+        fields = [
+            _field(
+                name, template(v, marks) if name == within and v is not None else orjson.dumps(v)
+            )
+            for name, v in parsed.items()
+        ]
     return b"{" + b",".join(fields) + b"}"
 
 
-def event(parsed: dict[str, Any]) -> bytes:
-    """Return a server-sent event for one chunk, as a template."""
-    return b"data: " + template(parsed) + b"\n\n"
+def _field(name: str, value: bytes) -> bytes:
+    return orjson.dumps(name) + b":" + value
+
+
+def event(parsed: dict[str, Any], shape: Shape = CHOICES, kind: bytes = b"") -> bytes:
+    """Return a server-sent event for one chunk, as a template; `kind` is its type, if any."""
+    line = b"event: " + kind + b"\n" if kind else b""
+    return line + b"data: " + template(parsed, shape.fresh, shape.within) + b"\n\n"
+
+
+def flat(raw: bytes) -> bytes | None:
+    """Return a body as a template that is read only where it begins.
+
+    `None` if it isn't an object, or is an error.
+    """
+    found = _head(raw)
+    if found is None or ID in raw or CREATED in raw:
+        return None
+    head = found[0]
+    if b'"error"' in head:
+        return None
+    for field, mark in _fresh_fields:
+        head = field.sub(rb"\g<1>" + mark, head, count=1)
+    return head + raw[found.end() :]
 
 
 def stamped(last: bytes, usage: dict[str, Any]) -> bytes:
@@ -62,18 +100,13 @@ def counted(content: bytes, *, wants_usage: bool) -> bytes:
     return content.replace(_UNCOUNTED, b"").replace(_END, b"")
 
 
-def rendered(answer: Answer, id_: bytes, created: int, *, wants_usage: bool) -> bytes:
-    """Return an answer in its own form, all of it, as a client gets it."""
+def rendered(answer: Answer, id_: bytes, created: int, *, wants_usage: bool, done: bytes) -> bytes:
+    """Return an answer in its own form, all of it, as a client gets it; `done` ends a stream."""
     content = answer.content
     if answer.form is Form.EVENTS:
         usage = answer.usage if wants_usage else b""
-        content = counted(content, wants_usage=wants_usage) + usage + DONE
+        content = counted(content, wants_usage=wants_usage) + usage + done
     return fill(content, id_, created)
-
-
-def is_finished(choices: Any) -> bool:
-    """Whether every choice of a body ended by itself."""
-    return bool(choices) and all(c.get("finish_reason") not in _UNFINISHED for c in choices)
 
 
 def as_form(answer: Answer, form: Form) -> Answer:

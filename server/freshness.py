@@ -12,7 +12,7 @@ class FreshnessRules:
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
-        # Of routes there are two, of names as many as the engine has.
+        # Of routes there are few, of names as many as the engine has.
         self.of = lru_cache(1024)(self._of)
 
     def _of(self, route: str, model: str) -> Freshness:

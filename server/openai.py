@@ -9,6 +9,7 @@ from math import floor, inf
 
 import aiohttp
 from aiohttp import hdrs, web
+from multidict import istr
 
 from server import convert
 from server.control import Control, control_of
@@ -26,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 _JSON = "application/json"
 _SSE = "text/event-stream; charset=utf-8"
-_ID_PREFIX = {"/v1/chat/completions": "chatcmpl-", "/v1/completions": "cmpl-"}
-ROUTES = tuple(_ID_PREFIX)
+# Anthropic's clients send their key there.
+_X_API_KEY = istr("X-Api-Key")
 # Below a millisecond or two; more would stop all others.
 _CONVERT_INLINE_BYTES = 64 * 1024
 # Above, those who wait for an answer need the engine more.
@@ -46,6 +47,7 @@ class OpenAI:
         model: the model that a body without one means.
         freshness: tells how long the answers of a route and a model are good for.
         cache_all: whether requests that ask for chance are cached too.
+        engine_keeps: whether the engine keeps answers itself, under ids that it gives.
     """
 
     def __init__(
@@ -59,18 +61,18 @@ class OpenAI:
         model: str,
         freshness: Callable[[str, str], Freshness],
         cache_all: bool,
+        engine_keeps: bool = False,
     ) -> None:
         self._chain, self._flights, self._turns = chain, flights, turns
         self._upstreams = upstreams
         self._identity, self._model, self._freshness = identity, model, freshness
-        self._cache_all = cache_all
+        self._cache_all, self._engine_keeps = cache_all, engine_keeps
 
     async def answer(self, http: HttpRequest) -> web.StreamResponse:
         """Answer from a tier, from a running flight, or from the engine."""
         raw = await http.body()
         try:
-            scope = http.headers.get(hdrs.AUTHORIZATION, "")
-            request = parse(http.path, raw, scope, self._identity(), self._model)
+            request = parse(http.path, raw, _scope(http), self._identity(), self._model)
         except BadRequestError as exc:
             return error_response(400, str(exc), param=exc.param)
         control = control_of(", ".join(http.headers.getall(hdrs.CACHE_CONTROL, ())))
@@ -91,6 +93,7 @@ class OpenAI:
         return (
             request.repeatable
             and (request.deterministic or self._cache_all)
+            and not (request.is_to_be_kept_there and self._engine_keeps)
             and "?" not in http.raw_path
             and content_type.partition(";")[0].strip().lower() == _JSON
         )
@@ -123,7 +126,7 @@ class OpenAI:
                 return await self._render_hit(http, request, hit, f"fwd=stale{status}")
             failed = _failed(exc)
             failed.headers["Cache-Status"] = told()
-            http.outcome = ("engine", "error")
+            http.outcome = ("engine", "error" if failed.status >= 400 else "pass")
             return failed
 
     def _stands_in(self, request: Request, hit: Hit, exc: Exception) -> bool:
@@ -165,7 +168,7 @@ class OpenAI:
                 pass
             _note(http, request, flight)
             return await _render(http, request, _answer_of(flight), told())
-        id_, created = _fresh(http)
+        id_, created = _fresh(http, request)
         response: web.StreamResponse | None = None
         try:
             async for event in listener:
@@ -177,11 +180,11 @@ class OpenAI:
             if response is None or http.transport is None:
                 raise
             http.outcome = ("engine", "error")
-            return await _cut(response, _failed(exc))
+            return await _cut(response, _failed(exc), named=not request.route.shape.done)
         _note(http, request, flight)
         response = response or await _begin(http, told())
         tail = _answer_of(flight).usage if request.wants_usage else b""
-        await http.send(response, convert.fill(tail, id_, created) + convert.DONE)
+        await http.send(response, convert.fill(tail, id_, created) + request.route.shape.done)
         await response.write_eof()
         return response
 
@@ -202,14 +205,18 @@ class OpenAI:
         """Have an engine answer, publish what it says, and store a finished answer."""
         started = time.monotonic()
         async with self._upstreams.request(
-            "POST", request.route, data=request.body, headers=headers
+            "POST", request.path, data=request.body, headers=headers
         ) as reply:
             answer, finished = await record(
-                reply, request.form, flight.publish, self._flights.max_bytes
+                reply,
+                request.route.shape,
+                request.form,
+                flight.publish,
+                self._flights.max_bytes,
             )
         flight.end(answer, kept=finished)
         if finished:
-            freshness = self._freshness(request.route, request.model)
+            freshness = self._freshness(request.route.path, request.model)
             took_s = time.monotonic() - started
             await self._chain.store(
                 request.key, answer, freshness, origin=flight.origin, took_s=took_s
@@ -222,7 +229,10 @@ async def _render(
     """Return a finished answer in the form that was asked for."""
     if answer.form is not request.form:
         answer = await _as_form(answer, request.form)
-    body = convert.rendered(answer, *_fresh(http), wants_usage=request.wants_usage)
+    id_, created = _fresh(http, request)
+    body = convert.rendered(
+        answer, id_, created, wants_usage=request.wants_usage, done=request.route.shape.done
+    )
     content_type = _SSE if answer.form is Form.EVENTS else _JSON
     return Whole(http, content_type, status, age_s, body)
 
@@ -284,9 +294,17 @@ def _note(http: HttpRequest, request: Request, flight: Flight) -> None:
         http.found = request, _answer_of(flight)
 
 
-def _fresh(http: HttpRequest) -> tuple[bytes, int]:
+def _scope(http: HttpRequest) -> str:
+    """Return who asks, as far as the headers tell it."""
+    key = http.headers.get(_X_API_KEY)
+    scope = http.headers.get(hdrs.AUTHORIZATION, "")
+    # No header has a line's end in it.
+    return scope if key is None else f"{scope}\n{key}"
+
+
+def _fresh(http: HttpRequest, request: Request) -> tuple[bytes, int]:
     """Return the `id` and `created` of an answer given now."""
-    return (_ID_PREFIX[http.path] + http.id).encode(), int(time.time())
+    return (request.route.id_prefix + http.id).encode(), int(time.time())
 
 
 def _cannot_answer(exc: Exception) -> bool:
@@ -300,9 +318,17 @@ def _failed(exc: Exception) -> web.Response:
     return unavailable(exc) if isinstance(exc, UnavailableError) else failure(exc)
 
 
-async def _cut(response: web.StreamResponse, failed: web.Response) -> web.StreamResponse:
-    """End a stream that has begun: an error event, and no `[DONE]`."""
+async def _cut(
+    response: web.StreamResponse, failed: web.Response, *, named: bool
+) -> web.StreamResponse:
+    """End a stream that has begun: an error event, and no `[DONE]`.
+
+    Where events are `named` it is, too, and its data has the type that it would have of vLLM.
+    """
     if isinstance(failed.body, bytes):
-        await response.write(b"data: " + failed.body.replace(b"\n", b" ") + b"\n\n")
+        data = failed.body.replace(b"\n", b" ")
+        if named:
+            data = data.replace(b"{", b'{"type":"error",', 1)
+        await response.write(b"event: error\n" * named + b"data: " + data + b"\n\n")
     await response.write_eof()
     return response

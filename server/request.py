@@ -1,75 +1,76 @@
 """A request that may be cached: what it asks for, and the key of its answer.
 
-The canonical request is the parsed body without what can't change the answer, its own keys and
-those of each message sorted. Everything else is kept as it was sent, the order inside tool and
-JSON schemas included, since prompts are rendered from it; and so are fields that we don't know,
-so a new field can never cause a wrong hit.
+A key is the digest of who may share the answer (the scope), of what gives it (`server.identity`),
+of the route, and of the canonical request: the parsed body, in which
+
+- the fields at the top and those of each message are sorted, as are a `logit_bias`'s tokens, and
+  numbers at the top and in a `logit_bias` that are whole are integers;
+- the model is named, the default one where the body names none;
+- what changes no answer is left out: `stream` and `stream_options`, as far as either form of the
+  answer makes the other, and what the route calls irrelevant (`server.routes`), such as `user`;
+- what the route calls a default is left out, since vLLM takes it for the same as absence;
+- `cache`, which is meant for us, is left out.
+
+Everything else is kept as it was sent: the order inside tools, JSON schemas and arguments, since
+prompts are rendered from it; values of a type that the engine refuses or judges by itself; and
+fields that we don't know, so a new field can never cause a wrong hit. Whitespace, escapes, and
+the way in which a number is written don't outlive parsing. Of a field that is there twice the last
+counts, as for vLLM. What isn't JSON by RFC 8259 (NaN), what isn't text (lone surrogates), and what
+is nested too deeply has no key: it is refused.
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import orjson
 
 from server.labels import BadRequestError, labels_of
+from server.routes import ROUTES, Route
+from server.shapes import CHOICES
 from tiers import Form, digest
 
-# What vLLM answers alike in a body and in a stream. Of anything else it may leave out or refuse
-# something in one of them, so there the form is part of the key.
-_ALIKE_IN_BOTH_FORMS = frozenset(
-    {
-        "cache_salt", "chat_template_kwargs", "frequency_penalty", "ignore_eos", "logit_bias",
-        "logprobs", "max_completion_tokens", "max_tokens", "messages", "metadata", "min_p",
-        "min_tokens", "model", "n", "parallel_tool_calls", "presence_penalty", "priority", "prompt",
-        "reasoning_effort", "repetition_penalty", "request_id", "response_format", "seed",
-        "skip_special_tokens", "stop", "stop_token_ids", "stream", "stream_options",
-        "structured_outputs", "temperature", "tool_choice", "tools", "top_k", "top_logprobs",
-        "top_p", "user",
-    }
-)  # fmt: skip
-# They name what exists at one moment only.
-_UNREPEATABLE = ("kv_transfer_params", "ec_transfer_params")
-_IRRELEVANT = frozenset({"stream", "user", "metadata", "request_id", "priority"})
-_NULL_IS_ABSENT = frozenset(
-    {
-        "frequency_penalty", "logit_bias", "max_completion_tokens", "max_tokens", "n",
-        "presence_penalty", "response_format", "seed", "stop", "temperature", "top_p",
-    }
-)  # fmt: skip
 # orjson makes floats of integers beyond 64 bits, so two of them could share a key.
 _has_huge_integer = re.compile(rb"-[0-9]{19}|[0-9]{20}").search
 _CONTINUOUS = "continuous_usage_stats"
+_HOLDS_PARTS = ("content", "file", "output", "source")
+_NAMES_OTHERS = ("file_id", "uuid")
+_CLIENTS_TOOLS = (None, "function", "custom", "namespace")
 # Together they bound the bodies that are remembered to 16 MiB.
 _REMEMBERED = 1024
 _REMEMBERED_BYTES = 16 * 1024
 
 
 class Request(NamedTuple):
-    """One parsed request: `route` is its path, `body` what the engine is to be sent."""
+    """One parsed request."""
 
-    route: str
+    route: Route
+    path: str
+    """The one of the route's paths that it was asked by."""
     model: str
     labels: tuple[str, ...]
     """By what its answer may be purged, beside its key."""
     raw: bytes
     """The body as it was received, but for what is meant for us alone."""
     body: bytes
+    """What the engine is to be sent."""
     form: Form
     wants_usage: bool
     deterministic: bool
     repeatable: bool
     """Whether the same request means the same tomorrow."""
+    is_to_be_kept_there: bool
+    """Whether an engine that keeps answers itself would keep this one."""
     key: str
 
 
-def parse(route: str, raw: bytes, scope: str, identity: str, default_model: str) -> Request:
+def parse(path: str, raw: bytes, scope: str, identity: str, default_model: str) -> Request:
     """Parse a body and derive its key. A body that comes again byte for byte is remembered.
 
     Args:
-        route: the request's path.
+        path: the request's, one of `ROUTES`.
         raw: the body as received.
         scope: who may share the answer.
         identity: which weights, engine and options give the answer.
@@ -79,10 +80,54 @@ def parse(route: str, raw: bytes, scope: str, identity: str, default_model: str)
         BadRequestError: the body isn't a JSON object, or its field `cache` isn't as it should be.
     """
     look = _remembered if len(raw) <= _REMEMBERED_BYTES else _parse
-    return look(route, raw, scope, identity, default_model)
+    return look(path, raw, scope, identity, default_model)
 
 
-def _parse(route: str, raw: bytes, scope: str, identity: str, default_model: str) -> Request:
+def _parse(path: str, raw: bytes, scope: str, identity: str, default_model: str) -> Request:
+    route = ROUTES[path]
+    body = _read(raw)
+    cache = None
+    if "cache" in body:
+        cache = body.pop("cache")
+        raw = _dumps(body)
+    stream = route.streams and body.get("stream") is True
+    options = body.get("stream_options") if route.shape is CHOICES else None
+    wants_usage = stream and isinstance(options, dict) and options.get("include_usage") is True
+    canonical = _canonical(route, body, default_model, stream=stream, wants_usage=wants_usage)
+    # A header may hold bytes that are no text.
+    raw_scope = scope.encode(errors="surrogateescape")
+    key = digest(raw_scope, identity.encode(), route.path.encode(), _dumps(canonical))
+    model = str(canonical["model"])
+    sent = raw
+    if route.shape is CHOICES and stream and not wants_usage and isinstance(options, dict | None):
+        # The count is recorded with every answer, and kept from clients that did not ask.
+        counting = {k: v for k, v in (options or {}).items() if k != _CONTINUOUS}
+        sent = _dumps(body | {"stream_options": counting | {"include_usage": True}})
+    return Request(
+        route=route,
+        path=path,
+        model=model,
+        labels=labels_of(model, raw_scope, cache),
+        raw=raw,
+        body=sent,
+        form=Form.EVENTS if stream else Form.BODY,
+        wants_usage=wants_usage,
+        repeatable=not any(body.get(name) for name in route.unrepeatable)
+        and not any(_points_elsewhere(body.get(name)) for name in route.media)
+        and not _runs_there(body.get("tools"))
+        and _is_plain(options),
+        deterministic=route.by_nature
+        or _is_zero(body.get("temperature"))
+        or _is_seed(body.get("seed")),
+        is_to_be_kept_there=route.may_be_kept_there and body.get("store") is not False,
+        key=key,
+    )
+
+
+_remembered = lru_cache(_REMEMBERED)(_parse)
+
+
+def _read(raw: bytes) -> dict[str, Any]:
     try:
         body = orjson.loads(raw)
         if _has_huge_integer(raw):
@@ -93,72 +138,50 @@ def _parse(route: str, raw: bytes, scope: str, identity: str, default_model: str
         raise BadRequestError("the body is nested too deeply") from exc
     if not isinstance(body, dict):
         raise BadRequestError("the body should be a JSON object")
-    if "cache" in body:
-        cache = body.pop("cache")
-        raw = _dumps(body)
-    else:
-        cache = None
-    stream = body.get("stream") is True
-    options = body.get("stream_options")
-    wants_usage = stream and isinstance(options, dict) and options.get("include_usage") is True
-    canonical = _canonical(body, default_model, stream=stream, wants_usage=wants_usage)
-    if not body.keys() <= _ALIKE_IN_BOTH_FORMS:
-        canonical["stream"] = stream
-    # A header may hold bytes that are no text.
-    raw_scope = scope.encode(errors="surrogateescape")
-    key = digest(raw_scope, identity.encode(), route.encode(), _dumps(canonical))
-    model = str(canonical["model"])
-    sent = raw
-    if stream and not wants_usage and isinstance(options, dict | None):
-        # The count is recorded with every answer, and kept from clients that did not ask.
-        counting = {k: v for k, v in (options or {}).items() if k != _CONTINUOUS}
-        sent = _dumps(body | {"stream_options": counting | {"include_usage": True}})
-    return Request(
-        route=route,
-        model=model,
-        labels=labels_of(model, raw_scope, cache),
-        raw=raw,
-        body=sent,
-        form=Form.EVENTS if stream else Form.BODY,
-        wants_usage=wants_usage,
-        repeatable=not any(body.get(name) for name in _UNREPEATABLE)
-        and not _names_remote_media(body.get("messages"))
-        and _is_plain(options),
-        deterministic=_is_zero(body.get("temperature")) or _is_seed(body.get("seed")),
-        key=key,
-    )
-
-
-_remembered = lru_cache(_REMEMBERED)(_parse)
+    return body
 
 
 def _canonical(
-    body: Mapping[str, Any], default_model: str, *, stream: bool, wants_usage: bool
+    route: Route, body: Mapping[str, Any], default_model: str, *, stream: bool, wants_usage: bool
 ) -> dict[str, Any]:
     canonical = {}
     for name in sorted(body):
-        value = body[name]
-        if name in _IRRELEVANT or (value is None and name in _NULL_IS_ABSENT):
+        value = _plain(name, body[name])
+        if isinstance(value, route.irrelevant.get(name, ())) or (
+            route.streams and name == "stream" and isinstance(value, bool | None)
+        ):
             continue
-        if name == "stream_options" and stream and isinstance(value, dict | None):
+        if route.shape is CHOICES and name == "stream_options" and isinstance(value, dict | None):
             # Other options than these change the events.
             same = {"include_usage"} if wants_usage else {"include_usage", _CONTINUOUS}
-            value = {k: v for k, v in (value or {}).items() if k not in same and v}
-            if not value:
+            if stream:
+                value = {k: v for k, v in (value or {}).items() if k not in same and v} or None
+            if value is None:
                 continue
-        elif name == "messages" and isinstance(value, list):
-            value = [dict(sorted(m.items())) if isinstance(m, dict) else m for m in value]
-        elif isinstance(value, float) and value.is_integer():
-            value = int(value)
-        canonical[name] = value
+        if not any(_is_same(value, equal) for equal in route.defaults.get(name, ())):
+            canonical[name] = value
     if body.get("model") in (None, ""):
         canonical["model"] = default_model
-    if canonical.get("n") == 1:
-        del canonical["n"]
-    # An odd value of `stream` is the engine's to judge.
-    if not isinstance(body.get("stream"), bool | None):
-        canonical["stream"] = [body["stream"]]
+    if not canonical.keys() <= route.alike_in_both_forms and route.streams:
+        # An odd value is the engine's to judge.
+        canonical["stream"] = canonical.get("stream", stream)
     return canonical
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Return what a field says, however it is written."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else value
+    if isinstance(value, dict) and name == "logit_bias":
+        return {token: _plain("", bias) for token, bias in sorted(value.items())}
+    if isinstance(value, list) and name == "messages":
+        return [dict(sorted(m.items())) if isinstance(m, dict) else m for m in value]
+    return value
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    """Whether two values are the same JSON, in which 1 isn't true."""
+    return type(value) is type(other) and bool(value == other)
 
 
 def _is_plain(options: Any) -> bool:
@@ -168,22 +191,55 @@ def _is_plain(options: Any) -> bool:
     return all(isinstance(value, bool | None) for value in options.values())
 
 
-def _names_remote_media(messages: Any) -> bool:
-    """Whether a message names media elsewhere, which may change there."""
-    for message in messages if isinstance(messages, list) else ():
-        content = message.get("content") if isinstance(message, dict) else None
-        for part in content if isinstance(content, list) else ():
-            if isinstance(part, dict) and any(map(_is_remote, part.items())):
-                return True
-    return False
+def _points_elsewhere(prompt: Any) -> bool:
+    """Whether a part of a prompt names what is elsewhere and may change there.
+
+    Parts are those of chat completions (`{"image_url": {"url": …}}`), Responses (`{"image_url":
+    …}`, `file_id`, items that are known by an id alone) and Messages (`{"source": {"url": …}}`).
+    With a `uuid` vLLM looks for media in its own cache.
+    """
+    return any(map(_names_other, _parts(prompt)))
 
 
-def _is_remote(field: tuple[str, Any]) -> bool:
-    name, value = field
-    if not name.endswith("_url"):
-        return False
-    url = value.get("url") if isinstance(value, dict) else value
-    return not (isinstance(url, str) and url.startswith("data:"))
+def _parts(prompt: Any) -> Iterator[dict[str, Any]]:
+    """Yield all objects of a prompt that aren't arguments of a tool."""
+    rest = [prompt]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, list):
+            # The rest of tokens are tokens, too.
+            if not (value and isinstance(value[0], int)):
+                rest.extend(value)
+        elif isinstance(value, dict):
+            yield value
+            rest.extend(value[name] for name in _HOLDS_PARTS if name in value)
+
+
+def _names_other(part: dict[str, Any]) -> bool:
+    if any(part.get(name) for name in _NAMES_OTHERS) or _is_reference(part):
+        return True
+    source = part.get("source")
+    urls = [value for name, value in part.items() if name.endswith("_url")]
+    if isinstance(source, dict) and "url" in source:
+        urls.append(source)
+    return not all(map(_is_sent_along, urls))
+
+
+def _is_reference(item: dict[str, Any]) -> bool:
+    """Whether an item of Responses stands for one that the engine keeps."""
+    return "id" in item and item.keys() <= {"id", "type"}
+
+
+def _is_sent_along(media: Any) -> bool:
+    url = media.get("url") if isinstance(media, dict) else media
+    return isinstance(url, str) and url.startswith("data:")
+
+
+def _runs_there(tools: Any) -> bool:
+    """Whether a tool is run by the engine, as a search is, and not by the client."""
+    return isinstance(tools, list) and any(
+        isinstance(tool, dict) and tool.get("type") not in _CLIENTS_TOOLS for tool in tools
+    )
 
 
 def _dumps(value: dict[str, Any]) -> bytes:

@@ -46,7 +46,7 @@ class Administration(Operations):
         entry = await self._chain.peek(key)
         if entry is None:
             raise AdminError(404, "There is no entry under this key.", param="key")
-        content = convert.rendered(entry.answer, b"", 0, wants_usage=False)
+        content = convert.rendered(entry.answer, b"", 0, wants_usage=False, done=b"")
         return self._listing.row(key, entry) | {
             "stored_at": entry.stored_at,
             "expires_at": entry.expires_at,

@@ -11,10 +11,10 @@ import orjson
 
 from server.admin.operations import AdminError
 from server.config import Config
-from server.openai import ROUTES
 from server.progress import shown
+from server.routes import ROUTES
 
-_CHAT, _COMPLETIONS = ROUTES
+_CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - as clients reach it.
 _CONNECT_S = 10
 _NAMED = 20

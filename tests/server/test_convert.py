@@ -4,6 +4,7 @@ import orjson
 import pytest
 
 from server import convert
+from server.shapes import are_finished
 from tiers import Answer, Form
 
 CALL = {"id": "call-1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
@@ -161,4 +162,4 @@ def test_the_fingerprint_is_where_vllm_puts_it() -> None:
     ],
 )
 def test_what_is_finished(reasons, finished: bool) -> None:
-    assert convert.is_finished([{"finish_reason": reason} for reason in reasons]) is finished
+    assert are_finished([{"finish_reason": reason} for reason in reasons]) is finished

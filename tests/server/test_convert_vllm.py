@@ -15,6 +15,7 @@ from openai.types.chat import ChatCompletionChunk
 
 from server import convert
 from server.record import record
+from server.shapes import CHOICES
 from tiers import Answer, Form
 
 pytestmark = pytest.mark.engine
@@ -246,7 +247,7 @@ async def recorded(raw: bytes, form: Form) -> Answer:
     async def publish(_: bytes) -> None:
         pass
 
-    answer, finished = await record(Reply(raw), form, publish, 1_000_000)
+    answer, finished = await record(Reply(raw), CHOICES, form, publish, 1_000_000)
     assert finished
     return answer
 

@@ -205,7 +205,7 @@ async def test_a_listener_that_leaves_does_not_end_the_others(
     assert len(upstream.asked) == 1
 
 
-@pytest.mark.parametrize("path", [CHAT, "/v1/embeddings"])
+@pytest.mark.parametrize("path", [CHAT, "/v1/others"])
 async def test_hanging_up_ends_the_engines_work(
     front: Front, upstream: Upstream, path: str
 ) -> None:
@@ -253,7 +253,7 @@ async def test_a_cut_pass_through_is_seen_as_cut(front: Front, upstream: Upstrea
             await response.read()
 
 
-@pytest.mark.parametrize("path", [CHAT, "/v1/embeddings"])
+@pytest.mark.parametrize("path", [CHAT, "/v1/others"])
 async def test_a_body_that_is_not_what_it_says_is_a_clients_mistake(
     front: Front, upstream: Upstream, path: str
 ) -> None:
@@ -409,7 +409,7 @@ async def test_compressed_requests_are_understood(front: Front, upstream: Upstre
     asked = question()
     headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
     packed = gzip.compress(orjson.dumps(asked))
-    for path in (CHAT, "/v1/embeddings"):
+    for path in (CHAT, "/v1/others"):
         async with front.session.post(path, data=packed, headers=headers) as response:
             assert response.status == 200
     assert "hit" in (await front.ask(asked))[1]
@@ -582,7 +582,7 @@ async def test_upstreams_take_turns_and_stand_in_for_each_other(tmp_path) -> Non
     await pair[1].stop()
 
 
-@pytest.mark.parametrize("path", [CHAT, "/v1/embeddings"])
+@pytest.mark.parametrize("path", [CHAT, "/v1/others"])
 async def test_a_stop_lets_running_answers_end(upstream: Upstream, tmp_path, path: str) -> None:
     go = asyncio.Event()
 
@@ -764,7 +764,7 @@ async def test_slow_clients_are_told_to_go(
     monkeypatch.setenv("TIERSERVE__SERVER__CLIENT_TIMEOUT_S", "0.3")
     half = b"Host: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
     async with running(tmp_path, upstream) as front:
-        for path in (CHAT, "/v1/embeddings"):
+        for path in (CHAT, "/v1/others"):
             reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
             writer.write(b"POST " + path.encode() + b" HTTP/1.1\r\n" + half)
             said = await asyncio.wait_for(reader.read(), 20)

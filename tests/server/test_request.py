@@ -6,12 +6,13 @@ import pytest
 from server.labels import BadRequestError
 from server.request import Request, parse
 
+CHAT = "/v1/chat/completions"
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
 
 
-def request(body, *, scope: str = "", identity: str = "i", route: str = "/r") -> Request:
+def request(body, *, scope: str = "", identity: str = "i", path: str = CHAT) -> Request:
     raw = body if isinstance(body, bytes) else orjson.dumps(body)
-    return parse(route, raw, scope=scope, identity=identity, default_model="m")
+    return parse(path, raw, scope=scope, identity=identity, default_model="m")
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,7 @@ def request(body, *, scope: str = "", identity: str = "i", route: str = "/r") ->
         {"temperature": 0.0},
         {"model": None},
         {"n": 1},
+        {"logprobs": False},
         {"max_tokens": None},
         {"messages": [{"content": "hi", "role": "user"}]},
     ],
@@ -45,7 +47,6 @@ def test_same_key(change) -> None:
         {"seed": 1},
         {"n": 2},
         {"unknown": 1},
-        {"logprobs": False},
         {"logprobs": 0},
         {"tool_choice": None},
         {
@@ -72,7 +73,7 @@ def test_scope_identity_and_route_are_in_the_key() -> None:
         request(BODY).key,
         request(BODY, scope="s").key,
         request(BODY, identity="j").key,
-        request(BODY, route="/q").key,
+        request(BODY, path="/v1/completions").key,
     }
     assert len(keys) == 4
 
