@@ -145,6 +145,8 @@ def _canonical(
     route: Route, body: Mapping[str, Any], default_model: str, *, stream: bool, wants_usage: bool
 ) -> dict[str, Any]:
     canonical = {}
+    if body.get("model") in (None, ""):
+        body = {**body, "model": default_model}
     for name in sorted(body):
         value = _plain(name, body[name])
         if isinstance(value, route.irrelevant.get(name, ())) or (
@@ -160,8 +162,6 @@ def _canonical(
                 continue
         if not any(_is_same(value, equal) for equal in route.defaults.get(name, ())):
             canonical[name] = value
-    if body.get("model") in (None, ""):
-        canonical["model"] = default_model
     if not canonical.keys() <= route.alike_in_both_forms and route.streams:
         # An odd value is the engine's to judge.
         canonical["stream"] = canonical.get("stream", stream)

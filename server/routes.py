@@ -59,9 +59,9 @@ def _null(*names: str) -> Equal:
 
 
 _SAMPLING = _null(
-    "cache_salt", "chat_template_kwargs", "frequency_penalty", "logit_bias", "min_p",
-    "presence_penalty", "repetition_penalty", "return_mm_kwargs", "seed", "structured_outputs",
-    "temperature", "top_k", "top_p", "vllm_xargs", "watermarking",
+    "cache_salt", "frequency_penalty", "logit_bias", "min_p", "presence_penalty",
+    "repetition_penalty", "return_mm_kwargs", "seed", "structured_outputs", "temperature",
+    "top_k", "top_p", "vllm_xargs", "watermarking",
 ) | {
     "ignore_eos": (False,),
     "include_stop_str_in_output": (False,),
@@ -86,8 +86,8 @@ _COMPLETING = _SAMPLING | _null(
 # `add_generation_prompt` is refused where a message is continued, but only if it is written out,
 # and a `tool_choice` is chosen where there are tools and none is written out.
 _CHAT = _COMPLETING | _null(
-    "chat_template", "documents", "max_completion_tokens", "max_tokens", "media_io_kwargs",
-    "mm_processor_kwargs", "reasoning_effort", "return_prompt_text", "tools",
+    "chat_template", "chat_template_kwargs", "documents", "max_completion_tokens", "max_tokens",
+    "media_io_kwargs", "mm_processor_kwargs", "reasoning_effort", "return_prompt_text", "tools",
 ) | {
     "add_special_tokens": (False,),
     "continue_final_message": (False,),
@@ -109,9 +109,9 @@ _COMPLETION = (
     }
 )
 _RESPONSE = _SAMPLING | _null(
-    "include", "instructions", "max_output_tokens", "max_tool_calls", "media_io_kwargs",
-    "metadata", "mm_processor_kwargs", "previous_input_messages", "previous_response_id", "prompt",
-    "reasoning", "text", "user", *_TRANSFERS,
+    "chat_template_kwargs", "include", "instructions", "max_output_tokens", "max_tool_calls",
+    "media_io_kwargs", "metadata", "mm_processor_kwargs", "previous_input_messages",
+    "previous_response_id", "prompt", "reasoning", "text", "user", *_TRANSFERS,
 ) | {
     "background": (False,),
     "enable_response_messages": (False,),

@@ -1,5 +1,6 @@
 """A real tierserve with a real vLLM and the real model, as a child process on a free port."""
 
+import json
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import openai
 import psutil
@@ -109,11 +111,17 @@ def living(session: int) -> list[psutil.Process]:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[Server]:
+def engine_args() -> dict[str, Any]:
+    """Options of the engine, beside those of the configuration; a module may have its own."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, engine_args: dict[str, Any]) -> Iterator[Server]:
     subprocess.run([sys.executable, "scripts/prepare_model.py", "configs/laptop.yaml"], check=True)
     with tempfile.TemporaryDirectory(prefix="e2e-", dir="/tmp") as temporary:
         made = Server(tmp_path_factory.mktemp("server"), Path(temporary))
-        made.start()
+        made.start(TIERSERVE__ENGINE__ARGS=json.dumps(engine_args))
         try:
             yield made
         finally:

@@ -5,6 +5,7 @@ import pytest
 
 from server.labels import BadRequestError
 from server.request import Request, parse
+from server.routes import keeps_responses
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
@@ -154,3 +155,9 @@ def test_deep_bodies_have_keys_or_are_refused() -> None:
 def test_refuses_what_is_not_an_object(raw: bytes) -> None:
     with pytest.raises(BadRequestError, match="the body should be"):
         request(raw)
+
+
+def test_which_engines_keep_responses() -> None:
+    name = "VLLM_ENABLE_RESPONSES_API_STORE"
+    assert not keeps_responses(({}, {name: "0"}))
+    assert keeps_responses(({}, {name: "1"}))

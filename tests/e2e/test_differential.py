@@ -1,0 +1,214 @@
+"""Each request over the surface gets from tierserve what it gets from vLLM itself.
+
+It is sent to the engine's own socket, then to tierserve twice, which is a miss and a hit. What
+differs is documented: ids and times, how the text is cut into events, and the prompt tokens that
+were in vLLM's cache.
+"""
+
+import http.client
+import re
+import socket
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import anthropic
+import orjson
+import pytest
+
+from .conftest import MODEL, Server
+from .requests import BAD, GOOD, MESSAGES, RESPONSES, Case, user
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+# Of the engine's or our own making, new for each answer.
+_IDS = re.compile(rb"(chatcmpl-tool|chatcmpl|cmpl|resp|msg|rs|fc|call|functions)[-_][0-9a-f]{12,}")
+_TIMES = re.compile(rb'("created(?:_at)?": ?)\d+')
+_CACHED = re.compile(rb'("(?:cached_tokens|cache_write_tokens|cache_read_input_tokens)": ?)\d+')
+_TEXTS = ("content", "text", "arguments", "partial_json", "delta", "token_ids", "logprobs")
+
+
+class Reply(NamedTuple):
+    status: int
+    content_type: str
+    cache_status: str
+    body: bytes
+
+
+class _Unix(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("engine")
+        self.path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(str(self.path))
+
+
+def send(connection: http.client.HTTPConnection, case: Case) -> Reply:
+    body = case.body if isinstance(case.body, bytes) else orjson.dumps(case.body)
+    connection.request("POST", case.path, body, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    told = {name.lower(): value for name, value in response.getheaders()}
+    return Reply(
+        response.status, told["content-type"], told.get("cache-status", ""), response.read()
+    )
+
+
+@pytest.fixture(scope="module")
+def engine_args() -> dict[str, Any]:
+    return {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
+
+
+@pytest.fixture(scope="module")
+def ready(server: Server) -> Server:
+    server.wait_ready()
+    return server
+
+
+@pytest.fixture
+def front(ready: Server) -> Iterator[http.client.HTTPConnection]:
+    connection = http.client.HTTPConnection("127.0.0.1", ready.port)
+    yield connection
+    connection.close()
+
+
+@pytest.fixture
+def engine(ready: Server) -> Iterator[http.client.HTTPConnection]:
+    (path,) = ready.temporary.glob("tierserve-*/engine.sock")
+    connection = _Unix(path)
+    yield connection
+    connection.close()
+
+
+def lasting(body: bytes) -> bytes:
+    """Return what is the same each time."""
+    return _CACHED.sub(rb"\g<1>0", _TIMES.sub(rb"\g<1>0", _IDS.sub(rb"\g<1>_id", body)))
+
+
+def told(body: bytes) -> Any:
+    """Return what a body or a stream says, however its text is cut into events."""
+    if not body.startswith((b"data:", b"event:")):
+        return orjson.loads(lasting(body))
+    said: dict[str, list[Any]] = {}
+    events = []
+    for event in lasting(body).decode().strip().split("\n\n"):
+        *kind, data = event.split("\n")
+        data = data.removeprefix("data: ")
+        parsed = data if data == "[DONE]" else orjson.loads(data)
+        events.append((kind, without_text(parsed, said, "")))
+    # Events that differ only by their text are one.
+    return [each for each, _ in groupby(events)], {
+        where: "".join(pieces) if all(isinstance(p, str) for p in pieces) else pieces
+        for where, pieces in said.items()
+    }
+
+
+def without_text(value: Any, said: dict[str, list[Any]], where: str) -> Any:
+    if isinstance(value, list):
+        return [without_text(each, said, where) for each in value]
+    if not isinstance(value, dict):
+        return value
+    at = f"{where}/{value.get('index', '')}"
+    left = {}
+    for name, each in value.items():
+        if name == "logprobs" and isinstance(each, dict):
+            for part, values in each.items():
+                said.setdefault(f"{at}/{part}", []).extend(values or [])
+        elif name in _TEXTS and isinstance(each, str):
+            said.setdefault(f"{at}/{name}", []).append(each)
+        elif name in _TEXTS and isinstance(each, list) and each and not isinstance(each[0], dict):
+            said.setdefault(f"{at}/{name}", []).extend(each)
+        elif name not in ("sequence_number", "logprobs", "token_ids", "usage"):
+            left[name] = without_text(each, said, f"{at}/{name}")
+        elif name == "usage" and each is not None and "choices" not in value:
+            left[name] = each
+    return left
+
+
+def test_there_are_enough_of_them() -> None:
+    assert len(GOOD) >= 150
+    assert len(BAD) >= 60
+
+
+@pytest.mark.parametrize("case", GOOD, ids=str)
+def test_good_requests(
+    engine: http.client.HTTPConnection, front: http.client.HTTPConnection, case: Case
+) -> None:
+    direct, miss, hit = send(engine, case), send(front, case), send(front, case)
+    assert (direct.status, miss.status, hit.status) == (200, 200, 200), direct.body
+    assert direct.content_type == miss.content_type == hit.content_type
+    assert told(miss.body) == told(direct.body)
+    assert lasting(hit.body) == lasting(miss.body)
+    assert "detail=memory" in hit.cache_status
+
+
+@pytest.mark.parametrize("case", BAD, ids=str)
+def test_bad_requests(
+    engine: http.client.HTTPConnection, front: http.client.HTTPConnection, case: Case
+) -> None:
+    direct, miss, again = send(engine, case), send(front, case), send(front, case)
+    assert 400 <= direct.status < 500, direct
+    assert miss.status == again.status == direct.status
+    assert miss.content_type == direct.content_type
+    assert shape(orjson.loads(miss.body)) == shape(orjson.loads(direct.body))
+    assert "hit" not in again.cache_status
+
+
+def shape(error: Any) -> Any:
+    if isinstance(error, dict):
+        return {name: shape(each) for name, each in error.items() if each is not None}
+    return type(error).__name__
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_openais_client_reads_responses(ready: Server, stream: bool) -> None:
+    said = []
+    for status in ("fwd=miss", "detail=memory"):
+        raw = ready.client.responses.with_raw_response.create(
+            model=MODEL, input="Name a metal.", temperature=0, max_output_tokens=6, stream=stream
+        )
+        assert status in raw.headers["cache-status"]
+        parsed = raw.parse()
+        response = list(parsed)[-1].response if stream else parsed
+        said.append(response)
+    first, second = said
+    assert first.id != second.id
+    assert first.output_text == second.output_text
+    assert second.output_text
+    assert first.output == second.output
+    assert first.usage == second.usage
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_anthropics_client_reads_messages(ready: Server, stream: bool) -> None:
+    client = anthropic.Anthropic(base_url=ready.url, api_key="k", max_retries=0)
+    asked = {"model": MODEL, "max_tokens": 6, "temperature": 0, "messages": user("Name a gas.")}
+    said = []
+    for status in ("fwd=miss", "detail=memory"):
+        if stream:
+            with client.messages.stream(**asked) as events:
+                assert status in events.response.headers["cache-status"]
+                said.append(events.get_final_message())
+        else:
+            raw = client.messages.with_raw_response.create(**asked)
+            assert status in raw.headers["cache-status"]
+            said.append(raw.parse())
+    first, second = said
+    assert first.id != second.id
+    assert first.content == second.content
+    assert second.content[0].text
+    assert first.stop_reason == second.stop_reason == "max_tokens"
+    client.close()
+
+
+def test_what_asks_for_state_goes_past_the_tiers(front: http.client.HTTPConnection) -> None:
+    body = {"model": MODEL, "input": "Name a wood.", "temperature": 0, "max_output_tokens": 2}
+    for more in ({"store": True}, {"request_id": "resp_mine"}):
+        for _ in range(2):
+            reply = send(front, Case(RESPONSES, body | more))
+            assert reply.status == 200
+            assert reply.cache_status == "tierserve; fwd=bypass"
+    assert orjson.loads(reply.body)["id"] == "resp_mine"
+    assert send(front, Case(MESSAGES, {"model": MODEL, "messages": []})).status == 400
