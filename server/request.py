@@ -133,11 +133,11 @@ def _read(raw: bytes) -> dict[str, Any]:
         if _has_huge_integer(raw):
             body = json.loads(raw)
     except ValueError as exc:
-        raise BadRequestError(f"the body should be JSON: {exc}") from exc
+        raise BadRequestError(f"the body should be JSON: {exc}", "body") from exc
     except RecursionError as exc:
-        raise BadRequestError("the body is nested too deeply") from exc
+        raise BadRequestError("the body is nested too deeply", "body") from exc
     if not isinstance(body, dict):
-        raise BadRequestError("the body should be a JSON object")
+        raise BadRequestError("the body should be a JSON object", "body")
     return body
 
 
@@ -250,7 +250,7 @@ def _dumps(value: dict[str, Any]) -> bytes:
         try:
             return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
         except RecursionError as exc:
-            raise BadRequestError("the body is nested too deeply") from exc
+            raise BadRequestError("the body is nested too deeply", "body") from exc
 
 
 def _is_seed(value: Any) -> bool:

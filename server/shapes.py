@@ -48,10 +48,12 @@ def _is_response_finished(response: dict[str, Any]) -> bool:
     if response["status"] == "completed":
         return True
     # vLLM says so of one without output, too, however that ended.
+    details, counts = response.get("incomplete_details"), response.get("usage")
     return bool(
-        response["status"] == "incomplete"
-        and response["incomplete_details"]["reason"] == "max_output_tokens"
-        and response["usage"]["output_tokens"] >= response["max_output_tokens"]
+        details
+        and counts
+        and details["reason"] == "max_output_tokens"
+        and counts["output_tokens"] >= response["max_output_tokens"]
     )
 
 

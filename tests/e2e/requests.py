@@ -224,11 +224,11 @@ _BODIES_ONLY = ({"prompt_logprobs": 1},)
 
 
 def _streamed(cases: list[Case]) -> list[Case]:
-    """Return the cases, and each as a stream."""
+    """Return the cases, and each as a stream, with a salt so that no body makes one of it."""
     return [
         Case(case.path, case.body | more)
         for case in cases
-        for more in ({}, {"stream": True})
+        for more in ({}, {"stream": True, "cache_salt": "s"})
         if isinstance(case.body, dict)
     ]
 
@@ -265,7 +265,6 @@ BAD = [
     *(Case(path, b"[]") for path in (CHAT, RESPONSES, MESSAGES, TOKENIZE)),
     *(Case(path, b"") for path in (CHAT, TEXT)),
     *(Case(path, {}) for path in (CHAT, TEXT, RESPONSES, MESSAGES, COUNT, TOKENIZE, DETOKENIZE)),
-    Case(CHAT, b'{"messages": "\xff"}'),
     *(make(model="unknown") for make in (chat, text, responses, messages, count, tokenize)),
     *(
         make(**{name: value})

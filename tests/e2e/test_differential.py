@@ -139,6 +139,7 @@ def test_good_requests(
     direct, miss, hit = send(engine, case), send(front, case), send(front, case)
     assert (direct.status, miss.status, hit.status) == (200, 200, 200), direct.body
     assert direct.content_type == miss.content_type == hit.content_type
+    assert "fwd=miss" in miss.cache_status
     assert told(miss.body) == told(direct.body)
     assert lasting(hit.body) == lasting(miss.body)
     assert "detail=memory" in hit.cache_status
@@ -184,7 +185,12 @@ def test_openais_client_reads_responses(ready: Server, stream: bool) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_anthropics_client_reads_messages(ready: Server, stream: bool) -> None:
     client = anthropic.Anthropic(base_url=ready.url, api_key="k", max_retries=0)
-    asked = {"model": MODEL, "max_tokens": 6, "temperature": 0, "messages": user("Name a gas.")}
+    asked = {
+        "model": MODEL,
+        "max_tokens": 6,
+        "messages": user("Name a gas."),
+        "extra_body": {"temperature": 0},
+    }
     said = []
     for status in ("fwd=miss", "detail=memory"):
         if stream:

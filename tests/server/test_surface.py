@@ -160,6 +160,7 @@ async def test_neither_form_makes_the_other(front: Front, upstream: Upstream, pa
     [
         (RESPONSES, response("failed")),
         (RESPONSES, response("cancelled")),
+        (RESPONSES, response("incomplete", incomplete_details=None)),
         (RESPONSES, response("incomplete", incomplete_details={"reason": "content_filter"})),
         (RESPONSES, response("incomplete", incomplete_details={"reason": "max_output_tokens"},
                              max_output_tokens=9)),
