@@ -21,7 +21,7 @@ is nested too deeply has no key: it is refused.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -35,8 +35,9 @@ from tiers import Form, digest
 # orjson makes floats of integers beyond 64 bits, so two of them could share a key.
 _has_huge_integer = re.compile(rb"-[0-9]{19}|[0-9]{20}").search
 _CONTINUOUS = "continuous_usage_stats"
-_HOLDS_PARTS = ("content", "file", "output", "source")
-_NAMES_OTHERS = ("file_id", "uuid")
+_HOLD_PARTS = ("content", "file", "output", "source")
+_NAME_OTHERS = ("file_id", "uuid")
+_NAME_NOTHING = frozenset({"content", "name", "role", "text", "tool_call_id", "tool_calls", "type"})
 _CLIENTS_TOOLS = (None, "function", "custom", "namespace")
 # Together they bound the bodies that are remembered to 16 MiB.
 _REMEMBERED = 1024
@@ -113,7 +114,7 @@ def _parse(path: str, raw: bytes, scope: str, identity: str, default_model: str)
         form=Form.EVENTS if stream else Form.BODY,
         wants_usage=wants_usage,
         repeatable=not any(body.get(name) for name in route.unrepeatable)
-        and not any(_points_elsewhere(body.get(name)) for name in route.media)
+        and not _points_elsewhere([body[name] for name in route.media if name in body])
         and not _runs_there(body.get("tools"))
         and _is_plain(options),
         deterministic=route.by_nature
@@ -144,25 +145,25 @@ def _read(raw: bytes) -> dict[str, Any]:
 def _canonical(
     route: Route, body: Mapping[str, Any], default_model: str, *, stream: bool, wants_usage: bool
 ) -> dict[str, Any]:
+    fields = dict(body)
+    if fields.get("model") in (None, ""):
+        fields["model"] = default_model
+    if route.streams and isinstance(fields.get("stream"), bool | None):
+        fields.pop("stream", None)
+    if stream and route.shape is CHOICES and isinstance(body.get("stream_options"), dict | None):
+        # Other options than these change the events.
+        same = {"include_usage"} if wants_usage else {"include_usage", _CONTINUOUS}
+        options = fields.pop("stream_options", None) or {}
+        if other := {name: value for name, value in options.items() if name not in same and value}:
+            fields["stream_options"] = other
     canonical = {}
-    if body.get("model") in (None, ""):
-        body = {**body, "model": default_model}
-    for name in sorted(body):
-        value = _plain(name, body[name])
-        if isinstance(value, route.irrelevant.get(name, ())) or (
-            route.streams and name == "stream" and isinstance(value, bool | None)
-        ):
+    for name in sorted(fields):
+        value = _plain(name, fields[name])
+        if name in route.irrelevant and isinstance(value, route.irrelevant[name]):
             continue
-        if route.shape is CHOICES and name == "stream_options" and isinstance(value, dict | None):
-            # Other options than these change the events.
-            same = {"include_usage"} if wants_usage else {"include_usage", _CONTINUOUS}
-            if stream:
-                value = {k: v for k, v in (value or {}).items() if k not in same and v} or None
-            if value is None:
-                continue
-        if not any(_is_same(value, equal) for equal in route.defaults.get(name, ())):
+        if name not in route.defaults or not _is_any_of(value, route.defaults[name]):
             canonical[name] = value
-    if not canonical.keys() <= route.alike_in_both_forms and route.streams:
+    if route.streams and not canonical.keys() <= route.alike_in_both_forms:
         # An odd value is the engine's to judge.
         canonical["stream"] = canonical.get("stream", stream)
     return canonical
@@ -170,6 +171,8 @@ def _canonical(
 
 def _plain(name: str, value: Any) -> Any:
     """Return what a field says, however it is written."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, float):
         return int(value) if value.is_integer() else value
     if isinstance(value, dict) and name == "logit_bias":
@@ -179,9 +182,9 @@ def _plain(name: str, value: Any) -> Any:
     return value
 
 
-def _is_same(value: Any, other: Any) -> bool:
-    """Whether two values are the same JSON, in which 1 isn't true."""
-    return type(value) is type(other) and bool(value == other)
+def _is_any_of(value: Any, others: tuple[Any, ...]) -> bool:
+    """Whether a value is the same JSON as one of others; 1 isn't true there."""
+    return any(type(value) is type(other) and value == other for other in others)
 
 
 def _is_plain(options: Any) -> bool:
@@ -191,32 +194,30 @@ def _is_plain(options: Any) -> bool:
     return all(isinstance(value, bool | None) for value in options.values())
 
 
-def _points_elsewhere(prompt: Any) -> bool:
-    """Whether a part of a prompt names what is elsewhere and may change there.
+def _points_elsewhere(prompts: list[Any]) -> bool:
+    """Whether a part of one of the prompts names what is elsewhere and may change there.
 
     Parts are those of chat completions (`{"image_url": {"url": …}}`), Responses (`{"image_url":
     …}`, `file_id`, items that are known by an id alone) and Messages (`{"source": {"url": …}}`).
     With a `uuid` vLLM looks for media in its own cache.
     """
-    return any(map(_names_other, _parts(prompt)))
-
-
-def _parts(prompt: Any) -> Iterator[dict[str, Any]]:
-    """Yield all objects of a prompt that aren't arguments of a tool."""
-    rest = [prompt]
+    rest = list(prompts)
     while rest:
         value = rest.pop()
         if isinstance(value, list):
             # The rest of tokens are tokens, too.
             if not (value and isinstance(value[0], int)):
-                rest.extend(value)
+                rest += value
         elif isinstance(value, dict):
-            yield value
-            rest.extend(value[name] for name in _HOLDS_PARTS if name in value)
+            if not value.keys() <= _NAME_NOTHING and _names_other(value):
+                return True
+            # Not the arguments of tools, in which anything may be named.
+            rest += [value[name] for name in _HOLD_PARTS if name in value]
+    return False
 
 
 def _names_other(part: dict[str, Any]) -> bool:
-    if any(part.get(name) for name in _NAMES_OTHERS) or _is_reference(part):
+    if any(part.get(name) for name in _NAME_OTHERS) or _is_reference(part):
         return True
     source = part.get("source")
     urls = [value for name, value in part.items() if name.endswith("_url")]

@@ -73,7 +73,7 @@ _SAMPLING = _null(
 _COMPLETING = _SAMPLING | _null(
     "allowed_token_ids", "logprob_token_ids", "prompt_logprobs", "repetition_detection",
     "response_format", "return_token_ids", "return_tokens_as_token_ids", "stream_interval",
-    "thinking_token_budget", "truncate_prompt_tokens", "truncation_side",
+    "stream_options", "thinking_token_budget", "truncate_prompt_tokens", "truncation_side",
 ) | {
     "bad_words": ([],),
     "length_penalty": (1,),
