@@ -151,7 +151,13 @@ def test_deep_bodies_have_keys_or_are_refused() -> None:
         request(nested(5000))
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff", b'{"a": NaN}', b"1"])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"", b"{", b"[]", b"\xff", b"1", b'{"a": NaN}', b'{"a": -Infinity}', b'{"a": 1e999}',
+        b'{"a": "\\ud800"}', b'{"a": 1}\x00', b"\xef\xbb\xbf{}", '{"a": 1}'.encode("utf-16"),
+    ],
+)  # fmt: skip
 def test_refuses_what_is_not_an_object(raw: bytes) -> None:
     with pytest.raises(BadRequestError, match="the body should be"):
         request(raw)
