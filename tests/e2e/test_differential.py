@@ -6,6 +6,7 @@ were in vLLM's cache.
 """
 
 import http.client
+import json
 import re
 import socket
 from collections.abc import Iterator
@@ -47,7 +48,7 @@ class _Unix(http.client.HTTPConnection):
 
 
 def send(connection: http.client.HTTPConnection, case: Case) -> Reply:
-    body = case.body if isinstance(case.body, bytes) else orjson.dumps(case.body)
+    body = case.body if isinstance(case.body, bytes) else json.dumps(case.body)
     connection.request("POST", case.path, body, {"Content-Type": "application/json"})
     response = connection.getresponse()
     told = {name.lower(): value for name, value in response.getheaders()}
@@ -98,11 +99,18 @@ def told(body: bytes) -> Any:
         data = data.removeprefix("data: ")
         parsed = data if data == "[DONE]" else orjson.loads(data)
         events.append((kind, without_text(parsed, said, "")))
-    # Events that differ only by their text are one.
+    # Choices are made side by side, and events that differ only by their text are one.
+    events.sort(key=choice_of)
     return [each for each, _ in groupby(events)], {
         where: "".join(pieces) if all(isinstance(p, str) for p in pieces) else pieces
         for where, pieces in said.items()
     }
+
+
+def choice_of(event: tuple[list[str], Any]) -> int:
+    """Return which choice an event is about; those about none are the last."""
+    choices = event[1].get("choices") if isinstance(event[1], dict) else None
+    return choices[0]["index"] if choices else 1000
 
 
 def without_text(value: Any, said: dict[str, list[Any]], where: str) -> Any:
@@ -116,6 +124,9 @@ def without_text(value: Any, said: dict[str, list[Any]], where: str) -> Any:
         if name == "logprobs" and isinstance(each, dict):
             for part, values in each.items():
                 said.setdefault(f"{at}/{part}", []).extend(values or [])
+        elif name == "system_fingerprint":
+            # Of several choices vLLM says it with each one's last event.
+            said["fingerprint"] = [each]
         elif name in _TEXTS and isinstance(each, str):
             said.setdefault(f"{at}/{name}", []).append(each)
         elif name in _TEXTS and isinstance(each, list) and each and not isinstance(each[0], dict):
