@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 _IDS = re.compile(rb"(chatcmpl-tool|chatcmpl|cmpl|resp|msg|rs|fc|call|functions)[-_][0-9a-f]{12,}")
 _TIMES = re.compile(rb'("created(?:_at)?": ?)\d+')
 _CACHED = re.compile(rb'("(?:cached_tokens|cache_write_tokens|cache_read_input_tokens)": ?)\d+')
-_TEXTS = ("content", "text", "arguments", "partial_json", "delta", "token_ids", "logprobs")
+_TEXTS = ("content", "text", "arguments", "partial_json", "delta")
 
 
 class Reply(NamedTuple):
@@ -119,23 +119,32 @@ def without_text(value: Any, said: dict[str, list[Any]], where: str) -> Any:
     if not isinstance(value, dict):
         return value
     at = f"{where}/{value.get('index', '')}"
-    left = {}
-    for name, each in value.items():
-        if name == "logprobs" and isinstance(each, dict):
-            for part, values in each.items():
-                said.setdefault(f"{at}/{part}", []).extend(values or [])
-        elif name == "system_fingerprint":
-            # Of several choices vLLM says it with each one's last event.
-            said["fingerprint"] = [each]
-        elif name in _TEXTS and isinstance(each, str):
-            said.setdefault(f"{at}/{name}", []).append(each)
-        elif name in _TEXTS and isinstance(each, list) and each and not isinstance(each[0], dict):
-            said.setdefault(f"{at}/{name}", []).extend(each)
-        elif name not in ("sequence_number", "logprobs", "token_ids", "usage"):
-            left[name] = without_text(each, said, f"{at}/{name}")
-        elif name == "usage" and each is not None and "choices" not in value:
-            left[name] = each
-    return left
+    return {
+        name: without_text(each, said, f"{at}/{name}")
+        for name, each in value.items()
+        if not is_noted(value, name, said, at)
+    }
+
+
+def is_noted(event: dict[str, Any], name: str, said: dict[str, list[Any]], at: str) -> bool:
+    """Note what may be cut into events in any way, and leave it out."""
+    value = event[name]
+    if name == "system_fingerprint":
+        # Of several choices vLLM says it with each one's last event.
+        said["fingerprint"] = [value]
+    elif name == "logprobs" and isinstance(value, dict):
+        for part, values in value.items():
+            said.setdefault(f"{at}/{part}", []).extend(values or [])
+    elif name in _TEXTS and isinstance(value, str):
+        said.setdefault(f"{at}/{name}", []).append(value)
+    elif name in ("token_ids", "logprobs") and isinstance(value, list):
+        said.setdefault(f"{at}/{name}", []).extend(value)
+    else:
+        # Counts that go along are those up to there.
+        return name in ("sequence_number", "logprobs", "token_ids") or (
+            name == "usage" and bool(event.get("choices"))
+        )
+    return True
 
 
 def test_there_are_enough_of_them() -> None:
