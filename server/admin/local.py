@@ -14,6 +14,7 @@ from server.admin.pace import Pace
 from server.chain import build
 from server.config import Config
 from server.labels import misnamed
+from server.shapes import CHOICES
 from tiers import Chain, DiskCache, MemoryCache, PurgeError, Tier
 from tiers.backend import ByteCache
 from tiers.disk import check
@@ -46,7 +47,9 @@ class Administration(Operations):
         entry = await self._chain.peek(key)
         if entry is None:
             raise AdminError(404, "There is no entry under this key.", param="key")
-        content = convert.rendered(entry.answer, b"", 0, wants_usage=False, done=b"")
+        # Events that have types end by themselves.
+        done = b"" if entry.answer.content.startswith(b"event:") else CHOICES.done
+        content = convert.rendered(entry.answer, b"", 0, wants_usage=False, done=done)
         return self._listing.row(key, entry) | {
             "stored_at": entry.stored_at,
             "expires_at": entry.expires_at,
