@@ -118,7 +118,8 @@ async def _serve(
         identity=known_by,
         model=config.model.name,
         freshness=FreshnessRules(config.cache).of,
-        cache_all=config.cache.nondeterministic == "always",
+        nondeterministic=config.cache.nondeterministic,
+        variants=config.cache.variants,
         engine_keeps=keeps_responses((os.environ, config.engine.env)),
     )
     admin = Admin(Administration(chain), max_line_bytes=max_line_bytes(config))

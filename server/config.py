@@ -29,6 +29,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from server.cache_field import MAX_VARIANTS
 from server.shared import check, masked
 from tiers.disk import MIN_BYTES, Durability
 from tiers.movement import Write
@@ -150,8 +151,10 @@ class Cache(_Section):
     """What is cached, and for how long: by the first rule that matches, or else by these.
 
     After `ttl_s`, an answer may be given out while a new one is made, or where none can be had.
-    `wait_for_others_s` is how long to wait for an answer that another process is generating; 0
-    never waits.
+    `nondeterministic` says whether answers are kept that asked for chance: only where the request's
+    `cache.mode` is `use` (`per_request`), always, or never; `variants` is how many of them are kept
+    for a request, and given out in turn. `wait_for_others_s` is how long to wait for an answer that
+    another process is generating; 0 never waits.
     """
 
     ttl_s: PositiveSeconds = 7 * 24 * 3600
@@ -159,7 +162,8 @@ class Cache(_Section):
     stale_if_error_s: Seconds = 0
     rules: tuple[Rule, ...] = ()
     ttl_jitter: Annotated[float, Field(ge=0, le=0.5)] = 0.1
-    nondeterministic: Literal["never", "always"] = "never"
+    nondeterministic: Literal["never", "per_request", "always"] = "per_request"
+    variants: Annotated[int, Field(ge=1, le=MAX_VARIANTS)] = 1
     wait_for_others_s: Annotated[float, Field(ge=0, le=3600)] = 10
     max_answer_bytes: Annotated[ByteSize, Field(ge=1024)] = ByteSize(4 * 1024**2)
 

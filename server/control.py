@@ -3,7 +3,7 @@
 import re
 from functools import lru_cache
 from math import inf
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from tiers import Entry, State
 
@@ -27,6 +27,14 @@ class Control(NamedTuple):
     def is_about_age(self) -> bool:
         """Whether anything is said of how old an answer may be."""
         return self.max_age_s < inf or self.min_fresh_s > -inf or self.max_stale_s is not None
+
+    def and_also(self, other: Self) -> Self:
+        """Return what both say; `other` may forbid, and says nothing of age."""
+        return self._replace(
+            no_cache=self.no_cache or other.no_cache,
+            no_store=self.no_store or other.no_store,
+            only_if_cached=self.only_if_cached or other.only_if_cached,
+        )
 
     def takes(self, entry: Entry, state: State, now: float) -> bool:
         """Whether the client takes an entry in this state at `now` (Unix s)."""

@@ -7,6 +7,7 @@ answer is given (`server.shapes`), and around what belongs only into a stream wi
 
 import re
 from collections.abc import Iterator, Mapping
+from hashlib import blake2b
 from typing import Any
 
 import orjson
@@ -107,6 +108,14 @@ def rendered(answer: Answer, id_: bytes, created: int, *, wants_usage: bool, don
         usage = answer.usage if wants_usage else b""
         content = counted(content, wants_usage=wants_usage) + usage + done
     return fill(content, id_, created)
+
+
+def etag(answer: Answer, *, wants_usage: bool) -> str:
+    """Return the tag of an answer in its own form: the same for all that differ in marks alone."""
+    tag = blake2b(answer.content, digest_size=8)
+    if wants_usage:
+        tag.update(answer.usage)
+    return f'W/"{tag.hexdigest()}"'
 
 
 def as_form(answer: Answer, form: Form) -> Answer:

@@ -12,19 +12,21 @@ from aiohttp import hdrs, web
 from multidict import istr
 
 from server import convert
+from server.cache_field import BadRequestError
 from server.control import Control, control_of
 from server.http_request import HttpRequest
-from server.labels import BadRequestError
 from server.passthrough import forward, forwarded, returned
 from server.record import NotAnAnswerError, record
 from server.request import Request, parse
 from server.responses import Whole, error_response, failure, own_headers, unavailable
 from server.upstream import UnavailableError, Upstreams
+from server.variants import Variants
 from tiers import Answer, Chain, Flight, Flights, Form, Freshness, Hit, State, Turns
 from tiers.flight import Listener
 
 logger = logging.getLogger(__name__)
 
+_NOTHING_SAID = Control()
 _JSON = "application/json"
 _SSE = "text/event-stream; charset=utf-8"
 # Anthropic's clients send their key there.
@@ -46,7 +48,9 @@ class OpenAI:
         identity: tells what gives the answers now, as `server.identity` says it.
         model: the model that a body without one means.
         freshness: tells how long the answers of a route and a model are good for.
-        cache_all: whether requests that ask for chance are cached too.
+        nondeterministic: whether requests that ask for chance are cached too: `never`, `always`,
+            or `per_request`, where they say so.
+        variants: how many answers such requests are given in turn, if they don't say.
         engine_keeps: whether the engine keeps answers itself, under ids that it gives.
     """
 
@@ -60,13 +64,15 @@ class OpenAI:
         identity: Callable[[], str],
         model: str,
         freshness: Callable[[str, str], Freshness],
-        cache_all: bool,
+        nondeterministic: str,
+        variants: int,
         engine_keeps: bool = False,
     ) -> None:
         self._chain, self._flights, self._turns = chain, flights, turns
         self._upstreams = upstreams
         self._identity, self._model, self._freshness = identity, model, freshness
-        self._cache_all, self._engine_keeps = cache_all, engine_keeps
+        self._nondeterministic, self._engine_keeps = nondeterministic, engine_keeps
+        self._variants, self._turn_of = variants, Variants()
 
     async def answer(self, http: HttpRequest) -> web.StreamResponse:
         """Answer from a tier, from a running flight, or from the engine."""
@@ -76,6 +82,8 @@ class OpenAI:
         except BadRequestError as exc:
             return error_response(400, str(exc), param=exc.param)
         control = control_of(", ".join(http.headers.getall(hdrs.CACHE_CONTROL, ())))
+        if request.cache.control != _NOTHING_SAID:
+            control = control.and_also(request.cache.control)
         if self._may_keep(http, request) and not control.no_store:
             try:
                 return await self._answer(http, request, control)
@@ -92,15 +100,21 @@ class OpenAI:
         # The engine knows what else a query or another type of content may mean.
         return (
             request.repeatable
-            and (request.deterministic or self._cache_all)
+            and (request.deterministic or self._keeps_chance(request))
             and not (request.is_to_be_kept_there and self._engine_keeps)
             and "?" not in http.raw_path
             and content_type.partition(";")[0].strip().lower() == _JSON
         )
 
+    def _keeps_chance(self, request: Request) -> bool:
+        says = self._nondeterministic
+        return says == "always" or (says == "per_request" and request.cache.use)
+
     async def _answer(
         self, http: HttpRequest, request: Request, control: Control
     ) -> web.StreamResponse:
+        if not request.deterministic and (count := request.cache.variants or self._variants) > 1:
+            request = request._replace(key=self._turn_of.next(request.key, count))
         hit = None if control.no_cache else await self._chain.lookup(request.key)
         if hit is not None and control.takes(hit.entry, hit.state, self._chain.clock()):
             if hit.refresh:
@@ -217,6 +231,8 @@ class OpenAI:
         flight.end(answer, kept=finished)
         if finished:
             freshness = self._freshness(request.route.path, request.model)
+            if request.cache.ttl_s is not None:
+                freshness = freshness._replace(ttl_s=request.cache.ttl_s)
             took_s = time.monotonic() - started
             await self._chain.store(
                 request.key, answer, freshness, origin=flight.origin, took_s=took_s
@@ -229,12 +245,23 @@ async def _render(
     """Return a finished answer in the form that was asked for."""
     if answer.form is not request.form:
         answer = await _as_form(answer, request.form)
+    etag = convert.etag(answer, wants_usage=request.wants_usage)
+    if hdrs.IF_NONE_MATCH in http.headers and _is_there(http, etag):
+        # By RFC 9110 it would be 412, as of a POST that changes something; this is a query.
+        headers = {"Cache-Status": status, "Age": str(age_s), "ETag": etag}
+        return web.Response(status=304, headers=headers)
     id_, created = _fresh(http, request)
     body = convert.rendered(
         answer, id_, created, wants_usage=request.wants_usage, done=request.route.shape.done
     )
     content_type = _SSE if answer.form is Form.EVENTS else _JSON
-    return Whole(http, content_type, status, age_s, body)
+    return Whole(http, content_type, status, age_s, etag, body)
+
+
+def _is_there(http: HttpRequest, etag: str) -> bool:
+    """Whether the client has this answer already (RFC 9110, section 13.1.2)."""
+    has = ", ".join(http.headers.getall(hdrs.IF_NONE_MATCH))
+    return has.strip() == "*" or etag.removeprefix("W/") in has
 
 
 async def _as_form(answer: Answer, form: Form) -> Answer:

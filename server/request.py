@@ -27,7 +27,9 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from server.labels import BadRequestError, labels_of
+from server import cache_field
+from server.cache_field import BadRequestError, CacheField
+from server.labels import labels_of
 from server.routes import ROUTES, Route
 from server.shapes import CHOICES
 from tiers import Form, digest
@@ -65,6 +67,8 @@ class Request(NamedTuple):
     is_to_be_kept_there: bool
     """Whether an engine that keeps answers itself would keep this one."""
     key: str
+    cache: CacheField
+    """What it says about caching, beside its headers."""
 
 
 def parse(path: str, raw: bytes, scope: str, identity: str, default_model: str) -> Request:
@@ -87,9 +91,9 @@ def parse(path: str, raw: bytes, scope: str, identity: str, default_model: str) 
 def _parse(path: str, raw: bytes, scope: str, identity: str, default_model: str) -> Request:
     route = ROUTES[path]
     body = _read(raw)
-    cache = None
+    cache = CacheField()
     if "cache" in body:
-        cache = body.pop("cache")
+        cache = cache_field.read(body.pop("cache"))
         raw = _dumps(body)
     stream = route.streams and body.get("stream") is True
     options = body.get("stream_options") if route.shape is CHOICES else None
@@ -108,7 +112,7 @@ def _parse(path: str, raw: bytes, scope: str, identity: str, default_model: str)
         route=route,
         path=path,
         model=model,
-        labels=labels_of(model, raw_scope, cache),
+        labels=labels_of(model, raw_scope, cache.tags),
         raw=raw,
         body=sent,
         form=Form.EVENTS if stream else Form.BODY,
@@ -122,6 +126,7 @@ def _parse(path: str, raw: bytes, scope: str, identity: str, default_model: str)
         or _is_seed(body.get("seed")),
         is_to_be_kept_there=route.may_be_kept_there and body.get("store") is not False,
         key=key,
+        cache=cache,
     )
 
 

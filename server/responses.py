@@ -30,12 +30,18 @@ class Whole(web.StreamResponse):
 
     Args:
         http: what is answered.
-        content_type, cache_status, age_s: values of headers.
+        content_type, cache_status, age_s, etag: values of headers.
         body: all of it.
     """
 
     def __init__(
-        self, http: HttpRequest, content_type: str, cache_status: str, age_s: int, body: bytes
+        self,
+        http: HttpRequest,
+        content_type: str,
+        cache_status: str,
+        age_s: int,
+        etag: str,
+        body: bytes,
     ) -> None:
         self._writer = http.writer
         self._keeps_alive = http.keep_alive
@@ -46,7 +52,8 @@ class Whole(web.StreamResponse):
             end = "Connection: keep-alive\r\n"
         head = (
             f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
-            f"Cache-Status: {cache_status}\r\nAge: {age_s}\r\nX-Request-Id: {http.id}\r\n"
+            f"Cache-Status: {cache_status}\r\nAge: {age_s}\r\nETag: {etag}\r\n"
+            f"X-Request-Id: {http.id}\r\n"
             f"Server: {SERVER}\r\nDate: {rfc822_formatted_time()}\r\n{end}\r\n"
         )
         self._whole = head.encode() + body

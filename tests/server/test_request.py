@@ -3,7 +3,7 @@
 import orjson
 import pytest
 
-from server.labels import BadRequestError
+from server.cache_field import BadRequestError
 from server.request import Request, parse
 from server.routes import keeps_responses
 
