@@ -33,7 +33,8 @@ _TAIL_BYTES = 512
 _MODEL_CHARACTERS = 256
 # No line is longer.
 _LINE_BYTES = 4096
-_tokens_in = re.compile(rb'"completion_tokens":(\d{1,9})').search
+# The last of them: a stream of Messages begins with none. They and Responses say `output_tokens`.
+_tokens_in = re.compile(rb'.*"(?:completion|output)_tokens":(\d{1,9})', re.DOTALL).match
 
 
 # When, key, size, end of the answer, model, tier and outcome: a plain tuple, since it costs least.

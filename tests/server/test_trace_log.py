@@ -90,6 +90,8 @@ async def test_its_lines_are_requests(tmp_path: Path) -> None:
     add(trace, 1, Answer(Form.BODY, said))
     usage = b'data: {"usage":{"completion_tokens":3}}\n\n'
     add(trace, 2, Answer(Form.EVENTS, b"data: {}\n\n", usage))
+    message = b'data: {"usage":{"output_tokens":0}}\n\ndata: {"usage":{"output_tokens":5}}\n\n'
+    add(trace, 3, Answer(Form.EVENTS, message))
     trace.close()
     first, *_ = map(orjson.loads, file.read_bytes().splitlines())
     assert first == {
@@ -100,6 +102,7 @@ async def test_its_lines_are_requests(tmp_path: Path) -> None:
         Request("key0", len(ANSWER.content), 1e9, 7),
         Request("key1", len(said), 1e9 + 1, 0),
         Request("key2", 10 + len(usage), 1e9 + 2, 3),
+        Request("key3", len(message), 1e9 + 3, 5),
     ]
 
 
