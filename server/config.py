@@ -1,53 +1,34 @@
 """The configuration: one YAML file, whose single fields environment variables may override.
 
-`TIERSERVE__SERVER__PORT=9000` overrides `server.port`. Unknown keys are mistakes. Units stand in
-the names; sizes may be written `256MiB`.
+Unknown keys are mistakes. Units stand in the names; sizes may be written `256MiB`. Environment
+variables are described in `server.environment`.
 """
 
 import difflib
 import os
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
     ByteSize,
-    ConfigDict,
     Field,
     PlainSerializer,
     ValidationError,
-    model_validator,
 )  # fmt: skip
-from pydantic_settings import (
-    BaseSettings,
-    EnvSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-)
 
 from server.cache_field import MAX_VARIANTS
+from server.environment import choices, overridden
+from server.model_config import Model, Name, embedded, mean_one_each
+from server.section import PositiveSeconds, Seconds, Section
 from server.shared import check, masked
 from tiers.disk import MIN_BYTES, Durability
 from tiers.movement import Write
 from tiers.policies import DEFAULT, POLICIES
 
-_CENTURY_S = 100 * 366 * 24 * 3600
-Seconds = Annotated[float, Field(ge=0, le=_CENTURY_S)]
-PositiveSeconds = Annotated[float, Field(gt=0, le=_CENTURY_S)]
-
-ENV_PREFIX = "TIERSERVE__"
-EMBEDDED = "embedded"
-EMBEDDED_NAME = "SmolLM2-135M-Instruct"
-_HTTP_URL = re.compile(r"https?://[^/\s]+(/[^\s?#]*)?").fullmatch
 SOCKET_PATH_BYTES = 107
 """Of Linux's sockaddr_un, without the final zero."""
-OWNED_ENGINE_ARGS = frozenset(
-    {"config", "host", "model", "port", "revision", "served_model_name", "uds"}
-)
 
 
 def cache_folder() -> Path:
@@ -64,11 +45,7 @@ class ConfigError(ValueError):
         self.mistakes = mistakes
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Listener(_Section):
+class Listener(Section):
     """Where clients connect, and how long a stop may take.
 
     `client_timeout_s` is how long a client may take to send a head, or a body that we read whole,
@@ -82,59 +59,7 @@ class Listener(_Section):
     shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = 30
 
 
-class Model(_Section):
-    """Which model, and what clients call it.
-
-    `source` is `embedded`, a folder, or a Hugging Face name. `version` is a label of yours that
-    becomes part of every key: change it when weights change where tierserve can't see them.
-    """
-
-    source: Annotated[str, Field(min_length=1)] = EMBEDDED
-    name: Annotated[str, Field(min_length=1)] = "smollm2-135m-instruct"
-    revision: str | None = None
-    version: str = ""
-
-
-def _not_ours(args: dict[str, Any]) -> dict[str, Any]:
-    odd = [name for name in args if not name.replace("_", "").isalnum()]
-    if odd:
-        raise ValueError(
-            f"{', '.join(odd)} should be written as vLLM's options with underscores: max_model_len"
-        )
-    if owned := sorted(OWNED_ENGINE_ARGS & args.keys()):
-        raise ValueError(f"{', '.join(owned)}: set by tierserve; use sections server and model")
-    return args
-
-
-def _is_base(url: str) -> str:
-    if not _HTTP_URL(url) or url.rstrip("/").endswith("/v1"):
-        raise ValueError("should be as http://host:8000, without /v1 at its end")
-    return url
-
-
-class Engine(_Section):
-    """vLLM as our child with `args` and `env`, or `upstreams` that somebody else runs.
-
-    At most `max_requests` are at the engine at once, those included that wait there; more get 503.
-    """
-
-    model_config = ConfigDict(coerce_numbers_to_str=True)
-
-    args: Annotated[dict[str, Any], AfterValidator(_not_ours)] = {}
-    env: dict[str, str] = {}
-    upstreams: tuple[Annotated[str, AfterValidator(_is_base)], ...] = ()
-    max_requests: Annotated[int, Field(ge=1)] = 1024
-    timeout_s: PositiveSeconds = 600
-    restart_max_delay_s: Annotated[float, Field(ge=1, le=3600)] = 60
-
-    @model_validator(mode="after")
-    def _is_ours_or_not(self) -> Self:
-        if self.upstreams and (self.args or self.env):
-            raise ValueError("args and env are for an engine of ours; leave them out of upstreams")
-        return self
-
-
-class Rule(_Section):
+class Rule(Section):
     """Freshness for the models and routes that match; what it leaves out is as in `cache`.
 
     `*` stands for any text.
@@ -147,7 +72,7 @@ class Rule(_Section):
     stale_if_error_s: Seconds | None = None
 
 
-class Cache(_Section):
+class Cache(Section):
     """What is cached, and for how long: by the first rule that matches, or else by these.
 
     After `ttl_s`, an answer may be given out while a new one is made, or where none can be had.
@@ -174,14 +99,14 @@ def _is_policy(name: str) -> str:
     return name
 
 
-class MemoryTier(_Section):
+class MemoryTier(Section):
     """Answers in this process; `policy` says which leave for room."""
 
     max_bytes: Annotated[ByteSize, Field(ge=64 * 1024)] = ByteSize(256 * 1024**2)
     policy: Annotated[str, AfterValidator(_is_policy)] = DEFAULT
 
 
-class DiskTier(_Section):
+class DiskTier(Section):
     """Answers in an LMDB file, which never exceeds `max_bytes`.
 
     `durability` says when an answer counts as stored: synced (`commit`), synced within
@@ -196,7 +121,7 @@ class DiskTier(_Section):
     compression: Literal["none", "zstd"] = "none"
 
 
-class SharedTier(_Section):
+class SharedTier(Section):
     """Answers in a Redis, Valkey or Memcached server, for all who use it.
 
     A lookup may take `deadline_ms`; what takes longer is a miss.
@@ -208,7 +133,7 @@ class SharedTier(_Section):
     deadline_ms: Annotated[float, Field(ge=1, le=1000)] = 20
 
 
-class Tiers(_Section):
+class Tiers(Section):
     """The tiers, nearest first, `null` leaving one out, and how entries move between them.
 
     `write` says whether answers reach the disk at once (`on_insert`), or when memory evicts them
@@ -222,7 +147,7 @@ class Tiers(_Section):
     shared: SharedTier | None = None
 
 
-class Admin(_Section):
+class Admin(Section):
     """Where this user's `tierserve cache` reaches the server: a Unix socket; `null` for nowhere.
 
     By default `admin-PORT.sock` in the cache folder, PORT being `server.port`.
@@ -237,7 +162,7 @@ def _is_json_lines(path: Path) -> Path:
     return path
 
 
-class Log(_Section):
+class Log(Section):
     """What is logged to standard error. `auto` is text on a terminal and JSON elsewhere.
 
     `trace` is a file for what `tierserve simulate` replays: time, key, size, tokens, model, tier
@@ -251,36 +176,17 @@ class Log(_Section):
     trace_max_bytes: Annotated[ByteSize, Field(ge=64 * 1024)] = ByteSize(256 * 1024**2)
 
 
-class Config(BaseSettings):
+class Config(Section):
     """Everything that can be configured."""
 
-    model_config = SettingsConfigDict(
-        extra="forbid", frozen=True, env_prefix=ENV_PREFIX, env_nested_delimiter="__"
-    )
-
     server: Listener = Listener()
-    model: Model = Model()
-    engine: Engine = Engine()
+    models: Annotated[dict[Name, Model], AfterValidator(mean_one_each)] = Field(
+        default_factory=embedded, min_length=1
+    )
     cache: Cache = Cache()
     tiers: Tiers = Tiers()
     admin: Admin = Admin()
     log: Log = Log()
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        # One that can't be read is reported on its own, and must not hide other mistakes.
-        if isinstance(env_settings, EnvSettingsSource):
-            unreadable = {name.lower() for name in _unreadable_variables()}
-            given = env_settings.env_vars
-            env_settings.env_vars = {n: v for n, v in given.items() if n not in unreadable}
-        return env_settings, init_settings
 
 
 class _Loader(yaml.SafeLoader):
@@ -310,10 +216,7 @@ def load(file: Path) -> Config:
         data = {}
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise ConfigError([f"{file}: should hold sections: {', '.join(Config.model_fields)}"])
-    mistakes = _unknown_variables() + [
-        f"{name}: should be JSON, since the field is a section, a list or a mapping"
-        for name in _unreadable_variables()
-    ]
+    data, mistakes = overridden(data, Config, os.environ)
     try:
         config = Config(**data)
     except ValidationError as exc:
@@ -343,35 +246,10 @@ def _with_paths(config: Config, folder: Path) -> Config:
     return config.model_copy(update={"tiers": tiers, "admin": admin, "log": log})
 
 
-def _variables() -> list[str]:
-    return sorted(name for name in os.environ if name.upper().startswith(ENV_PREFIX))
-
-
-def _unreadable_variables() -> list[str]:
-    unreadable = []
-    source = EnvSettingsSource(Config)
-    for variable in _variables():
-        source.env_vars = {variable.lower(): os.environ[variable]}
-        try:
-            source()
-        except SettingsError:
-            unreadable.append(variable)
-    return unreadable
-
-
-def _unknown_variables() -> list[str]:
-    sections = sorted(Config.model_fields)
-    return [
-        f"{variable}: no such section; the sections are {', '.join(sections)}"
-        for variable in _variables()
-        if variable[len(ENV_PREFIX) :].lower().split("__")[0] not in sections
-    ]
-
-
 def _explain(error: Any) -> str:
     """Say where the mistake is, what is wrong, and what would be right."""
     *parents, last = error["loc"] or ("configuration",)
-    path = ".".join(str(part) for part in (*parents, last))
+    path = ".".join(str(part) for part in (*parents, last) if part != "[key]")
     if error["type"] == "extra_forbidden":
         fields = _fields(parents)
         near = difflib.get_close_matches(str(last), fields, n=1)
@@ -385,9 +263,23 @@ def _explain(error: Any) -> str:
 
 
 def _fields(path: list[Any]) -> list[str]:
-    model: Any = Config
-    for part in (part for part in path if isinstance(part, str)):
-        annotation = model.model_fields[part].annotation
-        choices = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(each for each in choices if hasattr(each, "model_fields"))
-    return sorted(model.model_fields)
+    """Return the keys of the section at `path`."""
+    kinds: list[Any] = [Config]
+    for part in path:
+        within = [
+            each.model_fields[part].annotation if _is_section(each) else _item(each)
+            for each in kinds
+            if _is_section(each) or get_origin(each) in (dict, tuple)
+        ]
+        kinds = [choice for annotation in within for choice in choices(annotation)]
+    return sorted(next(filter(_is_section, kinds)).model_fields)
+
+
+def _item(kind: Any) -> Any:
+    """Return the type of what a list or a mapping holds."""
+    first, second = get_args(kind)
+    return second if get_origin(kind) is dict else first
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)

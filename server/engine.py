@@ -1,4 +1,4 @@
-"""The engine: vLLM's own OpenAI server as our child, watched and restarted.
+"""An engine: vLLM's own OpenAI server as our child, watched and restarted.
 
 Owns the child process and the folder of its socket. Invariant: at most one child runs, and its
 guard (`server.guard`) ends it when we are gone, however we went.
@@ -13,15 +13,17 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from server.config import ENV_PREFIX, SOCKET_PATH_BYTES, Config, ConfigError
+from server.config import SOCKET_PATH_BYTES, ConfigError
+from server.environment import PREFIX
+from server.model_config import RUNTIME_LORA, Model
 from server.upstream import Upstream
 from server.weights import Weights
 
@@ -32,6 +34,8 @@ _VLLM = "vllm.entrypoints.launchers.api_server.entry"
 # It is asked for these all the time, and we log what clients ask for.
 _QUIET = {"disable_access_log_for_endpoints": "/health,/metrics,/v1/models"}
 _STABLE_S = 60
+# What still loads then has long taken its memory, or waits for a hub.
+_LOADING_S = 600
 _STOP_S = 15
 _LAST_WORDS_S = 5
 _LINE_BYTES = 8192
@@ -50,33 +54,46 @@ class EngineState(StrEnum):
 class Engine:
     """Supervises one vLLM server on a Unix socket in a private folder.
 
+    Args:
+        name: by which it knows its model.
+        model: describes it.
+        weights: what it loads.
+        loading: held by the one engine that loads. vLLM measures how much memory is free while it
+            does, which another one would falsify.
+
     Raises:
         ConfigError: the folder for temporary files has too long a path.
     """
 
-    def __init__(self, config: Config, weights: Weights) -> None:
+    def __init__(self, name: str, model: Model, weights: Weights, loading: asyncio.Lock) -> None:
+        self._name, self._loading = name, loading
         self.folder = Path(tempfile.gettempdir(), f"tierserve-{secrets.token_hex(8)}")
         socket = str(self.folder / "engine.sock")
         if len(os.fsencode(socket)) > SOCKET_PATH_BYTES:
             raise ConfigError(
                 [f"TMPDIR: {self.folder.parent} is too long for a socket in it; set a shorter one"]
             )
-        self.upstream = Upstream("http://engine", timeout_s=config.engine.timeout_s, socket=socket)
+        self.upstream = Upstream(
+            "http://engine",
+            timeout_s=model.timeout_s,
+            socket=socket,
+            name=f"the engine of {name}",
+        )
         self.restarts = 0
         self._runs = False
         self._was_ready_s = 0.0
-        self._max_delay_s = config.engine.restart_max_delay_s
+        self._max_delay_s = model.engine.restart_max_delay_s
         self._command = [
             sys.executable, "-m", "server.guard", str(self.folder),
             sys.executable, "-m", _VLLM, "--model", weights.source,
-            "--served-model-name", config.model.name, "--uds", socket,
+            "--served-model-name", name, *model.aliases, "--uds", socket,
             *(("--revision", weights.revision) if weights.revision else ()),
-            *_flags(_QUIET | config.engine.args),
+            *_flags(_QUIET | _lora(weights) | model.engine.args),
         ]  # fmt: skip
         # Our own variables may hold secrets.
-        env = {n: v for n, v in os.environ.items() if not n.upper().startswith(ENV_PREFIX)}
-        self._env = env | config.engine.env
-        if Path(weights.source).is_dir():
+        env = {n: v for n, v in os.environ.items() if not n.upper().startswith(PREFIX)}
+        self._env = env | model.engine.env | {RUNTIME_LORA: "0"}
+        if weights.folder is not None:
             self._env.setdefault("HF_HUB_OFFLINE", "1")
 
     @property
@@ -93,12 +110,12 @@ class Engine:
             while True:
                 try:
                     status = await self._run_once()
-                    logger.error("the engine ended with status %d", status)
+                    logger.error("the engine of %s ended with status %d", self._name, status)
                 except OSError as exc:
-                    logger.error("the engine could not be started: %s", exc)
+                    logger.error("the engine of %s could not be started: %s", self._name, exc)
                 # Loading may take minutes, so only what was ready counts as having run.
                 delay_s = 1.0 if self._was_ready_s > _STABLE_S else delay_s
-                logger.info("the engine is started again in %.0f s", delay_s)
+                logger.info("the engine of %s is started again in %.0f s", self._name, delay_s)
                 await asyncio.sleep(delay_s)
                 delay_s = min(delay_s * 2, self._max_delay_s)
                 self.restarts += 1
@@ -106,7 +123,32 @@ class Engine:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     async def _run_once(self) -> int:
-        self._was_ready_s = 0.0
+        """Run vLLM to its end; returns its exit status."""
+        self._was_ready_s, self._runs = 0.0, True
+        try:
+            async with AsyncExitStack() as stack:
+                async with self._loading:
+                    process = await stack.enter_async_context(self._process())
+                    await self._loaded(process)
+                return await process.wait()
+        finally:
+            self._runs = False
+
+    async def _loaded(self, process: asyncio.subprocess.Process) -> None:
+        """Wait until vLLM answers or has ended, but not for ever."""
+        waits = [
+            asyncio.create_task(process.wait()),
+            asyncio.create_task(self.upstream.answers.wait()),
+        ]
+        try:
+            await asyncio.wait(waits, timeout=_LOADING_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    @asynccontextmanager
+    async def _process(self) -> AsyncIterator[asyncio.subprocess.Process]:
+        """Start vLLM; ends it and all that it has started."""
         self.folder.mkdir(mode=0o700, exist_ok=True)
         (self.folder / "engine.sock").unlink(missing_ok=True)
         process = await asyncio.create_subprocess_exec(
@@ -117,14 +159,12 @@ class Engine:
             env=self._env,
             start_new_session=True,
         )
-        self._runs = True
-        logger.info("the engine starts")
-        log = asyncio.create_task(_log_lines(process))
+        logger.info("the engine of %s starts", self._name)
+        log = asyncio.create_task(_log_lines(process, logger.getChild(self._name)))
         try:
-            return await process.wait()
+            yield process
         finally:
-            self._was_ready_s = self.upstream.ready_s
-            self._runs = self.upstream.ready = False
+            self._was_ready_s, self.upstream.ready = self.upstream.ready_s, False
             with suppress(ProcessLookupError):
                 process.terminate()
             # `wait_for` of Python 3.11 can lose a cancellation.
@@ -138,7 +178,7 @@ class Engine:
             log.cancel()
 
 
-async def _log_lines(process: asyncio.subprocess.Process) -> None:
+async def _log_lines(process: asyncio.subprocess.Process, to: logging.Logger) -> None:
     """Log what the engine prints, in pieces of a bounded size."""
     output = process.stdout
     if output is None:
@@ -149,15 +189,26 @@ async def _log_lines(process: asyncio.subprocess.Process) -> None:
         if len(rest) > _LINE_BYTES:
             lines, rest = [*lines, rest], b""
         for line in lines:
-            _log(line)
-    _log(rest)
+            _log(line, to)
+    _log(rest, to)
 
 
-def _log(line: bytes) -> None:
+def _log(line: bytes, to: logging.Logger) -> None:
     if line.strip():
         level = _LEVEL(line)
         number = logging.getLevelName(level[1].decode()) if level else logging.INFO
-        logger.log(number, "%s", line.decode(errors="replace"))
+        to.log(number, "%s", line.decode(errors="replace"))
+
+
+def _lora(weights: Weights) -> dict[str, Any]:
+    """Return vLLM's options for adapters that clients may ask for."""
+    if not weights.adapters:
+        return {}
+    modules = [
+        orjson.dumps({"name": name, "path": str(folder)}).decode()
+        for name, folder in weights.adapters.items()
+    ]
+    return {"enable_lora": True, "lora_modules": modules}
 
 
 def _flags(args: Mapping[str, Any]) -> Iterator[str]:

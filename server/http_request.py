@@ -21,6 +21,8 @@ class HttpRequest(web.BaseRequest):
 
     id: str = ""
     """The `X-Request-Id` of its response."""
+    model: str = ""
+    """Which model it is for, by the engine's name of it; none where it is for us."""
     outcome: tuple[str, str] = ("none", "own")
     """Which tier answered, and how."""
     found: tuple[Request, Answer] | None = None

@@ -5,15 +5,13 @@ The identity is part of every key, so swapped weights or another engine can't se
 
 import hashlib
 from collections.abc import Mapping
-from datetime import date
-from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from server.config import Config
+from server.model_config import Model
 from server.weights import Weights
 
 # Where Hugging Face models keep them.
@@ -33,36 +31,29 @@ _CHANGES_NO_ANSWER = frozenset(
 )  # fmt: skip
 
 
-class Identity:
-    """What the engine is known by at the moment it is asked for.
+def identity(model: Model, weights: Weights | None) -> str:
+    """Return what gives the answers of a model.
 
-    A chat template that tells the date gives other prompts each day, so then the day is part of it.
+    `weights` are what an engine of ours is to load; `None` where somebody else runs it.
     """
-
-    def __init__(self, config: Config, weights: Weights | None) -> None:
-        self._lasting = identity(config, weights)
-        self._is_dated = weights is not None and _tells_time(config, weights)
-        self._on = lru_cache(2)(lambda day: f"{self._lasting} {day}")
-
-    def __call__(self) -> str:
-        # The engine's templates tell the local date, as this does.
-        return self._on(date.today()) if self._is_dated else self._lasting  # noqa: DTZ011
-
-
-def identity(config: Config, weights: Weights | None) -> str:
-    """Return what the engine that `config` describes is known by.
-
-    `weights` are what it is to load; `None` where somebody else runs it.
-    """
-    about: dict[str, Any] = {"version": config.model.version}
+    about: dict[str, Any] = {"version": model.version}
     if weights is None:
-        about["model"] = [config.model.source, config.model.revision]
+        about["model"] = [model.source, model.revision]
     else:
         about["model"] = [_content(weights.source), weights.revision]
         about["engine"] = _engine_version()
-        about["args"] = _relevant(config.engine.args)
-        about["env"] = _relevant(config.engine.env)
+        about["args"] = _relevant(model.engine.args)
+        about["env"] = _relevant(model.engine.env)
     return orjson.dumps(about, option=orjson.OPT_SORT_KEYS).decode()
+
+
+def adapted(base: str, adapter: str, model: Model, weights: Weights | None) -> str:
+    """Return what gives the answers of an adapter, given the identity of its model.
+
+    Other adapters have no part in it.
+    """
+    content = model.adapters[adapter] if weights is None else fingerprint(weights.adapters[adapter])
+    return f"{base} {content}"
 
 
 def fingerprint(path: Path) -> str:
@@ -97,20 +88,23 @@ def _content(value: Any) -> Any:
         return {name: _content(each) for name, each in value.items()}
     if isinstance(value, list):
         return [_content(each) for each in value]
-    if isinstance(value, str):
-        # A LoRA module is written name=path.
-        *name, path = value.split("=", 1)
-        if Path(path).is_file() or ("/" in path and Path(path).is_dir()):
-            return [*name, fingerprint(Path(path))]
+    if isinstance(value, str) and (
+        Path(value).is_file() or ("/" in value and Path(value).is_dir())
+    ):
+        return [fingerprint(Path(value))]
     return value
 
 
-def _tells_time(config: Config, weights: Weights) -> bool:
-    """Whether a chat template tells the time, as far as we can see it; if we can't, it may."""
-    folder = Path(weights.source)
-    if not folder.is_dir():
+def tells_time(model: Model, weights: Weights | None) -> bool:
+    """Whether a chat template tells the time, as far as we can see it; if we can't, it may.
+
+    Then it gives other prompts each day. What somebody else runs is theirs to see to.
+    """
+    if weights is None:
+        return False
+    if (folder := weights.folder) is None:
         return True
-    given = str(config.engine.args.get("chat_template", ""))
+    given = str(model.engine.args.get("chat_template", ""))
     files = [Path(given)] if given and Path(given).is_file() else []
     files += [file for name in _TEMPLATES for file in folder.glob(name)]
     texts = [given, *(file.read_text(encoding="utf-8", errors="replace") for file in files)]

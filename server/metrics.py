@@ -23,13 +23,16 @@ _BOUNDS_S = (
 )  # fmt: skip
 
 
+ModelState = tuple[str, EngineState, int]
+"""Of a model: its name, what can be expected of its engine, and how often that was restarted."""
+
+
 class Metrics:
     """All metrics of one process, in a registry of their own.
 
     Args:
         chain: whose tiers report what they hold and did.
-        state: tells the engine's state.
-        restarts: tells how often the engine was started again.
+        models: tells each model's name, its state, and how often its engine was started again.
         dropped: tells how many demotions found no room in the queue.
         waits: those for another process.
     """
@@ -38,24 +41,23 @@ class Metrics:
         self,
         chain: Chain,
         *,
-        state: Callable[[], EngineState],
-        restarts: Callable[[], int],
+        models: Callable[[], Iterable[ModelState]],
         dropped: Callable[[], int],
         waits: Waits,
     ) -> None:
-        self._latencies: dict[tuple[str, str], _Latency] = {}
+        self._latencies: dict[tuple[str, str, str], _Latency] = {}
         self.registry = CollectorRegistry()
         self.registry.register(_Requests(self._latencies))
         self.registry.register(_Tiers(chain, dropped))
-        self.registry.register(_Engine(state, restarts))
+        self.registry.register(_Models(models))
         self.registry.register(_Turns(waits))
 
-    def observe(self, tier: str, outcome: str, seconds: float) -> None:
-        """Count one answered request."""
+    def observe(self, model: str, tier: str, outcome: str, seconds: float) -> None:
+        """Count one answered request; its model is one that is configured, or none."""
         # Plain numbers, since the library's counters would cost a tenth of a hit.
-        latency = self._latencies.get((tier, outcome))
+        latency = self._latencies.get((model, tier, outcome))
         if latency is None:
-            latency = self._latencies[tier, outcome] = _Latency()
+            latency = self._latencies[model, tier, outcome] = _Latency()
         latency.counts[bisect_left(_BOUNDS_S, seconds)] += 1
         latency.sum_s += seconds
 
@@ -71,11 +73,11 @@ class _Latency:
 
 
 class _Requests(Collector):
-    def __init__(self, latencies: Mapping[tuple[str, str], _Latency]) -> None:
+    def __init__(self, latencies: Mapping[tuple[str, str, str], _Latency]) -> None:
         self._latencies = latencies
 
     def collect(self) -> Iterable[Metric]:
-        labels = ("tier", "outcome")
+        labels = ("model", "tier", "outcome")
         requests = CounterMetricFamily("tierserve_requests", "Requests answered", labels=labels)
         seconds = HistogramMetricFamily(
             "tierserve_request_seconds", "Seconds from request to the end of its answer",
@@ -89,19 +91,22 @@ class _Requests(Collector):
         return requests, seconds
 
 
-class _Engine(Collector):
-    def __init__(self, state: Callable[[], EngineState], restarts: Callable[[], int]) -> None:
-        self._state, self._restarts = state, restarts
+class _Models(Collector):
+    def __init__(self, models: Callable[[], Iterable[ModelState]]) -> None:
+        self._models = models
 
     def collect(self) -> Iterable[Metric]:
         gauge = GaugeMetricFamily(
-            "tierserve_engine_state", "1 for the state that the engine is in", labels=("state",)
+            "tierserve_engine_state", "1 for the state that a model's engine is in",
+            labels=("model", "state"),
+        )  # fmt: skip
+        restarts = CounterMetricFamily(
+            "tierserve_engine_restarts", "Starts after the first", labels=("model",)
         )
-        now = self._state()
-        for state in EngineState:
-            gauge.add_metric((state,), state == now)
-        restarts = CounterMetricFamily("tierserve_engine_restarts", "Starts after the first")
-        restarts.add_metric((), self._restarts())
+        for model, now, starts in self._models():
+            for state in EngineState:
+                gauge.add_metric((model, state), state == now)
+            restarts.add_metric((model,), starts)
         return gauge, restarts
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from aiohttp import web
 from multidict import istr
 
+from server.cache_field import BadRequestError
 from server.http_request import Handler, HttpRequest, SlowClientError
 from server.logs import AccessLog
 from server.metrics import Metrics
@@ -58,6 +59,9 @@ def wrap(
             response = error_response(408, "The body did not come within server.client_timeout_s.")
             response.force_close()
             status = 408
+        except BadRequestError as exc:
+            response = error_response(exc.status, str(exc), param=exc.param)
+            status = exc.status
         except ConnectionError:
             raise
         except Exception:
@@ -86,7 +90,7 @@ def _note(
     tier, outcome = http.outcome
     if status == _CLIENT_GONE and outcome != "error":
         outcome = "aborted"
-    metrics.observe(tier, outcome, seconds)
+    metrics.observe(http.model, tier, outcome, seconds)
     at = time.time()
     access.add(at, http.method, http.path, status, http.id, tier, outcome, seconds)
     if trace is not None and http.found is not None:

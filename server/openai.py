@@ -12,14 +12,14 @@ from aiohttp import hdrs, web
 from multidict import istr
 
 from server import convert
-from server.cache_field import BadRequestError
 from server.control import Control, control_of
 from server.http_request import HttpRequest
+from server.models import Models
 from server.passthrough import forward, forwarded, returned
 from server.record import NotAnAnswerError, record
 from server.request import Request, parse
 from server.responses import Whole, error_response, failure, own_headers, unavailable
-from server.upstream import UnavailableError, Upstreams
+from server.upstream import UnavailableError
 from server.variants import Variants
 from tiers import Answer, Chain, Flight, Flights, Form, Freshness, Hit, State, Turns
 from tiers.flight import Listener
@@ -44,9 +44,7 @@ class OpenAI:
         chain: where answers are kept.
         flights: the generations under way.
         turns: which of them are another process's to make.
-        upstreams: asked on a miss.
-        identity: tells what gives the answers now, as `server.identity` says it.
-        model: the model that a body without one means.
+        models: asked on a miss.
         freshness: tells how long the answers of a route and a model are good for.
         nondeterministic: whether requests that ask for chance are cached too: `never`, `always`,
             or `per_request`, where they say so.
@@ -60,27 +58,26 @@ class OpenAI:
         chain: Chain,
         flights: Flights,
         turns: Turns,
-        upstreams: Upstreams,
-        identity: Callable[[], str],
-        model: str,
+        models: Models,
         freshness: Callable[[str, str], Freshness],
         nondeterministic: str,
         variants: int,
         engine_keeps: bool = False,
     ) -> None:
         self._chain, self._flights, self._turns = chain, flights, turns
-        self._upstreams = upstreams
-        self._identity, self._model, self._freshness = identity, model, freshness
+        self._models, self._freshness = models, freshness
         self._nondeterministic, self._engine_keeps = nondeterministic, engine_keeps
         self._variants, self._turn_of = variants, Variants()
 
     async def answer(self, http: HttpRequest) -> web.StreamResponse:
-        """Answer from a tier, from a running flight, or from the engine."""
+        """Answer from a tier, from a running flight, or from the engine.
+
+        Raises:
+            BadRequestError: the request can't be understood.
+        """
         raw = await http.body()
-        try:
-            request = parse(http.path, raw, _scope(http), self._identity(), self._model)
-        except BadRequestError as exc:
-            return error_response(400, str(exc), param=exc.param)
+        request = parse(http.path, raw, _scope(http), self._models.names())
+        http.model = request.model
         control = control_of(", ".join(http.headers.getall(hdrs.CACHE_CONTROL, ())))
         if request.cache.control != _NOTHING_SAID:
             control = control.and_also(request.cache.control)
@@ -91,8 +88,9 @@ class OpenAI:
                 logger.warning("an answer was given in one form and asked for in another: %s", exc)
         if control.only_if_cached:
             return _not_cached()
+        upstreams = self._models.upstreams(request.model)
         return await forward(
-            http, self._upstreams, body=request.raw, cache_status="tierserve; fwd=bypass"
+            http, upstreams, body=request.raw, cache_status="tierserve; fwd=bypass"
         )
 
     def _may_keep(self, http: HttpRequest, request: Request) -> bool:
@@ -150,7 +148,7 @@ class OpenAI:
 
     def _refresh(self, http: HttpRequest, request: Request, hit: Hit) -> None:
         """Have a new answer made in the background, in place of the one that is given out now."""
-        if self._upstreams.ready and len(self._flights) < _REFRESH_BELOW:
+        if self._models.upstreams(request.model).ready and len(self._flights) < _REFRESH_BELOW:
             produce = partial(self._produce, request, forwarded(http), hit.entry.stored_at)
             origin = self._chain.origin(request.labels)
             self._flights.launch(request.key, request.form, produce, origin)
@@ -218,7 +216,7 @@ class OpenAI:
     async def _generate(self, request: Request, headers: Mapping[str, str], flight: Flight) -> None:
         """Have an engine answer, publish what it says, and store a finished answer."""
         started = time.monotonic()
-        async with self._upstreams.request(
+        async with self._models.upstreams(request.model).request(
             "POST", request.path, data=request.body, headers=headers
         ) as reply:
             answer, finished = await record(

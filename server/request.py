@@ -30,8 +30,9 @@ import orjson
 from server import cache_field
 from server.cache_field import BadRequestError, CacheField
 from server.labels import labels_of
+from server.names import Names
 from server.routes import ROUTES, Route
-from server.shapes import CHOICES
+from server.shapes import CHOICES, MESSAGE
 from tiers import Form, digest
 
 # orjson makes floats of integers beyond 64 bits, so two of them could share a key.
@@ -53,10 +54,11 @@ class Request(NamedTuple):
     path: str
     """The one of the route's paths that it was asked by."""
     model: str
+    """By which its engine knows it."""
     labels: tuple[str, ...]
     """By what its answer may be purged, beside its key."""
     raw: bytes
-    """The body as it was received, but for what is meant for us alone."""
+    """The body as it was received, but with its model's own name, and without what is ours."""
     body: bytes
     """What the engine is to be sent."""
     form: Form
@@ -71,38 +73,43 @@ class Request(NamedTuple):
     """What it says about caching, beside its headers."""
 
 
-def parse(path: str, raw: bytes, scope: str, identity: str, default_model: str) -> Request:
+def parse(path: str, raw: bytes, scope: str, names: Names) -> Request:
     """Parse a body and derive its key. A body that comes again byte for byte is remembered.
 
     Args:
         path: the request's, one of `ROUTES`.
         raw: the body as received.
         scope: who may share the answer.
-        identity: which weights, engine and options give the answer.
-        default_model: the model that a body without one means.
+        names: what the model that it asks for is, and what gives its answers.
 
     Raises:
         BadRequestError: the body isn't a JSON object, or its field `cache` isn't as it should be.
+        UnknownModelError: there is no model of that name.
     """
     look = _remembered if len(raw) <= _REMEMBERED_BYTES else _parse
-    return look(path, raw, scope, identity, default_model)
+    return look(path, raw, scope, names)
 
 
-def _parse(path: str, raw: bytes, scope: str, identity: str, default_model: str) -> Request:
+def _parse(path: str, raw: bytes, scope: str, names: Names) -> Request:
     route = ROUTES[path]
     body = _read(raw)
-    cache = CacheField()
+    cache, sent_as_is = CacheField(), True
     if "cache" in body:
-        cache = cache_field.read(body.pop("cache"))
+        cache, sent_as_is = cache_field.read(body.pop("cache")), False
+    asked = body.get("model")
+    name, identity = names.find(asked)
+    # Messages without a model are refused.
+    if asked != name and isinstance(asked, str if route.shape is MESSAGE else str | None):
+        body["model"], sent_as_is = name, False
+    if not sent_as_is:
         raw = _dumps(body)
     stream = route.streams and body.get("stream") is True
     options = body.get("stream_options") if route.shape is CHOICES else None
     wants_usage = stream and isinstance(options, dict) and options.get("include_usage") is True
-    canonical = _canonical(route, body, default_model, stream=stream, wants_usage=wants_usage)
+    canonical = _canonical(route, body, stream=stream, wants_usage=wants_usage)
     # A header may hold bytes that are no text.
     raw_scope = scope.encode(errors="surrogateescape")
     key = digest(raw_scope, identity.encode(), route.path.encode(), _dumps(canonical))
-    model = str(canonical["model"])
     sent = raw
     if route.shape is CHOICES and stream and not wants_usage and isinstance(options, dict | None):
         # The count is recorded with every answer, and kept from clients that did not ask.
@@ -111,8 +118,8 @@ def _parse(path: str, raw: bytes, scope: str, identity: str, default_model: str)
     return Request(
         route=route,
         path=path,
-        model=model,
-        labels=labels_of(model, raw_scope, cache.tags),
+        model=name,
+        labels=labels_of(name, raw_scope, cache.tags),
         raw=raw,
         body=sent,
         form=Form.EVENTS if stream else Form.BODY,
@@ -148,11 +155,9 @@ def _read(raw: bytes) -> dict[str, Any]:
 
 
 def _canonical(
-    route: Route, body: Mapping[str, Any], default_model: str, *, stream: bool, wants_usage: bool
+    route: Route, body: Mapping[str, Any], *, stream: bool, wants_usage: bool
 ) -> dict[str, Any]:
     fields = dict(body)
-    if fields.get("model") in (None, ""):
-        fields["model"] = default_model
     if route.streams and isinstance(fields.get("stream"), bool | None):
         fields.pop("stream", None)
     if stream and route.shape is CHOICES and isinstance(body.get("stream_options"), dict | None):

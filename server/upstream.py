@@ -37,11 +37,17 @@ class Upstream:
         url: its base address.
         socket: the path of its Unix socket, if it listens on one.
         timeout_s: seconds that it may stay silent within an answer.
+        name: what logs call it; by default its address.
     """
 
-    def __init__(self, url: str, *, timeout_s: float, socket: str | None = None) -> None:
+    def __init__(
+        self, url: str, *, timeout_s: float, socket: str | None = None, name: str = ""
+    ) -> None:
         self.url = url.rstrip("/")
+        self._name = name or self.url
         self._ready_since: float | None = None
+        self.answers = asyncio.Event()
+        """Set while it is ready."""
         self._socket = socket
         self.session = self._session(
             aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=timeout_s)
@@ -68,6 +74,7 @@ class Upstream:
     def ready(self, ready: bool) -> None:
         if ready != self.ready:
             self._ready_since = time.monotonic() if ready else None
+            (self.answers.set if ready else self.answers.clear)()
 
     @property
     def ready_s(self) -> float:
@@ -79,7 +86,7 @@ class Upstream:
         while True:
             before, self.ready = self.ready, await self._answers()
             if self.ready != before:
-                logger.info("%s is %s", self.url, "ready" if self.ready else "not ready")
+                logger.info("%s is %s", self._name, "ready" if self.ready else "not ready")
             await asyncio.sleep(_PROBE_UP_S if self.ready else _PROBE_DOWN_S)
 
     async def _answers(self) -> bool:

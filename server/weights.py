@@ -1,14 +1,17 @@
 """The weights: where they are, and which commit of a hub's model they are.
 
 A hub's model can change under its name. So its commit is looked up once, is part of every key, and
-is what the engine is told to load.
+is what the engine is told to load. Adapters are small: a hub's are fetched before anything starts.
 """
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
-from server.config import EMBEDDED, EMBEDDED_NAME, ConfigError, Model, cache_folder
+from server.config import ConfigError, cache_folder
+from server.model_config import EMBEDDED, EMBEDDED_NAME, Model
 
 logger = logging.getLogger(__name__)
 
@@ -16,10 +19,19 @@ _HUB_S = 5
 
 
 class Weights(NamedTuple):
-    """`source` is a folder or a hub's name, `revision` the commit of the latter where known."""
+    """What an engine of ours loads."""
 
     source: str
+    """A folder or a hub's name."""
     revision: str | None = None
+    """The commit of the hub's model, where it is known."""
+    adapters: Mapping[str, Path] = MappingProxyType({})
+    """Folders of LoRA adapters by the adapters' names."""
+
+    @property
+    def folder(self) -> Path | None:
+        """Where they are on this machine, unless that is a hub's business."""
+        return folder if (folder := Path(self.source)).is_dir() else None
 
 
 def embedded_folder() -> Path:
@@ -27,24 +39,45 @@ def embedded_folder() -> Path:
     return cache_folder() / "models" / EMBEDDED_NAME
 
 
-def locate(model: Model) -> Weights:
-    """Find the weights that the configuration names; asks the hub where it names a hub's model.
+def locate(name: str, model: Model) -> Weights:
+    """Find what the model `name` loads; asks the hub where that is a hub's.
 
     Raises:
-        ConfigError: the weights aren't there, or `model.source` can't be a model.
+        ConfigError: something isn't there, or can't be a model.
     """
-    source = str(embedded_folder()) if model.source == EMBEDDED else model.source
-    folder = Path(source).expanduser()
+    at, source = f"models.{name}.source", model.source or EMBEDDED
+    folder = embedded_folder() if source == EMBEDDED else Path(source).expanduser()
+    adapters = {each: _adapter(name, each, path) for each, path in model.adapters.items()}
     if (folder / "config.json").is_file():
-        return Weights(str(folder))
-    if model.source == EMBEDDED:
-        raise ConfigError(["model.source: the embedded model isn't prepared; run scripts/serve"])
-    if folder.is_dir() or source.startswith(("/", "~", ".")):
-        raise ConfigError([f"model.source: {source} should be a folder with a config.json"])
-    return Weights(source, _commit(source, model.revision))
+        return Weights(str(folder), None, adapters)
+    if source == EMBEDDED:
+        raise ConfigError([f"{at}: the embedded model isn't prepared; run scripts/serve"])
+    if _is_path(source, folder):
+        raise ConfigError([f"{at}: {source} should be a folder with a config.json"])
+    return Weights(source, _commit(at, source, model.revision), adapters)
 
 
-def _commit(name: str, revision: str | None) -> str | None:
+def _is_path(source: str, folder: Path) -> bool:
+    return folder.is_dir() or source.startswith(("/", "~", "."))
+
+
+def _adapter(model: str, name: str, source: str) -> Path:
+    """Return the folder of an adapter; what a hub has is fetched, unless it was before."""
+    from huggingface_hub import snapshot_download
+
+    at, holds = f"models.{model}.adapters.{name}", "adapter_config.json"
+    folder = Path(source).expanduser()
+    if not _is_path(source, folder):
+        try:
+            folder = Path(snapshot_download(source))
+        except Exception as exc:
+            raise ConfigError([f"{at}: {source} can't be had from the hub: {exc}"]) from exc
+    if not (folder / holds).is_file():
+        raise ConfigError([f"{at}: {source} should be a folder with an {holds}"])
+    return folder.resolve()
+
+
+def _commit(at: str, name: str, revision: str | None) -> str | None:
     """Return the commit that the hub or else the local copy has under `revision`."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -53,7 +86,7 @@ def _commit(name: str, revision: str | None) -> str | None:
         return HfApi().model_info(name, revision=revision, timeout=_HUB_S).sha
     except HFValidationError as exc:
         raise ConfigError(
-            [f"model.source: should be {EMBEDDED!r}, a folder, or a hub's name, not {name!r}"]
+            [f"{at}: should be {EMBEDDED!r}, a folder, or a hub's name, not {name!r}"]
         ) from exc
     except Exception as exc:  # noqa: BLE001
         # Which exceptions there are depends on the HTTP client that the hub's library uses.
@@ -63,7 +96,7 @@ def _commit(name: str, revision: str | None) -> str | None:
         # …/snapshots/COMMIT/config.json
         return Path(local).parent.name
     logger.warning(
-        "the commit of %s isn't known, so keys hold only its name; set model.version anew"
-        " when the weights change", name,
+        "the commit of %s isn't known, so keys hold only its name; set the model's version"
+        " anew when the weights change", name,
     )  # fmt: skip
     return revision

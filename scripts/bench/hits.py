@@ -34,6 +34,7 @@ from aiohttp import web
 from server import convert
 from server.config import load
 from server.identity import identity
+from server.names import Named, Names
 from server.request import parse
 from tiers import Answer, Chain, DiskCache, Form, FrequencySketch, Freshness, Tier
 
@@ -43,7 +44,7 @@ ENTRY_BYTES = 64 * 1024 * 1024
 WORDS = ["the", "sky", "scatters", "light", "of", "short", "waves", "more", "than", "red", "so"]
 CONFIG = """
 server: {{port: {port}}}
-engine: {{upstreams: ["http://127.0.0.1:1"]}}
+models: {{m: {{upstreams: ["http://127.0.0.1:1"]}}}}
 tiers: {{memory: {memory}, disk: {{path: {disk}, max_bytes: {max_bytes}}}}}
 """
 LOAD = """
@@ -150,10 +151,10 @@ async def _fill(file: Path, bodies: list[bytes], answer_bytes: int) -> None:
         frequency=FrequencySketch(1),
         max_answer_bytes=config.cache.max_answer_bytes,
     )
-    known_by, name = identity(config, None), config.model.name
+    names = Names({"m": Named("m", identity(config.models["m"], None))})
     for number, body in enumerate(bodies):
         stored = Answer(Form.BODY, convert.template(orjson.loads(_answer(number, answer_bytes))))
-        request = parse(ROUTE, body, "", known_by, name)
+        request = parse(ROUTE, body, "", names)
         await chain.store(request.key, stored, Freshness(config.cache.ttl_s))
     await chain.close()
 

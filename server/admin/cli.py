@@ -129,10 +129,12 @@ async def _purge(config: Config, options: argparse.Namespace) -> int:
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             _say("nothing was purged")
             return 1
-    if kind == "model" and not config.engine.upstreams:
+    if kind == "model":
+        known_as = dict(pair for n, m in config.models.items() for pair in m.asked_as(n))
         for name in names:
-            if name != (ours := config.model.name):
-                _say(f"note: model.name is {ours}, so {name} can only be an adapter of it")
+            if name not in known_as:
+                _say(f"note: no model is called {name} now, and no adapter")
+        names = [known_as.get(name, name) for name in names]
     async with _operations(config) as operations:
         purged = await operations.purge(kind, names)
     what = "everything" if kind == ALL else ", ".join(purged[:_NAMED])

@@ -71,9 +71,8 @@ async def warm(config: Config, file: Path, concurrency: int, say: Callable[[str]
     headers = {"Content-Type": "application/json"}
     if key:
         headers["Authorization"] = f"Bearer {key}"
-    timeout = aiohttp.ClientTimeout(
-        total=None, sock_connect=_CONNECT_S, sock_read=config.engine.timeout_s
-    )
+    longest_s = max(model.timeout_s for model in config.models.values())
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=longest_s)
     async with aiohttp.ClientSession(_url(config), headers=headers, timeout=timeout) as session:
         await _check(session, _url(config))
         free = asyncio.Semaphore(concurrency)

@@ -182,7 +182,7 @@ def _in(folder: Path, config: Config) -> Config:
 async def _simulate(config: Config, trace: Trace, progress: Progress) -> Replay:
     now = trace.requests[0].at_s
     chain, movement = build(config, clock=lambda: now, chance=Random(0).random)  # noqa: S311
-    freshness = FreshnessRules(config.cache).of(_ROUTE, config.model.name)
+    freshness = FreshnessRules(config.cache).of(_ROUTE, next(iter(config.models)))
     position = {tier.name: number for number, tier in enumerate(chain.tiers)}
     answered_by = bytearray()
     tokens_saved = 0

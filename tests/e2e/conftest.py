@@ -10,7 +10,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,11 @@ class Server:
     Args:
         folder: for its log and its disk tier.
         temporary: for temporary files, nobody else's. Its path is short, as a socket's has to be.
+        config: the configuration, but for what is particular to a test.
     """
 
-    def __init__(self, folder: Path, temporary: Path) -> None:
-        self.folder, self.temporary = folder, temporary
+    def __init__(self, folder: Path, temporary: Path, config: Path) -> None:
+        self.folder, self.temporary, self.config = folder, temporary, config
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -52,7 +53,7 @@ class Server:
             }
             | variables
         )
-        command = [sys.executable, "-m", "server.cli", "serve", "--config", "configs/laptop.yaml"]
+        command = [sys.executable, "-m", "server.cli", "serve", "--config", str(self.config)]
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(command, env=env, stderr=log)
         self.until(lambda: self.status("/health") == 200, 60)
@@ -87,12 +88,16 @@ class Server:
 
     def session(self) -> int | None:
         """Return the engine's session, which its guard leads, once that runs."""
+        return next(iter(self.sessions()), None)
+
+    def sessions(self) -> list[int]:
+        """Return the engines' sessions, in the order in which they were started."""
         if self.process is None:
-            return None
+            return []
         children = [child.pid for child in psutil.Process(self.process.pid).children()]
         with suppress(ProcessLookupError):
-            return next((child for child in children if os.getsid(child) == child), None)
-        return None
+            return sorted(child for child in children if os.getsid(child) == child)
+        return []
 
     def metric(self, path: str, name: str) -> float:
         with urllib.request.urlopen(self.url + path, timeout=10) as response:
@@ -110,6 +115,21 @@ def living(session: int) -> list[psutil.Process]:
     return found
 
 
+def prepare(config: Path) -> None:
+    subprocess.run([sys.executable, "scripts/prepare_model.py", config], check=True)
+
+
+@contextmanager
+def serving(folder: Path, config: Path, **variables: str) -> Iterator[Server]:
+    with tempfile.TemporaryDirectory(prefix="e2e-", dir="/tmp") as temporary:
+        made = Server(folder, Path(temporary), config)
+        made.start(**variables)
+        try:
+            yield made
+        finally:
+            made.stop()
+
+
 @pytest.fixture(scope="module")
 def engine_args() -> dict[str, Any]:
     """Options of the engine, beside those of the configuration; a module may have its own."""
@@ -118,11 +138,9 @@ def engine_args() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, engine_args: dict[str, Any]) -> Iterator[Server]:
-    subprocess.run([sys.executable, "scripts/prepare_model.py", "configs/laptop.yaml"], check=True)
-    with tempfile.TemporaryDirectory(prefix="e2e-", dir="/tmp") as temporary:
-        made = Server(tmp_path_factory.mktemp("server"), Path(temporary))
-        made.start(TIERSERVE__ENGINE__ARGS=json.dumps(engine_args))
-        try:
-            yield made
-        finally:
-            made.stop()
+    config = Path("configs/laptop.yaml")
+    prepare(config)
+    at = "TIERSERVE__MODELS__SMOLLM2_135M_INSTRUCT__ENGINE__ARGS__"
+    args = {at + name.upper(): json.dumps(value) for name, value in engine_args.items()}
+    with serving(tmp_path_factory.mktemp("server"), config, **args) as made:
+        yield made

@@ -13,6 +13,10 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
+from server.config import load
+from server.identity import identity
+from server.names import Named, Names
+from server.request import parse
 from tests.servers import free_port
 
 CHAT = "/v1/chat/completions"
@@ -76,13 +80,21 @@ def held(go: asyncio.Event) -> Callable[[web.Request], Awaitable[web.StreamRespo
     return slow
 
 
+async def nothing_listed(_: web.Request) -> web.StreamResponse:
+    return web.json_response({"data": []})
+
+
 class Upstream:
-    """An HTTP server that does what `handler` says, and notes what it was asked."""
+    """An HTTP server that does what `handler` says, and notes what it was asked.
+
+    `lists` answers `/v1/models`, which it is asked all the time.
+    """
 
     def __init__(self) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.handler: Callable[[web.Request], Awaitable[web.StreamResponse]] = answer
+        self.lists = nothing_listed
         self.asked: list[web.Request] = []
         self.aborted = asyncio.Event()
 
@@ -98,7 +110,7 @@ class Upstream:
 
     async def _handle(self, http: web.Request) -> web.StreamResponse:
         if http.path == "/v1/models":
-            return web.json_response({"data": []})
+            return await self.lists(http)
         self.asked.append(http)
         try:
             return await self.handler(http)
@@ -107,10 +119,15 @@ class Upstream:
             raise
 
 
+def alike(*urls: str) -> dict[str, dict]:
+    """Models of the same upstreams; by rules of `Front`, answers of two are stale at once."""
+    return {name: {"upstreams": list(urls)} for name in ("m", "n", "swr", "sie")}
+
+
 class Front:
     """A tierserve process, and a client of it. `tiers` are more than a memory and a disk tier."""
 
-    def __init__(self, folder: Path, upstreams: list[str], **tiers: dict) -> None:
+    def __init__(self, folder: Path, models: dict[str, dict], **tiers: dict) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "log"
@@ -124,8 +141,7 @@ class Front:
                         "max_body_bytes": 100_000,
                         "shutdown_grace_s": 20,
                     },
-                    "model": {"name": "m"},
-                    "engine": {"upstreams": upstreams},
+                    "models": models,
                     "cache": {
                         "rules": [
                             # Stale at once, so that nobody waits for it.
@@ -170,6 +186,12 @@ class Front:
         except aiohttp.ClientConnectorError:
             return 0
 
+    def key(self, asked: dict) -> str:
+        """Return the key of a chat completion."""
+        models = load(self.config).models
+        names = Names({name: Named(name, identity(each, None)) for name, each in models.items()})
+        return parse(CHAT, orjson.dumps(asked), "", names).key
+
     def post(self, asked: dict, **options):
         return self.session.post(CHAT, json=asked, **options)
 
@@ -193,7 +215,7 @@ class Front:
 
 @asynccontextmanager
 async def running(folder: Path, *upstreams: Upstream, **tiers: dict) -> AsyncIterator[Front]:
-    made = Front(folder, [upstream.url for upstream in upstreams], **tiers)
+    made = Front(folder, alike(*(upstream.url for upstream in upstreams)), **tiers)
     try:
         await made.start()
         yield made

@@ -42,37 +42,119 @@ def test_the_environment_overrides_single_fields(tmp_path: Path, monkeypatch) ->
     assert config.tiers.disk.max_bytes == 2 * 1024**2
 
 
-@pytest.mark.parametrize("name", ["TIERSERVE__SERVR__PORT", "TIERSERVE__SERVER__PROT"])
-def test_unknown_variables_are_mistakes(tmp_path: Path, monkeypatch, name: str) -> None:
-    monkeypatch.setenv(name, "1")
-    with pytest.raises(ConfigError, match=r"(?i)serv"):
-        load(write(tmp_path, ""))
+MODELS = """
+models:
+  Org/Model-1.5: {source: embedded, engine: {args: {dtype: half}}, adapters: {poet: ./poet}}
+  b: {upstreams: ["http://h:1"]}
+"""
 
 
-def test_a_variable_that_should_be_json_is_named(tmp_path: Path, monkeypatch) -> None:
+def test_the_environment_finds_names_and_keeps_them(tmp_path: Path, monkeypatch) -> None:
+    of_model = "TIERSERVE__MODELS__ORG_MODEL_1_5"
+    for name, text in {
+        f"{of_model}__ENGINE__ENV__VLLM_Some_Thing": "1",
+        f"{of_model}__ENGINE__ARGS__MAX_MODEL_LEN": "77",
+        f"{of_model}__ENGINE__ARGS__DTYPE": "float32",
+        f"{of_model}__ENGINE__ARGS__ENFORCE_EAGER": "true",
+        f"{of_model}__ADAPTERS__POET": "./other",
+        f"{of_model}__VERSION": "2",
+        "TIERSERVE__models__B__Max_Requests": "3",
+        "TIERSERVE__MODELS__B__ALIASES": "[x, y]",
+        "TIERSERVE__TIERS__MEMORY": "null",
+        "TIERSERVE__ADMIN__SOCKET": "null",
+    }.items():
+        monkeypatch.setenv(name, text)
+    config = load(write(tmp_path, MODELS))
+    one, other = config.models.values()
+    assert list(config.models) == ["Org/Model-1.5", "b"]
+    assert one.engine.env == {"VLLM_Some_Thing": "1"}
+    assert one.engine.args == {"dtype": "float32", "max_model_len": 77, "enforce_eager": True}
+    assert (one.adapters, one.version) == ({"poet": "./other"}, "2")
+    assert (other.max_requests, other.aliases) == (3, ("x", "y"))
+    assert config.tiers.memory is config.admin.socket is None
+
+
+def test_the_environment_overrides_the_model_that_there_is_by_default(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("TIERSERVE__MODELS__SMOLLM2_135M_INSTRUCT__TIMEOUT_S", "5")
+    (model,) = load(write(tmp_path, "")).models.values()
+    assert (model.source, model.timeout_s) == ("embedded", 5)
+    monkeypatch.setenv("TIERSERVE__MODELS", '{"M": {"source": "embedded"}}')
+    monkeypatch.delenv("TIERSERVE__MODELS__SMOLLM2_135M_INSTRUCT__TIMEOUT_S")
+    assert list(load(write(tmp_path, MODELS)).models) == ["M"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("TIERSERVE__SERVR__PORT", "1", "there is no SERVR; did you mean SERVER?"),
+        ("TIERSERVE__SERVER__PROT", "1", "there is no PROT; did you mean PORT?"),
+        ("TIERSERVE__SERVER__HOST__X", "1", "host has no parts, so X means nothing"),
+        ("TIERSERVE_SERVER__HOST", "1", "should be TIERSERVE__SERVER__HOST"),
+        ("TIERSERVE__MODELS__C__SOURCE", "s", "C should be one of 'Org/Model-1.5', 'b'; more are"),
+        ("TIERSERVE__MODELS__B__ALIASES", "x", "should be YAML or JSON, of a section, a list or"),
+        ("TIERSERVE__MODELS__B__ENGINE__ARGS", "{", "should be YAML or JSON: "),
+    ],
+)
+def test_variables_that_mean_nothing_are_mistakes(
+    tmp_path: Path, monkeypatch, name: str, text: str, said: str
+) -> None:
+    monkeypatch.setenv(name, text)
     monkeypatch.setenv("TIERSERVE__SERVER__PORT", "many")
-    monkeypatch.setenv("TIERSERVE__ENGINE__ARGS", "max_model_len=4")
     with pytest.raises(ConfigError) as caught:
-        load(write(tmp_path, ""))
-    named = [line.split(":")[0] for line in caught.value.mistakes]
-    assert named == ["TIERSERVE__ENGINE__ARGS", "server.port"]
+        load(write(tmp_path, MODELS))
+    first, second = caught.value.mistakes
+    assert first.startswith(f"{name}: {said}")
+    assert second.startswith("server.port: ")
+
+
+def test_what_others_set_is_not_ours(tmp_path: Path, monkeypatch) -> None:
+    # As Kubernetes does for a service that is named so.
+    for name in ("TIERSERVE_SERVER_PORT", "TIERSERVE_PORT_80_TCP", "TIERSERVE_LONG"):
+        monkeypatch.setenv(name, "tcp://10.0.0.1:80")
+    assert load(write(tmp_path, "")).server.port == 8000
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("engine: {upstreams: ['http://h:1/v1']}", r"engine.upstreams.0: should .* without /v1"),
-        ("engine: {upstreams: ['h:1']}", "engine.upstreams.0: should be as http://"),
+        ("models: {m: {upstreams: ['http://h:1/v1']}}", r"m.upstreams.0: should .* without /v1"),
+        ("models: {m: {upstreams: ['h:1']}}", "models.m.upstreams.0: should be as http://"),
         (
-            "engine: {upstreams: ['http://h:1'], args: {dtype: half}}",
-            "engine: args and env are for",
+            "models: {m: {upstreams: ['http://h:1'], engine: {args: {dtype: half}}}}",
+            "models.m: should have an engine of ours or upstreams, and not both",
+        ),
+        ("models: {m: {}}", r"models.m: should have a source \(embedded, .* or upstreams"),
+        ("models: {m: {source: s, alias: [a]}}", "models.m.alias: unknown key; did you mean alias"),
+        ("models: {m: {source: s, engine: {arg: 1}}}", "engine.arg: unknown key; did you mean arg"),
+        ("models: {m: s}", r"models.m: should hold keys of adapters, aliases, .*, not 's'"),
+        ("models: {1: {source: s}}", "models.1: Input should be a valid string, not 1"),
+        ("models: {}", "models: Dictionary should have at least 1 item"),
+        ("models: {m: {source: s}, m: {source: t}}", "m stands twice"),
+        ('models: {"a\\nb": {source: s}}', "should have 1 to 128 printable characters"),
+        (
+            "models: {m: {source: s, aliases: [n]}, n: {source: s}}",
+            "models: each name should mean one thing; n is an alias of m and a model",
+        ),
+        (
+            "models: {m: {source: s, aliases: [a]}, n: {source: s, adapters: {a: f, m: f}}}",
+            "; m is a model and an adapter of n; a is an alias of m and an adapter of n",
+        ),
+        (
+            "models: {m: {source: s, adapters: {audio: f}}}",
+            r"models.m.adapters.audio: vLLM would apply it to .* default_mm_loras, not 'audio'",
+        ),
+        (
+            "models: {m: {source: s, engine: {env: {VLLM_ALLOW_RUNTIME_LORA_UPDATING: 1}}}}",
+            "models.m.engine.env: should be without VLLM_ALLOW_RUNTIME_LORA_UPDATING",
         ),
         ("cache: {rules: [{stale_if_error: 1}]}", "cache.rules.0.stale_if_error: unknown key; did"),
         ("cache: {ttl_s: .inf}", "cache.ttl_s: Input should be less"),
         ("cache: {ttl_s: .nan}", "cache.ttl_s: Input should be"),
         ("cache: {ttl_s: 1, ttl_s: 2}", "ttl_s stands twice"),
         ("tiers: {memory: {policy: best}}", "tiers.memory.policy: should be one of arc, fifo"),
-        ("model: m", "model: should hold keys of name, revision, source, version, not 'm'"),
+        ("model: m", r"model: unknown key; did you mean models\?"),
     ],
 )
 def test_says_what_would_be_right(tmp_path: Path, text: str, said: str) -> None:
@@ -154,13 +236,15 @@ def test_refuses_what_is_not_sections(tmp_path: Path, text: str) -> None:
 
 
 def test_engine_args_that_we_set_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"engine.args: model, port: set by tierserve"):
-        load(write(tmp_path, "engine: {args: {port: 1, model: m}}"))
+    text = "models: {m: {source: s, engine: {args: {port: 1, model: m, lora_modules: []}}}}"
+    with pytest.raises(ConfigError, match=r"m.engine.args: lora_modules, model, port: set by"):
+        load(write(tmp_path, text))
 
 
 def test_the_engines_environment_may_hold_numbers(tmp_path: Path) -> None:
-    config = load(write(tmp_path, "engine: {env: {VLLM_CPU_KVCACHE_SPACE: 2}}"))
-    assert config.engine.env == {"VLLM_CPU_KVCACHE_SPACE": "2"}
+    text = "models: {m: {source: s, engine: {env: {VLLM_CPU_KVCACHE_SPACE: 2}}}}"
+    config = load(write(tmp_path, text))
+    assert config.models["m"].engine.env == {"VLLM_CPU_KVCACHE_SPACE": "2"}
 
 
 def test_relative_paths_are_relative_to_the_file(tmp_path: Path) -> None:
@@ -170,19 +254,22 @@ def test_relative_paths_are_relative_to_the_file(tmp_path: Path) -> None:
 
 
 def test_check_prints_the_effective_configuration(tmp_path: Path, capsys) -> None:
-    file = write(tmp_path, "")
-    assert main(["check", "--config", str(file)]) == 0
-    printed = write(tmp_path, capsys.readouterr().out)
-    assert load(printed) == load(write(tmp_path, "{}"))
+    for text in ("", MODELS):
+        file = write(tmp_path, text)
+        effective = load(file)
+        assert main(["check", "--config", str(file)]) == 0
+        printed = write(tmp_path, capsys.readouterr().out)
+        assert load(printed) == effective
 
 
 def test_check_shows_no_secrets(tmp_path: Path, capsys) -> None:
     file = tmp_path / "config.yaml"
-    for engine in (
-        {"args": {"api_key": "s3cr3t", "max_model_len": 99}, "env": {"HF_TOKEN": "s3cr3t"}},
+    engine = {"args": {"api_key": "s3cr3t", "max_model_len": 99}, "env": {"HF_TOKEN": "s3cr3t"}}
+    for model in (
+        {"source": "s", "engine": engine},
         {"upstreams": ["http://user:s3cr3t@host:8000"]},
     ):
-        file.write_text(orjson.dumps({"engine": engine}).decode())
+        file.write_text(orjson.dumps({"models": {"m": model}}).decode())
         assert main(["check", "--config", str(file)]) == 0
         shown = capsys.readouterr().out
         assert "s3cr3t" not in shown

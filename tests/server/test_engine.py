@@ -13,8 +13,9 @@ import pytest
 
 import server.engine
 import server.upstream
-from server.config import Config, ConfigError
+from server.config import ConfigError
 from server.engine import Engine, EngineState, _flags, _log_lines
+from server.model_config import Model
 from server.weights import Weights
 
 # Connects to the test, and ends when the test says so.
@@ -85,8 +86,8 @@ async def children() -> AsyncIterator[Children]:
 @pytest.fixture
 async def engine(tmp_path: Path, monkeypatch) -> AsyncIterator[Engine]:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    config = Config.model_validate({"engine": {"restart_max_delay_s": 5}})
-    made = Engine(config, Weights("weights"))
+    model = Model.model_validate({"source": "weights", "engine": {"restart_max_delay_s": 5}})
+    made = Engine("m", model, Weights("weights"), asyncio.Lock())
     yield made
     await made.upstream.close()
 
@@ -129,7 +130,7 @@ def test_args_become_vllms_options(args: dict, flags: list[str]) -> None:
 async def test_a_folder_with_too_long_a_path_is_said(monkeypatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * 90)
     with pytest.raises(ConfigError, match="TMPDIR"):
-        Engine(Config(), Weights("weights"))
+        Engine("m", Model(source="w"), Weights("w"), asyncio.Lock())
 
 
 async def test_delays_grow_up_to_the_maximum(engine: Engine, sleep: Sleep, caplog) -> None:
@@ -137,7 +138,7 @@ async def test_delays_grow_up_to_the_maximum(engine: Engine, sleep: Sleep, caplo
     async with running(engine, "raise SystemExit(3)"):
         assert [await sleep.next_delay_s() for _ in range(5)] == [1, 2, 4, 5, 5]
         assert (engine.restarts, engine.state) == (4, EngineState.DOWN)
-    assert "the engine ended with status 3" in said(caplog)
+    assert "the engine of m ended with status 3" in said(caplog)
 
 
 async def test_what_can_not_be_started_is_tried_again(engine: Engine, sleep: Sleep, caplog) -> None:
@@ -213,7 +214,7 @@ async def test_the_childs_lines_keep_their_levels(caplog) -> None:
     output.feed_data(b"(APIServer pid=1) ERROR:    uvicorn\nINFO:     up\nERRORS are\n  at\r 50%")
     output.feed_data(b"\xff\n(EngineCore pid=7) DEBUG x\nCRITICAL y\n")
     output.feed_eof()
-    await _log_lines(SimpleNamespace(stdout=output))
+    await _log_lines(SimpleNamespace(stdout=output), logging.getLogger("m"))
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         ("ERROR", "(EngineCore pid=7) ERROR 11-24 no"),
         ("WARNING", "WARNING 11-24 hm"),
@@ -232,6 +233,48 @@ async def test_a_line_without_end_is_logged_in_pieces(caplog) -> None:
     output = asyncio.StreamReader()
     output.feed_data(b"x" * 100_000)
     output.feed_eof()
-    await _log_lines(SimpleNamespace(stdout=output))
+    await _log_lines(SimpleNamespace(stdout=output), logging.getLogger("m"))
     assert "".join(said(caplog)) == "x" * 100_000
     assert max(map(len, said(caplog))) <= 2 * server.engine._LINE_BYTES
+
+
+async def test_engines_load_one_after_another(
+    engine: Engine, children: Children, tmp_path: Path
+) -> None:
+    other = Engine("other", Model(source="w"), Weights("w"), engine._loading)
+    script = CHILD.format(port=children.port)
+    async with running(engine, script), children.next(), running(other, script):
+        await asyncio.sleep(0)
+        assert (engine.state, other.state) == (EngineState.STARTING,) * 2
+        assert not other.folder.exists()
+        engine.upstream.ready = True
+        async with children.next():
+            assert (engine.state, other.state) == (EngineState.READY, EngineState.STARTING)
+    await other.upstream.close()
+
+
+async def test_one_that_ends_gives_its_turn_up(
+    engine: Engine, children: Children, sleep: Sleep
+) -> None:
+    other = Engine("other", Model(source="w"), Weights("w"), engine._loading)
+    async with running(engine, "raise SystemExit(3)"):
+        await sleep.delays.get()
+        async with running(other, CHILD.format(port=children.port)), children.next():
+            assert (engine.state, other.state) == (EngineState.DOWN, EngineState.STARTING)
+    await other.upstream.close()
+
+
+async def test_vllm_is_told_of_names_and_adapters(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    model = Model.model_validate(
+        {"source": "w", "aliases": ["a"], "engine": {"args": {"max_lora_rank": 8}}}
+    )
+    weights = Weights("w", adapters={"a,b=c": tmp_path})
+    made = Engine("m", model, weights, asyncio.Lock())
+    told = " ".join(made._command)
+    assert " --served-model-name m a --uds " in told
+    assert " --enable-lora --lora-modules " in told
+    assert f'{{"name":"a,b=c","path":"{tmp_path}"}} --max-lora-rank 8' in told
+    assert made._env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "0"
+    await made.upstream.close()

@@ -16,8 +16,6 @@ from multidict import CIMultiDict
 
 from server import convert
 from server.config import load
-from server.identity import identity
-from server.request import parse
 from tiers import Answer, Chain, DiskCache, Form, FrequencySketch, Freshness, Tier
 
 from .conftest import (
@@ -26,6 +24,7 @@ from .conftest import (
     WHOLE,
     Front,
     Upstream,
+    alike,
     answer,
     body,
     chunk,
@@ -210,7 +209,7 @@ async def test_hanging_up_ends_the_engines_work(
     front: Front, upstream: Upstream, path: str
 ) -> None:
     never = asyncio.Event()
-    before = await front.metric('tierserve_requests_total{outcome="aborted"')
+    before = await front.metric('tierserve_requests_total{model="m",outcome="aborted"')
 
     async def endless(http: web.Request) -> web.StreamResponse:
         return await stream(http, ROLE, never)
@@ -220,7 +219,7 @@ async def test_hanging_up_ends_the_engines_work(
         await response.content.readuntil(b"\n\n")
         response.close()
     await asyncio.wait_for(upstream.aborted.wait(), 20)
-    assert await front.metric('tierserve_requests_total{outcome="aborted"') == before + 1
+    assert await front.metric('tierserve_requests_total{model="m",outcome="aborted"') == before + 1
 
 
 async def test_other_routes_pass_without_buffering(front: Front, upstream: Upstream) -> None:
@@ -480,7 +479,7 @@ async def test_a_dead_upstream_costs_hits_nothing(front: Front, upstream: Upstre
         assert response.status == 503
         assert int(response.headers["Retry-After"]) > 0
         assert (await response.json())["error"]["type"] == "ServiceUnavailableError"
-    assert await front.metric('tierserve_engine_state{state="down"') == 1
+    assert await front.metric('tierserve_engine_state{model="m",state="down"') == 1
     await upstream.start()
     await front.until_ready()
     assert (await front.ask(question()))[0] == 200
@@ -632,7 +631,7 @@ async def test_an_age_is_counted_from_when_the_answer_was_stored(
 ) -> None:
     asked = question()
     stored_at = time.time() - 1000
-    front = Front(tmp_path, [upstream.url])
+    front = Front(tmp_path, alike(upstream.url))
     config = load(front.config)
     disk = config.tiers.disk
     clock = partial(float, stored_at)
@@ -642,7 +641,7 @@ async def test_an_age_is_counted_from_when_the_answer_was_stored(
         max_answer_bytes=10_000,
         clock=clock,
     )
-    key = parse(CHAT, orjson.dumps(asked), "", identity(config, None), "m").key
+    key = front.key(asked)
     answer = Answer(Form.BODY, convert.template(body("old")))
     assert await chain.store(key, answer, Freshness(2000))
     await chain.close()
@@ -689,8 +688,12 @@ async def outcomes(front: Front) -> Counter[tuple[str, str]]:
     """Return how many requests there were, by tier and outcome, without ours."""
     async with front.session.get("/metrics") as response:
         text = await response.text()
-    found = re.findall(r'^tierserve_requests_total\{outcome="(.+)",tier="(.+)"\} (.+)$', text, re.M)
-    return Counter({(t, o): int(float(count)) for o, t, count in found if o != "own"})
+    line = r'^tierserve_requests_total\{model=".*",outcome="(.+)",tier="(.+)"\} (.+)$'
+    found: Counter[tuple[str, str]] = Counter()
+    for outcome, tier, count in re.findall(line, text, re.M):
+        if outcome != "own":
+            found[tier, outcome] += int(float(count))
+    return found
 
 
 async def until_counted(front: Front, expected: Counter[tuple[str, str]]) -> None:
@@ -782,7 +785,7 @@ async def test_slow_clients_are_told_to_go(
 async def test_more_than_the_engine_takes_is_sent_away(
     tmp_path: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TIERSERVE__ENGINE__MAX_REQUESTS", "2")
+    monkeypatch.setenv("TIERSERVE__MODELS__M__MAX_REQUESTS", "2")
     go = asyncio.Event()
     async with running(tmp_path, upstream) as front:
         known = question()
@@ -809,7 +812,7 @@ async def test_a_client_that_stops_reading_gives_its_place_up(
     tmp_path: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TIERSERVE__SERVER__CLIENT_TIMEOUT_S", "0.3")
-    monkeypatch.setenv("TIERSERVE__ENGINE__MAX_REQUESTS", "1")
+    monkeypatch.setenv("TIERSERVE__MODELS__M__MAX_REQUESTS", "1")
 
     async def endless(http: web.Request) -> web.StreamResponse:
         if http.path == CHAT:

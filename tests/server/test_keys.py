@@ -11,16 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server.names import Named, Names
 from server.request import Request, parse
 from server.routes import ROUTES
 
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+MODELS = Names({"m": Named("m", "")})
 SAID = {"messages": [{"role": "user", "content": "hi"}]}
 
 
 def request(path: str, body: dict[str, Any] | bytes) -> Request:
     raw = body if isinstance(body, bytes) else orjson.dumps(body)
-    return parse(path, raw, "", "", "m")
+    return parse(path, raw, "", MODELS)
 
 
 TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=5)

@@ -12,19 +12,18 @@ from tiers.shared_purges import SharedPurges
 from tiers.tier import Counts
 from tiers.turn import Waits
 
-MISS = {"tier": "engine", "outcome": "miss"}
+MISS = {"model": "m", "tier": "engine", "outcome": "miss"}
 
 
 def made(
     *tiers: Tier,
-    state=lambda: EngineState.READY,
-    restarts=lambda: 0,
+    models=(),
     dropped=lambda: 0,
     waits: Waits | None = None,
     **options,
 ) -> Metrics:
     chain = Chain(tiers, frequency=FrequencySketch(1), max_answer_bytes=1, **options)
-    return Metrics(chain, state=state, restarts=restarts, dropped=dropped, waits=waits or Waits())
+    return Metrics(chain, models=lambda: models, dropped=dropped, waits=waits or Waits())
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
@@ -41,7 +40,7 @@ def test_a_bound_belongs_to_its_bucket(number: int) -> None:
     bound = _BOUNDS_S[number]
     for seconds, first in ((bound * 0.999, number), (bound, number), (bound * 1.001, number + 1)):
         metrics = made()
-        metrics.observe("engine", "miss", seconds)
+        metrics.observe("m", "engine", "miss", seconds)
         assert buckets(metrics) == [0] * first + [1] * (len(_BOUNDS_S) + 1 - first)
 
 
@@ -52,7 +51,7 @@ def test_bounds_are_in_order() -> None:
 def test_buckets_count_all_below_them() -> None:
     metrics = made()
     for seconds in (1000, 0.00005, 0.002, 0.002, 400):
-        metrics.observe("engine", "miss", seconds)
+        metrics.observe("m", "engine", "miss", seconds)
     counts = dict(zip((*_BOUNDS_S, "+Inf"), buckets(metrics), strict=True))
     assert [counts[bound] for bound in (0.0001, 0.001, 0.0025, 300, "+Inf")] == [1, 1, 3, 3, 5]
     assert value(metrics, "request_seconds_sum", **MISS) == pytest.approx(1400.00405)
@@ -63,11 +62,11 @@ def test_buckets_count_all_below_them() -> None:
 def test_requests_are_counted_by_tier_and_outcome() -> None:
     metrics = made()
     for tier, outcome in (("memory", "hit"), ("memory", "hit"), ("disk", "hit"), ("disk", "stale")):
-        metrics.observe(tier, outcome, 0.001)
-    assert value(metrics, "requests_total", tier="memory", outcome="hit") == 2
-    assert value(metrics, "requests_total", tier="disk", outcome="hit") == 1
-    assert value(metrics, "requests_total", tier="disk", outcome="stale") == 1
-    assert value(metrics, "requests_total", tier="memory", outcome="stale") is None
+        metrics.observe("m", tier, outcome, 0.001)
+    assert value(metrics, "requests_total", model="m", tier="memory", outcome="hit") == 2
+    assert value(metrics, "requests_total", model="m", tier="disk", outcome="hit") == 1
+    assert value(metrics, "requests_total", model="m", tier="disk", outcome="stale") == 1
+    assert value(metrics, "requests_total", model="m", tier="memory", outcome="stale") is None
 
 
 async def test_tiers_say_what_they_hold_and_did(tmp_path) -> None:
@@ -121,10 +120,12 @@ async def test_looks_at_shared_purges_that_failed_are_told() -> None:
 
 @pytest.mark.parametrize("state", EngineState)
 def test_the_engine_is_in_one_state(state: EngineState) -> None:
-    metrics = made(state=lambda: state, restarts=lambda: 3)
-    told = {each: value(metrics, "engine_state", state=each) for each in EngineState}
+    metrics = made(models=[("m", state, 3), ("n", EngineState.READY, 0)])
+    told = {each: value(metrics, "engine_state", model="m", state=each) for each in EngineState}
     assert told == {each: each is state for each in EngineState}
-    assert value(metrics, "engine_restarts_total") == 3
+    assert value(metrics, "engine_state", model="n", state="ready") == 1
+    assert value(metrics, "engine_restarts_total", model="m") == 3
+    assert value(metrics, "engine_restarts_total", model="n") == 0
 
 
 def test_waits_for_another_process_are_told() -> None:

@@ -1,9 +1,12 @@
 """Keys of requests: what can change the answer changes the key, and what can't doesn't."""
 
+from functools import cache
+
 import orjson
 import pytest
 
 from server.cache_field import BadRequestError
+from server.names import Named, Names, UnknownModelError
 from server.request import Request, parse
 from server.routes import keeps_responses
 
@@ -11,9 +14,15 @@ CHAT = "/v1/chat/completions"
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
 
 
+@cache
+def names(identity: str) -> Names:
+    meanings = {"m": "m", "other": "other", "alias": "m", "poet": "poet"}
+    return Names({asked: Named(name, identity) for asked, name in meanings.items()})
+
+
 def request(body, *, scope: str = "", identity: str = "i", path: str = CHAT) -> Request:
     raw = body if isinstance(body, bytes) else orjson.dumps(body)
-    return parse(path, raw, scope=scope, identity=identity, default_model="m")
+    return parse(path, raw, scope, names(identity))
 
 
 @pytest.mark.parametrize(
@@ -26,6 +35,8 @@ def request(body, *, scope: str = "", identity: str = "i", path: str = CHAT) -> 
         {"metadata": {"a": 1}},
         {"temperature": 0.0},
         {"model": None},
+        {"model": ""},
+        {"model": "alias"},
         {"n": 1},
         {"logprobs": False},
         {"max_tokens": None},
@@ -42,6 +53,7 @@ def test_same_key(change) -> None:
     "change",
     [
         {"model": "other"},
+        {"model": "poet"},
         {"model": 0},
         {"model": False},
         {"temperature": 0.5},
@@ -167,3 +179,28 @@ def test_which_engines_keep_responses() -> None:
     name = "VLLM_ENABLE_RESPONSES_API_STORE"
     assert not keeps_responses(({}, {name: "0"}))
     assert keeps_responses(({}, {name: "1"}))
+
+
+@pytest.mark.parametrize(
+    ("asked", "known_as"), [("m", "m"), ("alias", "m"), ("", "m"), (None, "m"), ("poet", "poet")]
+)
+def test_the_engine_is_asked_for_what_it_knows(asked: str | None, known_as: str) -> None:
+    for stream in (False, True):
+        made = request(BODY | {"model": asked, "stream": stream})
+        assert made.model == known_as
+        assert f"model:{known_as}" in made.labels
+        for sent in (made.body, made.raw):
+            assert orjson.loads(sent)["model"] == known_as
+
+
+@pytest.mark.parametrize("asked", [0, 7, False, ["m"], {"m": 1}])
+def test_a_model_that_is_no_text_is_the_engines_to_refuse(asked) -> None:
+    made = request(BODY | {"model": asked})
+    assert made.model == "m"
+    assert orjson.loads(made.body)["model"] == asked
+    assert made.key != request(BODY).key
+
+
+def test_an_unknown_model_is_refused() -> None:
+    with pytest.raises(UnknownModelError, match=r"The model `no` does not exist. Valid aliases: m"):
+        request(BODY | {"model": "no"})

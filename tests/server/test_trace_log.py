@@ -15,7 +15,7 @@ from server.simulation.traces import Request, read
 from server.trace_log import TraceLog, earlier
 from tiers import Answer, Form
 
-from .conftest import Front, Upstream, body, running
+from .conftest import Front, Upstream, alike, body, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -68,11 +68,11 @@ async def _ask(front: Front, number: int, answers: int) -> None:
 
 
 def _hits(tier: str) -> str:
-    return f'tierserve_requests_total{{outcome="hit",tier="{tier}"}}'
+    return f'tierserve_requests_total{{model="m",outcome="hit",tier="{tier}"}}'
 
 
 async def test_a_file_that_can_not_be_written_is_a_mistake(tmp_path: Path) -> None:
-    front = Front(tmp_path, ["http://127.0.0.1:1"])
+    front = Front(tmp_path, alike("http://127.0.0.1:1"))
     environment = os.environ | {"TIERSERVE__LOG__TRACE": "no/trace.jsonl"}
     ended = subprocess.run(front.command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 2

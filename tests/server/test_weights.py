@@ -3,16 +3,16 @@
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
 
-from server.config import Config, ConfigError, Model
-from server.identity import Identity, fingerprint, identity
+from server.config import ConfigError
+from server.identity import adapted, fingerprint, identity, tells_time
+from server.model_config import Model
 from server.weights import Weights, locate
 
-CONFIG = Config()
+MODEL = Model(source="s")
 
 
 @pytest.fixture
@@ -23,20 +23,20 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_folder_is_itself(folder: Path) -> None:
-    assert locate(Model(source=str(folder))) == Weights(str(folder))
+    assert locate("m", Model(source=str(folder))) == Weights(str(folder))
 
 
 def test_other_weights_are_known_by_another_name(folder: Path) -> None:
     weights = Weights(str(folder))
-    before = identity(CONFIG, weights)
-    assert identity(CONFIG, weights) == before
+    before = identity(MODEL, weights)
+    assert identity(MODEL, weights) == before
     with (folder / "model.safetensors").open("r+b") as file:
         file.seek(20 * 1024**2 + 1)
         file.write(b"x")
-    changed = identity(CONFIG, weights)
+    changed = identity(MODEL, weights)
     assert changed != before
     (folder / "config.json").write_text('{"a": 1}')
-    assert identity(CONFIG, weights) != changed
+    assert identity(MODEL, weights) != changed
 
 
 def test_the_name_of_the_folder_does_not_matter(folder: Path) -> None:
@@ -46,44 +46,85 @@ def test_the_name_of_the_folder_does_not_matter(folder: Path) -> None:
 
 def test_options_that_change_output_are_known(folder: Path) -> None:
     def known(**args) -> str:
-        return identity(Config.model_validate({"engine": {"args": args}}), Weights(str(folder)))
+        return identity(
+            Model.model_validate({"source": "s", "engine": {"args": args}}), Weights(str(folder))
+        )
 
     assert known() != known(dtype="float32")
     assert known() == known(max_num_seqs=3)
-    assert known() != identity(Config(model=Model(version="2")), Weights(str(folder)))
+    assert known() != identity(Model(source="s", version="2"), Weights(str(folder)))
 
 
 def test_files_that_options_name_are_known_by_their_content(folder: Path, tmp_path: Path) -> None:
     template = tmp_path / "chat.jinja"
     template.write_text("a")
-    args = {"chat_template": str(template), "lora_modules": [f"name={template}"]}
+    args = {"chat_template": str(template), "default_mm_loras": {"audio": str(template)}}
     for name, value in args.items():
-        config = Config.model_validate({"engine": {"args": {name: value}}})
+        model = Model.model_validate({"source": "s", "engine": {"args": {name: value}}})
         template.write_text("a")
-        before = identity(config, Weights(str(folder / "model.safetensors")))
+        before = identity(model, Weights(str(folder / "model.safetensors")))
         template.write_text("b")
-        assert identity(config, Weights(str(folder / "model.safetensors"))) != before
+        assert identity(model, Weights(str(folder / "model.safetensors"))) != before
 
 
 def test_the_engines_environment_is_known(folder: Path) -> None:
     def known(**env) -> str:
-        return identity(Config.model_validate({"engine": {"env": env}}), Weights(str(folder)))
+        return identity(
+            Model.model_validate({"source": "s", "engine": {"env": env}}), Weights(str(folder))
+        )
 
     assert known() != known(VLLM_ATTENTION_BACKEND="x")
     assert known() == known(VLLM_CPU_KVCACHE_SPACE="3", HF_TOKEN="secret")
 
 
-def test_a_template_that_tells_the_date_gives_other_keys_each_day(folder, monkeypatch) -> None:
-    day = SimpleNamespace(today=lambda: "Monday")
-    monkeypatch.setattr("server.identity.date", day)
-    known = Identity(CONFIG, Weights(str(folder)))
+def test_a_template_that_tells_the_date_is_noticed(folder: Path) -> None:
+    assert not tells_time(MODEL, Weights(str(folder)))
+    assert not tells_time(MODEL, None)
+    assert tells_time(MODEL, Weights("a/hubs"))
     (folder / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}")
-    dated = Identity(CONFIG, Weights(str(folder)))
-    before = known(), dated()
-    assert dated() == before[1]
-    day.today = lambda: "Tuesday"
-    assert known() == before[0]
-    assert dated() != before[1]
+    assert tells_time(MODEL, Weights(str(folder)))
+
+
+def test_an_adapter_is_known_by_its_content(folder: Path, tmp_path_factory) -> None:
+    def known(adapter: str | None) -> str:
+        weights = locate("m", model)
+        base = identity(model, weights)
+        return base if adapter is None else adapted(base, adapter, model, weights)
+
+    adapters = {}
+    for name in ("one", "other"):
+        adapters[name] = tmp_path_factory.mktemp(name)
+        (adapters[name] / "adapter_config.json").write_text("{}")
+        (adapters[name] / "adapter_model.safetensors").write_text("a")
+    model = Model(source=str(folder), adapters={n: str(path) for n, path in adapters.items()})
+    base, one, other = known(None), known("one"), known("other")
+    assert base == identity(MODEL, Weights(str(folder)))
+    assert one == other != base
+    (adapters["one"] / "adapter_model.safetensors").write_text("b")
+    assert known("one") != one
+    assert (known("other"), known(None)) == (other, base)
+
+
+def test_an_adapter_that_somebody_else_runs_is_known_by_its_source() -> None:
+    model = Model(upstreams=("http://h",), adapters={"one": "v1", "other": "v2"})
+    base = identity(model, None)
+    assert len({base, *(adapted(base, name, model, None) for name in ("one", "other"))}) == 3
+
+
+def test_a_hubs_adapter_is_a_folder_too(folder: Path, tmp_path_factory, monkeypatch) -> None:
+    hub = tmp_path_factory.mktemp("hub")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
+    snapshot = hub / "models--some--adapter/snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "adapter_config.json").write_text("{}")
+    (hub / "models--some--adapter/refs").mkdir()
+    (hub / "models--some--adapter/refs/main").write_text("a" * 40)
+    model = Model(source=str(folder), adapters={"poet": "some/adapter"})
+    assert locate("m", model).adapters == {"poet": snapshot}
+    missing = Model(source=str(folder), adapters={"poet": "some/other"})
+    with pytest.raises(ConfigError, match=r"^models.m.adapters.poet: some/other can't be had from"):
+        locate("m", missing)
 
 
 def test_a_hubs_model_is_pinned_to_the_local_commit(tmp_path: Path, monkeypatch) -> None:
@@ -96,11 +137,11 @@ def test_a_hubs_model_is_pinned_to_the_local_commit(tmp_path: Path, monkeypatch)
     (repository / "snapshots" / commit).mkdir(parents=True)
     (repository / "snapshots" / commit / "config.json").write_text("{}")
     model = Model(source="some/model")
-    assert locate(model) == Weights("some/model", commit)
-    assert locate(Model(source="some/other")) == Weights("some/other", None)
-    known = identity(CONFIG, locate(model))
+    assert locate("m", model) == Weights("some/model", commit)
+    assert locate("m", Model(source="some/other")) == Weights("some/other", None)
+    known = identity(MODEL, locate("m", model))
     assert commit in known
-    assert known != identity(CONFIG, Weights("some/model", "f" * 40))
+    assert known != identity(MODEL, Weights("some/model", "f" * 40))
 
 
 @pytest.mark.parametrize(
@@ -115,13 +156,16 @@ def test_a_hubs_model_is_pinned_to_the_local_commit(tmp_path: Path, monkeypatch)
 def test_what_is_no_model_is_said(tmp_path: Path, monkeypatch, source: str, said: str) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(ConfigError, match=said):
-        locate(Model(source=source.format(empty=tmp_path)))
+        locate("m", Model(source=source.format(empty=tmp_path)))
 
 
 def test_serve_says_it_and_ends(tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
-    config.write_text("model: {source: ./nowhere}\n")
+    config.write_text("models: {m: {source: ./nowhere}, n: {source: ./none}}\n")
     command = [sys.executable, "-m", "server.cli", "serve", "--config", config]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert done.stderr == "model.source: ./nowhere should be a folder with a config.json\n"
+    assert done.stderr.splitlines() == [
+        "models.m.source: ./nowhere should be a folder with a config.json",
+        "models.n.source: ./none should be a folder with a config.json",
+    ]

@@ -19,13 +19,12 @@ from aiohttp import web
 
 from server.admin import exports
 from server.config import ConfigError, cache_folder, load
-from server.identity import identity
-from server.request import parse
 from tests.server.conftest import (
     CHAT,
     WHOLE,
     Front,
     Upstream,
+    alike,
     answer,
     body,
     chunk,
@@ -60,8 +59,7 @@ async def get(admin: aiohttp.ClientSession, path: str, **given) -> dict:
 async def key_of(admin: aiohttp.ClientSession, front: Front, **more) -> str:
     """Have an answer stored in both tiers; return its key."""
     asked = question(**more)
-    engine = identity(load(front.config), None)
-    key = parse(CHAT, orjson.dumps(asked), "", engine, "m").key
+    key = front.key(asked)
     await front.ask(asked)
     # An answer is given before it is on disk.
     async with asyncio.timeout(20):
@@ -360,7 +358,7 @@ async def test_the_socket_is_removed_replaced_and_never_taken(
 async def test_a_socket_that_can_t_be_made_is_named(
     upstream: Upstream, tmp_path: Path, made: str
 ) -> None:
-    front = Front(tmp_path, [upstream.url])
+    front = Front(tmp_path, alike(upstream.url))
     front.socket.write_text("mine")
     if made != "file":
         os.environ["TIERSERVE__ADMIN__SOCKET"] = str(front.socket / "admin.sock")
@@ -392,7 +390,7 @@ async def test_where_the_socket_is(tmp_path: Path, monkeypatch) -> None:
 
 
 async def test_without_a_socket_there_is_no_admin_api(upstream: Upstream, tmp_path: Path) -> None:
-    front = Front(tmp_path, [upstream.url])
+    front = Front(tmp_path, alike(upstream.url))
     config = orjson.loads(front.config.read_bytes()) | {"admin": {"socket": None}}
     front.config.write_bytes(orjson.dumps(config))
     try:

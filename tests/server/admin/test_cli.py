@@ -19,7 +19,7 @@ from server.admin.listener import administered
 from server.admin.local import Administration
 from server.cli import main
 from server.config import load
-from tests.server.conftest import Front, Upstream, answer, body, question, running
+from tests.server.conftest import Front, Upstream, alike, answer, body, question, running
 from tiers import Chain, DiskCache, FrequencySketch
 from tiers.disk.file import DATA
 from tiers.disk.opening import MARK
@@ -70,7 +70,7 @@ async def started(config: Path, action: str, *rest: str) -> asyncio.subprocess.P
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """A configuration whose server doesn't run."""
-    return Front(tmp_path, ["http://127.0.0.1:1"]).config
+    return Front(tmp_path, alike("http://127.0.0.1:1")).config
 
 
 def exported(tmp_path: Path, **texts: str) -> str:
@@ -160,8 +160,8 @@ async def test_a_running_server_is_administered_and_its_leftovers(
 
 
 async def test_purges_by_label(cache: Cache, front: Front) -> None:
-    asked = question(model="purged", cache={"tags": ["red"]})
-    for how in (["--model", "purged"], ["--tenant", "anonymous"], ["--tag", "red"], ["--all"]):
+    asked = question(model="n", cache={"tags": ["red"]})
+    for how in (["--model", "n"], ["--tenant", "anonymous"], ["--tag", "red"], ["--all"]):
         await front.ask(asked)
         assert "hit" in (await front.ask_alone(asked))[1]
         assert (await cache(front.config, "purge", "--model", "other")).status == 0
@@ -175,12 +175,15 @@ async def test_a_model_that_the_configuration_does_not_name_is_noted(
     cache: Cache, tmp_path: Path
 ) -> None:
     file = tmp_path / "own.yaml"
-    file.write_text(f"{{model: {{name: m}}, tiers: {{disk: {{path: {tmp_path / 'disk'}}}}}}}")
+    models = {"m": {"source": "s", "aliases": ["alias"], "adapters": {"poet": "p"}}}
+    tiers = {"disk": {"path": str(tmp_path / "disk")}}
+    file.write_bytes(orjson.dumps({"models": models, "tiers": tiers}))
     await cache(file, "import", exported(tmp_path, a="{}"))
-    for name in ("m", "n"):
+    for name, known_as in (("m", "m"), ("alias", "m"), ("poet", "poet"), ("n", "n")):
         ended = await cache(file, "purge", "--model", name)
         assert ended.status == 0
-        noted = "note: model.name is m, so n can only be an adapter of it" in ended.told
+        assert f"purged model:{known_as}: " in ended.told
+        noted = "note: no model is called n now, and no adapter" in ended.told
         assert noted is (name == "n")
 
 
@@ -313,7 +316,7 @@ async def test_warming(
         orjson.dumps(asked),
         orjson.dumps({"route": "/v1/chat/completions", "body": question()}),
         orjson.dumps(question(temperature=1)),
-        orjson.dumps(question(model="fail")),
+        orjson.dumps(question(user="fail")),
         b"no JSON",
         b"[]",
         b"",

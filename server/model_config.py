@@ -1,0 +1,148 @@
+"""The models' part of the configuration."""
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
+
+from server.section import PositiveSeconds, Section
+
+EMBEDDED = "embedded"
+EMBEDDED_NAME = "SmolLM2-135M-Instruct"
+_HTTP_URL = re.compile(r"https?://[^/\s]+(/[^\s?#]*)?").fullmatch
+MAX_NAME_CHARACTERS = 128
+"""Of a model's name; labels tell no more of it."""
+_OUR_ARGS = frozenset(
+    {
+        "config", "host", "lora_modules", "model", "port", "revision", "served_model_name", "uds",
+    }
+)  # fmt: skip
+# The weights must be what the keys say, for as long as the engine runs.
+RUNTIME_LORA = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+# vLLM applies an adapter of such a name to every chat message with such a part.
+_PART_KINDS = frozenset(
+    {
+        "audio", "image", "input", "output", "prompt", "refusal", "text", "thinking", "tool",
+        "video",
+    }
+)  # fmt: skip
+
+
+def _not_ours(args: dict[str, Any]) -> dict[str, Any]:
+    odd = [name for name in args if not name.replace("_", "").isalnum()]
+    if odd:
+        raise ValueError(
+            f"{', '.join(odd)} should be written as vLLM's options with underscores: max_model_len"
+        )
+    if ours := sorted(_OUR_ARGS & args.keys()):
+        raise ValueError(
+            f"{', '.join(ours)}: set by tierserve; use section server, and the model's own fields"
+        )
+    return args
+
+
+def _keeps_adapters(env: dict[str, str]) -> dict[str, str]:
+    if RUNTIME_LORA in env:
+        raise ValueError(f"should be without {RUNTIME_LORA}: adapters stay as `adapters` says")
+    return env
+
+
+class Engine(Section):
+    """vLLM as our child, with its own options `args` and its own environment variables `env`."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
+    args: Annotated[dict[str, Any], AfterValidator(_not_ours)] = Field(default_factory=dict)
+    env: Annotated[dict[str, str], AfterValidator(_keeps_adapters)] = Field(default_factory=dict)
+    restart_max_delay_s: Annotated[float, Field(ge=1, le=3600)] = 60
+
+
+def _is_base(url: str) -> str:
+    if not _HTTP_URL(url) or url.rstrip("/").endswith("/v1"):
+        raise ValueError("should be as http://host:8000, without /v1 at its end")
+    return url
+
+
+def _is_name(name: str) -> str:
+    if not (0 < len(name) <= MAX_NAME_CHARACTERS and name.isprintable()):
+        raise ValueError(f"should have 1 to {MAX_NAME_CHARACTERS} printable characters")
+    return name
+
+
+def _is_no_part(name: str) -> str:
+    if name in _PART_KINDS:
+        raise ValueError(
+            f"vLLM would apply it to all messages with {name} in them, whatever model they ask for;"
+            " call it otherwise, or use vLLM's option default_mm_loras"
+        )
+    return name
+
+
+Name = Annotated[str, AfterValidator(_is_name)]
+
+
+class Model(Section):
+    """A model, which stands in `models` under the name by which its engine knows it.
+
+    Either an engine of ours gives the answers, which loads `source`: `embedded`, a folder, or a
+    Hugging Face name. Or `upstreams` do, that somebody else runs. Clients may ask for it by its
+    `aliases` too, and for its LoRA `adapters`, each a folder or a Hugging Face name. `version` is a
+    label of yours that becomes part of every key: change it when weights change where tierserve
+    can't see them. At most `max_requests` are at an engine at once, those included that wait there;
+    more get 503.
+    """
+
+    source: Annotated[str, Field(min_length=1)] | None = None
+    revision: str | None = None
+    version: str = ""
+    aliases: tuple[Name, ...] = ()
+    adapters: dict[
+        Annotated[Name, AfterValidator(_is_no_part)], Annotated[str, Field(min_length=1)]
+    ] = Field(default_factory=dict)
+    engine: Engine = Engine()
+    upstreams: tuple[Annotated[str, AfterValidator(_is_base)], ...] = ()
+    max_requests: Annotated[int, Field(ge=1)] = 1024
+    timeout_s: PositiveSeconds = 600
+
+    def asked_as(self, name: str) -> Iterator[tuple[str, str]]:
+        """Yield each name by which clients may ask for it or an adapter, and the engine's own.
+
+        The engine knows it by `name`.
+        """
+        yield name, name
+        yield from ((alias, name) for alias in self.aliases)
+        yield from ((adapter, adapter) for adapter in self.adapters)
+
+    @model_validator(mode="after")
+    def _is_ours_or_not(self) -> Self:
+        if self.upstreams and self.engine != Engine():
+            raise ValueError("should have an engine of ours or upstreams, and not both")
+        if not (self.upstreams or self.source):
+            raise ValueError(
+                f"should have a source ({EMBEDDED}, a folder, or a Hugging Face name), or upstreams"
+            )
+        return self
+
+
+def embedded() -> dict[str, Model]:
+    """Return the models of a configuration that names none."""
+    return {EMBEDDED_NAME.lower(): Model(source=EMBEDDED)}
+
+
+def mean_one_each(models: dict[str, Model]) -> dict[str, Model]:
+    """Return the models, no two of which can be meant by one name.
+
+    Raises:
+        ValueError: two can.
+    """
+    meanings: dict[str, list[str]] = {}
+    for name, model in models.items():
+        meanings.setdefault(name, []).append("a model")
+        for kind, names in (("alias", model.aliases), ("adapter", model.adapters)):
+            for each in names:
+                meanings.setdefault(each, []).append(f"an {kind} of {name}")
+    several = [f"{n} is {' and '.join(of)}" for n, of in meanings.items() if len(of) > 1]
+    if several:
+        raise ValueError(f"each name should mean one thing; {'; '.join(several)}")
+    return models

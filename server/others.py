@@ -1,0 +1,68 @@
+"""The routes whose answers aren't kept: a model's state, and what passes through to its engine."""
+
+import orjson
+from aiohttp import web
+
+from server.destination import destination
+from server.engine import EngineState
+from server.http_request import HttpRequest
+from server.models import Models
+from server.passthrough import forward
+from server.responses import RETRY_AFTER_S, error_body, error_response
+from server.websocket import forward_websocket, is_asked_for
+
+ADAPTER_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+
+
+class Others:
+    """The handlers of these routes, which all take `?model=NAME`."""
+
+    def __init__(self, models: Models) -> None:
+        self._models = models
+
+    async def ready(self, http: HttpRequest) -> web.Response:
+        """Answer 200 if every model can be asked, or the one that is meant; else 503.
+
+        The body tells the states. What the tiers hold is answered whatever they are.
+        """
+        if asked := http.query.get("model"):
+            models = [self._models.of(self._models.names().find(asked).name)]
+        else:
+            models = [*self._models.all]
+        states = {model.name: model.state for model in models}
+        told = {"models": states}
+        if all(state is EngineState.READY for state in states.values()):
+            return web.Response(body=orjson.dumps(told), content_type="application/json")
+        waited_for = ", ".join(n for n, state in states.items() if state is not EngineState.READY)
+        error = orjson.loads(error_body(503, f"Not ready: {waited_for}."))
+        return web.Response(
+            status=503,
+            body=orjson.dumps(error | told),
+            content_type="application/json",
+            headers={"Retry-After": str(RETRY_AFTER_S)},
+        )
+
+    async def metrics(self, http: HttpRequest) -> web.StreamResponse:
+        """Answer with vLLM's own metrics, of one model."""
+        named = self._models.names().find(http.query.get("model"))
+        return await forward(http, self._models.upstreams(named.name), path="/metrics")
+
+    async def answer(self, http: HttpRequest) -> web.StreamResponse:
+        """Pass any other request through.
+
+        Raises:
+            UnknownModelError: it names a model that there isn't.
+        """
+        named, body = await destination(http, self._models.names())
+        http.model = named.name
+        upstreams = self._models.upstreams(named.name)
+        if is_asked_for(http):
+            return await forward_websocket(http, upstreams)
+        return await forward(http, upstreams, body=body)
+
+
+async def refuse_adapters(_: HttpRequest) -> web.Response:
+    """Refuse to change a running engine: its answers would no longer be known by what gave them."""
+    return error_response(
+        403, "Adapters are those that the configuration names; they can't be changed while it runs."
+    )

@@ -1,0 +1,141 @@
+"""Several real engines behind one endpoint, one with a LoRA adapter. Run in the order written."""
+
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy
+import openai
+import orjson
+import psutil
+import pytest
+from safetensors.numpy import save_file
+
+from server.weights import embedded_folder
+
+from .conftest import Server, living, prepare, serving
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+RANK = 8
+
+
+def make_adapter(folder: Path) -> None:
+    """Write a LoRA adapter for the embedded model, which changes what it says by chance."""
+    model = orjson.loads((embedded_folder() / "config.json").read_bytes())
+    width, chance = model["hidden_size"], numpy.random.default_rng(0)
+    heads = model["num_attention_heads"] * model["head_dim"]
+    tensors = {}
+    for layer in range(model["num_hidden_layers"]):
+        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{{}}.weight"
+        for part, shape in (("A", (RANK, width)), ("B", (heads, RANK))):
+            tensors[name.format(part)] = chance.normal(0, 0.5, shape).astype(numpy.float32)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_bytes(orjson.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("models")
+    engine = {
+        "args": {"enforce_eager": True, "max_model_len": 1024},
+        "env": {"VLLM_CPU_KVCACHE_SPACE": 1},
+    }
+    other = engine | {"args": engine["args"] | {"max_model_len": 512}}
+    models = {
+        "a": {
+            "source": "embedded",
+            "aliases": ["alias"],
+            "adapters": {"poet": str(folder / "poet")},
+            "engine": engine,
+        },
+        "b": {"source": "embedded", "engine": other},
+    }
+    config = folder / "config.yaml"
+    config.write_bytes(orjson.dumps({"models": models}))
+    prepare(config)
+    make_adapter(folder / "poet")
+    with serving(folder, config) as made:
+        yield made
+
+
+def ask(server: Server, model: str, text: str = "Name a river.") -> tuple[object, str]:
+    """Return the parsed answer and the response's Cache-Status."""
+    raw = server.client.chat.completions.with_raw_response.create(
+        model=model, messages=[{"role": "user", "content": text}], temperature=0, max_tokens=12
+    )
+    return raw.parse(), raw.headers["cache-status"]
+
+
+def states(server: Server) -> dict[str, str]:
+    try:
+        with urllib.request.urlopen(f"{server.url}/ready", timeout=10) as response:
+            return orjson.loads(response.read())["models"]
+    except urllib.error.HTTPError as exc:
+        with exc:
+            return orjson.loads(exc.read())["models"]
+
+
+def test_engines_load_one_after_another(server: Server) -> None:
+    server.until(lambda: states(server)["a"] == "ready", 240)
+    assert ask(server, "a")[1] == "tierserve; fwd=miss"
+    server.wait_ready()
+    assert states(server) == {"a": "ready", "b": "ready"}
+
+
+def test_all_are_listed_and_no_folder_is_told(server: Server) -> None:
+    listed = server.client.models.list().data
+    assert [(card.id, card.parent) for card in listed] == [
+        ("a", None), ("alias", None), ("poet", "a"), ("b", None)
+    ]  # fmt: skip
+    assert [card.max_model_len for card in listed] == [1024, 1024, None, 512]
+    assert "/" not in "".join(card.root for card in listed)
+    assert server.client.models.retrieve("alias").root == "a"
+
+
+def test_an_alias_gets_the_answers_of_its_model(server: Server) -> None:
+    by_name, _ = ask(server, "a")
+    by_alias, status = ask(server, "alias")
+    assert "hit" in status
+    assert by_alias.model == by_name.model == "a"
+    assert by_alias.choices == by_name.choices
+    missed, status = ask(server, "alias", "Name a lake.")
+    assert (missed.model, status) == ("a", "tierserve; fwd=miss")
+
+
+def test_each_model_and_adapter_has_answers_of_its_own(server: Server) -> None:
+    said = {"a": ask(server, "a")[0]}
+    for model in ("b", "poet"):
+        first, status = ask(server, model)
+        assert (first.model, status) == (model, "tierserve; fwd=miss")
+        again, status = ask(server, model)
+        assert "hit" in status
+        assert (again.model, again.choices) == (model, first.choices)
+        said[model] = first
+    texts = {model: answer.choices[0].message.content for model, answer in said.items()}
+    assert texts["a"] == texts["b"] != texts["poet"]
+
+
+def test_an_unknown_model_is_refused_as_by_the_engine(server: Server) -> None:
+    with pytest.raises(openai.NotFoundError, match="The model `no` does not exist") as caught:
+        ask(server, "no")
+    assert (caught.value.type, caught.value.param) == ("NotFoundError", "model")
+
+
+def test_one_that_ends_leaves_the_other_serving(server: Server) -> None:
+    _, session = server.sessions()
+    for process in living(session):
+        if process.pid != session:
+            # One may end by the end of another.
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+    server.until(lambda: states(server)["b"] != "ready", 20)
+    assert states(server)["a"] == "ready"
+    assert ask(server, "poet", "Name a sea.")[1] == "tierserve; fwd=miss"
+    assert "hit" in ask(server, "b")[1]
+    with pytest.raises(openai.InternalServerError) as caught:
+        ask(server, "b", "Name a sea.")
+    assert caught.value.status_code == 503
