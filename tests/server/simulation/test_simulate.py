@@ -61,7 +61,9 @@ def test_the_seed_example_has_the_true_counts(capacity: int, policy: str, hits: 
 def test_memory_finds_what_its_policy_alone_would(policy: str) -> None:
     # Shortened, so that keys repeat.
     keys = [request.key[:3] for request in read(DATA / "azure_llm_code.csv").requests]
-    hits = count_hits(POLICIES[policy](20), [digest(key.encode()) for key in keys])
+    cost = 500 + memory_overhead_bytes(policy)
+    alone = POLICIES[policy].within(20 * cost)
+    hits = count_hits(alone, [digest(key.encode()) for key in keys], cost)
     trace = Trace("short", [Request(key, 500) for key in keys])
     assert simulate(memory_for(20, 500, policy), trace).result.hits == hits > 20
 
