@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import uvloop
@@ -18,9 +19,10 @@ from server.admin.listener import administered
 from server.admin.local import Administration
 from server.chain import build, build_turns
 from server.config import Config, ConfigError
+from server.door import Door, Enter, anybody
 from server.freshness import FreshnessRules
 from server.http_request import Handler, HttpRequest
-from server.listener import listen, make_server
+from server.listener import address, listen, make_server
 from server.logs import AccessLog, LogStream, configure
 from server.metrics import Metrics
 from server.middleware import wrap
@@ -29,7 +31,11 @@ from server.model_list import ModelList, is_one_model
 from server.models import Models
 from server.openai import OpenAI
 from server.others import ADAPTER_PATHS, Others, refuse_adapters
+from server.reload import Reloads
 from server.routes import ROUTES, keeps_responses
+from server.surface import is_for_tenants
+from server.tenants import Tenants
+from server.tls import Certificate
 from server.trace_log import TraceLog
 from tiers import Chain, Flights, Movement
 
@@ -49,14 +55,16 @@ def serve(config: Config) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit status.
 
     Raises:
-        ConfigError: the weights or the engine that the configuration names aren't there.
+        ConfigError: files or the engine that the configuration names can't be used.
     """
+    tenants = Tenants(config.tenants)
+    certificate = None if config.server.tls is None else Certificate(config.server.tls)
     log = configure(config.log)
     trace = None
     try:
         if config.log.trace is not None:
             trace = TraceLog(config.log.trace, config.log.trace_max_bytes)
-        return uvloop.run(_serve(config, log, trace))
+        return uvloop.run(_serve(config, tenants, certificate, log, trace))
     except OSError as exc:
         logger.error("can't serve: %s", exc)
         return 1
@@ -66,13 +74,22 @@ def serve(config: Config) -> int:
         log.close()
 
 
-async def _serve(config: Config, log: LogStream, trace: TraceLog | None) -> int:
+async def _serve(
+    config: Config,
+    tenants: Tenants,
+    certificate: Certificate | None,
+    log: LogStream,
+    trace: TraceLog | None,
+) -> int:
     # Before signals are waited for: it reads files, and may ask a hub.
     models = Models(config.models)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _stopper(stop))
+    reloads = Reloads([tenants] if certificate is None else [tenants, certificate])
+    loop.add_signal_handler(signal.SIGHUP, reloads.ask)
+    tls = None if certificate is None else certificate.context
     chain, movement = build(config)
     try:
         turns = build_turns(config, chain)
@@ -80,12 +97,15 @@ async def _serve(config: Config, log: LogStream, trace: TraceLog | None) -> int:
         # Else the disk tier's file would have to be verified.
         await chain.close()
         raise
+    door = Door(tenants)
     flights = Flights(max_bytes=4 * config.cache.max_answer_bytes, purged=chain.purges.cover)
     metrics = Metrics(
         chain,
         models=lambda: [(model.name, model.state, model.restarts) for model in models.all],
         dropped=lambda: movement.dropped,
         waits=turns.waits,
+        accounts=lambda: tenants.accounts,
+        turned_away=lambda: door.turned_away,
     )
     access = AccessLog(config.log, log)
     road = OpenAI(
@@ -99,13 +119,15 @@ async def _serve(config: Config, log: LogStream, trace: TraceLog | None) -> int:
         engine_keeps=keeps_responses(
             (os.environ, *(model.engine.env for model in config.models.values()))
         ),
+        max_prompts=config.server.max_prompts,
     )
     admin = Admin(Administration(chain), max_line_bytes=max_line_bytes(config))
 
-    def wrapped(handler: Handler) -> Handler:
-        return wrap(handler, metrics, access, trace)
+    def wrapped(handler: Handler, enter: Enter) -> Handler:
+        return wrap(handler, metrics, access, trace, enter=enter)
 
-    routes = _routes(road, models, wrapped, metrics)
+    readers = anybody if config.tenants.open_metrics else door.operators
+    routes = _routes(road, models, wrapped, metrics, door, readers)
     server = make_server(routes, config.server)
     runner = web.ServerRunner(server, shutdown_timeout=config.server.shutdown_grace_s)
     failures: list[BaseException] = []
@@ -118,16 +140,17 @@ async def _serve(config: Config, log: LogStream, trace: TraceLog | None) -> int:
 
     for watch in models.watches():
         go_on(watch)
+    go_on(reloads.watch())
     try:
         await runner.setup()
         await movement.start()
-        listener = await listen(server, config.server)
-        host, port = listener.sockets[0].getsockname()[:2]
-        logger.info("listening on http://%s:%d", host, port)
+        where = config.server
+        listener = await listen(server, where.host, where.port, where, tls)
+        logger.info("listening on %s", address(listener, tls))
         # What is there now stays: looking it over again and again would cost 5% of all hits.
         gc.freeze()
         gc.set_threshold(*_GC_THRESHOLDS)
-        async with administered(config, wrapped(admin.answer)):
+        async with administered(config, partial(wrapped, admin.answer), tls):
             for run in models.runs():
                 go_on(run)
             await stop.wait()
@@ -183,9 +206,14 @@ def _stopper(stop: asyncio.Event) -> Callable[[], None]:
 
 
 def _routes(
-    road: OpenAI, models: Models, wrapped: Callable[[Handler], Handler], metrics: Metrics
+    road: OpenAI,
+    models: Models,
+    wrapped: Callable[[Handler, Enter], Handler],
+    metrics: Metrics,
+    door: Door,
+    readers: Enter,
 ) -> Handler:
-    """Return the handler of all requests."""
+    """Return the handler of all requests; `readers` lets in who may read metrics."""
 
     async def health(_: HttpRequest) -> web.Response:
         return web.Response()
@@ -196,16 +224,18 @@ def _routes(
 
     listed, others = ModelList(models), Others(models)
     by_path = {
-        "/health": wrapped(health),
-        "/ready": wrapped(others.ready),
-        "/metrics": wrapped(own_metrics),
-        "/metrics/engine": wrapped(others.metrics),
+        "/health": wrapped(health, anybody),
+        "/ready": wrapped(others.ready, anybody),
+        "/metrics": wrapped(own_metrics, readers),
+        "/metrics/engine": wrapped(others.metrics, readers),
     }
     routes = {(method, path): by_path[path] for method in ("GET", "HEAD") for path in by_path}
-    routes |= {("POST", path): wrapped(road.answer) for path in ROUTES}
-    routes |= {("POST", path): wrapped(refuse_adapters) for path in ADAPTER_PATHS}
-    routes["GET", MODELS] = wrapped(listed.all)
-    one, rest = wrapped(listed.one), wrapped(others.answer)
+    for path in ROUTES:
+        enter = door.tenants if is_for_tenants(path) else door.operators
+        routes["POST", path] = wrapped(road.answer, enter)
+    routes |= {("POST", path): wrapped(refuse_adapters, door.tenants) for path in ADAPTER_PATHS}
+    routes["GET", MODELS] = wrapped(listed.all, door.tenants)
+    one, rest = wrapped(listed.one, door.tenants), wrapped(others.answer, door.by_path)
 
     def route(http: HttpRequest) -> Awaitable[web.StreamResponse]:
         # Most paths are found as they were sent, which spares making URLs of them.

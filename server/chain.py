@@ -6,7 +6,8 @@ from math import inf
 from pathlib import Path
 from random import random
 
-from server.config import Config, ConfigError, SharedTier, Tiers
+from server.cipher import cipher_key
+from server.config import Config, ConfigError, DiskTier, SharedTier, Tiers
 from server.shared import open_cache
 from tiers import (
     Chain,
@@ -22,7 +23,7 @@ from tiers import (
     Turns,
     Write,
 )  # fmt: skip
-from tiers.disk import Durability
+from tiers.disk import KEY_BYTES, Durability, SealError
 from tiers.lease import Leases
 from tiers.purges import MAX_BYTES
 from tiers.shared import NAME
@@ -68,12 +69,16 @@ def build(
                 on_disk.path,
                 on_disk.max_bytes,
                 sets_aside=sets_aside,
+                encryption_key=encryption_key(on_disk),
                 durability=on_disk.durability,
                 interval_s=on_disk.interval_ms / 1000,
                 compresses=on_disk.compression == "zstd",
                 worth=lambda key, size: (1 + frequency.estimate(key)) / size,
                 clock=clock,
             )
+        except SealError as exc:
+            text = f"tiers.disk.encryption_key: the file in {on_disk.path} stays as it is: {exc}"
+            raise ConfigError([text]) from exc
         except OSError as exc:
             raise _no_folder(on_disk.path, exc) from exc
         farther.append(Tier(disk.NAME, disk, clock=clock))
@@ -114,6 +119,24 @@ def build(
         clock=clock,
     )
     return chain, movement
+
+
+def encryption_key(disk: DiskTier) -> bytes | None:
+    """Return the key with which the disk tier's file is encrypted, if it is.
+
+    Raises:
+        ConfigError: its file can't be read, or holds none.
+    """
+    if (file := disk.encryption_key_file) is None:
+        return None if disk.encryption_key is None else cipher_key(disk.encryption_key)
+    try:
+        return cipher_key(file.read_text(encoding="ascii"))
+    except OSError as exc:
+        text = f"tiers.disk.encryption_key_file: {file}: {exc.strerror}"
+        raise ConfigError([text]) from exc
+    except ValueError:
+        should = f"should hold {KEY_BYTES} bytes in hexadecimal or base64"
+        raise ConfigError([f"tiers.disk.encryption_key_file: {file} {should}"]) from None
 
 
 def _purges(disk: DiskCache | None, clock: Callable[[], float]) -> Purges:

@@ -2,24 +2,20 @@
 
 import argparse
 import os
-import re
 import signal
 import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from server.admin.cli import run
 from server.admin.options import add_cache
-from server.config import Config, ConfigError, load
-from server.shared import masked
+from server.config import Config, ConfigError, load, without_secrets
 
 # As shells report of a program that SIGPIPE has ended.
 _PIPE_CLOSED = 128 + signal.SIGPIPE
-_names_secret = re.compile(r"(?i)(^|_)(key|token|password|secret)$").search
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,11 +31,15 @@ def main(arguments: list[str] | None = None) -> int:
     _add_simulate(commands)
     add_cache(commands)
     commands.add_parser("version", help="print the version")
+    _add_keys(commands)
     options = parser.parse_args(arguments)
     if options.command == "version":
         print(version("tierserve"))
         return 0
     try:
+        if options.command == "keys":
+            _print_key(options.tenant)
+            return 0
         status = _run(load(options.config), options)
         sys.stdout.flush()
     except ConfigError as exc:
@@ -54,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(config: Config, options: argparse.Namespace) -> int:
     if options.command == "check":
+        _check_files(config)
         print(_as_yaml(config), end="")
         return 0
     if options.command == "simulate":
@@ -63,6 +64,39 @@ def _run(config: Config, options: argparse.Namespace) -> int:
     from server.app import serve
 
     return serve(config)
+
+
+def _add_keys(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "make a key for a tenant"
+    actions = commands.add_parser("keys", help=text, description=text).add_subparsers(
+        dest="action", required=True
+    )
+    text = "print a new key, this once, and its hash as tenants.file wants it"
+    actions.add_parser("new", help=text, description=text).add_argument("tenant", metavar="TENANT")
+
+
+def _print_key(tenant: str) -> None:
+    from server.keys import hashed, new_key
+    from server.labels import misnamed
+
+    if (should := misnamed("tenant", tenant)) is not None:
+        raise ConfigError([f"TENANT: should be {should}, not {tenant!r}"])
+    key = new_key()
+    print(f"# The tenant's key, which nothing shows again: {key}")
+    print(yaml.safe_dump({tenant: {"keys": [hashed(key)]}}), end="")
+
+
+def _check_files(config: Config) -> None:
+    """Raise what is wrong in the files that a server reads beside its configuration."""
+    from server.chain import encryption_key
+    from server.tenants import Tenants
+    from server.tls import Certificate
+
+    Tenants(config.tenants)
+    if config.tiers.disk is not None:
+        encryption_key(config.tiers.disk)
+    if config.server.tls is not None:
+        Certificate(config.server.tls)
 
 
 def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -130,20 +164,9 @@ def _check_plot(file: Path) -> None:
 
 
 def _as_yaml(config: Config) -> str:
-    shown = _without_secrets(config.model_dump(mode="json"))
+    shown = without_secrets(config.model_dump(mode="json"))
     text: str = yaml.safe_dump(shown, sort_keys=False)
     return text
-
-
-def _without_secrets(value: Any, name: str = "") -> Any:
-    """Return what may be pasted into an issue."""
-    if isinstance(value, dict):
-        return {name: _without_secrets(each, name) for name, each in value.items()}
-    if isinstance(value, list):
-        return [_without_secrets(each, name) for each in value]
-    if isinstance(value, str) and _names_secret(name):
-        return "***"
-    return masked(value) if isinstance(value, str) and "://" in value else value
 
 
 if __name__ == "__main__":

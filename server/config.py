@@ -6,8 +6,9 @@ variables are described in `server.environment`.
 
 import difflib
 import os
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -16,10 +17,13 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    model_validator,
 )  # fmt: skip
 
 from server.cache_field import MAX_VARIANTS
+from server.cipher import CipherKey
 from server.environment import choices, overridden
+from server.keys import KeyOrHash
 from server.model_config import Model, Name, embedded, mean_one_each
 from server.section import PositiveSeconds, Seconds, Section
 from server.shared import check, masked
@@ -27,6 +31,7 @@ from tiers.disk import MIN_BYTES, Durability
 from tiers.movement import Write
 from tiers.policies import DEFAULT, POLICIES
 
+_names_secret = re.compile(r"(?i)(^|_)(key|keys|token|password|secret)$").search
 SOCKET_PATH_BYTES = 107
 """Of Linux's sockaddr_un, without the final zero."""
 
@@ -45,18 +50,47 @@ class ConfigError(ValueError):
         self.mistakes = mistakes
 
 
+class Tls(Section):
+    """PEM files of a certificate, with those that lead to its root, and of its private key."""
+
+    certificate_file: Path
+    key_file: Path
+
+
 class Listener(Section):
     """Where clients connect, and how long a stop may take.
 
     `client_timeout_s` is how long a client may take to send a head, or a body that we read whole,
     and how long it may pause within one that is passed through, or in taking what it is sent.
+    A request may have `max_prompts` prompts. `tls` is of the admin API's port, too.
     """
 
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     max_body_bytes: Annotated[ByteSize, Field(ge=1024)] = ByteSize(10 * 1024**2)
+    max_prompts: Annotated[int, Field(ge=1)] = 2048
     client_timeout_s: Annotated[float, Field(ge=0.1, le=3600)] = 60
     shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = 30
+    tls: Tls | None = None
+
+
+class Tenants(Section):
+    """Who may ask. With neither a `file` of tenants nor the one tenant's `key`, everybody may.
+
+    `key` is a key or its hash. `cache_salt` says whether engines are sent one, so that they keep
+    the tenants' prompt prefixes apart; some that aren't vLLM refuse it.
+    """
+
+    file: Path | None = None
+    key: KeyOrHash | None = None
+    open_metrics: bool = False
+    cache_salt: bool = True
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if self.file is not None and self.key is not None:
+            raise ValueError("file and key: only one of them can say who may ask")
+        return self
 
 
 class Rule(Section):
@@ -111,7 +145,8 @@ class DiskTier(Section):
 
     `durability` says when an answer counts as stored: synced (`commit`), synced within
     `interval_ms` (`interval`), or when the operating system likes (`os`). `compression` makes
-    twice as many answers fit, and hits a tenth slower.
+    twice as many answers fit, and hits a tenth slower. With an `encryption_key`, or a file that
+    holds it, a new file is encrypted: 32 bytes in hexadecimal or base64.
     """
 
     path: Path | None = None
@@ -119,6 +154,14 @@ class DiskTier(Section):
     durability: Durability = Durability.COMMIT
     interval_ms: Annotated[float, Field(ge=1, le=60_000)] = 50
     compression: Literal["none", "zstd"] = "none"
+    encryption_key: Annotated[CipherKey | None, Field(repr=False)] = None
+    encryption_key_file: Path | None = None
+
+    @model_validator(mode="after")
+    def _has_one_key(self) -> Self:
+        if self.encryption_key is not None and self.encryption_key_file is not None:
+            raise ValueError("encryption_key and encryption_key_file: only one can hold the key")
+        return self
 
 
 class SharedTier(Section):
@@ -148,12 +191,23 @@ class Tiers(Section):
 
 
 class Admin(Section):
-    """Where this user's `tierserve cache` reaches the server: a Unix socket; `null` for nowhere.
+    """Where the tiers are administered.
 
-    By default `admin-PORT.sock` in the cache folder, PORT being `server.port`.
+    This user's `tierserve cache` reaches the server at the Unix socket `socket`, by default
+    `admin-PORT.sock` in the cache folder, PORT being `server.port`; `null` is nowhere. Who has the
+    `key`, which may be given as its hash, reaches the same at `port`, if there is one.
     """
 
     socket: Path | None = None
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    key: KeyOrHash | None = None
+
+    @model_validator(mode="after")
+    def _has_a_lock(self) -> Self:
+        if self.port is not None and self.key is None:
+            raise ValueError("port: needs a key, since anybody on this machine could connect")
+        return self
 
 
 def _is_json_lines(path: Path) -> Path:
@@ -180,6 +234,7 @@ class Config(Section):
     """Everything that can be configured."""
 
     server: Listener = Listener()
+    tenants: Tenants = Tenants()
     models: Annotated[dict[Name, Model], AfterValidator(mean_one_each)] = Field(
         default_factory=embedded, min_length=1
     )
@@ -189,7 +244,7 @@ class Config(Section):
     log: Log = Log()
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """YAML in which a key that stands twice is a mistake, not a choice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -207,9 +262,16 @@ def load(file: Path) -> Config:
         ConfigError: the file can't be read, or fields are wrong; it names every one of them.
     """
     try:
-        data = yaml.load(file.read_text(encoding="utf-8"), _Loader)  # noqa: S506
+        data = yaml.load(file.read_text(encoding="utf-8"), Loader)  # noqa: S506
     except OSError as exc:
         raise ConfigError([f"{file}: should be a file to read: {exc.strerror}"]) from exc
+    except yaml.MarkedYAMLError as exc:
+        # Without the line itself, which may hold a secret.
+        mark = exc.problem_mark or exc.context_mark
+        where = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
+        raise ConfigError(
+            [f"{file}: can't be read as YAML: {exc.problem or exc.context}{where}"]
+        ) from None
     except (UnicodeDecodeError, yaml.YAMLError) as exc:
         raise ConfigError([f"{file}: can't be read as YAML: {exc}"]) from exc
     if data is None:
@@ -229,6 +291,7 @@ def load(file: Path) -> Config:
 def _with_paths(config: Config, folder: Path) -> Config:
     """Return the configuration with the paths as they take effect, relative ones from `folder`."""
     admin, tiers, log = config.admin, config.tiers, config.log
+    server, tenants = config.server, config.tenants
     socket = admin.socket
     if "socket" not in admin.model_fields_set:
         socket = cache_folder() / f"admin-{config.server.port}.sock"
@@ -239,11 +302,19 @@ def _with_paths(config: Config, folder: Path) -> Config:
             raise ConfigError([f"admin.socket: {should}, not {str(socket)!r}"])
     if (disk := tiers.disk) is not None:
         path = folder / (disk.path or cache_folder() / "disk").expanduser()
-        tiers = tiers.model_copy(update={"disk": disk.model_copy(update={"path": path})})
+        key_file = disk.encryption_key_file and folder / disk.encryption_key_file.expanduser()
+        paths = {"path": path, "encryption_key_file": key_file}
+        tiers = tiers.model_copy(update={"disk": disk.model_copy(update=paths)})
     if log.trace is not None:
         log = log.model_copy(update={"trace": folder / log.trace.expanduser()})
+    if tenants.file is not None:
+        tenants = tenants.model_copy(update={"file": folder / tenants.file.expanduser()})
+    if (tls := server.tls) is not None:
+        files = {name: folder / path.expanduser() for name, path in tls}
+        server = server.model_copy(update={"tls": tls.model_copy(update=files)})
     admin = admin.model_copy(update={"socket": socket})
-    return config.model_copy(update={"tiers": tiers, "admin": admin, "log": log})
+    changed = {"server": server, "tenants": tenants, "tiers": tiers, "admin": admin, "log": log}
+    return config.model_copy(update=changed)
 
 
 def _explain(error: Any) -> str:
@@ -256,10 +327,22 @@ def _explain(error: Any) -> str:
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(fields)}"
         return f"{path}: unknown key; {hint}"
     given = masked(error["input"]) if isinstance(error["input"], str) else error["input"]
-    shown = f", not {given!r}" if isinstance(given, str | int | float | bool) else ""
+    is_shown = isinstance(given, str | int | float | bool) and not _names_secret(str(last))
+    shown = f", not {given!r}" if is_shown else ""
     if error["type"] == "model_type":
         return f"{path}: should hold keys of {', '.join(_fields(error['loc']))}{shown}"
     return f"{path}: {error['msg'].removeprefix('Value error, ')}{shown}"
+
+
+def without_secrets(value: Any, name: str = "") -> Any:
+    """Return what may be pasted into an issue, of the value of a field."""
+    if isinstance(value, dict):
+        return {name: without_secrets(each, name) for name, each in value.items()}
+    if isinstance(value, list):
+        return [without_secrets(each, name) for each in value]
+    if isinstance(value, str) and _names_secret(name):
+        return "***"
+    return masked(value) if isinstance(value, str) and "://" in value else value
 
 
 def _fields(path: list[Any]) -> list[str]:

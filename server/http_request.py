@@ -1,11 +1,14 @@
 """A request as it came in: aiohttp's, with its id and what became of it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from types import MappingProxyType
 
 from aiohttp import HttpVersion11, hdrs, web
 
+from server.limits import Account
 from server.request import Request
+from server.tenants import NOBODY, Tenant
 from tiers import Answer
 
 
@@ -27,6 +30,12 @@ class HttpRequest(web.BaseRequest):
     """Which tier answered, and how."""
     found: tuple[Request, Answer] | None = None
     """Where the answer may be kept: what was asked for, and the answer."""
+    tenant: Tenant = NOBODY
+    """Who asks; set at the door."""
+    account: Account | None = None
+    """Where it counts as under way."""
+    limits: Mapping[str, str] = MappingProxyType({})
+    """The headers of its response that tell its tenant's limits."""
 
     async def invite_body(self) -> None:
         """Have a client go on that waits to be told so (RFC 9110, section 10.1.1)."""

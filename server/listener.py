@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import socket
+import ssl
 from functools import partial
 from typing import Any
 
@@ -86,7 +87,9 @@ def make_server(handler: Handler, options: Listener) -> web.Server:
     return web.Server(handler, request_factory=make_request, handler_cancellation=True)  # type: ignore[arg-type]
 
 
-async def listen(server: web.Server, options: Listener) -> asyncio.Server:
+async def listen(
+    server: web.Server, host: str, port: int, options: Listener, tls: ssl.SSLContext | None
+) -> asyncio.Server:
     """Accept connections for `server`.
 
     Raises:
@@ -94,7 +97,16 @@ async def listen(server: web.Server, options: Listener) -> asyncio.Server:
     """
     protocol = partial(_Protocol, server, options.client_timeout_s)
     loop = asyncio.get_running_loop()
-    return await loop.create_server(protocol, options.host, options.port, backlog=_BACKLOG)
+    timeout_s = None if tls is None else options.client_timeout_s
+    return await loop.create_server(
+        protocol, host, port, backlog=_BACKLOG, ssl=tls, ssl_handshake_timeout=timeout_s
+    )
+
+
+def address(listener: asyncio.Server, tls: ssl.SSLContext | None) -> str:
+    """Return the URL at which a listener is reached."""
+    host, port = listener.sockets[0].getsockname()[:2]
+    return f"{'http' if tls is None else 'https'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 async def listen_on(server: web.Server, bound: socket.socket, options: Listener) -> asyncio.Server:

@@ -14,6 +14,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from server.engine import EngineState
+from server.limits import Account
 from tiers import Chain
 from tiers.backend import ByteCache
 from tiers.turn import Waits
@@ -35,6 +36,8 @@ class Metrics:
         models: tells each model's name, its state, and how often its engine was started again.
         dropped: tells how many demotions found no room in the queue.
         waits: those for another process.
+        accounts: tells what each tenant with a key has asked, by its name.
+        turned_away: tells how many requests came without a key that is known.
     """
 
     def __init__(
@@ -44,6 +47,8 @@ class Metrics:
         models: Callable[[], Iterable[ModelState]],
         dropped: Callable[[], int],
         waits: Waits,
+        accounts: Callable[[], Mapping[str, Account]],
+        turned_away: Callable[[], int],
     ) -> None:
         self._latencies: dict[tuple[str, str, str], _Latency] = {}
         self.registry = CollectorRegistry()
@@ -51,6 +56,7 @@ class Metrics:
         self.registry.register(_Tiers(chain, dropped))
         self.registry.register(_Models(models))
         self.registry.register(_Turns(waits))
+        self.registry.register(_Tenants(accounts, turned_away))
 
     def observe(self, model: str, tier: str, outcome: str, seconds: float) -> None:
         """Count one answered request; its model is one that is configured, or none."""
@@ -124,6 +130,32 @@ class _Turns(Collector):
         waiting = GaugeMetricFamily("tierserve_flights_waiting", "Flights that wait now")
         waiting.add_metric((), self._waits.waiting)
         return waits, waiting
+
+
+class _Tenants(Collector):
+    def __init__(
+        self, accounts: Callable[[], Mapping[str, Account]], turned_away: Callable[[], int]
+    ) -> None:
+        self._accounts, self._turned_away = accounts, turned_away
+
+    def collect(self) -> Iterable[Metric]:
+        requests = CounterMetricFamily(
+            "tierserve_tenant_requests", "Requests of tenants with a key", labels=("tenant",)
+        )
+        refused = CounterMetricFamily(
+            "tierserve_tenant_refused", "Requests beyond a limit", labels=("tenant", "limit")
+        )
+        active = GaugeMetricFamily(
+            "tierserve_tenant_active", "Requests under way", labels=("tenant",)
+        )
+        for name, account in self._accounts().items():
+            requests.add_metric((name,), account.requests)
+            active.add_metric((name,), account.active)
+            for limit, count in account.refused.items():
+                refused.add_metric((name, limit), count)
+        away = CounterMetricFamily("tierserve_turned_away", "Requests without a key that is known")
+        away.add_metric((), self._turned_away())
+        return requests, refused, active, away
 
 
 class _Tiers(Collector):

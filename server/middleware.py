@@ -9,7 +9,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from aiohttp import web
 from multidict import istr
@@ -25,16 +25,28 @@ logger = logging.getLogger(__name__)
 
 # As nginx logs it; nobody receives it.
 _CLIENT_GONE = 499
+_MISTAKES = (
+    BadRequestError,
+    SlowClientError,
+    web.HTTPRequestEntityTooLarge,
+    web.RequestPayloadError,
+)
 _X_REQUEST_ID = istr("X-Request-Id")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}").fullmatch
 
 
 def wrap(
-    handler: Handler, metrics: Metrics, access: AccessLog, trace: TraceLog | None = None
+    handler: Handler,
+    metrics: Metrics,
+    access: AccessLog,
+    trace: TraceLog | None = None,
+    *,
+    enter: Callable[[HttpRequest], web.Response | None],
 ) -> Handler:
     """Return `handler` with its surroundings.
 
-    A response that it prepares itself needs `own_headers`.
+    A response that it prepares itself needs `own_headers`. What `enter` returns, unless it is
+    `None`, is the response without asking the handler.
     """
     ids = _request_ids()
 
@@ -44,24 +56,17 @@ def wrap(
         started = time.perf_counter()
         status = _CLIENT_GONE
         try:
-            if not http.content.is_eof():
-                await http.invite_body()
-            response = await handler(http)
+            refused = enter(http)
+            if refused is None:
+                if not http.content.is_eof():
+                    await http.invite_body()
+                response = await handler(http)
+            else:
+                response = refused
             status = response.status
-        except web.HTTPRequestEntityTooLarge:
-            response = error_response(413, "The body is larger than server.max_body_bytes allows.")
-            status = 413
-        except web.RequestPayloadError:
-            response = error_response(400, "The body does not have its Content-Encoding.")
-            response.force_close()
-            status = 400
-        except SlowClientError:
-            response = error_response(408, "The body did not come within server.client_timeout_s.")
-            response.force_close()
-            status = 408
-        except BadRequestError as exc:
-            response = error_response(exc.status, str(exc), param=exc.param)
-            status = exc.status
+        except _MISTAKES as exc:
+            response = _said(exc)
+            status = response.status
         except ConnectionError:
             raise
         except Exception:
@@ -73,9 +78,25 @@ def wrap(
         if not response.prepared:
             headers = response.headers
             headers["Server"], headers["X-Request-Id"] = SERVER, id_
+            if http.limits:
+                headers.update(http.limits)
         return response
 
     return around
+
+
+def _said(exc: Exception) -> web.Response:
+    """Return what a client gets that has made one of `_MISTAKES`."""
+    if isinstance(exc, BadRequestError):
+        return error_response(exc.status, str(exc), param=exc.param)
+    if isinstance(exc, web.HTTPRequestEntityTooLarge):
+        return error_response(413, "The body is larger than server.max_body_bytes allows.")
+    if isinstance(exc, SlowClientError):
+        response = error_response(408, "The body did not come within server.client_timeout_s.")
+    else:
+        response = error_response(400, "The body does not have its Content-Encoding.")
+    response.force_close()
+    return response
 
 
 def _note(
@@ -86,7 +107,9 @@ def _note(
     access: AccessLog,
     trace: TraceLog | None,
 ) -> None:
-    """Count a request, and have it written down."""
+    """Count a request that has ended, and have it written down."""
+    if http.account is not None:
+        http.account.leave()
     tier, outcome = http.outcome
     if status == _CLIENT_GONE and outcome != "error":
         outcome = "aborted"

@@ -10,6 +10,7 @@ from server.section import PositiveSeconds, Section
 
 EMBEDDED = "embedded"
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
+_TOKEN = re.compile(r"[!-~]+").fullmatch
 _HTTP_URL = re.compile(r"https?://[^/\s]+(/[^\s?#]*)?").fullmatch
 MAX_NAME_CHARACTERS = 128
 """Of a model's name; labels tell no more of it."""
@@ -64,6 +65,12 @@ def _is_base(url: str) -> str:
     return url
 
 
+def _is_token(key: str) -> str:
+    if not _TOKEN(key):
+        raise ValueError("should be ASCII without spaces, as it is sent in a header")
+    return key
+
+
 def _is_name(name: str) -> str:
     if not (0 < len(name) <= MAX_NAME_CHARACTERS and name.isprintable()):
         raise ValueError(f"should have 1 to {MAX_NAME_CHARACTERS} printable characters")
@@ -80,13 +87,15 @@ def _is_no_part(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_is_name)]
+_Token = Annotated[str, AfterValidator(_is_token)]
 
 
 class Model(Section):
     """A model, which stands in `models` under the name by which its engine knows it.
 
     Either an engine of ours gives the answers, which loads `source`: `embedded`, a folder, or a
-    Hugging Face name. Or `upstreams` do, that somebody else runs. Clients may ask for it by its
+    Hugging Face name. Or `upstreams` do, that somebody else runs, and that are sent `api_key` in
+    place of what clients send. Clients may ask for it by its
     `aliases` too, and for its LoRA `adapters`, each a folder or a Hugging Face name. `version` is a
     label of yours that becomes part of every key: change it when weights change where tierserve
     can't see them. At most `max_requests` are at an engine at once, those included that wait there;
@@ -102,6 +111,7 @@ class Model(Section):
     ] = Field(default_factory=dict)
     engine: Engine = Engine()
     upstreams: tuple[Annotated[str, AfterValidator(_is_base)], ...] = ()
+    api_key: Annotated[_Token | None, Field(repr=False)] = None
     max_requests: Annotated[int, Field(ge=1)] = 1024
     timeout_s: PositiveSeconds = 600
 
@@ -118,6 +128,8 @@ class Model(Section):
     def _is_ours_or_not(self) -> Self:
         if self.upstreams and self.engine != Engine():
             raise ValueError("should have an engine of ours or upstreams, and not both")
+        if self.api_key is not None and not self.upstreams:
+            raise ValueError("api_key is for upstreams; nobody else reaches an engine of ours")
         if not (self.upstreams or self.source):
             raise ValueError(
                 f"should have a source ({EMBEDDED}, a folder, or a Hugging Face name), or upstreams"

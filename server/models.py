@@ -34,7 +34,10 @@ class Model:
         self.upstreams = Upstreams(
             [self.engine.upstream]
             if self.engine is not None
-            else [Upstream(url, timeout_s=described.timeout_s) for url in described.upstreams],
+            else [
+                Upstream(url, timeout_s=described.timeout_s, api_key=described.api_key)
+                for url in described.upstreams
+            ],
             max_requests=described.max_requests,
         )
         base = identity(described, weights)

@@ -9,7 +9,6 @@ from math import floor, inf
 
 import aiohttp
 from aiohttp import hdrs, web
-from multidict import istr
 
 from server import convert
 from server.control import Control, control_of
@@ -30,7 +29,6 @@ _NOTHING_SAID = Control()
 _JSON = "application/json"
 _SSE = "text/event-stream; charset=utf-8"
 # Anthropic's clients send their key there.
-_X_API_KEY = istr("X-Api-Key")
 # Below a millisecond or two; more would stop all others.
 _CONVERT_INLINE_BYTES = 64 * 1024
 # Above, those who wait for an answer need the engine more.
@@ -50,6 +48,7 @@ class OpenAI:
             or `per_request`, where they say so.
         variants: how many answers such requests are given in turn, if they don't say.
         engine_keeps: whether the engine keeps answers itself, under ids that it gives.
+        max_prompts: that one request may have.
     """
 
     def __init__(
@@ -62,12 +61,14 @@ class OpenAI:
         freshness: Callable[[str, str], Freshness],
         nondeterministic: str,
         variants: int,
+        max_prompts: int,
         engine_keeps: bool = False,
     ) -> None:
         self._chain, self._flights, self._turns = chain, flights, turns
         self._models, self._freshness = models, freshness
         self._nondeterministic, self._engine_keeps = nondeterministic, engine_keeps
         self._variants, self._turn_of = variants, Variants()
+        self._max_prompts = max_prompts
 
     async def answer(self, http: HttpRequest) -> web.StreamResponse:
         """Answer from a tier, from a running flight, or from the engine.
@@ -76,8 +77,12 @@ class OpenAI:
             BadRequestError: the request can't be understood.
         """
         raw = await http.body()
-        request = parse(http.path, raw, _scope(http), self._models.names())
+        request = parse(http.path, raw, http.tenant, self._models.names())
         http.model = request.model
+        prompts, field = request.prompts
+        if prompts > self._max_prompts:
+            text = f"{field} should have at most {self._max_prompts} prompts, not {prompts}"
+            return error_response(400, text, param=field)
         control = control_of(", ".join(http.headers.getall(hdrs.CACHE_CONTROL, ())))
         if request.cache.control != _NOTHING_SAID:
             control = control.and_also(request.cache.control)
@@ -317,14 +322,6 @@ def _note(http: HttpRequest, request: Request, flight: Flight) -> None:
     """Note what was found, if it is to be kept."""
     if flight.kept:
         http.found = request, _answer_of(flight)
-
-
-def _scope(http: HttpRequest) -> str:
-    """Return who asks, as far as the headers tell it."""
-    key = http.headers.get(_X_API_KEY)
-    scope = http.headers.get(hdrs.AUTHORIZATION, "")
-    # No header has a line's end in it.
-    return scope if key is None else f"{scope}\n{key}"
 
 
 def _fresh(http: HttpRequest, request: Request) -> tuple[bytes, int]:

@@ -6,6 +6,7 @@ from aiohttp import web
 from server.destination import destination
 from server.engine import EngineState
 from server.http_request import HttpRequest
+from server.isolation import SALTED, isolated_raw
 from server.models import Models
 from server.passthrough import forward
 from server.responses import RETRY_AFTER_S, error_body, error_response
@@ -58,6 +59,8 @@ class Others:
         upstreams = self._models.upstreams(named.name)
         if is_asked_for(http):
             return await forward_websocket(http, upstreams)
+        if body is not None and http.path in SALTED:
+            body = isolated_raw(body, http.tenant)
         return await forward(http, upstreams, body=body)
 
 

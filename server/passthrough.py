@@ -1,6 +1,7 @@
 """Passing a request through to an engine and its reply back, unchanged and without buffering."""
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import aiohttp
 from aiohttp import web
@@ -8,6 +9,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from server.http_request import HttpRequest, SlowClientError
+from server.isolation import SALTED, isolated_raw
 from server.responses import failure, own_headers, unavailable
 from server.upstream import UnavailableError, Upstreams
 
@@ -19,6 +21,8 @@ _OURS = frozenset(
         "x-request-id",
     }
 )  # fmt: skip
+# Which of us a client is, no engine has to know.
+_KEYS = frozenset({"authorization", "x-api-key"})
 # We have undone the first, and must be able to read what comes back.
 _CODINGS = frozenset({"content-encoding", "accept-encoding"})
 
@@ -26,7 +30,8 @@ _CODINGS = frozenset({"content-encoding", "accept-encoding"})
 def forwarded(http: HttpRequest) -> CIMultiDict[str]:
     """Return the headers with which a request goes on to an engine."""
     hop = {name.strip().lower() for name in http.headers.get("Connection", "").split(",")}
-    headers = _without(http.headers, _OURS | _CODINGS | hop)
+    keys = _KEYS if http.tenant.has_key else frozenset()
+    headers = _without(http.headers, _OURS | _CODINGS | keys | hop)
     headers.update({"X-Request-Id": http.id, "Accept-Encoding": "identity"})
     return headers
 
@@ -55,12 +60,12 @@ async def forward(
     Args:
         http: the client's request.
         upstreams: one of them is asked.
-        body: the request's body where it has been read already.
+        body: the request's body where it has been read already, as an engine may be sent it.
         path: asked instead of the request's own.
         cache_status: added to the reply (RFC 9211).
     """
     http.outcome = ("engine", "pass")
-    data = body if body is not None else (http.pieces() if http.body_exists else None)
+    data = body if body is not None else await _data(http)
     response: web.StreamResponse | None = None
     try:
         async with upstreams.request(
@@ -96,6 +101,13 @@ async def forward(
             # What has begun can only be cut, so that the client sees that it isn't whole.
             raise ConnectionResetError from exc
         return failure(exc)
+
+
+async def _data(http: HttpRequest) -> Any:
+    """Return a body that is to be passed on, as far as can be before it has been read."""
+    if http.tenant.salt is not None and http.path in SALTED:
+        return isolated_raw(await http.body(), http.tenant)
+    return http.pieces() if http.body_exists else None
 
 
 def _unread(http: HttpRequest, exc: BaseException) -> Exception | None:

@@ -29,12 +29,16 @@ import orjson
 
 from server import cache_field
 from server.cache_field import BadRequestError, CacheField
+from server.isolation import SALTED, isolated
 from server.labels import labels_of
 from server.names import Names
 from server.routes import ROUTES, Route
 from server.shapes import CHOICES, MESSAGE
+from server.tenants import Tenant
 from tiers import Form, digest
 
+# Where a request may have many.
+_PROMPTS = ("documents", "input", "prompt")
 # orjson makes floats of integers beyond 64 bits, so two of them could share a key.
 _has_huge_integer = re.compile(rb"-[0-9]{19}|[0-9]{20}").search
 _CONTINUOUS = "continuous_usage_stats"
@@ -71,15 +75,17 @@ class Request(NamedTuple):
     key: str
     cache: CacheField
     """What it says about caching, beside its headers."""
+    prompts: tuple[int, str]
+    """How many prompts it has, and which field holds them."""
 
 
-def parse(path: str, raw: bytes, scope: str, names: Names) -> Request:
+def parse(path: str, raw: bytes, tenant: Tenant, names: Names) -> Request:
     """Parse a body and derive its key. A body that comes again byte for byte is remembered.
 
     Args:
         path: the request's, one of `ROUTES`.
         raw: the body as received.
-        scope: who may share the answer.
+        tenant: who asks.
         names: what the model that it asks for is, and what gives its answers.
 
     Raises:
@@ -87,10 +93,10 @@ def parse(path: str, raw: bytes, scope: str, names: Names) -> Request:
         UnknownModelError: there is no model of that name.
     """
     look = _remembered if len(raw) <= _REMEMBERED_BYTES else _parse
-    return look(path, raw, scope, names)
+    return look(path, raw, tenant, names)
 
 
-def _parse(path: str, raw: bytes, scope: str, names: Names) -> Request:
+def _parse(path: str, raw: bytes, tenant: Tenant, names: Names) -> Request:
     route = ROUTES[path]
     body = _read(raw)
     cache, sent_as_is = CacheField(), True
@@ -107,9 +113,10 @@ def _parse(path: str, raw: bytes, scope: str, names: Names) -> Request:
     options = body.get("stream_options") if route.shape is CHOICES else None
     wants_usage = stream and isinstance(options, dict) and options.get("include_usage") is True
     canonical = _canonical(route, body, stream=stream, wants_usage=wants_usage)
-    # A header may hold bytes that are no text.
-    raw_scope = scope.encode(errors="surrogateescape")
-    key = digest(raw_scope, identity.encode(), route.path.encode(), _dumps(canonical))
+    key = digest(tenant.scope, identity.encode(), route.path.encode(), _dumps(canonical))
+    prompts = max((_prompts_in(body.get(name)), name) for name in _PROMPTS)
+    if path in SALTED:
+        raw, body = isolated(raw, body, tenant)
     sent = raw
     if route.shape is CHOICES and stream and not wants_usage and isinstance(options, dict | None):
         # The count is recorded with every answer, and kept from clients that did not ask.
@@ -119,7 +126,7 @@ def _parse(path: str, raw: bytes, scope: str, names: Names) -> Request:
         route=route,
         path=path,
         model=name,
-        labels=labels_of(name, raw_scope, cache.tags),
+        labels=labels_of(name, tenant.name, cache.tags),
         raw=raw,
         body=sent,
         form=Form.EVENTS if stream else Form.BODY,
@@ -134,6 +141,7 @@ def _parse(path: str, raw: bytes, scope: str, names: Names) -> Request:
         is_to_be_kept_there=route.may_be_kept_there and body.get("store") is not False,
         key=key,
         cache=cache,
+        prompts=prompts,
     )
 
 
@@ -195,6 +203,13 @@ def _plain(name: str, value: Any) -> Any:
 def _is_any_of(value: Any, others: tuple[Any, ...]) -> bool:
     """Whether a value is the same JSON as one of others; 1 isn't true there."""
     return any(type(value) is type(other) and value == other for other in others)
+
+
+def _prompts_in(value: Any) -> int:
+    """Return how many prompts a field holds: a list of texts, or of lists of token ids."""
+    if not isinstance(value, list) or not value or not isinstance(value[0], str | list):
+        return 0
+    return len(value)
 
 
 def _is_plain(options: Any) -> bool:

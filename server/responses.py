@@ -19,7 +19,7 @@ RETRY_AFTER_S = 5
 
 def own_headers(http: HttpRequest) -> dict[str, str]:
     """Return the headers that each response carries."""
-    return {"Server": SERVER, "X-Request-Id": http.id}
+    return {"Server": SERVER, "X-Request-Id": http.id, **http.limits}
 
 
 class Whole(web.StreamResponse):
@@ -50,6 +50,8 @@ class Whole(web.StreamResponse):
             end = "Connection: close\r\n"
         elif http.version < HttpVersion11:
             end = "Connection: keep-alive\r\n"
+        if http.limits:
+            end += "".join(f"{name}: {value}\r\n" for name, value in http.limits.items())
         head = (
             f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
             f"Cache-Status: {cache_status}\r\nAge: {age_s}\r\nETag: {etag}\r\n"
@@ -77,22 +79,36 @@ class Whole(web.StreamResponse):
         await self._writer.write_eof(self._whole + data)
 
 
-def error_body(status: int, message: str, *, param: str | None = None) -> bytes:
-    """Return the JSON body of an error."""
-    kind = HTTPStatus(status).phrase.title().replace(" ", "").replace("-", "")
-    kind = kind.removesuffix("Error") + "Error"
-    error = {"message": message, "type": kind, "param": param, "code": status}
+def error_body(
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    kind: str | None = None,
+    code: str | None = None,
+) -> bytes:
+    """Return the JSON body of an error; `kind` and `code` where OpenAI has some of its own."""
+    if kind is None:
+        kind = HTTPStatus(status).phrase.title().replace(" ", "").replace("-", "")
+        kind = kind.removesuffix("Error") + "Error"
+    error = {"message": message, "type": kind, "param": param, "code": code or status}
     return orjson.dumps({"error": error})
 
 
 def error_response(
-    status: int, message: str, *, param: str | None = None, retry_after_s: int | None = None
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    kind: str | None = None,
+    code: str | None = None,
+    retry_after_s: int | None = None,
 ) -> web.Response:
     """Return an error as a response."""
     headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
     return web.Response(
         status=status,
-        body=error_body(status, message, param=param),
+        body=error_body(status, message, param=param, kind=kind, code=code),
         content_type="application/json",
         headers=headers,
     )

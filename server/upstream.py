@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, TypeVar
 
 import aiohttp
+from multidict import CIMultiDict
 from yarl import URL
 
 logger = logging.getLogger(__name__)
@@ -38,13 +39,21 @@ class Upstream:
         socket: the path of its Unix socket, if it listens on one.
         timeout_s: seconds that it may stay silent within an answer.
         name: what logs call it; by default its address.
+        api_key: what it is to be sent in place of what clients send.
     """
 
     def __init__(
-        self, url: str, *, timeout_s: float, socket: str | None = None, name: str = ""
+        self,
+        url: str,
+        *,
+        timeout_s: float,
+        socket: str | None = None,
+        name: str = "",
+        api_key: str | None = None,
     ) -> None:
         self.url = url.rstrip("/")
         self._name = name or self.url
+        self._key = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._ready_since: float | None = None
         self.answers = asyncio.Event()
         """Set while it is ready."""
@@ -53,9 +62,20 @@ class Upstream:
             aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=timeout_s)
         )
         # Of its own, so that it never waits for a connection that works.
-        self._probing = self._session(aiohttp.ClientTimeout(total=_PROBE_S))
+        self._probing = self._session(aiohttp.ClientTimeout(total=_PROBE_S), self._key)
 
-    def _session(self, timeout: aiohttp.ClientTimeout) -> aiohttp.ClientSession:
+    def with_key(self, headers: Mapping[str, str]) -> Mapping[str, str]:
+        """Return the headers of a request to this upstream."""
+        if not self._key:
+            return headers
+        keyed = CIMultiDict(headers)
+        keyed.pop("x-api-key", None)
+        keyed.update(self._key)
+        return keyed
+
+    def _session(
+        self, timeout: aiohttp.ClientTimeout, headers: Mapping[str, str] | None = None
+    ) -> aiohttp.ClientSession:
         connector: aiohttp.BaseConnector
         if self._socket is None:
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
@@ -63,7 +83,9 @@ class Upstream:
             connector = aiohttp.UnixConnector(
                 self._socket, limit=0, keepalive_timeout=_KEEP_ALIVE_S
             )
-        return aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False)
+        return aiohttp.ClientSession(
+            connector=connector, timeout=timeout, headers=headers, auto_decompress=False
+        )
 
     @property
     def ready(self) -> bool:
@@ -135,7 +157,7 @@ class Upstreams:
                 method,
                 URL(upstream.url + path, encoded=True),
                 data=data,
-                headers=headers,
+                headers=upstream.with_key(headers),
                 allow_redirects=False,
             )
         )
@@ -152,7 +174,7 @@ class Upstreams:
         return self._ask(
             lambda upstream: upstream.session.ws_connect(
                 URL(upstream.url + path, encoded=True),
-                headers=headers,
+                headers=upstream.with_key(headers),
                 protocols=protocols,
                 max_msg_size=max_bytes,
             )

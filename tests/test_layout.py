@@ -15,6 +15,7 @@ HTTP = {
     "admin/warm",
     "app",
     "destination",
+    "door",
     "http_request",
     "listener",
     "middleware",
@@ -55,6 +56,7 @@ def test_dependencies_point_one_way(file: Path) -> None:
     imports = imported_by(file)
     assert not imports & {"vllm", "torch"}
     assert ("lmdb" in imports) <= (file.parent == Path("tiers/disk"))
+    assert ("cryptography" in imports) <= (file == Path("tiers/disk/seal.py"))
     assert bool({"redis", "aiomcache"} & imports) <= (file.parent == Path("tiers/shared"))
     assert ("aiohttp" in imports) <= (str(file.with_suffix("")).removeprefix("server/") in HTTP)
     for package, entrances in ENTRANCES.items():

@@ -36,6 +36,7 @@ from server.config import load
 from server.identity import identity
 from server.names import Named, Names
 from server.request import parse
+from server.tenants import tenant_of
 from tiers import Answer, Chain, DiskCache, Form, FrequencySketch, Freshness, Tier
 
 SERVER_CORE, LOAD_CORE = 0, 1
@@ -154,7 +155,7 @@ async def _fill(file: Path, bodies: list[bytes], answer_bytes: int) -> None:
     names = Names({"m": Named("m", identity(config.models["m"], None))})
     for number, body in enumerate(bodies):
         stored = Answer(Form.BODY, convert.template(orjson.loads(_answer(number, answer_bytes))))
-        request = parse(ROUTE, body, "", names)
+        request = parse(ROUTE, body, tenant_of(""), names)
         await chain.store(request.key, stored, Freshness(config.cache.ttl_s))
     await chain.close()
 

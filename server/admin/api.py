@@ -11,8 +11,8 @@
     POST   /verify
 
 While an import or a verification goes on, its client gets a `102 Processing` every few seconds.
-It knows nothing of the listener that it is reached by, and asks for no key: who may connect to that
-may do everything.
+It knows nothing of the listeners that it is reached by, and asks for no key: whom those let in may
+do everything.
 """
 
 import asyncio

@@ -1,42 +1,88 @@
-"""Where the admin API is reached: a Unix socket of this user's."""
+"""Where the admin API is reached: a Unix socket of this user's, and a port for who has its key."""
 
 import fcntl
+import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator
+import ssl
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 from aiohttp import web
 
 from server.config import Config
+from server.door import Enter, anybody, holders_of
 from server.http_request import Handler
-from server.listener import listen_on, make_server
+from server.listener import address, listen, listen_on, make_server
+
+logger = logging.getLogger(__name__)
 
 # An export can be asked for again.
 _GRACE_S = 1
 
 
 @asynccontextmanager
-async def administered(config: Config, handler: Handler) -> AsyncIterator[None]:
-    """Have `handler` answer meanwhile at the socket that is configured, if there is one.
+async def administered(
+    config: Config, wrapped: Callable[[Enter], Handler], tls: ssl.SSLContext | None
+) -> AsyncIterator[None]:
+    """Have the admin API answer meanwhile where that is configured.
+
+    Args:
+        config: says where.
+        wrapped: returns its handler for those whom a door lets in.
+        tls: for its port.
 
     Raises:
-        OSError: the socket can't be had.
+        OSError: the socket or the port can't be had.
     """
+    async with _at_socket(config, wrapped(anybody)), _at_port(config, wrapped, tls):
+        yield
+
+
+@asynccontextmanager
+async def _at_socket(config: Config, handler: Handler) -> AsyncIterator[None]:
     if (path := config.admin.socket) is None:
         yield
         return
-    server = make_server(handler, config.server)
-    runner = web.ServerRunner(server, shutdown_timeout=_GRACE_S)
-    with _bound(path) as bound:
-        await runner.setup()
-        listener = await listen_on(server, bound, config.server)
+    async with _served(config, handler) as server:
+        with _bound(path) as bound:
+            listener = await listen_on(server, bound, config.server)
+            try:
+                yield
+            finally:
+                listener.close()
+
+
+@asynccontextmanager
+async def _at_port(
+    config: Config, wrapped: Callable[[Enter], Handler], tls: ssl.SSLContext | None
+) -> AsyncIterator[None]:
+    admin = config.admin
+    if admin.port is None or admin.key is None:
+        yield
+        return
+    async with _served(config, wrapped(holders_of(admin.key))) as server:
+        try:
+            listener = await listen(server, admin.host, admin.port, config.server, tls)
+        except OSError as exc:
+            raise OSError(f"admin.port: can't be had: {exc}") from exc
+        logger.info("the admin API listens on %s", address(listener, tls))
         try:
             yield
         finally:
             listener.close()
-            await runner.cleanup()
+
+
+@asynccontextmanager
+async def _served(config: Config, handler: Handler) -> AsyncIterator[web.Server]:
+    server = make_server(handler, config.server)
+    runner = web.ServerRunner(server, shutdown_timeout=_GRACE_S)
+    await runner.setup()
+    try:
+        yield server
+    finally:
+        await runner.cleanup()
 
 
 @contextmanager

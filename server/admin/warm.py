@@ -13,6 +13,7 @@ from server.admin.operations import AdminError
 from server.config import Config
 from server.progress import shown
 from server.routes import ROUTES
+from server.tls import fingerprint
 
 _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - as clients reach it.
@@ -73,7 +74,12 @@ async def warm(config: Config, file: Path, concurrency: int, say: Callable[[str]
         headers["Authorization"] = f"Bearer {key}"
     longest_s = max(model.timeout_s for model in config.models.values())
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=longest_s)
-    async with aiohttp.ClientSession(_url(config), headers=headers, timeout=timeout) as session:
+    # Its own certificate, whatever names that is for: the address is this machine's.
+    known = True if (tls := config.server.tls) is None else aiohttp.Fingerprint(fingerprint(tls))
+    connector = aiohttp.TCPConnector(ssl=known)
+    async with aiohttp.ClientSession(
+        _url(config), headers=headers, timeout=timeout, connector=connector
+    ) as session:
         await _check(session, _url(config))
         free = asyncio.Semaphore(concurrency)
 
@@ -163,4 +169,5 @@ def _url(config: Config) -> str:
     if not config.server.port:
         raise AdminError(400, "server.port should be that of the running server, not 0")
     host = _ANY.get(config.server.host, config.server.host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{config.server.port}"
+    scheme = "http" if config.server.tls is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{config.server.port}"

@@ -10,6 +10,8 @@ import openai
 import psutil
 import pytest
 
+from server.keys import hashed
+
 from .conftest import MODEL, Server, living
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -185,12 +187,52 @@ def test_the_disk_tier_alone_answers_alike(server: Server) -> None:
     assert body_and_events(server) == before
     assert server.metric("/metrics", 'tierserve_tier_hits_total{tier="disk"}') == 2
     assert server.metric("/metrics", 'tierserve_tier_hits_total{tier="memory"}') == 0
+
+
+def test_tenants_share_no_prefix(server: Server, tmp_path_factory) -> None:
+    """From here on there are keys, and the client's is one of them."""
+    file = tmp_path_factory.mktemp("tenants") / "tenants.yaml"
+    file.write_text(f"one: {{keys: ['{hashed('x')}']}}\ntwo: {{keys: ['{hashed('y')}']}}\n")
     server.stop()
-    server.start()
+    server.start(TIERSERVE__TENANTS__FILE=str(file), TIERSERVE__TENANTS__OPEN_METRICS="true")
+    server.wait_ready()
+    other = server.client.with_options(api_key="y")
+    system = {"role": "system", "content": "Keep it secret. " * 400}
+
+    def cached_tokens(client: openai.OpenAI, text: str, **more) -> int:
+        answer = client.chat.completions.create(
+            model=MODEL,
+            messages=[system, {"role": "user", "content": text}],
+            max_tokens=4,
+            **{"temperature": 0} | more,
+        )
+        assert answer.usage.prompt_tokens > 1500
+        details = answer.usage.prompt_tokens_details
+        return (details and details.cached_tokens) or 0
+
+    assert cached_tokens(server.client, "One?") == 0
+    assert cached_tokens(server.client, "Two?") > 1000
+    # Neither what was asked alike nor what has only begun alike can be told by its timing.
+    assert cached_tokens(other, "One?") == 0
+    assert cached_tokens(other, "Three?", temperature=1) > 1000
+    own = {"extra_body": {"cache_salt": "mine"}}
+    assert cached_tokens(server.client, "Three?", **own) == 0
+    assert cached_tokens(other, "Four?", **own) == 0
+    # Routes that pass through are sent a salt, too.
+    for client in (server.client, other):
+        for times in range(2):
+            said = client.responses.create(
+                model=MODEL, input=f"{'Tell nobody. ' * 400}{times}", max_output_tokens=4
+            )
+            reused = said.usage.input_tokens_details.cached_tokens
+            assert (reused > 1000) == (times > 0)
+    with pytest.raises(openai.AuthenticationError):
+        server.client.with_options(api_key="z").models.list()
 
 
 def test_the_engine_comes_back_after_kill(server: Server) -> None:
     server.wait_ready()
+    ask(server)
     of_vllm = [process for process in living(server.session()) if process.pid != server.session()]
     assert "VLLM::EngineCore" in {process.name() for process in of_vllm}
     for process in of_vllm:

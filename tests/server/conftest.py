@@ -17,6 +17,7 @@ from server.config import load
 from server.identity import identity
 from server.names import Named, Names
 from server.request import parse
+from server.tenants import tenant_of
 from tests.servers import free_port
 
 CHAT = "/v1/chat/completions"
@@ -125,35 +126,42 @@ def alike(*urls: str) -> dict[str, dict]:
 
 
 class Front:
-    """A tierserve process, and a client of it. `tiers` are more than a memory and a disk tier."""
+    """A tierserve process, and a client of it. `tiers` are more than a memory and a disk tier.
 
-    def __init__(self, folder: Path, models: dict[str, dict], **tiers: dict) -> None:
+    `sections` are merged into the configuration's, `headers` sent with each request.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        models: dict[str, dict],
+        *,
+        sections: dict[str, dict] | None = None,
+        headers: dict[str, str] | None = None,
+        **tiers: dict,
+    ) -> None:
+        self.headers = headers
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "log"
         self.socket = folder / "admin.sock"
         self.config = folder / "config.yaml"
-        self.config.write_bytes(
-            orjson.dumps(
-                {
-                    "server": {
-                        "port": self.port,
-                        "max_body_bytes": 100_000,
-                        "shutdown_grace_s": 20,
-                    },
-                    "models": models,
-                    "cache": {
-                        "rules": [
-                            # Stale at once, so that nobody waits for it.
-                            {"model": "swr", "ttl_s": 1e-6, "stale_while_revalidate_s": 3600},
-                            {"model": "sie", "ttl_s": 1e-6, "stale_if_error_s": 3600},
-                        ]
-                    },
-                    "admin": {"socket": str(self.socket)},
-                    "tiers": {"disk": {"path": str(folder / "disk"), "max_bytes": "4MiB"}} | tiers,
-                }
-            )
-        )
+        made = {
+            "server": {"port": self.port, "max_body_bytes": 100_000, "shutdown_grace_s": 20},
+            "models": models,
+            "cache": {
+                "rules": [
+                    # Stale at once, so that nobody waits for it.
+                    {"model": "swr", "ttl_s": 1e-6, "stale_while_revalidate_s": 3600},
+                    {"model": "sie", "ttl_s": 1e-6, "stale_if_error_s": 3600},
+                ]
+            },
+            "admin": {"socket": str(self.socket)},
+            "tiers": {"disk": {"path": str(folder / "disk"), "max_bytes": "4MiB"}} | tiers,
+        }
+        for name, section in (sections or {}).items():
+            made[name] = made.get(name, {}) | section
+        self.config.write_bytes(orjson.dumps(made))
 
     @property
     def command(self) -> list[str]:
@@ -162,7 +170,7 @@ class Front:
     async def start(self) -> None:
         with self.log.open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(*self.command, stderr=log)
-        self.session = aiohttp.ClientSession(self.url)
+        self.session = aiohttp.ClientSession(self.url, headers=self.headers)
         await self.until_ready()
 
     async def stop(self) -> None:
@@ -190,7 +198,7 @@ class Front:
         """Return the key of a chat completion."""
         models = load(self.config).models
         names = Names({name: Named(name, identity(each, None)) for name, each in models.items()})
-        return parse(CHAT, orjson.dumps(asked), "", names).key
+        return parse(CHAT, orjson.dumps(asked), tenant_of(""), names).key
 
     def post(self, asked: dict, **options):
         return self.session.post(CHAT, json=asked, **options)
@@ -214,8 +222,9 @@ class Front:
 
 
 @asynccontextmanager
-async def running(folder: Path, *upstreams: Upstream, **tiers: dict) -> AsyncIterator[Front]:
-    made = Front(folder, alike(*(upstream.url for upstream in upstreams)), **tiers)
+async def running(folder: Path, *upstreams: Upstream, **options: dict) -> AsyncIterator[Front]:
+    """A server in front of `upstreams`; `options` are of `Front`."""
+    made = Front(folder, alike(*(upstream.url for upstream in upstreams)), **options)
     try:
         await made.start()
         yield made

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from server.names import Named, Names
 from server.request import Request, parse
 from server.routes import ROUTES
+from server.tenants import tenant_of
 
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 MODELS = Names({"m": Named("m", "")})
@@ -22,7 +23,7 @@ SAID = {"messages": [{"role": "user", "content": "hi"}]}
 
 def request(path: str, body: dict[str, Any] | bytes) -> Request:
     raw = body if isinstance(body, bytes) else orjson.dumps(body)
-    return parse(path, raw, "", MODELS)
+    return parse(path, raw, tenant_of(""), MODELS)
 
 
 TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=5)
@@ -38,7 +39,10 @@ JSON = st.recursive(
 ROUTE = ROUTES[CHAT]
 KNOWN = sorted({*ROUTE.defaults, *ROUTE.irrelevant, *ROUTE.alike_in_both_forms, "stream"})
 NAMES = st.sampled_from(KNOWN) | TEXTS.filter(lambda name: name != "cache")
-BODIES = st.dictionaries(NAMES, JSON, max_size=6)
+BODIES = st.dictionaries(NAMES, JSON, max_size=6).map(
+    # No other model is there.
+    lambda body: body | {"model": "m"} if isinstance(body.get("model"), str) else body
+)
 
 
 def reordered(body: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,14 @@ def made(
     **options,
 ) -> Metrics:
     chain = Chain(tiers, frequency=FrequencySketch(1), max_answer_bytes=1, **options)
-    return Metrics(chain, models=lambda: models, dropped=dropped, waits=waits or Waits())
+    return Metrics(
+        chain,
+        models=lambda: models,
+        dropped=dropped,
+        accounts=dict,
+        turned_away=int,
+        waits=waits or Waits(),
+    )
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:

@@ -9,6 +9,7 @@ from server.cache_field import BadRequestError
 from server.names import Named, Names, UnknownModelError
 from server.request import Request, parse
 from server.routes import keeps_responses
+from server.tenants import tenant_of
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
@@ -22,7 +23,7 @@ def names(identity: str) -> Names:
 
 def request(body, *, scope: str = "", identity: str = "i", path: str = CHAT) -> Request:
     raw = body if isinstance(body, bytes) else orjson.dumps(body)
-    return parse(path, raw, scope, names(identity))
+    return parse(path, raw, tenant_of(scope), names(identity))
 
 
 @pytest.mark.parametrize(

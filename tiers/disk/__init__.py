@@ -7,16 +7,19 @@ hand.
 from tiers.disk.cache import MIN_BYTES, DiskCache
 from tiers.disk.file import MAX_KEY_BYTES, OtherFormatError, Statistics
 from tiers.disk.opening import UntrustedError
+from tiers.disk.seal import KEY_BYTES, SealError
 from tiers.disk.upkeep import Compacted, Verified, check, compact
 from tiers.disk.writer import Durability
 
 __all__ = [
+    "KEY_BYTES",
     "MAX_KEY_BYTES",
     "MIN_BYTES",
     "Compacted",
     "DiskCache",
     "Durability",
     "OtherFormatError",
+    "SealError",
     "Statistics",
     "UntrustedError",
     "Verified",

@@ -29,6 +29,7 @@ from tiers.disk.file import (
     reserve_bytes,
 )
 from tiers.disk.opening import Opening
+from tiers.disk.seal import Seal, SealError
 from tiers.disk.transaction import Change, Outcome
 from tiers.disk.writer import Durability, Submission, Writer
 
@@ -82,9 +83,12 @@ class DiskCache(ByteCache):
         worth: what keeping an entry is worth, from its key and its bytes on disk, such as its
             frequency times its cost over its bytes. Called in the writer's thread.
         sets_aside: whether a file that can't be trusted gives way to a new one.
+        encryption_key: of 32 bytes, if all that may hold text is encrypted in the file.
 
     Raises:
         OSError: the folder or the file can't be used.
+        SealError: the file is encrypted with another key, or it is and should not be, or should
+            be and isn't; it stays as it is.
         ValueError: `max_bytes` is too small.
         UntrustedError: the file can't be trusted, and isn't to be set aside.
     """
@@ -101,6 +105,7 @@ class DiskCache(ByteCache):
         compresses: bool = False,
         worth: Callable[[str, int], float] = alike,
         sets_aside: bool = True,
+        encryption_key: bytes | None = None,
         clock: Callable[[], float] = time.time,
         namespace: str | None = None,
     ) -> None:
@@ -112,6 +117,7 @@ class DiskCache(ByteCache):
         self._durability = durability
         self._compresses = compresses
         self._worth = worth
+        self._seal = None if encryption_key is None else Seal(encryption_key)
         self._pending: dict[str, Submission] = {}
         self._pending_bytes = 0
         # Keys whose removal is pending and not queued, in the order in which changes were lost.
@@ -121,8 +127,9 @@ class DiskCache(ByteCache):
         self._opening = Opening(path, max_bytes, clock, sets_aside=sets_aside)
         try:
             self._file = self._open() if self._opening.try_now() else None
-        except BaseException:
-            self._opening.release(whole=False)
+        except BaseException as exc:
+            # One that can't be read with this key hasn't been touched.
+            self._opening.release(whole=isinstance(exc, SealError))
             raise
         interval_s = interval_s if durability is Durability.INTERVAL else 0.0
         self._writer = Writer(self._wait_open, self._settle, interval_s)
@@ -445,4 +452,5 @@ class DiskCache(ByteCache):
             compresses=self._compresses,
             clock=self.clock,
             worth=self._worth,
+            seal=self._seal,
         )

@@ -1,9 +1,10 @@
-"""Compression of the disk tier's values: zstd, with a dictionary trained on the first of them.
+"""Coding of the disk tier's values: compression by zstd, and a seal.
 
-Answers are short JSON texts that share their skeleton, so a dictionary is worth more than the
-level: it saves two thirds of the bytes and is quicker than zstd without it. It costs a hit about a
-tenth (scripts/bench/hits.py), so it is a choice; what was stored with it can be read without.
-Compression is the writer's; `decode` may be called by one thread at a time. zstd is RFC 8878.
+Answers are short JSON texts that share their skeleton, so a dictionary, trained on the first of
+them, is worth more than the level: it saves two thirds of the bytes and is quicker than zstd
+without it. It costs a hit about a tenth (scripts/bench/hits.py), so it is a choice; what was stored
+with it can be read without. A seal comes last, and is of the blobs too. Compression is the
+writer's; `decode` may be called by one thread at a time. zstd is RFC 8878.
 """
 
 from zstandard import (
@@ -14,13 +15,18 @@ from zstandard import (
     train_dictionary,
 )
 
+from tiers.disk.seal import Seal
+
 PLAIN, ZSTD, ZSTD_DICTIONARY = range(3)
+SEALED = 16
+"""Added to the coding of what is sealed."""
 
 _LEVEL = 1
 _DICTIONARY_BYTES = 16 * 1024
 _SAMPLES = 400
 _SAMPLE_BYTES = 8 * 1024
 _SMALLEST_BYTES = 64
+_ENTRY, _BLOB = b"entry:", b"blob:"
 
 
 class Codec:
@@ -28,9 +34,11 @@ class Codec:
 
     Args:
         compresses: whether values are stored compressed; else it only reads such.
+        seal: with which all is sealed that is stored, if it is.
     """
 
-    def __init__(self, *, compresses: bool) -> None:
+    def __init__(self, *, compresses: bool, seal: Seal | None = None) -> None:
+        self._seal = seal
         self.has_dictionary = False
         self._compresses = compresses
         self._samples: list[bytes | bytearray | memoryview] | None = [] if compresses else None
@@ -59,20 +67,44 @@ class Codec:
         except ZstdError:  # The samples have nothing in common.
             return None
 
-    def encode(self, value: bytes) -> tuple[int, bytes]:
-        """Return the coding and the payload, which is never longer than `value`."""
+    def encode(self, key: bytes, value: bytes, sequence: int) -> tuple[int, bytes]:
+        """Return the coding and the payload of an entry.
+
+        Unless it is sealed, the payload is never longer than `value`.
+        """
+        coding, payload = self._compressed(value)
+        if self._seal is None:
+            return coding, payload
+        return coding + SEALED, self._seal.seal(_ENTRY + key, payload, sequence)
+
+    def encode_blob(self, name: bytes, blob: bytes) -> bytes:
+        """Return a blob as it is stored."""
+        return blob if self._seal is None else self._seal.seal(_BLOB + name, blob)
+
+    def decode_blob(self, name: bytes, data: bytes) -> bytes:
+        """Return a blob.
+
+        Raises:
+            ValueError: `encode_blob` didn't make it.
+        """
+        return data if self._seal is None else self._seal.open(_BLOB + name, data)
+
+    def _compressed(self, value: bytes) -> tuple[int, bytes]:
         if self._compresses and len(value) >= _SMALLEST_BYTES:
             payload = self._compressor.compress(value)
             if len(payload) < len(value):
                 return ZSTD_DICTIONARY if self.has_dictionary else ZSTD, payload
         return PLAIN, value
 
-    def decode(self, coding: int, payload: memoryview) -> bytes:
-        """Return the value.
+    def decode(self, key: bytes, coding: int, payload: bytes | memoryview) -> bytes:
+        """Return an entry's value.
 
         Raises:
             ValueError: the coding or its dictionary isn't known, or `encode` didn't make it.
         """
+        if self._seal is not None:
+            # What isn't sealed has been put there by somebody without the key.
+            coding, payload = coding - SEALED, self._seal.open(_ENTRY + key, payload)
         if coding == PLAIN:
             return bytes(payload)
         try:

@@ -20,7 +20,7 @@ def shrink(folder: Path, max_bytes: int | None = None) -> None:
     """
     size = (folder / DATA).stat().st_size
     # To evict takes room as well.
-    file = DiskFile(folder, size + reserve_bytes(size))
+    file = DiskFile(folder, size + reserve_bytes(size), reads_values=False)
     copy = folder / f"{DATA}.compacted"
     try:
         if max_bytes is not None:

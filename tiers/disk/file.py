@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import lmdb
 
-from tiers.disk.codec import ZSTD_DICTIONARY, Codec
+from tiers.disk.codec import SEALED, ZSTD_DICTIONARY, Codec
 from tiers.disk.record import (
     FORMAT,
     begins_with,
@@ -25,6 +25,7 @@ from tiers.disk.record import (
     unpack_blob,
     unpack_sequence,
 )
+from tiers.disk.seal import Seal, SealError
 from tiers.disk.transaction import (
     Change,
     Databases,
@@ -40,6 +41,7 @@ MAX_KEY_BYTES = 511
 
 _FORMAT_NAME = b"format"
 _DICTIONARY_NAME = b"dictionary"
+_SEAL_NAME = b"seal"
 _MAX_RESERVE_BYTES = 64 * 1024 * 1024
 _ROUNDS = 8
 _READER_S = 0.005
@@ -95,9 +97,12 @@ class DiskFile:
         compresses: whether values are stored compressed.
         clock: returns Unix seconds.
         worth: what keeping an entry is worth, from its key and its bytes in the file.
+        seal: with which values and blobs are sealed, if they are.
+        reads_values: whether values and blobs are read; else a sealed file needs no `seal`.
 
     Raises:
         OtherFormatError: the file has another format.
+        SealError: the file is sealed otherwise.
         lmdb.Error: LMDB can't open it.
     """
 
@@ -110,6 +115,8 @@ class DiskFile:
         compresses: bool = False,
         clock: Callable[[], float] = time.time,
         worth: Callable[[str, int], float] = alike,
+        seal: Seal | None = None,
+        reads_values: bool = True,
     ) -> None:
         self.folder = folder
         self.max_bytes = max_bytes
@@ -118,7 +125,9 @@ class DiskFile:
         self._sync = sync
         self._clock = clock
         self._worth = worth
-        self._codec = Codec(compresses=compresses)
+        self._seal, self._reads_values = seal, reads_values
+        self._format = _format(sealed=seal is not None)
+        self._codec = Codec(compresses=compresses, seal=seal)
         self._lock = threading.Lock()
         self._open()
 
@@ -134,16 +143,44 @@ class DiskFile:
         try:
             # One transaction, so no other process sees a file without its format.
             with env.begin(write=True) as txn:
-                if txn.stat()["entries"]:
-                    _check_format(env, txn)
+                is_new = not txn.stat()["entries"]
+                if not is_new:
+                    self._check_format(env, txn)
                 names = [name.encode() for name in Databases._fields]
                 self.dbs = Databases(*(env.open_db(name, txn=txn) for name in names))
-                txn.put(_FORMAT_NAME, b"%d" % FORMAT, db=self.dbs.meta, overwrite=False)
+                txn.put(_FORMAT_NAME, self._format, db=self.dbs.meta, overwrite=False)
+                if self._seal is not None and is_new:
+                    kept = pack_blob(_SEAL_NAME, self._seal.begin())
+                    txn.put(_SEAL_NAME, kept, db=self.dbs.meta)
             env.reader_check()
         except BaseException:
             env.close()
             raise
         self.env = env
+
+    def _check_format(self, env: lmdb.Environment, txn: "lmdb.Transaction[bytes]") -> None:
+        try:
+            meta = env.open_db(b"meta", txn=txn, create=False)
+        except lmdb.NotFoundError:
+            raise OtherFormatError("it is of another format") from None
+        found = txn.get(_FORMAT_NAME, db=meta)
+        if found not in (_format(sealed=False), _format(sealed=True)):
+            raise OtherFormatError(f"its format is {found!r}, not {FORMAT}")
+        if not self._reads_values:
+            self._format = found
+            return
+        if found != self._format:
+            raise SealError(
+                "it is encrypted, and there is no key"
+                if self._seal is None
+                else "it is not encrypted, and only a new file can be; use another folder for that"
+            )
+        if self._seal is not None:
+            try:
+                kept = unpack_blob(_SEAL_NAME, memoryview(txn.get(_SEAL_NAME, db=meta) or b""))
+            except ValueError as exc:
+                raise OtherFormatError("what its encryption needs is damaged") from exc
+            self._seal.resume(kept)
 
     def reopen(self) -> None:
         """Open the file again, after an error from which LMDB does not recover."""
@@ -171,7 +208,7 @@ class DiskFile:
             if record is None:
                 return None
             coding, expires_at, _, payload = unpack(key, record)
-            return self._decode(txn, coding, payload), expires_at
+            return self._decode(txn, key, coding, payload), expires_at
 
     def holds(self, key: bytes) -> bool:
         """Return whether there is a record under `key`, which may be damaged or have expired.
@@ -197,7 +234,7 @@ class DiskFile:
                 if place is not None and (record := txn.get(place.key, db=self.dbs.entries)):
                     with contextlib.suppress(ValueError):
                         coding, expires_at, _, payload = unpack(place.key, record)
-                        value = self._decode(txn, coding, payload)
+                        value = self._decode(txn, place.key, coding, payload)
                         return Ranked(rank, place.key, value, expires_at)
                 found = order.prev()
             return None
@@ -226,9 +263,10 @@ class DiskFile:
         """
         with self._lock, self.env.begin(db=self.dbs.meta, buffers=True) as txn:
             data = txn.get(name)
-            if data is None or (unless and begins_with(data, unless)):
+            if data is None or (unless and self._seal is None and begins_with(data, unless)):
                 return None
-            return unpack_blob(name, data)
+            blob = self._codec.decode_blob(name, unpack_blob(name, data))
+            return None if unless and blob.startswith(unless) else blob
 
     def statistics(self) -> Statistics:
         """Count pages and readers."""
@@ -313,7 +351,7 @@ class DiskFile:
     def _release_pages(self) -> None:
         """Make a commit that changes nothing: LMDB reuses what the one before the last freed."""
         with self.env.begin(write=True, db=self.dbs.meta) as txn:
-            txn.put(_FORMAT_NAME, b"%d" % FORMAT)
+            txn.put(_FORMAT_NAME, self._format)
 
     def check_readers(self) -> None:
         """Free the slots of readers that have died."""
@@ -339,26 +377,32 @@ class DiskFile:
             if change.value is None or (made := self._codec.sample(change.value)) is None:
                 continue
             with self.env.begin(write=True, db=self.dbs.meta) as txn:
-                data = pack_blob(_DICTIONARY_NAME, made)
+                data = pack_blob(_DICTIONARY_NAME, self._codec.encode_blob(_DICTIONARY_NAME, made))
                 txn.put(_DICTIONARY_NAME, data, overwrite=False)
         with self.env.begin(buffers=True) as txn:
             self.learn(txn)
 
     def learn(self, txn: "lmdb.Transaction[memoryview]") -> bool:
         """Use the file's dictionary, which any process may have made. Returns whether it can."""
-        if not self._codec.has_dictionary:
+        if not self._codec.has_dictionary and not self._is_locked:
             data = txn.get(_DICTIONARY_NAME, db=self.dbs.meta)
             with contextlib.suppress(ValueError):
                 if data is not None:
-                    self._codec.use(unpack_blob(_DICTIONARY_NAME, data))
+                    dictionary = unpack_blob(_DICTIONARY_NAME, data)
+                    self._codec.use(self._codec.decode_blob(_DICTIONARY_NAME, dictionary))
         return self._codec.has_dictionary
 
+    @property
+    def _is_locked(self) -> bool:
+        """Whether the file is sealed, and we have no key."""
+        return self._seal is None and self._format == _format(sealed=True)
+
     def _decode(
-        self, txn: "lmdb.Transaction[memoryview]", coding: int, payload: memoryview
+        self, txn: "lmdb.Transaction[memoryview]", key: bytes, coding: int, payload: memoryview
     ) -> bytes:
-        if coding == ZSTD_DICTIONARY and not self._codec.has_dictionary:
+        if coding % SEALED == ZSTD_DICTIONARY and not self._codec.has_dictionary:
             self.learn(txn)
-        return self._codec.decode(coding, payload)
+        return self._codec.decode(key, coding, payload)
 
 
 def reserve_bytes(max_bytes: int) -> int:
@@ -374,11 +418,5 @@ def _record(txn: "lmdb.Transaction[memoryview]", key: bytes) -> memoryview | Non
         return None
 
 
-def _check_format(env: lmdb.Environment, txn: "lmdb.Transaction[bytes]") -> None:
-    try:
-        meta = env.open_db(b"meta", txn=txn, create=False)
-    except lmdb.NotFoundError:
-        raise OtherFormatError("it is of another format") from None
-    found = txn.get(_FORMAT_NAME, db=meta)
-    if found != b"%d" % FORMAT:
-        raise OtherFormatError(f"its format is {found!r}, not {FORMAT}")
+def _format(*, sealed: bool) -> bytes:
+    return b"%d sealed" % FORMAT if sealed else b"%d" % FORMAT

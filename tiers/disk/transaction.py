@@ -115,7 +115,8 @@ class Transaction:
         key = change.key.encode()
         if change.is_blob:
             blob = self._updated(key, change.update) if change.update else change.value or b""
-            self._txn.put(key, pack_blob(key, blob), db=self._dbs.meta)
+            data = pack_blob(key, self._codec.encode_blob(key, blob))
+            self._txn.put(key, data, db=self._dbs.meta)
             return
         if (record := self._txn.get(key, db=self._dbs.entries)) is not None:
             self._drop_rows(sequence_of(record), key)
@@ -123,7 +124,7 @@ class Transaction:
             self._txn.delete(key, db=self._dbs.entries)
             return
         self._sequence += 1
-        coding, payload = self._codec.encode(change.value)
+        coding, payload = self._codec.encode(key, change.value, self._sequence)
         record_bytes = pack(key, coding, change.expires_at, self._sequence, payload)
         priority = self._priority(change.key, len(record_bytes))
         self._txn.put(key, record_bytes, db=self._dbs.entries)
@@ -202,7 +203,9 @@ class Transaction:
     def _updated(self, key: bytes, update: Callable[[bytes | None], bytes]) -> bytes:
         data = self._txn.get(key, db=self._dbs.meta)
         try:
-            blob = None if data is None else unpack_blob(key, data)
+            blob = None
+            if data is not None:
+                blob = self._codec.decode_blob(key, unpack_blob(key, data))
         except ValueError:
             blob = b""
         return update(blob)

@@ -74,7 +74,7 @@ def verify(folder: Path, *, repair: bool = False) -> Report:
     # To repair takes room as well.
     max_bytes = (folder / DATA).stat().st_size + _REPAIR_BYTES
     try:
-        file = DiskFile(folder, max_bytes)
+        file = DiskFile(folder, max_bytes, reads_values=False)
     except (OtherFormatError, lmdb.Error) as exc:
         raise ValueError(str(exc)) from exc
     try:
@@ -98,7 +98,7 @@ def verify_records(folder: Path) -> Report:
     # Others may let it grow, which this process would have to follow.
     max_bytes = 2 * (folder / DATA).stat().st_size + _GROWTH_BYTES
     try:
-        file = DiskFile(folder, max_bytes)
+        file = DiskFile(folder, max_bytes, reads_values=False)
     except (OtherFormatError, lmdb.Error) as exc:
         raise ValueError(str(exc)) from exc
     entries = damaged = 0

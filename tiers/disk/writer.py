@@ -21,6 +21,7 @@ import lmdb
 
 from tiers.disk.file import DiskFile
 from tiers.disk.opening import UntrustedError
+from tiers.disk.seal import SealError
 from tiers.disk.transaction import Change, Outcome
 
 logger = logging.getLogger(__name__)
@@ -136,7 +137,9 @@ class Writer:
         try:
             file = self._open_file()
         except Exception as exc:
-            if not isinstance(exc, InterruptedError | UntrustedError):
+            if isinstance(exc, SealError):
+                logger.error("the disk tier can't be opened: %s", exc)
+            elif not isinstance(exc, InterruptedError | UntrustedError):
                 logger.exception("the disk tier can't be opened")
             self.opened.set_exception(exc)
             self._refuse()

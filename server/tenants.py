@@ -1,0 +1,218 @@
+"""Tenants: who asks, which answers they share, and what they may.
+
+Where no keys are configured, everybody may ask, and each `Authorization` header (and Anthropic's
+`x-api-key`) is a tenant of its own, whom an engine may know. Else a file maps tenants to hashed
+keys:
+
+    acme:
+      keys:
+        - sha256:5a1e…        # as `tierserve keys new acme` prints it
+      scope: partners         # whose answers it shares; by default its own
+      requests_per_minute: 600
+      max_requests: 32        # under way at once
+    grafana:
+      keys: [sha256:9b02…]
+      operator: true          # may read metrics, and reach all of the engine's routes
+"""
+
+from collections.abc import Callable, Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from server.config import ConfigError, Loader
+from server.config import Tenants as Section
+from server.keys import AUTHORIZATION, X_API_KEY, Hash, hashed, key_in, presented
+from server.labels import TENANT
+from server.limits import Account, Limits
+from tiers import digest
+
+ANONYMOUS = "anonymous"
+"""The tenant of requests without credentials, where none are needed."""
+_ALONE = "default"
+"""The tenant of `tenants.key`."""
+# Of headers that were seen already, each of which would have to be hashed again.
+_REMEMBERED = 1024
+
+
+class Tenant:
+    """Who asks. Each object stands for itself: it is looked up and compared for each request.
+
+    Args:
+        name: what it is purged by, and named in metrics.
+        scope: who may share its answers.
+        salt: keeps apart what an engine's prefix cache holds; `None` where nothing is to.
+        operator: whether it may do all that can be done.
+        account: what it has asked; `None` where that isn't counted.
+    """
+
+    __slots__ = ("account", "name", "operator", "salt", "scope")
+
+    def __init__(
+        self,
+        name: str,
+        scope: bytes,
+        *,
+        salt: str | None = None,
+        operator: bool = False,
+        account: Account | None = None,
+    ) -> None:
+        self.name, self.scope, self.salt = name, scope, salt
+        self.operator, self.account = operator, account
+
+    @property
+    def has_key(self) -> bool:
+        """Whether its key is one of ours, and no engine's business."""
+        return self.account is not None
+
+
+NOBODY = Tenant("nobody", b"\0nobody", account=Account(Limits()))
+"""Whoever asks where no door is."""
+
+
+class Record(BaseModel):
+    """A tenant as the file describes it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    keys: tuple[Hash, ...] = ()
+    scope: Annotated[str, Field(min_length=1)] | None = None
+    operator: bool = False
+    requests_per_minute: Annotated[int, Field(ge=1)] | None = None
+    max_requests: Annotated[int, Field(ge=1)] | None = None
+
+
+_Name = Annotated[str, Field(pattern=f"^{TENANT}$")]
+_records = TypeAdapter(Annotated[dict[_Name, Record], Field(min_length=1)])
+
+
+class Tenants:
+    """All tenants, found by what a request presents.
+
+    Args:
+        section: where they are configured.
+        new_account: returns what counts a tenant's requests.
+
+    Raises:
+        ConfigError: the file can't be read, or is wrong.
+    """
+
+    def __init__(
+        self, section: Section, new_account: Callable[[Limits], Account] = Account
+    ) -> None:
+        self._section, self._new_account = section, new_account
+        self._by_header: dict[str, Tenant] = {}
+        self._by_hash: dict[str, Tenant] = {}
+        self.accounts: dict[str, Account] = {}
+        self.is_open = section.file is None and section.key is None
+        self.use(self.read())
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What is read again when it changes."""
+        return () if self._section.file is None else (self._section.file,)
+
+    def read(self) -> Mapping[str, Record]:
+        """Return the tenants that are configured now. May take long, and be called in a thread.
+
+        Raises:
+            ConfigError: the file can't be read, or is wrong.
+        """
+        if (file := self._section.file) is not None:
+            return _read(file)
+        if (key := self._section.key) is not None:
+            # There is nobody else whom it could harm.
+            return {_ALONE: Record(keys=(key,), operator=True)}
+        return {}
+
+    def use(self, records: Mapping[str, Record]) -> None:
+        """Let these in from now on. What is under way goes on."""
+        accounts: dict[str, Account] = {}
+        by_hash: dict[str, Tenant] = {}
+        for name, record in records.items():
+            limits = Limits(record.requests_per_minute, record.max_requests)
+            account = self.accounts.get(name)
+            if account is None:
+                account = self._new_account(limits)
+            account.limit(limits)
+            accounts[name] = account
+            scope = _scope(name, record)
+            salted = self._section.cache_salt
+            tenant = Tenant(
+                name,
+                scope,
+                salt=digest(b"cache_salt", scope) if salted else None,
+                operator=record.operator,
+                account=account,
+            )
+            by_hash |= dict.fromkeys(record.keys, tenant)
+        self.accounts, self._by_hash = accounts, by_hash
+        self._by_header.clear()
+
+    def of(self, headers: Mapping[str, str]) -> Tenant | None:
+        """Return whose request these headers come with; `None` without a key that is known."""
+        given = headers.get(AUTHORIZATION)
+        if given is None or self.is_open:
+            given = _all_credentials(headers) if self.is_open else presented(headers)
+        tenant = self._by_header.get(given)
+        if tenant is None and (tenant := self._find(given)) is not None:
+            if len(self._by_header) >= _REMEMBERED:
+                self._by_header.clear()
+            self._by_header[given] = tenant
+        return tenant
+
+    def _find(self, given: str) -> Tenant | None:
+        if self.is_open:
+            return tenant_of(given)
+        key = key_in(given)
+        # Looked up by its hash, how long it takes tells nothing of the keys that there are.
+        return self._by_hash.get(hashed(key)) if key else None
+
+
+def tenant_of(credentials: str) -> Tenant:
+    """Return who presents these credentials where no keys are configured.
+
+    Its name does not reveal them.
+    """
+    # A header may hold bytes that are no text.
+    scope = credentials.encode(errors="surrogateescape")
+    name = blake2b(scope).hexdigest()[:16] if scope else ANONYMOUS
+    return Tenant(name, scope, operator=True)
+
+
+def _all_credentials(headers: Mapping[str, str]) -> str:
+    """Return whatever an engine may know a client by; no header holds an end of line."""
+    given, key = headers.get(AUTHORIZATION, ""), headers.get(X_API_KEY)
+    return given if key is None else f"{given}\n{key}"
+
+
+def _scope(name: str, record: Record) -> bytes:
+    # No header holds a zero, so nobody has been in this scope without a key.
+    kind, shared = ("tenant", name) if record.scope is None else ("scope", record.scope)
+    return f"\0{kind}\0{shared}".encode()
+
+
+def _read(file: Path) -> Mapping[str, Record]:
+    try:
+        data = yaml.load(file.read_text(encoding="utf-8"), Loader)  # noqa: S506
+    except OSError as exc:
+        raise ConfigError([f"tenants.file: {file} can't be read: {exc.strerror}"]) from exc
+    except (UnicodeDecodeError, yaml.YAMLError) as exc:
+        raise ConfigError([f"tenants.file: {file} is no YAML"]) from exc
+    try:
+        records = _records.validate_python(data)
+    except ValidationError as exc:
+        # What was given isn't shown: it may be a key.
+        raise ConfigError([_explain(error) for error in exc.errors()]) from None
+    hashes = [each for record in records.values() for each in record.keys]
+    if len(hashes) > len(set(hashes)):
+        raise ConfigError(["tenants.file: a key stands twice in it"])
+    return records
+
+
+def _explain(error: Any) -> str:
+    path = ".".join(("tenants.file", *(str(part) for part in error["loc"])))
+    return f"{path}: {error['msg'].removeprefix('Value error, ')}"
