@@ -21,7 +21,7 @@ from server.chain import build, build_turns
 from server.config import Config, ConfigError
 from server.door import Door, Enter, anybody
 from server.freshness import FreshnessRules
-from server.http_request import Handler, HttpRequest
+from server.http_request import Handler, HttpRequest, Traced
 from server.listener import address, listen, make_server
 from server.logs import AccessLog, LogStream, configure
 from server.metrics import Metrics
@@ -60,18 +60,31 @@ def serve(config: Config) -> int:
     tenants = Tenants(config.tenants)
     certificate = None if config.server.tls is None else Certificate(config.server.tls)
     log = configure(config.log)
-    trace = None
+    trace = tracing = None
+    traced: Traced = _untraced
     try:
         if config.log.trace is not None:
             trace = TraceLog(config.log.trace, config.log.trace_max_bytes)
-        return uvloop.run(_serve(config, tenants, certificate, log, trace))
+        if config.tracing is not None:
+            # Imported here, since it needs an extra.
+            from server.tracing import Tracing
+
+            tracing = Tracing(config.tracing)
+            traced = tracing.traced
+        return uvloop.run(_serve(config, tenants, certificate, log, trace, traced))
     except OSError as exc:
         logger.error("can't serve: %s", exc)
         return 1
     finally:
+        if tracing is not None:
+            tracing.close()
         if trace is not None:
             trace.close()
         log.close()
+
+
+def _untraced(handler: Handler, _: str | None = None) -> Handler:
+    return handler
 
 
 async def _serve(
@@ -80,6 +93,7 @@ async def _serve(
     certificate: Certificate | None,
     log: LogStream,
     trace: TraceLog | None,
+    traced: Traced,
 ) -> int:
     # Before signals are waited for: it reads files, and may ask a hub.
     models = Models(config.models)
@@ -101,7 +115,9 @@ async def _serve(
     flights = Flights(max_bytes=4 * config.cache.max_answer_bytes, purged=chain.purges.cover)
     metrics = Metrics(
         chain,
-        models=lambda: [(model.name, model.state, model.restarts) for model in models.all],
+        models=lambda: [
+            (model.name, model.state, model.restarts, model.upstreams.asked) for model in models.all
+        ],
         dropped=lambda: movement.dropped,
         waits=turns.waits,
         accounts=lambda: tenants.accounts,
@@ -127,7 +143,7 @@ async def _serve(
         return wrap(handler, metrics, access, trace, enter=enter)
 
     readers = anybody if config.tenants.open_metrics else door.operators
-    routes = _routes(road, models, wrapped, metrics, door, readers)
+    routes = _routes(road, models, wrapped, traced, metrics, door, readers)
     server = make_server(routes, config.server)
     runner = web.ServerRunner(server, shutdown_timeout=config.server.shutdown_grace_s)
     failures: list[BaseException] = []
@@ -209,6 +225,7 @@ def _routes(
     road: OpenAI,
     models: Models,
     wrapped: Callable[[Handler, Enter], Handler],
+    traced: Traced,
     metrics: Metrics,
     door: Door,
     readers: Enter,
@@ -232,10 +249,10 @@ def _routes(
     routes = {(method, path): by_path[path] for method in ("GET", "HEAD") for path in by_path}
     for path in ROUTES:
         enter = door.tenants if is_for_tenants(path) else door.operators
-        routes["POST", path] = wrapped(road.answer, enter)
+        routes["POST", path] = traced(wrapped(road.answer, enter), path)
     routes |= {("POST", path): wrapped(refuse_adapters, door.tenants) for path in ADAPTER_PATHS}
     routes["GET", MODELS] = wrapped(listed.all, door.tenants)
-    one, rest = wrapped(listed.one, door.tenants), wrapped(others.answer, door.by_path)
+    one, rest = wrapped(listed.one, door.tenants), traced(wrapped(others.answer, door.by_path))
 
     def route(http: HttpRequest) -> Awaitable[web.StreamResponse]:
         # Most paths are found as they were sent, which spares making URLs of them.

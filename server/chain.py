@@ -9,6 +9,7 @@ from random import random
 from server.cipher import cipher_key
 from server.config import Config, ConfigError, DiskTier, SharedTier, Tiers
 from server.shared import open_cache
+from server.traced_tier import TracedTier
 from tiers import (
     Chain,
     Copies,
@@ -60,7 +61,8 @@ def build(
     """
     where, cache, farther = config.tiers, config.cache, []
     # First, since a disk tier that is open has to be closed again.
-    shared = None if where.shared is None else _shared(where.shared, clock)
+    tier = Tier if config.tracing is None else TracedTier
+    shared = None if where.shared is None else _shared(where.shared, tier, clock)
     frequency = FrequencySketch(_sketch_keys(where))
     disk = None
     if (on_disk := where.disk) is not None and on_disk.path is not None:
@@ -81,7 +83,7 @@ def build(
             raise ConfigError([text]) from exc
         except OSError as exc:
             raise _no_folder(on_disk.path, exc) from exc
-        farther.append(Tier(disk.NAME, disk, clock=clock))
+        farther.append(tier(disk.NAME, disk, clock=clock))
     copies = Copies()
     purges = _purges(disk, clock)
     demotion = Demotion(farther, frequency, copies, purges, max_bytes=_DEMOTION_BYTES, clock=clock)
@@ -90,7 +92,7 @@ def build(
         cache_ = MemoryCache(
             memory.max_bytes, policy=memory.policy, on_evict=demotion.offer, clock=clock
         )
-        tiers = [Tier(cache_.NAME, cache_, clock=clock), *farther]
+        tiers = [tier(cache_.NAME, cache_, clock=clock), *farther]
     shared_purges = None
     if shared is not None:
         tiers = [*tiers, shared]
@@ -172,14 +174,14 @@ def build_turns(config: Config, chain: Chain) -> Turns:
     return Turns(chain, leases, wait_s=wait_s)
 
 
-def _shared(config: SharedTier, clock: Callable[[], float]) -> Tier:
+def _shared(config: SharedTier, tier: type[Tier], clock: Callable[[], float]) -> Tier:
     try:
         server = open_cache(config.url)
     except OSError as exc:
         problem = f"its TLS files can't be used: {exc.strerror or exc}"
         raise ConfigError([f"tiers.shared.url: {problem}"]) from exc
     deadline_s = config.deadline_ms / 1000
-    return Tier(NAME, server, deadline_s=deadline_s, shared=True, clock=clock)
+    return tier(NAME, server, deadline_s=deadline_s, shared=True, clock=clock)
 
 
 def _no_folder(path: Path, exc: OSError) -> ConfigError:

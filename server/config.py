@@ -27,6 +27,7 @@ from server.keys import KeyOrHash
 from server.model_config import Model, Name, embedded, mean_one_each
 from server.section import PositiveSeconds, Seconds, Section
 from server.shared import check, masked
+from server.tracing_config import Tracing
 from tiers.disk import MIN_BYTES, Durability
 from tiers.movement import Write
 from tiers.policies import DEFAULT, POLICIES
@@ -242,6 +243,7 @@ class Config(Section):
     tiers: Tiers = Tiers()
     admin: Admin = Admin()
     log: Log = Log()
+    tracing: Tracing | None = None
 
 
 class Loader(yaml.SafeLoader):

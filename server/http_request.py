@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from types import MappingProxyType
+from typing import Protocol
 
 from aiohttp import HttpVersion11, hdrs, web
 
@@ -36,6 +37,8 @@ class HttpRequest(web.BaseRequest):
     """Where it counts as under way."""
     limits: Mapping[str, str] = MappingProxyType({})
     """The headers of its response that tell its tenant's limits."""
+    saved_s: float = 0
+    """The seconds that it once took to generate the answer which a tier had."""
 
     async def invite_body(self) -> None:
         """Have a client go on that waits to be told so (RFC 9110, section 10.1.1)."""
@@ -106,3 +109,10 @@ class HttpRequest(web.BaseRequest):
 
 Handler = Callable[[HttpRequest], Awaitable[web.StreamResponse]]
 """What answers a request."""
+
+
+class Traced(Protocol):
+    """Returns a handler that has a span for each request, if requests are traced."""
+
+    def __call__(self, handler: Handler, route: str | None = None, /) -> Handler:
+        """Take a handler, and the path of its route if it has but one."""

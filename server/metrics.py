@@ -24,8 +24,9 @@ _BOUNDS_S = (
 )  # fmt: skip
 
 
-ModelState = tuple[str, EngineState, int]
-"""Of a model: its name, what can be expected of its engine, and how often that was restarted."""
+ModelState = tuple[str, EngineState, int, int]
+"""Of a model: its name, what can be expected of its engine, how often that was restarted, and how
+many requests are there now."""
 
 
 class Metrics:
@@ -33,7 +34,7 @@ class Metrics:
 
     Args:
         chain: whose tiers report what they hold and did.
-        models: tells each model's name, its state, and how often its engine was started again.
+        models: tells the state of each.
         dropped: tells how many demotions found no room in the queue.
         waits: those for another process.
         accounts: tells what each tenant with a key has asked, by its name.
@@ -58,24 +59,42 @@ class Metrics:
         self.registry.register(_Turns(waits))
         self.registry.register(_Tenants(accounts, turned_away))
 
-    def observe(self, model: str, tier: str, outcome: str, seconds: float) -> None:
-        """Count one answered request; its model is one that is configured, or none."""
+    def observe(
+        self,
+        model: str,
+        tier: str,
+        outcome: str,
+        seconds: float,
+        tokens: int = 0,
+        saved_s: float = 0,
+    ) -> None:
+        """Count one answered request; its model is one that is configured, or none.
+
+        `tokens` are those of its answer, if that may be kept, and `saved_s` the seconds that it
+        once took to generate what a tier had.
+        """
         # Plain numbers, since the library's counters would cost a tenth of a hit.
         latency = self._latencies.get((model, tier, outcome))
         if latency is None:
             latency = self._latencies[model, tier, outcome] = _Latency()
         latency.counts[bisect_left(_BOUNDS_S, seconds)] += 1
         latency.sum_s += seconds
+        latency.tokens += tokens
+        latency.saved_s += saved_s
 
 
 class _Latency:
-    """A histogram: requests by bucket, the last one being without bound, and their seconds."""
+    """A histogram: requests by bucket, the last one being without bound, and their seconds.
 
-    __slots__ = ("counts", "sum_s")
+    With it, the output tokens of their answers, and the seconds that tiers have saved.
+    """
+
+    __slots__ = ("counts", "saved_s", "sum_s", "tokens")
 
     def __init__(self) -> None:
         self.counts = [0] * (len(_BOUNDS_S) + 1)
-        self.sum_s = 0.0
+        self.sum_s = self.saved_s = 0.0
+        self.tokens = 0
 
 
 class _Requests(Collector):
@@ -89,12 +108,22 @@ class _Requests(Collector):
             "tierserve_request_seconds", "Seconds from request to the end of its answer",
             labels=labels,
         )  # fmt: skip
+        tokens = CounterMetricFamily(
+            "tierserve_output_tokens", "Output tokens of the answers that may be kept",
+            labels=labels,
+        )  # fmt: skip
+        saved = CounterMetricFamily(
+            "tierserve_saved_seconds", "Seconds that it once took to generate what tiers answered",
+            labels=labels,
+        )  # fmt: skip
         bounds = [*map(str, _BOUNDS_S), "+Inf"]
         for values, latency in self._latencies.items():
             requests.add_metric(values, sum(latency.counts))
             buckets = list(zip(bounds, accumulate(latency.counts), strict=True))
             seconds.add_metric(values, buckets, latency.sum_s)
-        return requests, seconds
+            tokens.add_metric(values, latency.tokens)
+            saved.add_metric(values, latency.saved_s)
+        return requests, seconds, tokens, saved
 
 
 class _Models(Collector):
@@ -109,11 +138,15 @@ class _Models(Collector):
         restarts = CounterMetricFamily(
             "tierserve_engine_restarts", "Starts after the first", labels=("model",)
         )
-        for model, now, starts in self._models():
+        asked = GaugeMetricFamily(
+            "tierserve_engine_requests", "Requests at the engine now", labels=("model",)
+        )
+        for model, now, starts, requests in self._models():
             for state in EngineState:
                 gauge.add_metric((model, state), state == now)
             restarts.add_metric((model,), starts)
-        return gauge, restarts
+            asked.add_metric((model,), requests)
+        return gauge, restarts, asked
 
 
 class _Turns(Collector):

@@ -20,6 +20,7 @@ from server.logs import AccessLog
 from server.metrics import Metrics
 from server.responses import SERVER, error_response
 from server.trace_log import TraceLog
+from server.usage import output_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,8 @@ def _note(
     tier, outcome = http.outcome
     if status == _CLIENT_GONE and outcome != "error":
         outcome = "aborted"
-    metrics.observe(http.model, tier, outcome, seconds)
+    tokens = 0 if http.found is None else output_tokens(http.found[1]) or 0
+    metrics.observe(http.model, tier, outcome, seconds, tokens, http.saved_s)
     at = time.time()
     access.add(at, http.method, http.path, status, http.id, tier, outcome, seconds)
     if trace is not None and http.found is not None:

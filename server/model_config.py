@@ -6,12 +6,11 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from server.section import PositiveSeconds, Section
+from server.section import HTTP_URL, PositiveSeconds, Section
 
 EMBEDDED = "embedded"
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 _TOKEN = re.compile(r"[!-~]+").fullmatch
-_HTTP_URL = re.compile(r"https?://[^/\s]+(/[^\s?#]*)?").fullmatch
 MAX_NAME_CHARACTERS = 128
 """Of a model's name; labels tell no more of it."""
 _OUR_ARGS = frozenset(
@@ -60,7 +59,7 @@ class Engine(Section):
 
 
 def _is_base(url: str) -> str:
-    if not _HTTP_URL(url) or url.rstrip("/").endswith("/v1"):
+    if not HTTP_URL(url) or url.rstrip("/").endswith("/v1"):
         raise ValueError("should be as http://host:8000, without /v1 at its end")
     return url
 

@@ -18,6 +18,7 @@ from server.passthrough import forward, forwarded, returned
 from server.record import NotAnAnswerError, record
 from server.request import Request, parse
 from server.responses import Whole, error_response, failure, own_headers, unavailable
+from server.spans import step
 from server.upstream import UnavailableError
 from server.variants import Variants
 from tiers import Answer, Chain, Flight, Flights, Form, Freshness, Hit, State, Turns
@@ -77,7 +78,8 @@ class OpenAI:
             BadRequestError: the request can't be understood.
         """
         raw = await http.body()
-        request = parse(http.path, raw, http.tenant, self._models.names())
+        with step("parse"):
+            request = parse(http.path, raw, http.tenant, self._models.names())
         http.model = request.model
         prompts, field = request.prompts
         if prompts > self._max_prompts:
@@ -133,7 +135,9 @@ class OpenAI:
         told()
         try:
             async with listener:
-                return await self._listen(http, request, listener, told)
+                with step("flight") as flight:
+                    flight.tell(joined=joined)
+                    return await self._listen(http, request, listener, told)
         except (NotAnAnswerError, UnavailableError, aiohttp.ClientError, OSError) as exc:
             if http.transport is None:
                 # Not the flight has failed: this client has gone.
@@ -166,6 +170,7 @@ class OpenAI:
         status = f"tierserve; {how}; ttl={ttl}; detail={hit.tier}"
         http.found = request, entry.answer
         response = await _render(http, request, entry.answer, status, age)
+        http.saved_s = entry.took_s
         http.outcome = (hit.tier, "hit" if hit.state is State.FRESH else "stale")
         return response
 
@@ -209,10 +214,14 @@ class OpenAI:
         self, request: Request, headers: Mapping[str, str], newer_than: float, flight: Flight
     ) -> None:
         """Publish what another process has generated, or else what an engine says."""
-        async with self._turns.turn(request.key, flight.origin.generation, newer_than) as answer:
-            if answer is None:
-                await self._generate(request, headers, flight)
-                return
+        with step("turn") as turn:
+            async with self._turns.turn(
+                request.key, flight.origin.generation, newer_than
+            ) as answer:
+                turn.end()
+                if answer is None:
+                    await self._generate(request, headers, flight)
+                    return
         answer = await _as_form(answer, flight.form)
         flight.collapsed = True
         await flight.publish(answer.content)
@@ -237,26 +246,28 @@ class OpenAI:
             if request.cache.ttl_s is not None:
                 freshness = freshness._replace(ttl_s=request.cache.ttl_s)
             took_s = time.monotonic() - started
-            await self._chain.store(
-                request.key, answer, freshness, origin=flight.origin, took_s=took_s
-            )
+            with step("store"):
+                await self._chain.store(
+                    request.key, answer, freshness, origin=flight.origin, took_s=took_s
+                )
 
 
 async def _render(
     http: HttpRequest, request: Request, answer: Answer, status: str, age_s: int = 0
 ) -> web.StreamResponse:
     """Return a finished answer in the form that was asked for."""
-    if answer.form is not request.form:
-        answer = await _as_form(answer, request.form)
-    etag = convert.etag(answer, wants_usage=request.wants_usage)
-    if hdrs.IF_NONE_MATCH in http.headers and _is_there(http, etag):
-        # By RFC 9110 it would be 412, as of a POST that changes something; this is a query.
-        headers = {"Cache-Status": status, "Age": str(age_s), "ETag": etag}
-        return web.Response(status=304, headers=headers)
-    id_, created = _fresh(http, request)
-    body = convert.rendered(
-        answer, id_, created, wants_usage=request.wants_usage, done=request.route.shape.done
-    )
+    with step("render"):
+        if answer.form is not request.form:
+            answer = await _as_form(answer, request.form)
+        etag = convert.etag(answer, wants_usage=request.wants_usage)
+        if hdrs.IF_NONE_MATCH in http.headers and _is_there(http, etag):
+            # By RFC 9110 it would be 412, as of a POST that changes something; this is a query.
+            headers = {"Cache-Status": status, "Age": str(age_s), "ETag": etag}
+            return web.Response(status=304, headers=headers)
+        id_, created = _fresh(http, request)
+        body = convert.rendered(
+            answer, id_, created, wants_usage=request.wants_usage, done=request.route.shape.done
+        )
     content_type = _SSE if answer.form is Form.EVENTS else _JSON
     return Whole(http, content_type, status, age_s, etag, body)
 

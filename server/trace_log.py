@@ -7,7 +7,6 @@ Unix s), `key`, `size` (bytes of the answer), `tokens` (of output, where the ans
 
 import logging
 import os
-import re
 import threading
 from collections import deque
 from contextlib import suppress
@@ -17,6 +16,7 @@ from pathlib import Path
 import orjson
 
 from server.config import ConfigError
+from server.usage import counts_in, output_tokens_in
 from tiers import Answer
 
 logger = logging.getLogger(__name__)
@@ -28,16 +28,12 @@ _WAITING = 16 * 1024
 _BATCH = 32
 _TURN_S = 0.0005
 _CLOSE_S = 5
-# Token counts stand at the end of a body. A longer piece would keep memory while it waits.
-_TAIL_BYTES = 512
 _MODEL_CHARACTERS = 256
 # No line is longer.
 _LINE_BYTES = 4096
-# The last of them: a stream of Messages begins with none. They and Responses say `output_tokens`.
-_tokens_in = re.compile(rb'.*"(?:completion|output)_tokens":(\d{1,9})', re.DOTALL).match
 
 
-# When, key, size, end of the answer, model, tier and outcome: a plain tuple, since it costs least.
+# When, key, size, token counts, model, tier and outcome: a plain tuple, since it costs least.
 _Line = tuple[float, str, int, bytes, str, tuple[str, str]]
 
 
@@ -82,10 +78,10 @@ class TraceLog:
         if len(self._waiting) >= _WAITING:
             self._unqueued += 1
             return
-        _, content, usage = answer
-        tail = usage or content[-_TAIL_BYTES:]
-        size = len(content) + len(usage)
-        self._waiting.append((at, key, size, tail, model[:_MODEL_CHARACTERS], outcome))
+        size = len(answer.content) + len(answer.usage)
+        # The whole would keep memory while it waits.
+        counts = counts_in(answer)
+        self._waiting.append((at, key, size, counts, model[:_MODEL_CHARACTERS], outcome))
 
     def close(self) -> None:
         """Write what waits, but don't wait long for a disk that hangs."""
@@ -148,11 +144,10 @@ def _drop_half_line(file: int) -> int:
 
 
 def _json_line(line: _Line) -> bytes:
-    at, key, size, tail, model, (tier, outcome) = line
-    found = _tokens_in(tail)
+    at, key, size, counts, model, (tier, outcome) = line
     fields = {"time": round(at, 3), "key": key, "size": size}
-    if found is not None:
-        fields["tokens"] = int(found[1])
+    if (tokens := output_tokens_in(counts)) is not None:
+        fields["tokens"] = tokens
     # A name may hold halves of surrogate pairs, which orjson does not write.
     name = model.encode(errors="backslashreplace").decode()
     return orjson.dumps(fields | {"model": name, "tier": tier, "outcome": outcome}) + b"\n"

@@ -12,6 +12,8 @@ import aiohttp
 from multidict import CIMultiDict
 from yarl import URL
 
+from server.spans import engine_request
+
 logger = logging.getLogger(__name__)
 
 _CONNECT_S = 5
@@ -139,6 +141,11 @@ class Upstreams:
         self._turn = itertools.count()
 
     @property
+    def asked(self) -> int:
+        """How many requests are at the upstreams now."""
+        return self._asked
+
+    @property
     def ready(self) -> bool:
         """Whether any upstream answers."""
         return any(upstream.ready for upstream in self.all)
@@ -153,13 +160,15 @@ class Upstreams:
             aiohttp.ClientError: the one that was asked failed.
         """
         return self._ask(
-            lambda upstream: upstream.session.request(
+            method,
+            headers,
+            lambda upstream, headers: upstream.session.request(
                 method,
                 URL(upstream.url + path, encoded=True),
                 data=data,
                 headers=upstream.with_key(headers),
                 allow_redirects=False,
-            )
+            ),
         )
 
     def websocket(
@@ -172,23 +181,34 @@ class Upstreams:
             aiohttp.ClientError: the one that was asked failed or refused.
         """
         return self._ask(
-            lambda upstream: upstream.session.ws_connect(
+            "GET",
+            headers,
+            lambda upstream, headers: upstream.session.ws_connect(
                 URL(upstream.url + path, encoded=True),
                 headers=upstream.with_key(headers),
                 protocols=protocols,
                 max_msg_size=max_bytes,
-            )
+            ),
         )
 
     @asynccontextmanager
-    async def _ask(self, ask: Callable[[Upstream], Awaitable[_Reply]]) -> AsyncIterator[_Reply]:
+    async def _ask(
+        self,
+        method: str,
+        headers: Mapping[str, str],
+        ask: Callable[[Upstream, Mapping[str, str]], Awaitable[_Reply]],
+    ) -> AsyncIterator[_Reply]:
         """Give what the first upstream says, and close it; counts as asked meanwhile."""
         if self._asked >= self._most:
             raise UnavailableError("The engine has as many requests as it takes; try again.")
         self._asked += 1
         try:
-            async with await self._first(ask) as reply:
-                yield reply
+            with engine_request(method) as traced:
+                handed_on = traced.handed_on(headers)
+                async with await self._first(lambda upstream: ask(upstream, handed_on)) as reply:
+                    if isinstance(reply, aiohttp.ClientResponse):
+                        traced.replied(reply.status, reply.url.host, reply.url.port)
+                    yield reply
         finally:
             self._asked -= 1
 

@@ -1,6 +1,8 @@
 """Which way dependencies point: read from the syntax tree, so that no import escapes."""
 
 import ast
+import subprocess
+import sys
 from itertools import accumulate
 from pathlib import Path
 
@@ -25,6 +27,7 @@ HTTP = {
     "passthrough",
     "record",
     "responses",
+    "tracing",
     "upstream",
     "websocket",
 }
@@ -59,6 +62,7 @@ def test_dependencies_point_one_way(file: Path) -> None:
     assert ("cryptography" in imports) <= (file == Path("tiers/disk/seal.py"))
     assert bool({"redis", "aiomcache"} & imports) <= (file.parent == Path("tiers/shared"))
     assert ("aiohttp" in imports) <= (str(file.with_suffix("")).removeprefix("server/") in HTTP)
+    assert ("opentelemetry" in imports) <= (file == Path("server/tracing.py"))
     for package, entrances in ENTRANCES.items():
         assert package not in imports or str(file).startswith(entrances)
     if file.parts[0] == "tiers":
@@ -71,3 +75,8 @@ def test_what_tiers_offers() -> None:
         "Flight", "Flights", "Form", "FrequencySketch", "Freshness", "Hit", "MemoryCache",
         "Movement", "Origin", "PurgeError", "Purges", "State", "Tier", "Turns", "Write", "digest",
     ]  # fmt: skip
+
+
+def test_what_serves_without_tracing_does_not_import_it() -> None:
+    program = "import server.app, sys; sys.exit('server.tracing' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -281,3 +281,28 @@ def test_an_empty_host_is_no_host(tmp_path: Path) -> None:
     file.write_text("server: {host: ''}")
     with pytest.raises(ConfigError, match=r"server\.host"):
         load(file)
+
+
+@pytest.mark.parametrize(
+    ("section", "mistake"),
+    [
+        ("{}", "tracing.endpoint: Field required"),
+        ("{endpoint: localhost}", "tracing.endpoint: should be as http://host:4318"),
+        ("{endpoint: 'http://me:s3cr3t@h:1'}", "tracing.endpoint: should be as http://host:4318"),
+        ("{endpoint: 'http://h', protocol: udp}", "tracing.protocol: .*'grpc' or 'http'"),
+        ("{endpoint: 'http://h/v1/traces', protocol: grpc}", "tracing: .*http://host:4317"),
+        ("{endpoint: 'http://h', sample_ratio: 2}", "tracing.sample_ratio: .*less than or equal"),
+    ],
+)
+def test_tracings_mistakes_are_named(tmp_path: Path, section: str, mistake: str) -> None:
+    file = write(tmp_path, f"tracing: {section}")
+    with pytest.raises(ConfigError, match=mistake) as told:
+        load(file)
+    assert "s3cr3t" not in str(told.value)
+
+
+def test_names_the_extra_that_tracing_needs(tmp_path: Path, monkeypatch) -> None:
+    file = write(tmp_path, "tracing: {endpoint: 'http://h'}")
+    monkeypatch.setattr("server.tracing_config.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match="tracing: needs the extra tracing, as scripts/"):
+        load(file)

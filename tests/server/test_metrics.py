@@ -76,6 +76,18 @@ def test_requests_are_counted_by_tier_and_outcome() -> None:
     assert value(metrics, "requests_total", model="m", tier="memory", outcome="stale") is None
 
 
+def test_what_tiers_saved_is_told() -> None:
+    metrics = made()
+    for tokens, saved_s in ((3, 0.5), (4, 1.5), (0, 0)):
+        metrics.observe("m", "memory", "hit", 0.001, tokens, saved_s)
+    metrics.observe("m", "engine", "miss", 2, 5)
+    hits = {"model": "m", "tier": "memory", "outcome": "hit"}
+    assert value(metrics, "output_tokens_total", **hits) == 7
+    assert value(metrics, "output_tokens_total", **MISS) == 5
+    assert value(metrics, "saved_seconds_total", **hits) == 2
+    assert value(metrics, "saved_seconds_total", **MISS) == 0
+
+
 async def test_tiers_say_what_they_hold_and_did(tmp_path) -> None:
     memory, disk = Tier("memory", MemoryCache(4096)), Tier("disk", DiskCache(tmp_path, 1024**2))
     metrics = made(memory, disk)
@@ -127,12 +139,13 @@ async def test_looks_at_shared_purges_that_failed_are_told() -> None:
 
 @pytest.mark.parametrize("state", EngineState)
 def test_the_engine_is_in_one_state(state: EngineState) -> None:
-    metrics = made(models=[("m", state, 3), ("n", EngineState.READY, 0)])
+    metrics = made(models=[("m", state, 3, 7), ("n", EngineState.READY, 0, 0)])
     told = {each: value(metrics, "engine_state", model="m", state=each) for each in EngineState}
     assert told == {each: each is state for each in EngineState}
     assert value(metrics, "engine_state", model="n", state="ready") == 1
     assert value(metrics, "engine_restarts_total", model="m") == 3
     assert value(metrics, "engine_restarts_total", model="n") == 0
+    assert value(metrics, "engine_requests", model="m") == 7
 
 
 def test_waits_for_another_process_are_told() -> None:

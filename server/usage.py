@@ -1,0 +1,41 @@
+"""The token counts that an answer tells of itself, read without parsing it."""
+
+import re
+
+from tiers import Answer
+
+# They stand at the end of a body.
+_TAIL_BYTES = 512
+# Responses and Messages use the second names.
+_OUTPUT = (b'"completion_tokens":', b'"output_tokens":')
+_INPUT = (b'"prompt_tokens":', b'"input_tokens":')
+_number = re.compile(rb"\d{1,9}").match
+
+
+def counts_in(answer: Answer) -> bytes:
+    """Return the part of an answer that tells its token counts."""
+    return answer.usage or answer.content[-_TAIL_BYTES:]
+
+
+def output_tokens(answer: Answer) -> int | None:
+    """Return how many tokens were generated, where that is told."""
+    return output_tokens_in(answer.usage or answer.content)
+
+
+def output_tokens_in(counts: bytes) -> int | None:
+    """Return how many tokens were generated, by what `counts_in` gives."""
+    return _last(counts, _OUTPUT)
+
+
+def input_tokens(answer: Answer) -> int | None:
+    """Return how many tokens the prompt has, where that is told."""
+    return _last(answer.usage or answer.content, _INPUT)
+
+
+def _last(counts: bytes, names: tuple[bytes, ...]) -> int | None:
+    # A stream of Messages begins with a count of none.
+    for name in names:
+        at = counts.rfind(name, -_TAIL_BYTES)
+        if at >= 0 and (found := _number(counts, at + len(name))) is not None:
+            return int(found[0])
+    return None
