@@ -1,11 +1,10 @@
 """Traces: what a collector gets of requests to the real process, and what their engine gets."""
 
 import asyncio
-import secrets
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import grpc
@@ -23,97 +22,26 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
 )
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
+from tests.collector import Collector, attributes, context, is_sampled
 from tests.server.conftest import CHAT, Front, Upstream, held, question, running
-from tests.servers import free_port
+from tests.server.test_processes import at_last, until_asked, until_one_waits
+from tests.servers import RedisServer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 SERVER, CLIENT = Span.SPAN_KIND_SERVER, Span.SPAN_KIND_CLIENT
 
 
-class Collector:
-    """An OTLP collector, by HTTP."""
-
-    def __init__(self) -> None:
-        self.port = free_port()
-        self.endpoint = f"http://127.0.0.1:{self.port}"
-        self.raw = b""
-        self.spans: list[Span] = []
-        self.resource: dict[str, object] = {}
-        self.status, self.exports = 200, 0
-        self._grown = asyncio.Event()
-
-    async def start(self) -> None:
-        app = web.Application(client_max_size=2**24)
-        app.router.add_post("/v1/traces", self._take)
-        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
-
-    async def stop(self) -> None:
-        await self._runner.cleanup()
-
-    async def _take(self, http: web.Request) -> web.Response:
-        raw = await http.read()
-        if self.status == 200:
-            self.take(raw, ExportTraceServiceRequest.FromString(raw))
-        self.exports += 1
-        self._grow()
-        return web.Response(status=self.status, content_type="application/x-protobuf")
-
-    def take(self, raw: bytes, exported: ExportTraceServiceRequest) -> None:
-        self.raw += raw
-        for resource in exported.resource_spans:
-            self.resource = attributes(resource.resource)
-            for scope in resource.scope_spans:
-                self.spans += scope.spans
-        self._grow()
-
-    def _grow(self) -> None:
-        self._grown.set()
-        self._grown = asyncio.Event()
-
-    async def until(self, is_there: Callable[[], bool]) -> None:
-        async with asyncio.timeout(30):
-            while not is_there():
-                await self._grown.wait()
-
-    async def trace(self, id_: str, *names: str) -> dict[str, Span]:
-        """Return the spans of a trace by their names, once those named are there."""
-
-        def found() -> list[Span]:
-            return [span for span in self.spans if span.trace_id.hex() == id_]
-
-        await self.until(lambda: {span.name for span in found()} >= set(names))
-        by_name = {span.name: span for span in found()}
-        assert len(by_name) == len(found())
-        return by_name
-
-
-def attributes(of: object) -> dict[str, object]:
-    return {each.key: getattr(each.value, each.value.WhichOneof("value")) for each in of.attributes}
-
-
-def context(flags: str = "01") -> tuple[str, str, dict[str, str]]:
-    """Return a client's trace id, span id and headers."""
-    trace, span = secrets.token_hex(16), secrets.token_hex(8)
-    return trace, span, {"traceparent": f"00-{trace}-{span}-{flags}", "tracestate": "them=1"}
-
-
-def is_sampled(traceparent: str) -> bool:
-    return bool(int(traceparent.rsplit("-", 1)[1], 16) & 1)
-
-
 @asynccontextmanager
-async def traced(folder: Path, upstream: Upstream, **tracing: object) -> AsyncIterator[Front]:
-    front = Front(folder, [upstream.url])
-    config = orjson.loads(front.config.read_bytes())
-    front.config.write_bytes(orjson.dumps(config | {"tracing": tracing}))
-    try:
-        await front.start()
+async def traced(
+    folder: Path, upstream: Upstream, *, shared: str | None = None, **tracing: object
+) -> AsyncIterator[Front]:
+    tiers = {} if shared is None else {"shared": {"url": shared, "deadline_ms": 500}}
+    async with AsyncExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TIERSERVE__TRACING", orjson.dumps(tracing).decode())
+            front = await stack.enter_async_context(running(folder, upstream, **tiers))
         yield front
-    finally:
-        await front.stop()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -210,6 +138,39 @@ async def test_who_joins_a_flight_waits_for_another_ones_engine(front, upstream,
     assert spans.keys() == {TOP, "parse", "lookup memory", "lookup disk", "flight"}
 
 
+async def test_who_waits_for_another_process_has_a_turn(upstream, collector, tmp_path) -> None:
+    go = asyncio.Event()
+    upstream.handler = at_last(go)
+    redis = RedisServer(tmp_path)
+    try:
+        async with AsyncExitStack() as stack:
+            fronts = []
+            for name in ("a", "b"):
+                (tmp_path / name).mkdir()
+                made = traced(
+                    tmp_path / name, upstream, shared=redis.url, endpoint=collector.endpoint
+                )
+                fronts.append(await stack.enter_async_context(made))
+            one, other = fronts
+            asked, (trace, _, headers) = question(), context()
+            first = asyncio.create_task(one.ask(asked))
+            await until_asked(upstream)
+            second = asyncio.create_task(other.ask(asked, headers=headers))
+            await until_one_waits(other)
+            go.set()
+            assert (await first)[1] == "tierserve; fwd=miss"
+            assert (await second)[1] == "tierserve; fwd=miss; collapsed"
+            lookups = [f"lookup {tier}" for tier in ("memory", "disk", "shared")]
+            spans = await collector.trace(trace, TOP)
+            assert spans.keys() == {TOP, "parse", *lookups, "flight", "turn", "render"}
+            assert attributes(spans[TOP])["tierserve.outcome"] == "collapsed"
+            waited, looked = spans["turn"], spans["lookup shared"]
+            assert waited.start_time_unix_nano >= looked.end_time_unix_nano
+            assert waited.end_time_unix_nano <= spans["flight"].end_time_unix_nano
+    finally:
+        redis.kill()
+
+
 async def test_an_engines_error_is_seen(front, upstream, collector) -> None:
     async def failing(_: web.Request) -> web.Response:
         return web.json_response({"error": {"message": "no"}}, status=500)
@@ -276,12 +237,9 @@ async def test_a_context_that_is_wrong_is_none(front, upstream, collector, given
 
 async def test_nothing_that_was_said_is_told(front, upstream, collector) -> None:
     trace, _, headers = context()
-    asked = question(messages=[{"role": "user", "content": "pr0mpt"}], model="m\ud800")
-    headers |= {"Authorization": "Bearer s3cr3t", "Content-Type": "application/json"}
-    body = orjson.dumps(asked | {"model": "m"}).replace(b'"m"', b'"m\\ud800"')
-    async with front.session.post(CHAT, data=body, headers=headers) as response:
-        assert response.status in (200, 400)
-    await collector.trace(trace, TOP)
+    asked = question(messages=[{"role": "user", "content": "pr0mpt"}])
+    await front.ask(asked, headers=headers | {"Authorization": "Bearer s3cr3t"})
+    await collector.trace(trace, TOP, "store")
     for secret in (b"pr0mpt", b"s3cr3t", b"yes"):
         assert secret not in collector.raw
     assert collector.resource["service.name"] == "tierserve"
