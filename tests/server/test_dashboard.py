@@ -14,6 +14,7 @@ import pytest_asyncio
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.keys import new_key
 from tests.server.conftest import Front, question, running
 from tests.servers import RedisServer
 
@@ -72,10 +73,16 @@ def redis(tmp_path_factory) -> Iterator[RedisServer]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def told(_upstream, redis, tmp_path_factory) -> dict[str, set[str]]:
-    """The metrics of a server with all tiers, and the labels of each."""
+    """The metrics of a server with all tiers and a tenant, and the labels of each."""
     folder = tmp_path_factory.mktemp("front")
+    key = new_key()
+    options = {
+        "shared": {"url": redis.url},
+        "sections": {"tenants": {"key": key}},
+        "headers": {"Authorization": f"Bearer {key}"},
+    }
     front: Front
-    async with running(folder, _upstream, shared={"url": redis.url}) as front:
+    async with running(folder, _upstream, **options) as front:
         asked = question()
         await front.ask(asked)
         assert "; hit; " in (await front.ask_alone(asked))[1]
