@@ -153,7 +153,10 @@ def test_what_others_set_is_not_ours(tmp_path: Path, monkeypatch) -> None:
         ("cache: {ttl_s: .inf}", "cache.ttl_s: Input should be less"),
         ("cache: {ttl_s: .nan}", "cache.ttl_s: Input should be"),
         ("cache: {ttl_s: 1, ttl_s: 2}", "ttl_s stands twice"),
-        ("tiers: {memory: {policy: best}}", "tiers.memory.policy: should be one of arc, fifo"),
+        (
+            "tiers: {memory: {policy: best}}",
+            "tiers.memory.policy: should be one of adaptive, arc, fifo",
+        ),
         ("model: m", r"model: unknown key; did you mean models\?"),
     ],
 )

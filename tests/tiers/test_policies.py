@@ -17,7 +17,19 @@ from tests.tiers.replay import (
     count_most_hits,
     expect_hits_of_random,
 )
-from tiers.policies import ARC, DEFAULT, FIFO, LFU, LRU, POLICIES, S3FIFO, SIEVE, Policy, WTinyLFU
+from tiers.policies import (
+    ARC,
+    DEFAULT,
+    FIFO,
+    LFU,
+    LRU,
+    POLICIES,
+    S3FIFO,
+    SIEVE,
+    Adaptive,
+    Policy,
+    WTinyLFU,
+)
 
 MAX_BYTES = 100
 EVERY = pytest.mark.parametrize("make", POLICIES.values(), ids=POLICIES.keys())
@@ -215,3 +227,22 @@ def test_arc_gives_room_to_the_list_whose_ghosts_return() -> None:
     # What was asked for once and evicted last returns: a longer once-list would have held it.
     replay.ask(str(100 + number) for number in range(2))
     assert policy._once_target > first
+
+
+def test_adaptive_is_lru_in_a_small_cache_that_lru_suits() -> None:
+    # Every other request is for one of the last few keys.
+    ago = random.Random(1)
+    keys = [str(now - (now + 1) % 2 * ago.randrange(1, 10)) for now in range(10_000)]
+    hits = {make: count_hits(make(8 * 1024), keys, cost=1024) for make in (LRU, ARC, Adaptive)}
+    assert hits[Adaptive] == hits[LRU] > 1.02 * hits[ARC]
+
+
+@pytest.mark.parametrize("capacity", [8, 80])
+def test_adaptive_is_arc_where_that_finds_more(capacity: int) -> None:
+    # Favourites among what is asked for once.
+    keys = [str(now % 4 if now % 3 == 0 else now) for now in range(30 * capacity)]
+    hits = {
+        make: count_hits(make(capacity * 1024), keys, cost=1024) for make in (LRU, ARC, Adaptive)
+    }
+    assert hits[Adaptive] >= 0.9 * hits[ARC]
+    assert hits[Adaptive] >= hits[LRU]

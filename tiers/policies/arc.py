@@ -32,12 +32,12 @@ class ARC(Policy):
     OVERHEAD_BYTES = 190
     FIXED_SHARE = Ghosts.SHARE
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, max_ghosts: int | None = None) -> None:
         super().__init__(max_bytes)
         self._once: OrderedDict[str, int] = OrderedDict()
         self._again: OrderedDict[str, int] = OrderedDict()
         self._once_bytes = self._again_bytes = 0
-        self._ghosts = Ghosts(max_bytes)
+        self._ghosts = Ghosts(max_bytes, max_ghosts)
         self._once_target = _FIRST_SHARE * max_bytes
 
     def insert(self, key: str, size: int) -> None:

@@ -13,17 +13,20 @@ _STAMPS_PER_CACHE = 1 << 20
 class Ghosts:
     """What lists 0 and 1 evicted, each until it has evicted a given number of bytes more.
 
-    A hash table of one slot for 256 bytes of cache. A slot holds 31 bits of the key's hash, the
-    list, and a stamp: how much the list had evicted then. A key has four slots to choose from;
-    where all are taken, the ghost makes room that is nearest to being forgotten. Keys whose hashes
-    are alike, and ghosts that are lost so, only blur what a policy learns.
+    A hash table of one slot for 256 bytes of cache, `max_ghosts` at most. A slot holds 31 bits of
+    the key's hash, the list, and a stamp: how much the list had evicted then. A key has four slots
+    to choose from; where all are taken, the ghost makes room that is nearest to being forgotten.
+    Keys whose hashes are alike, and ghosts that are lost so, only blur what a policy learns.
     """
 
     SHARE = _SLOT_BYTES / _CACHE_BYTES_PER_SLOT
     """The table's own memory, as a share of the cache."""
 
-    def __init__(self, max_bytes: int) -> None:
-        self._sets = max(1, max_bytes // (_CACHE_BYTES_PER_SLOT * _WAYS))
+    def __init__(self, max_bytes: int, max_ghosts: int | None = None) -> None:
+        slots = max_bytes // _CACHE_BYTES_PER_SLOT
+        if max_ghosts is not None:
+            slots = min(slots, max_ghosts)
+        self._sets = max(1, slots // _WAYS)
         self._slots = array("Q", bytes(_SLOT_BYTES * _WAYS * self._sets))
         self._stamp_bytes = max(1, max_bytes // _STAMPS_PER_CACHE)
         self.evicted_bytes = [0, 0]
