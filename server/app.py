@@ -5,8 +5,9 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import uvloop
@@ -18,22 +19,26 @@ from server.admin.exports import max_line_bytes
 from server.admin.listener import administered
 from server.admin.local import Administration
 from server.chain import build, build_turns
-from server.config import Config, ConfigError
+from server.config import Config, ConfigError, without_secrets
 from server.door import Door, Enter, anybody
 from server.freshness import FreshnessRules
+from server.history import History
 from server.http_request import Handler, HttpRequest, Traced
 from server.listener import address, listen, make_server
 from server.logs import AccessLog, LogStream, configure
 from server.metrics import Metrics
-from server.middleware import wrap
+from server.middleware import read_only, wrap
 from server.model_list import PATH as MODELS
 from server.model_list import ModelList, is_one_model
 from server.models import Models
 from server.openai import OpenAI
+from server.openapi import document
 from server.others import ADAPTER_PATHS, Others, refuse_adapters
+from server.pages.document import Document
+from server.pages.files import ADMIN, FRONT, Files
+from server.pages.overview import Overview
 from server.reload import Reloads
 from server.routes import ROUTES, keeps_responses
-from server.surface import is_for_tenants
 from server.tenants import Tenants
 from server.tls import Certificate
 from server.trace_log import TraceLog
@@ -49,6 +54,9 @@ _CLOSE_S = 20
 # loop waits for it, and it walks over what is under way: half a microsecond an object. The oldest
 # objects, entries in memory above all, are walked over once in five million.
 _GC_THRESHOLDS = 5_000, 10, 100
+
+_Wrapped = Callable[[Handler, Enter], Handler]
+_Routes = dict[tuple[str, str], Handler]
 
 
 def serve(config: Config) -> int:
@@ -123,6 +131,8 @@ async def _serve(
         accounts=lambda: tenants.accounts,
         turned_away=lambda: door.turned_away,
     )
+    history = History()
+    overview = Overview(chain=chain, history=history, models=models, version=version("tierserve"))
     access = AccessLog(config.log, log)
     road = OpenAI(
         chain=chain,
@@ -137,14 +147,31 @@ async def _serve(
         ),
         max_prompts=config.server.max_prompts,
     )
-    admin = Admin(Administration(chain), max_line_bytes=max_line_bytes(config))
+    admin = Admin(
+        Administration(chain),
+        max_line_bytes=max_line_bytes(config),
+        server={
+            "/overview": overview.of_all,
+            "/config": lambda: without_secrets(config.model_dump(mode="json")),
+        },
+    )
 
     def wrapped(handler: Handler, enter: Enter) -> Handler:
-        return wrap(handler, metrics, access, trace, enter=enter)
+        return wrap(handler, metrics, history, access, trace, enter=enter)
 
+    described = partial(
+        document,
+        kept=ROUTES,
+        version=version("tierserve"),
+        has_keys=not tenants.is_open,
+        open_metrics=config.tenants.open_metrics,
+    )
     readers = anybody if config.tenants.open_metrics else door.operators
-    routes = _routes(road, models, wrapped, traced, metrics, door, readers)
-    server = make_server(routes, config.server)
+    owned = _owned(models, wrapped, metrics, readers)
+    owned |= _pages(Files(FRONT), overview, Document(models, described), wrapped, door)
+    routes = _routes(road, models, wrapped, traced, door)
+    router = _router(routes, owned, models, wrapped, traced, door)
+    server = make_server(router, config.server)
     runner = web.ServerRunner(server, shutdown_timeout=config.server.shutdown_grace_s)
     failures: list[BaseException] = []
     tasks: list[asyncio.Task[None]] = []
@@ -166,7 +193,7 @@ async def _serve(
         # What is there now stays: looking it over again and again would cost 5% of all hits.
         gc.freeze()
         gc.set_threshold(*_GC_THRESHOLDS)
-        async with administered(config, partial(wrapped, admin.answer), tls):
+        async with administered(config, _admin_door(admin, wrapped), tls):
             for run in models.runs():
                 go_on(run)
             await stop.wait()
@@ -221,16 +248,11 @@ def _stopper(stop: asyncio.Event) -> Callable[[], None]:
     return on_signal
 
 
-def _routes(
-    road: OpenAI,
-    models: Models,
-    wrapped: Callable[[Handler, Enter], Handler],
-    traced: Traced,
-    metrics: Metrics,
-    door: Door,
-    readers: Enter,
-) -> Handler:
-    """Return the handler of all requests; `readers` lets in who may read metrics."""
+def _owned(
+    models: Models, wrapped: _Wrapped, metrics: Metrics, readers: Enter
+) -> dict[str, Handler]:
+    """Return the handlers of our own paths for machines; `readers` may read metrics."""
+    others = Others(models)
 
     async def health(_: HttpRequest) -> web.Response:
         return web.Response()
@@ -239,26 +261,64 @@ def _routes(
         text = generate_latest(metrics.registry)
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
 
-    listed, others = ModelList(models), Others(models)
-    by_path = {
-        "/health": wrapped(health, anybody),
-        "/ready": wrapped(others.ready, anybody),
-        "/metrics": wrapped(own_metrics, readers),
-        "/metrics/engine": wrapped(others.metrics, readers),
+    return {
+        "/health": wrapped(read_only(health), anybody),
+        "/ready": wrapped(read_only(others.ready), anybody),
+        "/metrics": wrapped(read_only(own_metrics), readers),
+        "/metrics/engine": wrapped(read_only(others.metrics), readers),
     }
-    routes = {(method, path): by_path[path] for method in ("GET", "HEAD") for path in by_path}
-    for path in ROUTES:
-        enter = door.tenants if is_for_tenants(path) else door.operators
-        routes["POST", path] = traced(wrapped(road.answer, enter), path)
+
+
+def _pages(
+    files: Files, overview: Overview, about: Document, wrapped: _Wrapped, door: Door
+) -> dict[str, Handler]:
+    """Return the handlers of what browsers ask for."""
+    return dict.fromkeys(files.paths, wrapped(read_only(files.answer), anybody)) | {
+        "/openapi.json": wrapped(read_only(about.answer), door.known),
+        "/overview": wrapped(read_only(overview.answer), door.known),
+    }
+
+
+def _routes(road: OpenAI, models: Models, wrapped: _Wrapped, traced: Traced, door: Door) -> _Routes:
+    """Return the handlers of an engine's routes that aren't passed through."""
+    routes = {
+        ("POST", path): traced(wrapped(road.answer, door.to_ask(path)), path) for path in ROUTES
+    }
     routes |= {("POST", path): wrapped(refuse_adapters, door.tenants) for path in ADAPTER_PATHS}
-    routes["GET", MODELS] = wrapped(listed.all, door.tenants)
-    one, rest = wrapped(listed.one, door.tenants), traced(wrapped(others.answer, door.by_path))
+    routes["GET", MODELS] = wrapped(ModelList(models).all, door.tenants)
+    return routes
+
+
+def _router(
+    routes: _Routes,
+    owned: Mapping[str, Handler],
+    models: Models,
+    wrapped: _Wrapped,
+    traced: Traced,
+    door: Door,
+) -> Handler:
+    """Return the handler of all requests; `owned` are ours, whatever the method."""
+    one = wrapped(ModelList(models).one, door.tenants)
+    rest = traced(wrapped(Others(models).answer, door.by_path))
 
     def route(http: HttpRequest) -> Awaitable[web.StreamResponse]:
         # Most paths are found as they were sent, which spares making URLs of them.
         handler = routes.get((http.method, http.raw_path)) or routes.get((http.method, http.path))
         if handler is None:
-            handler = one if http.method == "GET" and is_one_model(http.path) else rest
+            is_one = http.method == "GET" and is_one_model(http.path)
+            handler = owned.get(http.path) or (one if is_one else rest)
         return handler(http)
 
     return route
+
+
+def _admin_door(admin: Admin, wrapped: _Wrapped) -> Callable[[Enter], Handler]:
+    """Return what makes the admin listeners' handlers: the pages' files need no key."""
+    files = Files(ADMIN)
+    open_to_all = wrapped(read_only(files.answer), anybody)
+
+    def handler(enter: Enter) -> Handler:
+        api = wrapped(admin.answer, enter)
+        return lambda http: (open_to_all if http.path in files else api)(http)
+
+    return handler

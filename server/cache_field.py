@@ -8,7 +8,7 @@ It is for clients that can set fields only, such as OpenAI's with `extra_body`:
 although the request asks for chance.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from server.control import Control
@@ -104,3 +104,31 @@ _PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "ttl": (_is_ttl, "a number of seconds, more than 0"),
     "variants": (_is_count, f"an integer from 1 to {MAX_VARIANTS}"),
 }
+
+SCHEMA: Mapping[str, Any] = {
+    "type": ["object", "null"],
+    "description": "How the answer is kept; the engine doesn't see it",
+    "additionalProperties": False,
+    "properties": {
+        "mode": {"description": "As Cache-Control, or `use`", "enum": [*_MODES, None]},
+        "ttl": {
+            "type": ["number", "null"],
+            "description": "Seconds for which an answer made now is good",
+            "exclusiveMinimum": 0,
+            "maximum": _CENTURY_S,
+        },
+        "tags": {
+            "type": ["array", "null"],
+            "description": "By what the answer may be purged",
+            "maxItems": MAX_TAGS,
+            "items": {"type": "string", "minLength": 1, "maxLength": MAX_TAG_CHARACTERS},
+        },
+        "variants": {
+            "type": ["integer", "null"],
+            "description": "How many answers are kept where chance is asked for",
+            "minimum": 1,
+            "maximum": MAX_VARIANTS,
+        },
+    },
+}
+"""The field as JSON Schema says it; a tag has to be printable, too."""

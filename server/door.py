@@ -32,12 +32,9 @@ class Door:
 
     def tenants(self, http: HttpRequest) -> web.Response | None:
         """Let in whoever has a key, within the tenant's limits."""
-        tenant = self._tenants.of(http.headers)
-        if tenant is None:
-            self.turned_away += 1
-            return unauthorized(http)
-        http.tenant = tenant
-        account = tenant.account
+        if (refused := self.known(http)) is not None:
+            return refused
+        account = http.tenant.account
         if account is None:
             return None
         refusal = account.enter()
@@ -54,14 +51,26 @@ class Door:
             retry_after_s=refusal.retry_after_s,
         )
 
+    def known(self, http: HttpRequest) -> web.Response | None:
+        """Let in whoever has a key, without counting it: for what costs no engine anything."""
+        tenant = self._tenants.of(http.headers)
+        if tenant is None:
+            self.turned_away += 1
+            return unauthorized(http)
+        http.tenant = tenant
+        return None
+
     def operators(self, http: HttpRequest) -> web.Response | None:
         """Let in whoever has an operator's key."""
         return self.tenants(http) or (None if http.tenant.operator else _forbidden())
 
+    def to_ask(self, path: str) -> Enter:
+        """Return what lets in whoever may ask an engine for `path`."""
+        return self.tenants if is_for_tenants(path) else self.operators
+
     def by_path(self, http: HttpRequest) -> web.Response | None:
         """Let in whoever may ask an engine for the request's path."""
-        enter = self.tenants if is_for_tenants(http.path) else self.operators
-        return enter(http)
+        return self.to_ask(http.path)(http)
 
 
 def anybody(_: HttpRequest) -> None:

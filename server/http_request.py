@@ -31,14 +31,14 @@ class HttpRequest(web.BaseRequest):
     """Which tier answered, and how."""
     found: tuple[Request, Answer] | None = None
     """Where the answer may be kept: what was asked for, and the answer."""
+    saved_s: float = 0
+    """The seconds that it once took to generate the answer which a tier had."""
     tenant: Tenant = NOBODY
     """Who asks; set at the door."""
     account: Account | None = None
     """Where it counts as under way."""
     limits: Mapping[str, str] = MappingProxyType({})
     """The headers of its response that tell its tenant's limits."""
-    saved_s: float = 0
-    """The seconds that it once took to generate the answer which a tier had."""
 
     async def invite_body(self) -> None:
         """Have a client go on that waits to be told so (RFC 9110, section 10.1.1)."""

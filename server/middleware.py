@@ -15,6 +15,7 @@ from aiohttp import web
 from multidict import istr
 
 from server.cache_field import BadRequestError
+from server.history import History
 from server.http_request import Handler, HttpRequest, SlowClientError
 from server.logs import AccessLog
 from server.metrics import Metrics
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 # As nginx logs it; nobody receives it.
 _CLIENT_GONE = 499
+# Of requests whose answer a tier gave, or would have given if it had had it.
+_LOOKED_UP = frozenset({"collapsed", "hit", "miss", "stale"})
+_ENGINE = "engine"
 _MISTAKES = (
     BadRequestError,
     SlowClientError,
@@ -39,6 +43,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}").fullmatch
 def wrap(
     handler: Handler,
     metrics: Metrics,
+    history: History,
     access: AccessLog,
     trace: TraceLog | None = None,
     *,
@@ -75,7 +80,7 @@ def wrap(
             response = error_response(500, "Internal error.")
             status = 500
         finally:
-            _note(http, status, time.perf_counter() - started, metrics, access, trace)
+            _note(http, status, time.perf_counter() - started, metrics, history, access, trace)
         if not response.prepared:
             headers = response.headers
             headers["Server"], headers["X-Request-Id"] = SERVER, id_
@@ -84,6 +89,19 @@ def wrap(
         return response
 
     return around
+
+
+def read_only(handler: Handler) -> Handler:
+    """Return `handler` for GET and HEAD alone."""
+
+    async def read(http: HttpRequest) -> web.StreamResponse:
+        if http.method in ("GET", "HEAD"):
+            return await handler(http)
+        refused = error_response(405, "The method should be GET or HEAD.")
+        refused.headers["Allow"] = "GET, HEAD"
+        return refused
+
+    return read
 
 
 def _said(exc: Exception) -> web.Response:
@@ -105,18 +123,25 @@ def _note(
     status: int,
     seconds: float,
     metrics: Metrics,
+    history: History,
     access: AccessLog,
     trace: TraceLog | None,
 ) -> None:
     """Count a request that has ended, and have it written down."""
-    if http.account is not None:
-        http.account.leave()
+    account = http.account
+    if account is not None:
+        account.leave()
     tier, outcome = http.outcome
     if status == _CLIENT_GONE and outcome != "error":
         outcome = "aborted"
     tokens = 0 if http.found is None else output_tokens(http.found[1]) or 0
     metrics.observe(http.model, tier, outcome, seconds, tokens, http.saved_s)
     at = time.time()
+    if outcome in _LOOKED_UP:
+        saved = 0 if tier == _ENGINE else tokens
+        history.note(at, tier, saved, http.saved_s)
+        if account is not None:
+            account.history.note(at, tier, saved, http.saved_s)
     access.add(at, http.method, http.path, status, http.id, tier, outcome, seconds)
     if trace is not None and http.found is not None:
         request, answer = http.found

@@ -101,6 +101,11 @@ class Upstream:
             (self.answers.set if ready else self.answers.clear)()
 
     @property
+    def ready_since(self) -> float | None:
+        """Since when it has been ready (monotonic s); `None` if it isn't."""
+        return self._ready_since
+
+    @property
     def ready_s(self) -> float:
         """Seconds for which it has been ready; 0 if it isn't."""
         return 0.0 if self._ready_since is None else time.monotonic() - self._ready_since

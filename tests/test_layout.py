@@ -24,6 +24,10 @@ HTTP = {
     "model_list",
     "openai",
     "others",
+    "pages/document",
+    "pages/files",
+    "pages/overview",
+    "pages/resource",
     "passthrough",
     "record",
     "responses",
@@ -33,6 +37,7 @@ HTTP = {
 }
 
 ENTRANCES = {
+    "server.pages": ("server/pages/", "server/app.py"),
     "server.admin": ("server/admin/", "server/app.py", "server/cli.py"),
     "server.simulation": ("server/simulation/", "server/cli.py"),
 }

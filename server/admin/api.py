@@ -9,6 +9,8 @@
     POST   /import         the same
     POST   /compact
     POST   /verify
+    GET    /overview       as `server.pages.overview` describes it, of all tenants
+    GET    /config         the effective configuration, without secrets
 
 While an import or a verification goes on, its client gets a `102 Processing` every few seconds.
 It knows nothing of the listeners that it is reached by, and asks for no key: whom those let in may
@@ -17,7 +19,9 @@ do everything.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import orjson
@@ -47,9 +51,16 @@ class Admin:
     Args:
         operations: what it offers.
         max_line_bytes: of an import; what is longer is damaged.
+        server: what is told of the server itself, by path.
     """
 
-    def __init__(self, operations: Operations, *, max_line_bytes: int) -> None:
+    def __init__(
+        self,
+        operations: Operations,
+        *,
+        max_line_bytes: int,
+        server: Mapping[str, Callable[[], dict[str, Any]]] = MappingProxyType({}),
+    ) -> None:
         self._operations, self._max_line_bytes = operations, max_line_bytes
         self._routes: dict[str, dict[str, _Operation]] = {
             "/stats": {"GET": lambda _: operations.stats()},
@@ -61,6 +72,7 @@ class Admin:
             "/compact": {"POST": lambda _: operations.compact()},
             "/verify": {"POST": _patient(lambda _: operations.verify())},
         }
+        self._routes |= {path: {"GET": partial(_told, tell)} for path, tell in server.items()}
 
     async def answer(self, http: HttpRequest) -> web.StreamResponse:
         """Answer one request."""
@@ -81,7 +93,11 @@ class Admin:
             return error_response(exc.status, str(exc), param=exc.param)
         if isinstance(done, web.StreamResponse):
             return done
-        return web.Response(body=await _as_json(done), content_type="application/json")
+        return web.Response(
+            body=await _as_json(done),
+            content_type="application/json",
+            headers={hdrs.CACHE_CONTROL: "no-store"},
+        )
 
     async def _page(self, http: HttpRequest) -> Any:
         given = http.query
@@ -162,6 +178,10 @@ def _as_long_json(told: dict[str, Any]) -> bytes:
     pieces = (orjson.dumps(content[at : at + _INLINE_CHARACTERS])[1:-1] for at in starts)
     rest = {name: value for name, value in told.items() if name != "content"}
     return b'%b,"content":"%b"}\n' % (orjson.dumps(rest)[:-1], b"".join(pieces))
+
+
+async def _told(tell: Callable[[], dict[str, Any]], _: HttpRequest) -> Any:
+    return tell()
 
 
 def _key(http: HttpRequest) -> str:

@@ -37,12 +37,14 @@ TENANTS = {
 ADMIN_ROUTES = [
     ("GET", "/stats"), ("GET", "/entries"), ("GET", "/entries/k"), ("DELETE", "/entries/k"),
     ("POST", "/purge"), ("GET", "/export"), ("POST", "/import"), ("POST", "/compact"),
+    ("GET", "/overview"), ("GET", "/config"), ("GET", "/admin/"), ("GET", "/pages/"),
     ("POST", "/verify"), ("GET", "/"), ("OPTIONS", "/stats"), ("HEAD", "//stats"),
 ]  # fmt: skip
 PATHS = (
-    "/", CHAT, "/docs", "/health/", "/metrics", "/metrics/engine", "/nowhere", "/openapi.json",
-    "/pause", "/tokenize", "/v1/completions", "/v1/embeddings", "/v1/messages", "/v1/models",
-    "/v1/realtime", "/v1/responses/resp_1", "/version",
+    CHAT, "/docs/", "/health/", "/metrics", "/metrics/engine", "/nowhere", "/openapi.json",
+    "/overview", "/pages/", "/pages/../overview", "/pause", "/tokenize", "/v1/completions",
+    "/v1/embeddings", "/v1/messages", "/v1/models", "/v1/realtime", "/v1/responses/resp_1",
+    "/version",
 )  # fmt: skip
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND")
 ODD_TARGETS = (

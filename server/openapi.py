@@ -1,0 +1,256 @@
+"""Our OpenAPI document: an engine's own, corrected by what we add to its routes, and our routes.
+
+An engine that has other routes (embeddings, say) describes them itself, so this names none of it
+but the routes whose answers are kept.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from server.cache_field import SCHEMA
+from server.surface import is_for_tenants
+
+_METHODS = frozenset({"delete", "get", "head", "options", "patch", "post", "put", "trace"})
+_KEPT, _ENGINE, _OWN = "Answers that tiers keep", "Passed to the engine", "tierserve"
+_JSON = "application/json"
+
+
+class _Own(NamedTuple):
+    summary: str
+    media_type: str
+    """Of its answer; empty where that has no body."""
+    door: str
+    """Who comes in where there are keys: `anybody`, `tenants`, or `operators`."""
+
+
+_ODD = "it is not as OpenAPI has it"
+# No engine's own.
+_ERROR_NAME = "TierserveError"
+_ERROR = {
+    "type": "object",
+    "description": "An error in OpenAI's shape",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["integer", "string"]},
+            },
+        }
+    },
+}
+_STATUSES = {
+    "400": "The request is wrong; `param` names the field",
+    "401": "No key that is known",
+    "403": "It takes an operator's key",
+    "404": "There is no such path, model or response",
+    "408": "The body did not come in time",
+    "413": "The body is larger than server.max_body_bytes",
+    "429": "More than the tenant's limits allow",
+    "502": "The engine ended before its answer was complete",
+    "503": "The engine is starting, down, or has too much to do",
+    "504": "The engine did not answer in time, or no tier has what only-if-cached asks for",
+}
+_DOORS = {"tenants": ("401",), "operators": ("401", "403", "429")}
+_SECURITY: list[dict[str, list[str]]] = [{"bearer": []}, {"x-api-key": []}]
+_RETRIED = frozenset({"429", "503"})
+_HEADERS = {
+    "XRequestId": ("The request's id: the one that it came with, or a new one", "string"),
+    "CacheStatus": ("Which tier answered, or why the engine was asked (RFC 9211)", "string"),
+    "Age": ("Seconds since the answer was made", "integer"),
+    "ETag": ("Of the answer in this form, where all of it was there when it was given", "string"),
+    "RetryAfter": ("Seconds after which to try again", "integer"),
+}
+_CACHE_CONTROL = {
+    "name": "Cache-Control",
+    "in": "header",
+    "description": "Which answers are taken (RFC 9111): no-cache, no-store, only-if-cached, "
+    "max-age, min-fresh, max-stale",
+    "schema": {"type": "string"},
+    "example": "max-age=3600",
+}
+_IF_NONE_MATCH = {
+    "name": "If-None-Match",
+    "in": "header",
+    "description": "The ETag of an answer that the client has; a tier's gets 304 if it is the same",
+    "schema": {"type": "string"},
+}
+_REQUEST_ID = {
+    "name": "X-Request-Id",
+    "in": "header",
+    "description": "An id of the client's for logs: 1 to 128 letters, digits, dots, dashes, "
+    "underscores; another is replaced",
+    "schema": {"type": "string"},
+}
+
+
+def document(
+    engine: Mapping[str, Any] | None,
+    *,
+    kept: Collection[str],
+    version: str,
+    has_keys: bool = False,
+    open_metrics: bool = False,
+) -> dict[str, Any]:
+    """Return the document (OpenAPI 3.1).
+
+    Args:
+        engine: the engine's own, if there is one.
+        kept: the paths whose answers are kept, all of them by POST.
+        version: of us.
+        has_keys: whether only who has a key is answered.
+        open_metrics: whether metrics are told without.
+
+    Raises:
+        ValueError: the engine's isn't a document.
+    """
+    paths: dict[str, Any] = {}
+    for path, method, operation in _operations(engine):
+        paths.setdefault(path, {})[method] = _as_passed(path, operation, kept, has_keys=has_keys)
+    for path in kept:
+        plain = _as_passed(path, _PLAIN, kept, has_keys=has_keys)
+        paths.setdefault(path, {}).setdefault("post", plain)
+    for path, own in _OWNED.items():
+        if not has_keys or (open_metrics and path.startswith("/metrics")):
+            own = own._replace(door="anybody")
+        paths[path] = {"get": _as_owned(path, own)}
+    components = dict(_mapping((engine or {}).get("components", {})))
+    components["schemas"] = {**_mapping(components.get("schemas", {})), _ERROR_NAME: _ERROR}
+    components["headers"] = dict(_mapping(components.get("headers", {}))) | {
+        name: {"description": text, "schema": {"type": kind}}
+        for name, (text, kind) in _HEADERS.items()
+    }
+    if has_keys:
+        components["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+        }
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "tierserve", "version": version, "license": {"name": "Apache-2.0"}},
+        "tags": [{"name": name} for name in (_KEPT, _ENGINE, _OWN)],
+        "paths": paths,
+        "components": components,
+    }
+
+
+def _operations(engine: Mapping[str, Any] | None) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    for path, item in _mapping((engine or {}).get("paths", {})).items():
+        # We answer these ourselves.
+        if path not in _OWNED:
+            for method, operation in _mapping(item).items():
+                if method in _METHODS:
+                    yield path, method, _mapping(operation)
+
+
+def _as_passed(
+    path: str, operation: Mapping[str, Any], kept: Collection[str], *, has_keys: bool
+) -> dict[str, Any]:
+    """Return an engine's operation with what we add to it."""
+    is_kept = path in kept
+    made = dict(operation, tags=[_KEPT if is_kept else _ENGINE])
+    parameters = operation.get("parameters", [])
+    if not isinstance(parameters, list):
+        raise ValueError(_ODD)
+    made["parameters"] = [*parameters, _REQUEST_ID]
+    responses = dict(_mapping(operation.get("responses", {})))
+    # FastAPI's own way to refuse a body, which vLLM does not use.
+    responses.pop("422", None)
+    statuses = {"400", "502", "503", "504"}
+    if "requestBody" in operation:
+        statuses |= {"404", "408", "413"}
+    if has_keys:
+        statuses |= {"401", "429"} if is_for_tenants(path) else {"401", "403", "429"}
+        made["security"] = _SECURITY
+    for status in statuses:
+        responses.setdefault(status, _refusal(status))
+    if is_kept:
+        made["parameters"] += [_CACHE_CONTROL, _IF_NONE_MATCH]
+        responses["304"] = {"description": "The answer is the one that If-None-Match names"}
+        made["requestBody"] = _with_cache_field(_mapping(operation.get("requestBody", {})))
+    made["responses"] = {
+        status: _with_headers(_mapping(response), is_kept=is_kept and status in ("200", "304"))
+        for status, response in sorted(responses.items())
+    }
+    return made
+
+
+def _with_cache_field(body: Mapping[str, Any]) -> dict[str, Any]:
+    content = dict(_mapping(body.get("content", {})))
+    about = dict(_mapping(content.get(_JSON, {})))
+    ours = {"type": "object", "properties": {"cache": SCHEMA}}
+    about["schema"] = {"allOf": [about.get("schema", {}), ours]}
+    return {**body, "content": {**content, _JSON: about}}
+
+
+def _with_headers(response: Mapping[str, Any], *, is_kept: bool) -> dict[str, Any]:
+    names = {"X-Request-Id": "XRequestId"}
+    if is_kept:
+        names["Cache-Status"] = "CacheStatus"
+        names["Age"] = "Age"
+        names["ETag"] = "ETag"
+    theirs = _mapping(response.get("headers", {}))
+    return {**response, "headers": {**_header_references(names), **theirs}}
+
+
+def _refusal(status: str) -> dict[str, Any]:
+    headers = _header_references({"Retry-After": "RetryAfter"} if status in _RETRIED else {})
+    content = {_JSON: {"schema": {"$ref": "#/components/schemas/" + _ERROR_NAME}}}
+    return {"description": _STATUSES[status], "headers": headers, "content": content}
+
+
+def _header_references(names: Mapping[str, str]) -> dict[str, Any]:
+    return {name: {"$ref": f"#/components/headers/{at}"} for name, at in names.items()}
+
+
+def _as_owned(path: str, own: _Own) -> dict[str, Any]:
+    """Return an operation of ours."""
+    schema = {"type": "object" if own.media_type == _JSON else "string"}
+    content = {own.media_type: {"schema": schema}} if own.media_type else {}
+    statuses = {"/ready": ["503"], "/metrics/engine": ["502", "503", "504"]}.get(path, [])
+    if own.door != "anybody":
+        statuses = [*_DOORS[own.door], *statuses]
+    responses = {"200": {"description": own.summary, "content": content}}
+    responses |= {status: _refusal(status) for status in statuses}
+    made: dict[str, Any] = {
+        "summary": own.summary,
+        "operationId": "tierserve" + re.sub(r"\W", "_", path),
+        "tags": [_OWN],
+        "parameters": [_REQUEST_ID],
+        "responses": {s: _with_headers(r, is_kept=False) for s, r in responses.items()},
+    }
+    return made if own.door == "anybody" else made | {"security": _SECURITY}
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(_ODD)
+    return value
+
+
+_PLAIN: Mapping[str, Any] = {
+    "summary": "Described by the engine, once it is ready",
+    "requestBody": {"required": True, "content": {_JSON: {"schema": {"type": "object"}}}},
+    "responses": {
+        "200": {
+            "description": "The answer",
+            "content": {_JSON: {"schema": {}}, "text/event-stream": {}},
+        }
+    },
+}
+
+_OWNED: Mapping[str, _Own] = {
+    "/": _Own("A page that shows what the tiers answer", "text/html", "anybody"),
+    "/docs": _Own("This document as a page", "text/html", "anybody"),
+    "/health": _Own("The process lives", "", "anybody"),
+    "/metrics": _Own("Prometheus metrics", "text/plain", "operators"),
+    "/metrics/engine": _Own("The engine's own metrics", "text/plain", "operators"),
+    "/openapi.json": _Own("This document", _JSON, "tenants"),
+    "/overview": _Own("The engine's state, and who answered in the last day", _JSON, "tenants"),
+    "/ready": _Own("An engine answers", "", "anybody"),
+}

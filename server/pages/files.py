@@ -1,0 +1,59 @@
+"""The pages' files: HTML, style and scripts, read once, and the policy that they are shown under.
+
+Nothing in them is inline and nothing is from elsewhere, and the browser sees to both. They hold no
+data, so they are given to anybody; what they show they ask for with the key that they are given.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from aiohttp import web
+
+from server.http_request import HttpRequest
+from server.pages.resource import Resource
+
+_FOLDER = Path(__file__).with_name("static")
+_TYPES = {
+    ".css": "text/css; charset=utf-8",
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+_PREFIX = "/pages/"
+# Text can't become HTML or script by any way of the DOM's, either.
+_POLICY = (
+    "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "object-src 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+)
+_HEADERS = {"Content-Security-Policy": _POLICY, "Referrer-Policy": "no-referrer"}
+
+FRONT = {"/": "home.html", "/docs": "docs.html"}
+ADMIN = {"/admin": "admin.html"}
+
+
+class Files:
+    """The files under `/pages/`, and pages at paths of their own.
+
+    Args:
+        pages: files by path.
+    """
+
+    def __init__(self, pages: Mapping[str, str]) -> None:
+        resources = {
+            file.name: Resource(file.read_bytes(), _TYPES[file.suffix], _HEADERS)
+            for file in sorted(_FOLDER.iterdir())
+        }
+        shared = {f"{_PREFIX}{n}": r for n, r in resources.items() if not n.endswith(".html")}
+        self._by_path = shared | {path: resources[name] for path, name in pages.items()}
+
+    def __contains__(self, path: str) -> bool:
+        return path in self._by_path
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All of them."""
+        return tuple(self._by_path)
+
+    async def answer(self, http: HttpRequest) -> web.Response:
+        """Answer one of the paths."""
+        return self._by_path[http.path].response(http)

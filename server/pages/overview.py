@@ -1,0 +1,67 @@
+"""What the pages show at a glance: the engine's state, who answered in the last day, what it saved.
+
+Who may read metrics sees this of all tenants, others of themselves.
+"""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from server.history import History
+from server.http_request import HttpRequest
+from server.models import Models
+from tiers import Chain, Tier
+from tiers.backend import ByteCache
+
+
+class Overview:
+    """The overview of one server.
+
+    Args:
+        chain: whose tiers are shown.
+        history: of all tenants.
+        models: whose engines are shown.
+        version: of us.
+    """
+
+    def __init__(self, *, chain: Chain, history: History, models: Models, version: str) -> None:
+        self._chain, self._history = chain, history
+        self._models, self._version = models, version
+
+    async def answer(self, http: HttpRequest) -> web.Response:
+        """Answer with what the request's tenant may see."""
+        tenant = http.tenant
+        if tenant.operator:
+            told = self.of_all()
+        else:
+            of = History() if tenant.account is None else tenant.account.history
+            told = self._of(of) | {"tenant": tenant.name}
+        headers = {"Cache-Control": "no-store"}
+        return web.Response(
+            body=orjson.dumps(told), content_type="application/json", headers=headers
+        )
+
+    def of_all(self) -> dict[str, Any]:
+        """Return what an operator may see."""
+        return self._of(self._history) | {"tiers": [self._tier(each) for each in self._chain.tiers]}
+
+    def _of(self, history: History) -> dict[str, Any]:
+        return {
+            "version": self._version,
+            "models": [
+                {"name": model.name, "state": model.state, "restarts": model.restarts}
+                for model in self._models.all
+            ],
+            # Nearest first, which not all of them have to have answered.
+            "tier_names": [tier.name for tier in self._chain.tiers],
+            "history": history.told(time.time()),
+        }
+
+    def _tier(self, tier: Tier) -> Mapping[str, Any]:
+        told = {"tier": tier.name, "available": tier.available}
+        if isinstance(backend := tier.backend, ByteCache):
+            told |= {"entries": backend.usage.entries, "bytes": backend.usage.bytes}
+        return told

@@ -1,0 +1,47 @@
+// The page at `/admin`.
+
+import { askJson, keyForm, useAdminKey } from "./api.js";
+import { at, bytes, count, el, ratio, table } from "./dom.js";
+import { search, setUpEntries } from "./entries.js";
+import { watch } from "./overview.js";
+import { setUpPurge } from "./purge.js";
+
+useAdminKey();
+
+async function drawStats() {
+  const { tiers } = await askJson("stats");
+  at("stats").replaceChildren(table(
+    [["Tier"], ["Entries", true], ["Size", true], ["Limit", true], ["Hits", true], ["Hit ratio", true],
+      ["Stored", true], ["Promoted", true], ["Demoted", true], ["Evicted", true], ["Errors", true]],
+    tiers.map((tier) => [tier.tier, tier.entries, tier.bytes, tier.max_bytes, tier.hits,
+      ratio(tier.hits, tier.hits + tier.misses), tier.stores, tier.promotions, tier.demotions,
+      tier.evictions, tier.errors + (tier.damaged || 0)].map((value, index) => {
+      if (typeof value !== "number") return value === undefined ? "–" : value;
+      return index === 2 || index === 3 ? bytes(value) : count(value);
+    }))));
+}
+
+function flat(value, path) {
+  if (value !== null && typeof value === "object" && Object.keys(value).length) {
+    return Object.entries(value).flatMap(([name, each]) => flat(each, path ? `${path}.${name}` : name));
+  }
+  return [[path, typeof value === "string" ? value : JSON.stringify(value)]];
+}
+
+async function drawConfig() {
+  at("config").replaceChildren(...flat(await askJson("config"), "").map(([name, value]) =>
+    el("div", {}, el("dt", {}, el("code", {}, name)), el("dd", {}, el("code", {}, value)))));
+}
+
+let isShown = false;
+const again = watch(async ({ tier_names: names }) => {
+  at("all").hidden = false;
+  await drawStats();
+  if (isShown) return;
+  isShown = true;
+  document.querySelector("#search [name=tier]").append(...names.map((name) => el("option", {}, name)));
+  await Promise.all([drawConfig(), search()]);
+});
+keyForm(again);
+setUpEntries();
+setUpPurge(() => { again(); search(); });
