@@ -6,6 +6,7 @@ import orjson
 import pytest
 from aiohttp import web
 
+from server.cache_field import SCHEMA, BadRequestError, read
 from server.openapi import document
 from server.routes import ROUTES
 from tests.server.conftest import CHAT, Upstream, answer, body, question, running
@@ -205,3 +206,23 @@ async def test_what_it_says_of_answers_is_true(front, upstream) -> None:
             "required"
         ]
         assert set(error) == set(required)
+
+
+def test_the_field_cache_is_described_as_it_is_read() -> None:
+    parts = SCHEMA["properties"]
+    for name in parts:
+        assert read({name: None}) == read(None)
+    ttl, tags, variants = parts["ttl"], parts["tags"], parts["variants"]
+    longest = "x" * tags["items"]["maxLength"]
+    right = [{"mode": mode} for mode in parts["mode"]["enum"]]
+    right += [{"ttl": ttl["maximum"]}, {"tags": [longest] * tags["maxItems"]}]
+    right += [{"variants": variants["minimum"]}, {"variants": variants["maximum"]}]
+    for field in right:
+        read(field)
+    wrong = [{"mode": "other"}, {"other": 1}, {"ttl": ttl["exclusiveMinimum"]}, {"tags": [""]}]
+    wrong += [{"ttl": ttl["maximum"] + 1}, {"tags": [longest + "x"]}]
+    wrong += [{"tags": ["x"] * (tags["maxItems"] + 1)}, {"variants": variants["minimum"] - 1}]
+    wrong += [{"variants": variants["maximum"] + 1}]
+    for field in wrong:
+        with pytest.raises(BadRequestError):
+            read(field)
