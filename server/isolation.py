@@ -83,16 +83,17 @@ def _own(salt: str, given: str) -> str:
     return digest(salt.encode(), given.encode(errors="surrogatepass"))
 
 
-def _media_in(value: Any) -> Iterator[dict[str, Any]]:
+def _media_in(body: Any) -> Iterator[dict[str, Any]]:
     """Yield the parts of contents that name their media by a `uuid`."""
-    if isinstance(value, list):
-        for each in value:
-            yield from _media_in(each)
-    elif isinstance(value, Mapping):
-        for name, each in value.items():
-            if name == "content" and isinstance(each, list):
-                yield from (part for part in each if _has_uuid(part))
-            yield from _media_in(each)
+    rest = [body]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, list):
+            rest += value
+        elif isinstance(value, Mapping):
+            if isinstance(content := value.get("content"), list):
+                yield from filter(_has_uuid, content)
+            rest += value.values()
 
 
 def _has_uuid(part: Any) -> bool:

@@ -1,7 +1,7 @@
 """The routes whose answers aren't kept: a model's state, and what passes through to its engine."""
 
 import orjson
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from server.destination import destination
 from server.engine import EngineState
@@ -54,6 +54,9 @@ class Others:
         Raises:
             UnknownModelError: it names a model that there isn't.
         """
+        if http.method == hdrs.METH_CONNECT or not http.rel_url.raw_path_qs.startswith("/"):
+            # What follows a CONNECT is no body that an engine could be sent, and `*` is no path.
+            return error_response(400, "A request needs a path here, and there are no tunnels.")
         named, body = await destination(http, self._models.names())
         http.model = named.name
         upstreams = self._models.upstreams(named.name)
