@@ -114,6 +114,14 @@ def error_response(
     )
 
 
+def anthropics_error(status: int, message: str) -> web.Response:
+    """Return an error as vLLM's routes of Anthropic's API say it."""
+    error = orjson.loads(error_body(status, message))["error"]
+    said = {"type": "error", "error": {name: error[name] for name in ("type", "message")}}
+    body = orjson.dumps(said)
+    return web.Response(status=status, body=body, content_type="application/json")
+
+
 def failure(exc: Exception) -> web.Response:
     """Return what a client gets whose engine failed with `exc`."""
     if isinstance(exc, TimeoutError):

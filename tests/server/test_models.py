@@ -141,6 +141,14 @@ async def test_an_unknown_model_is_refused_as_vllm_does(
     assert await two.asked() == []
 
 
+async def test_an_unknown_model_is_refused_in_anthropics_shape(two: Both) -> None:
+    for path in ("/v1/messages", "/v1/messages/count_tokens"):
+        async with two.front.session.post(path, json={"model": "no"}) as response:
+            assert response.status == 404
+            shared = {name: NO_MODEL[name] for name in ("type", "message")}
+            assert await response.json() == {"type": "error", "error": shared}
+
+
 def form(*fields: tuple[str, str | bytes]) -> aiohttp.FormData:
     made = aiohttp.FormData()
     for name, value in fields:
