@@ -130,6 +130,17 @@ def serving(folder: Path, config: Path, **variables: str) -> Iterator[Server]:
             made.stop()
 
 
+@contextmanager
+def serving_laptop(folder: Path, engine_args: dict[str, Any]) -> Iterator[Server]:
+    """Serve the embedded model, with options of the engine beside those of the configuration."""
+    config = Path("configs/laptop.yaml")
+    prepare(config)
+    at = "TIERSERVE__MODELS__SMOLLM2_135M_INSTRUCT__ENGINE__ARGS__"
+    args = {at + name.upper(): json.dumps(value) for name, value in engine_args.items()}
+    with serving(folder, config, **args) as made:
+        yield made
+
+
 @pytest.fixture(scope="module")
 def engine_args() -> dict[str, Any]:
     """Options of the engine, beside those of the configuration; a module may have its own."""
@@ -138,9 +149,5 @@ def engine_args() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, engine_args: dict[str, Any]) -> Iterator[Server]:
-    config = Path("configs/laptop.yaml")
-    prepare(config)
-    at = "TIERSERVE__MODELS__SMOLLM2_135M_INSTRUCT__ENGINE__ARGS__"
-    args = {at + name.upper(): json.dumps(value) for name, value in engine_args.items()}
-    with serving(tmp_path_factory.mktemp("server"), config, **args) as made:
+    with serving_laptop(tmp_path_factory.mktemp("server"), engine_args) as made:
         yield made

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import openai
 import pytest
+from langchain_openai import OpenAIEmbeddings
 
 from .conftest import MODEL, Server
 
@@ -21,20 +23,48 @@ def ready(server: Server) -> Server:
 
 
 @pytest.mark.parametrize("asked", ["A text.", ["One.", "Two."], [504, 314], [[504], [314, 260]]])
-@pytest.mark.parametrize("encoding", ["float", "base64"])
-def test_embeddings(ready: Server, asked: Any, encoding: str) -> None:
+@pytest.mark.parametrize("encoding", ["float", "base64", None])
+def test_embeddings(ready: Server, asked: Any, encoding: str | None) -> None:
     made = []
     for status in ("fwd=miss", "detail=memory"):
         raw = ready.client.embeddings.with_raw_response.create(
-            model=MODEL, input=asked, encoding_format=encoding
+            # The client asks for base64, and decodes it, where it is told nothing.
+            model=MODEL,
+            input=asked,
+            encoding_format=encoding or openai.omit,
+            extra_body={"cache_salt": str(encoding)},
         )
         assert status in raw.headers["cache-status"]
         made.append(raw.parse())
     first, second = made
     assert first.data == second.data
-    assert len(first.data) == (2 if isinstance(asked[0], list | str) and len(asked) == 2 else 1)
     assert first.usage == second.usage
-    assert first.id != second.id
+    assert len(first.data) == (2 if isinstance(asked[0], list | str) and len(asked) == 2 else 1)
+    assert isinstance(first.data[0].embedding, str if encoding == "base64" else list)
+
+
+def test_vectors_are_the_same_in_each_encoding(ready: Server) -> None:
+    create = ready.client.embeddings.create
+    asked = {"model": MODEL, "input": "A text in two encodings."}
+    floats = create(encoding_format="float", **asked).data[0].embedding
+    decoded = create(**asked).data[0].embedding
+    assert decoded == pytest.approx(floats, abs=1e-6)
+
+
+def test_langchains_embeddings(ready: Server) -> None:
+    # Else it sends tokens of OpenAI's own tokenizer.
+    model = OpenAIEmbeddings(
+        base_url=f"{ready.url}/v1",
+        api_key="k",
+        model=MODEL,
+        check_embedding_ctx_length=False,
+        http_client=ready.client._client,
+    )
+    before = ready.metric("/metrics", 'tierserve_tier_hits_total{tier="memory"}')
+    first, second = (model.embed_documents(["A document.", "Another."]) for _ in range(2))
+    assert first == second
+    assert len(first) == 2
+    assert ready.metric("/metrics", 'tierserve_tier_hits_total{tier="memory"}') == before + 1
 
 
 @pytest.mark.parametrize(

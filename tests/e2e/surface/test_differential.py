@@ -14,12 +14,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import anthropic
 import orjson
 import pytest
 
-from .conftest import MODEL, Server
-from .requests import BAD, GOOD, MESSAGES, RESPONSES, Case, user
+from tests.e2e.conftest import MODEL, Server
+
+from .requests import BAD, GOOD, MESSAGES, RESPONSES, Case
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -55,17 +55,6 @@ def send(connection: http.client.HTTPConnection, case: Case) -> Reply:
     return Reply(
         response.status, told["content-type"], told.get("cache-status", ""), response.read()
     )
-
-
-@pytest.fixture(scope="module")
-def engine_args() -> dict[str, Any]:
-    return {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
-
-
-@pytest.fixture(scope="module")
-def ready(server: Server) -> Server:
-    server.wait_ready()
-    return server
 
 
 @pytest.fixture
@@ -181,52 +170,6 @@ def shape(error: Any) -> Any:
     if isinstance(error, dict):
         return {name: shape(each) for name, each in error.items() if each is not None}
     return type(error).__name__
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_openais_client_reads_responses(ready: Server, stream: bool) -> None:
-    said = []
-    for status in ("fwd=miss", "detail=memory"):
-        raw = ready.client.responses.with_raw_response.create(
-            model=MODEL, input="Name a metal.", temperature=0, max_output_tokens=6, stream=stream
-        )
-        assert status in raw.headers["cache-status"]
-        parsed = raw.parse()
-        response = list(parsed)[-1].response if stream else parsed
-        said.append(response)
-    first, second = said
-    assert first.id != second.id
-    assert first.output_text == second.output_text
-    assert second.output_text
-    assert first.output == second.output
-    assert first.usage == second.usage
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_anthropics_client_reads_messages(ready: Server, stream: bool) -> None:
-    client = anthropic.Anthropic(base_url=ready.url, api_key="k", max_retries=0)
-    asked = {
-        "model": MODEL,
-        "max_tokens": 6,
-        "messages": user("Name a gas."),
-        "extra_body": {"temperature": 0},
-    }
-    said = []
-    for status in ("fwd=miss", "detail=memory"):
-        if stream:
-            with client.messages.stream(**asked) as events:
-                assert status in events.response.headers["cache-status"]
-                said.append(events.get_final_message())
-        else:
-            raw = client.messages.with_raw_response.create(**asked)
-            assert status in raw.headers["cache-status"]
-            said.append(raw.parse())
-    first, second = said
-    assert first.id != second.id
-    assert first.content == second.content
-    assert second.content[0].text
-    assert first.stop_reason == second.stop_reason == "max_tokens"
-    client.close()
 
 
 def test_what_asks_for_state_goes_past_the_tiers(front: http.client.HTTPConnection) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from .conftest import MODEL
+from tests.e2e.conftest import MODEL
 
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
@@ -266,7 +266,8 @@ BAD = [
     *(Case(path, b"[]") for path in (CHAT, RESPONSES, MESSAGES, TOKENIZE)),
     *(Case(path, b"") for path in (CHAT, TEXT)),
     *(Case(path, {}) for path in (CHAT, TEXT, RESPONSES, MESSAGES, COUNT, TOKENIZE, DETOKENIZE)),
-    *(make(model="unknown") for make in (chat, text, responses, messages, count, tokenize)),
+    *(make(model="unknown") for make in (chat, text, responses, messages, count)),
+    tokenize(model="unknown", prompt="x"),
     *(
         make(**{name: value})
         for make in (chat, text)
