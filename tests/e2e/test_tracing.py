@@ -8,16 +8,18 @@ import orjson
 import pytest
 
 from tests.collector import Collector, attributes, context
-from tests.e2e.conftest import Server
+from tests.e2e.conftest import Server, prepare
 
 pytestmark = pytest.mark.engine
 
 
 async def test_vllm_joins_the_trace(tmp_path) -> None:
+    config = Path("configs/laptop.yaml")
+    await asyncio.to_thread(prepare, config)
     collector = Collector()
     await collector.start()
     with tempfile.TemporaryDirectory(prefix="e2e-", dir="/tmp") as temporary:
-        server = Server(tmp_path, Path(temporary))
+        server = Server(tmp_path, Path(temporary), config)
         try:
             await asyncio.to_thread(
                 server.start,

@@ -16,7 +16,7 @@ KEY = os.urandom(32)
 def config(folder: Path, fields: str) -> Path:
     file = folder / "c.yaml"
     disk = f"path: {folder}/disk, max_bytes: 1MiB"
-    upstreams = "engine: {upstreams: ['http://127.0.0.1:1']}\nadmin: {socket: null}\n"
+    upstreams = "models: {m: {upstreams: ['http://127.0.0.1:1']}}\nadmin: {socket: null}\n"
     file.write_text(f"{upstreams}tiers: {{disk: {{{disk}{fields and ', ' + fields}}}}}\n")
     return file
 
