@@ -42,7 +42,8 @@ from server.routes import ROUTES, keeps_responses
 from server.tenants import Tenants
 from server.tls import Certificate
 from server.trace_log import TraceLog
-from tiers import Chain, Flights, Movement
+from tiers import Chain, DiskCache, Flights, Movement
+from tiers.disk import SealError, UntrustedError
 
 logger = logging.getLogger(__name__)
 
@@ -194,6 +195,7 @@ async def _serve(
         gc.freeze()
         gc.set_threshold(*_GC_THRESHOLDS)
         async with administered(config, _admin_door(admin, wrapped), tls):
+            go_on(_unsealed(chain))
             for run in models.runs():
                 go_on(run)
             await stop.wait()
@@ -217,6 +219,19 @@ async def _serve(
         log.close()
         os._exit(1)
     return int(bool(failures))
+
+
+async def _unsealed(chain: Chain) -> None:
+    """Fail if the disk tier's file turns out to need another key, once it has been verified."""
+    for tier in chain.tiers:
+        if isinstance(tier.backend, DiskCache):
+            try:
+                await tier.backend.opened()
+            except SealError:
+                raise
+            except (OSError, UntrustedError):
+                # Said in the log; what goes on does so without that tier.
+                return
 
 
 async def _closed(movement: Movement, chain: Chain) -> bool:

@@ -82,7 +82,8 @@ def _print_key(tenant: str) -> None:
     if (should := misnamed("tenant", tenant)) is not None:
         raise ConfigError([f"TENANT: should be {should}, not {tenant!r}"])
     key = new_key()
-    print(f"# The tenant's key, which nothing shows again: {key}")
+    # Apart from the lines for the file, so that these can be appended to it.
+    print(f"The tenant's key, which nothing shows again: {key}", file=sys.stderr)
     print(yaml.safe_dump({tenant: {"keys": [hashed(key)]}}), end="")
 
 

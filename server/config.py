@@ -274,7 +274,7 @@ def load(file: Path) -> Config:
         raise ConfigError(
             [f"{file}: can't be read as YAML: {exc.problem or exc.context}{where}"]
         ) from None
-    except (UnicodeDecodeError, yaml.YAMLError) as exc:
+    except (ValueError, RecursionError, yaml.YAMLError) as exc:
         raise ConfigError([f"{file}: can't be read as YAML: {exc}"]) from exc
     if data is None:
         data = {}

@@ -95,8 +95,10 @@ def _value(kind: Any, text: str) -> Any:
         return text
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as exc:
-        raise _MistakeError(f"should be YAML or JSON: {exc}") from exc
+    except (ValueError, RecursionError, yaml.YAMLError) as exc:
+        # Without the text itself, which may hold a secret.
+        why = getattr(exc, "problem", None) or type(exc).__name__
+        raise _MistakeError(f"should be YAML or JSON: {why}") from None
     if Any not in kinds and not isinstance(value, dict | list):
         raise _MistakeError("should be YAML or JSON, of a section, a list or a mapping")
     return value

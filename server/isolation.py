@@ -58,7 +58,8 @@ def isolated(raw: bytes, body: dict[str, Any], tenant: Tenant) -> tuple[bytes, d
     if names_media:
         made = json.loads(_dumps(made))
         for part in _media_in(made):
-            part["uuid"] = _own(salt, part["uuid"])
+            # As vLLM does, which takes any value for text.
+            part["uuid"] = _own(salt, str(part["uuid"]))
     if names_media or _SALT in body:
         return _dumps(made), made
     # All else stays as the client wrote it.
@@ -67,15 +68,16 @@ def isolated(raw: bytes, body: dict[str, Any], tenant: Tenant) -> tuple[bytes, d
 
 
 def isolated_raw(raw: bytes, tenant: Tenant) -> bytes:
-    """Return a body as `isolated` does, or one as it is that an engine will refuse.
+    """Return a body as `isolated` does, or one that is no object as it is.
 
     Raises:
-        BadRequestError: the body asks for what isn't a tenant's, or is nested too deeply.
+        BadRequestError: the body isn't JSON (engines take more than that, such as NaN), asks for
+            what isn't a tenant's, or is nested too deeply.
     """
     try:
         body = orjson.loads(raw)
-    except ValueError:
-        return raw
+    except ValueError as exc:
+        raise BadRequestError(f"the body should be JSON: {exc}", "body") from exc
     return isolated(raw, body, tenant)[0] if isinstance(body, dict) else raw
 
 
@@ -89,7 +91,8 @@ def _media_in(body: Any) -> Iterator[dict[str, Any]]:
     while rest:
         value = rest.pop()
         if isinstance(value, list):
-            rest += value
+            # Of tokens there may be many.
+            rest += [each for each in value if isinstance(each, list | dict)]
         elif isinstance(value, Mapping):
             if isinstance(content := value.get("content"), list):
                 yield from filter(_has_uuid, content)
@@ -97,7 +100,7 @@ def _media_in(body: Any) -> Iterator[dict[str, Any]]:
 
 
 def _has_uuid(part: Any) -> bool:
-    return isinstance(part, dict) and isinstance(part.get("uuid"), str)
+    return isinstance(part, dict) and part.get("uuid") is not None
 
 
 def _dumps(value: dict[str, Any]) -> bytes:

@@ -8,6 +8,7 @@ from server.engine import EngineState
 from server.http_request import HttpRequest
 from server.isolation import SALTED, isolated_raw
 from server.models import Models
+from server.names import UnknownModelError
 from server.passthrough import forward
 from server.responses import RETRY_AFTER_S, error_body, error_response
 from server.websocket import forward_websocket, is_asked_for
@@ -27,7 +28,11 @@ class Others:
         The body tells the states. What the tiers hold is answered whatever they are.
         """
         if asked := http.query.get("model"):
-            models = [self._models.of(self._models.names().find(asked).name)]
+            try:
+                models = [self._models.of(self._models.names().find(asked).name)]
+            except UnknownModelError:
+                # Whoever has no key isn't told which there are.
+                return error_response(404, "There is no such model.", param="model")
         else:
             models = [*self._models.all]
         states = {model.name: model.state for model in models}

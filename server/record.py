@@ -12,6 +12,7 @@ from tiers import Answer, Form
 
 # No engine sends an event as large; what never ends must not fill the memory.
 _EVENT_BYTES = 16 * 1024 * 1024
+_CONTENT_TYPES = {Form.BODY: "application/json", Form.EVENTS: "text/event-stream"}
 
 
 class NotAnAnswerError(Exception):
@@ -45,7 +46,7 @@ async def record(
         NotAnAnswerError: the reply isn't an answer.
         ConnectionAbortedError: the stream was cut, or is not what engines send.
     """
-    if reply.status != 200:
+    if reply.status != 200 or reply.content_type != _CONTENT_TYPES[form]:
         raise NotAnAnswerError(reply.status, reply.headers, await reply.read())
     if form is Form.BODY:
         answer, finished = _body(reply, shape, await reply.read())

@@ -73,6 +73,9 @@ async def _read(part: Reloadable) -> None:
     except ConfigError as exc:
         for mistake in exc.mistakes:
             logger.error("%s can't be used, and what was read before stays: %s", names, mistake)
+    except Exception:
+        # No file is worth the end of a server that runs.
+        logger.exception("%s can't be used, and what was read before stays", names)
     else:
         logger.info("read %s again", names)
 

@@ -242,7 +242,7 @@ def _points_elsewhere(prompts: list[Any]) -> bool:
 
 
 def _names_other(part: dict[str, Any]) -> bool:
-    if any(part.get(name) for name in _NAME_OTHERS) or _is_reference(part):
+    if any(part.get(name) is not None for name in _NAME_OTHERS) or _is_reference(part):
         return True
     source = part.get("source")
     urls = [value for name, value in part.items() if name.endswith("_url")]

@@ -132,6 +132,7 @@ class Tenants:
         """Let these in from now on. What is under way goes on."""
         accounts: dict[str, Account] = {}
         by_hash: dict[str, Tenant] = {}
+        salts = self._salts(records)
         for name, record in records.items():
             limits = Limits(record.requests_per_minute, record.max_requests)
             account = self.accounts.get(name)
@@ -140,17 +141,31 @@ class Tenants:
             account.limit(limits)
             accounts[name] = account
             scope = _scope(name, record)
-            salted = self._section.cache_salt
             tenant = Tenant(
                 name,
                 scope,
-                salt=digest(b"cache_salt", scope) if salted else None,
+                salt=salts.get(scope),
                 operator=record.operator,
                 account=account,
             )
             by_hash |= dict.fromkeys(record.keys, tenant)
         self.accounts, self._by_hash = accounts, by_hash
         self._by_header.clear()
+
+    def _salts(self, records: Mapping[str, Record]) -> dict[bytes, str]:
+        """Return the salt of each scope, which only who knows the hashes of its keys could guess.
+
+        So it is the same in all servers with one file, and another once the scope's keys change.
+        """
+        if not self._section.cache_salt:
+            return {}
+        hashes: dict[bytes, list[str]] = {}
+        for name, record in records.items():
+            hashes.setdefault(_scope(name, record), []).extend(record.keys)
+        return {
+            scope: digest(b"cache_salt", scope, *(each.encode() for each in sorted(known)))
+            for scope, known in hashes.items()
+        }
 
     def of(self, headers: Mapping[str, str]) -> Tenant | None:
         """Return whose request these headers come with; `None` without a key that is known."""
@@ -200,7 +215,7 @@ def _read(file: Path) -> Mapping[str, Record]:
         data = yaml.load(file.read_text(encoding="utf-8"), Loader)  # noqa: S506
     except OSError as exc:
         raise ConfigError([f"tenants.file: {file} can't be read: {exc.strerror}"]) from exc
-    except (UnicodeDecodeError, yaml.YAMLError) as exc:
+    except (ValueError, RecursionError, yaml.YAMLError) as exc:
         raise ConfigError([f"tenants.file: {file} is no YAML"]) from exc
     try:
         records = _records.validate_python(data)

@@ -62,9 +62,11 @@ class Certificate:
         try:
             # Without a password it would ask for one at the terminal.
             context.load_cert_chain(certificate, key, password="")
-        except ssl.SSLError as exc:
+        except OSError as exc:
+            # Of which those of TLS are some.
+            why = exc.reason if isinstance(exc, ssl.SSLError) else exc.strerror
             should = "should be a certificate and its key in PEM, the key without a password"
-            raise ConfigError([f"server.tls: {should}: {exc.reason or exc}"]) from exc
+            raise ConfigError([f"server.tls: {should}: {why or exc}"]) from exc
 
 
 def fingerprint(files: Tls) -> bytes:

@@ -19,6 +19,7 @@ do everything.
 
 import asyncio
 import logging
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -37,6 +38,7 @@ from tiers.purges import ALL, KEY, KINDS
 logger = logging.getLogger(__name__)
 
 LINES = "application/jsonl"
+_is_number = re.compile("[0-9]{1,9}").fullmatch
 _Operation = Callable[[HttpRequest], Awaitable[Any]]
 _ENTRIES = "/entries/"
 # Of an operation that may take minutes; its client waits for no longer than a few of them.
@@ -105,7 +107,7 @@ class Admin:
             known = ", ".join(Query._fields)
             raise AdminError(400, f"There are only {known}, no {unknown[0]}.", param=unknown[0])
         limit = given.get("limit", str(Query().limit))
-        if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= MAX_PAGE):
+        if not (_is_number(limit) and 1 <= int(limit) <= MAX_PAGE):
             raise AdminError(400, f"limit should be from 1 to {MAX_PAGE}.", param="limit")
         texts = {name: text for name, text in given.items() if name != "limit"}
         for name, text in texts.items():

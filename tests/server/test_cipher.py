@@ -1,14 +1,18 @@
 """The key of what is encrypted at rest: how it is written, and what a wrong one does."""
 
+import asyncio
 import os
+import subprocess
 from base64 import b64encode
 from pathlib import Path
 
+import orjson
 import pytest
 
 from server.chain import build
 from server.cli import main
 from server.config import ConfigError, load
+from tests.server.conftest import Front, Upstream, alike, question
 
 KEY = os.urandom(32)
 
@@ -70,3 +74,22 @@ async def test_a_server_does_not_start_with_another_key(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=f"encryption_key: the file in .* as it is: {said}"):
             build(load(config(tmp_path, fields)))
     assert (tmp_path / "disk" / "data.mdb").read_bytes() == before
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_server_that_was_killed_does_not_go_on_with_another_key(
+    upstream: Upstream, tmp_path: Path
+) -> None:
+    disk = {"path": str(tmp_path / "disk"), "max_bytes": "4MiB", "encryption_key": KEY.hex()}
+    front = Front(tmp_path, alike(upstream.url), disk=disk)
+    await front.start()
+    await front.ask(question())
+    front.process.kill()
+    await front.stop()
+    changed = orjson.loads(front.config.read_bytes())
+    changed["tiers"]["disk"]["encryption_key"] = os.urandom(32).hex()
+    front.config.write_bytes(orjson.dumps(changed))
+    process = await asyncio.create_subprocess_exec(*front.command, stderr=subprocess.PIPE)
+    _, said = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode == 1
+    assert b"it is encrypted with another key" in said

@@ -95,6 +95,7 @@ def test_the_environment_overrides_the_model_that_there_is_by_default(
         ("TIERSERVE__MODELS__C__SOURCE", "s", "C should be one of 'Org/Model-1.5', 'b'; more are"),
         ("TIERSERVE__MODELS__B__ALIASES", "x", "should be YAML or JSON, of a section, a list or"),
         ("TIERSERVE__MODELS__B__ENGINE__ARGS", "{", "should be YAML or JSON: "),
+        ("TIERSERVE__MODELS__B__ENGINE__ARGS", "2024-13-45", "should be YAML or JSON: "),
     ],
 )
 def test_variables_that_mean_nothing_are_mistakes(
@@ -153,6 +154,7 @@ def test_what_others_set_is_not_ours(tmp_path: Path, monkeypatch) -> None:
         ("cache: {ttl_s: .inf}", "cache.ttl_s: Input should be less"),
         ("cache: {ttl_s: .nan}", "cache.ttl_s: Input should be"),
         ("cache: {ttl_s: 1, ttl_s: 2}", "ttl_s stands twice"),
+        ("cache: {ttl_s: 2024-13-45}", "can't be read as YAML"),
         (
             "tiers: {memory: {policy: best}}",
             "tiers.memory.policy: should be one of adaptive, arc, fifo",

@@ -248,12 +248,23 @@ async def test_routes_without_a_salt_are_sent_none(guarded, upstream) -> None:
     assert await salt_of(guarded, upstream, "acme", "/tokenize") is None
 
 
-async def test_a_body_that_is_no_json_is_passed_on(guarded, upstream) -> None:
+async def test_what_engines_take_beyond_json_gets_past_no_salt(guarded, upstream) -> None:
+    odd = (b"NaN", b"1e999", b'"\\ud800"')
+    bodies = [b'{"cache_salt": "of another", "x": %s}' % value for value in odd]
+    for given in (*bodies, '{"cache_salt": "of another"}'.encode("utf-16"), b"{", b"\xff"):
+        for path in ("/invocations", "/v1/systemone"):
+            async with guarded.session.post(path, data=given) as reply:
+                assert reply.status == 400
+                assert (await reply.json())["error"]["param"] == "body"
+    assert upstream.asked == []
+
+
+async def test_a_body_that_is_no_object_is_passed_on(guarded, upstream) -> None:
     async def echo(http):
         return web.Response(body=await http.read())
 
     upstream.handler = echo
-    for given in (b"{", b"[1]", b"", b"\xff"):
+    for given in (b"[1]", b"2"):
         async with guarded.session.post("/v1/systemone", data=given) as reply:
             assert await reply.read() == given
     deep = b'{"cache_salt": "a", "x": ' + b"[" * 1020 + b"]" * 1020 + b"}"
@@ -416,7 +427,10 @@ async def test_keys_come_and_go_while_it_runs(guarded, upstream) -> None:
     await until_status(guarded, bearer("acme"), 200)
 
 
-@pytest.mark.parametrize("broken", ["", "acme: [", "acme: {keys: [KEY]}", "a: {no: 1}", None])
+@pytest.mark.parametrize(
+    "broken",
+    ["", "acme: [", "acme: {keys: [KEY]}", "a: {no: 1}", "a: 0-1: [", "a: 2024-13-45", None],
+)
 async def test_a_broken_file_changes_nothing(guarded, broken: str | None) -> None:
     kept = "and what was read before stays"
     before = guarded.log.read_text().count(kept)

@@ -282,7 +282,9 @@ async def test_a_body_without_an_id_is_kept_as_it_is(front: Front, upstream: Ups
     assert content == raw
 
 
-@pytest.mark.parametrize("raw", [b"\x00\x01", b"[]", b'{"error": {"code": 1}}', b'{"a":"\x00"}'])
+@pytest.mark.parametrize(
+    "raw", [b"\x00\x01", b"[]", b'{"error": {"code": 1}}', b'{"a":"\x00"}', b"{\x14\xae>"]
+)
 async def test_what_is_no_object_is_passed_on_and_not_stored(
     front: Front, upstream: Upstream, raw: bytes
 ) -> None:

@@ -43,12 +43,16 @@ class Adaptive(ARC):
         super().access(key)
 
     def remove(self, key: str) -> None:
-        self._asked_at.pop(key, None)
+        if self._is_small:
+            del self._asked_at[key]
+            self._arc.drop(key)
+            self._lru.drop(key)
         super().remove(key)
 
     def evict(self) -> str:
         key = super().evict()
-        self._asked_at.pop(key, None)
+        if self._is_small:
+            del self._asked_at[key]
         return key
 
     def _once_leaves(self) -> bool:
@@ -85,3 +89,9 @@ class _Rehearsal:
         while self._bytes > self._policy.max_bytes:
             self._bytes -= self._held.pop(self._policy.evict())
         return False
+
+    def drop(self, key: str) -> None:
+        """Forget a key, whether it is there or not."""
+        if (size := self._held.pop(key, None)) is not None:
+            self._policy.remove(key)
+            self._bytes -= size
