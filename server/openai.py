@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 _NOTHING_SAID = Control()
 _JSON = "application/json"
 _SSE = "text/event-stream; charset=utf-8"
-# Anthropic's clients send their key there.
 # Below a millisecond or two; more would stop all others.
 _CONVERT_INLINE_BYTES = 64 * 1024
 # Above, those who wait for an answer need the engine more.

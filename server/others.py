@@ -6,7 +6,7 @@ from aiohttp import hdrs, web
 from server.destination import destination
 from server.engine import EngineState
 from server.http_request import HttpRequest
-from server.isolation import SALTED, isolated_raw
+from server.isolation import SALTED, isolated_body
 from server.models import Models
 from server.names import UnknownModelError
 from server.passthrough import forward
@@ -68,7 +68,7 @@ class Others:
         if is_asked_for(http):
             return await forward_websocket(http, upstreams)
         if body is not None and http.path in SALTED:
-            body = isolated_raw(body, http.tenant)
+            body = await isolated_body(body, http.tenant)
         return await forward(http, upstreams, body=body)
 
 

@@ -9,7 +9,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from server.http_request import HttpRequest, SlowClientError
-from server.isolation import SALTED, isolated_raw
+from server.isolation import SALTED, isolated_body
 from server.responses import failure, own_headers, unavailable
 from server.upstream import UnavailableError, Upstreams
 
@@ -106,7 +106,7 @@ async def forward(
 async def _data(http: HttpRequest) -> Any:
     """Return a body that is to be passed on, as far as can be before it has been read."""
     if http.tenant.salt is not None and http.path in SALTED:
-        return isolated_raw(await http.body(), http.tenant)
+        return await isolated_body(await http.body(), http.tenant)
     return http.pieces() if http.body_exists else None
 
 

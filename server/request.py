@@ -46,7 +46,7 @@ _HOLD_PARTS = ("content", "file", "output", "source")
 _NAME_OTHERS = ("file_id", "uuid")
 _NAME_NOTHING = frozenset({"content", "name", "role", "text", "tool_call_id", "tool_calls", "type"})
 _CLIENTS_TOOLS = (None, "function", "custom", "namespace")
-# Together they bound the bodies that are remembered to 16 MiB.
+# Together they bound the bodies that are remembered, each up to three times, to 48 MiB.
 _REMEMBERED = 1024
 _REMEMBERED_BYTES = 16 * 1024
 

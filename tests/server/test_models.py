@@ -127,7 +127,6 @@ NO_MODEL = {
         ("POST", CHAT, {"model": "no", "messages": []}),
         ("POST", "/v1/some/route", {"model": "no", "prompt": "x"}),
         ("GET", "/version?model=no", None),
-        ("GET", "/ready?model=no", None),
         ("GET", "/metrics/engine?model=no", None),
         ("GET", "/v1/models/no", None),
     ],
@@ -139,6 +138,13 @@ async def test_an_unknown_model_is_refused_as_vllm_does(
         assert response.status == 404
         assert (await response.json())["error"] == NO_MODEL
     assert await two.asked() == []
+
+
+async def test_whoever_needs_no_key_is_not_told_which_models_there_are(two: Both) -> None:
+    async with two.front.session.get("/ready?model=no") as response:
+        assert response.status == 404
+        error = (await response.json())["error"]
+    assert (error["message"], error["param"]) == ("There is no such model.", "model")
 
 
 async def test_an_unknown_model_is_refused_in_anthropics_shape(two: Both) -> None:
