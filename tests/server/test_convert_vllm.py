@@ -54,8 +54,9 @@ class Reply:
 
     status = 200
 
-    def __init__(self, raw: bytes) -> None:
+    def __init__(self, raw: bytes, form: Form) -> None:
         self._raw, self.headers, self.content = raw, {}, self
+        self.content_type = "text/event-stream" if form is Form.EVENTS else "application/json"
 
     async def read(self) -> bytes:
         return self._raw
@@ -247,7 +248,7 @@ async def recorded(raw: bytes, form: Form) -> Answer:
     async def publish(_: bytes) -> None:
         pass
 
-    answer, finished = await record(Reply(raw), CHOICES, form, publish, 1_000_000)
+    answer, finished = await record(Reply(raw, form), CHOICES, form, publish, 1_000_000)
     assert finished
     return answer
 

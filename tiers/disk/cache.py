@@ -294,14 +294,14 @@ class DiskCache(ByteCache):
     async def _close(self, *args: object, **kwargs: object) -> None:
         if self._closed:
             return
-        self._drop_lost(len(self._lost))
         self._closed = True
         if self._file is None:
             self._opening.cancel()
         await self._writer.close()
         file, self._file = self._file, None
         if file is not None:
-            await asyncio.to_thread(file.close)
+            # Only now: what was queued may have been lost, too.
+            await asyncio.to_thread(self._drop_and_close, file, list(self._lost))
         is_suspect = self._suspect or self._writer.is_suspect
         self._opening.release(whole=file is not None and not is_suspect)
 
@@ -406,7 +406,7 @@ class DiskCache(ByteCache):
             self.usage.refused += len(batch)
             return
         if batch:
-            self._drop_lost(_DROPPED_AT_ONCE)
+            self._drop_lost()
         self.usage.evictions += outcome.evicted
         self.usage.expirations += outcome.expired
         self.usage.entries = outcome.entries
@@ -419,9 +419,18 @@ class DiskCache(ByteCache):
             self._pending[key] = Submission(Change(key, None), submission.loop, None)
             self._lost[key] = None
 
-    def _drop_lost(self, most: int) -> None:
-        for key in list(islice(self._lost, most)):
+    def _drop_lost(self) -> None:
+        for key in list(islice(self._lost, _DROPPED_AT_ONCE)):
             self._submit(Change(key, None))
+
+    def _drop_and_close(self, file: DiskFile, lost: Sequence[str]) -> None:
+        try:
+            for at in range(0, len(lost), _DROPPED_AT_ONCE):
+                file.write([Change(key, None) for key in lost[at : at + _DROPPED_AT_ONCE]], ())
+        except (lmdb.Error, OSError) as exc:
+            logger.error("the disk tier can't drop what it lost the successors of: %s", exc)
+        finally:
+            file.close()
 
     def _wait_open(self) -> DiskFile:
         """Return the open file; in the writer's thread."""
