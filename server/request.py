@@ -36,6 +36,7 @@ from server.routes import ROUTES, Route
 from server.shapes import CHOICES, MESSAGE
 from server.tenants import Tenant
 from tiers import Form, digest
+from tiers.key import scoped
 
 # Where a request may have many.
 _PROMPTS = ("documents", "input", "prompt")
@@ -139,7 +140,7 @@ def _parse(path: str, raw: bytes, tenant: Tenant, names: Names) -> Request:
         or _is_zero(body.get("temperature"))
         or _is_seed(body.get("seed")),
         is_to_be_kept_there=route.may_be_kept_there and body.get("store") is not False,
-        key=key,
+        key=scoped(tenant.share, key),
         cache=cache,
         prompts=prompts,
     )

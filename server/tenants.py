@@ -28,7 +28,7 @@ from server.config import Tenants as Section
 from server.keys import AUTHORIZATION, X_API_KEY, Hash, hashed, key_in, presented
 from server.labels import TENANT
 from server.limits import Account, Limits
-from tiers import digest
+from tiers.key import digest, scope_named
 
 ANONYMOUS = "anonymous"
 """The tenant of requests without credentials, where none are needed."""
@@ -44,23 +44,25 @@ class Tenant:
     Args:
         name: what it is purged by, and named in metrics.
         scope: who may share its answers.
+        share: the scope of its keys, that of which a part of the tiers is for sure; none if empty.
         salt: keeps apart what an engine's prefix cache holds; `None` where nothing is to.
         operator: whether it may do all that can be done.
         account: what it has asked; `None` where that isn't counted.
     """
 
-    __slots__ = ("account", "name", "operator", "salt", "scope")
+    __slots__ = ("account", "name", "operator", "salt", "scope", "share")
 
     def __init__(
         self,
         name: str,
         scope: bytes,
         *,
+        share: str = "",
         salt: str | None = None,
         operator: bool = False,
         account: Account | None = None,
     ) -> None:
-        self.name, self.scope, self.salt = name, scope, salt
+        self.name, self.scope, self.share, self.salt = name, scope, share, salt
         self.operator, self.account = operator, account
 
     @property
@@ -144,6 +146,7 @@ class Tenants:
             tenant = Tenant(
                 name,
                 scope,
+                share=scope_named(scope),
                 salt=salts.get(scope),
                 operator=record.operator,
                 account=account,

@@ -6,7 +6,7 @@ ten times. With `k` variants the first `k` times are generated, and what follows
 
 from collections import OrderedDict
 
-from tiers import digest
+from tiers.key import digest, scope_of, scoped
 
 # Keys of which the turn is known: 20 MB at most. Who is forgotten begins with the first again.
 _REMEMBERED = 64 * 1024
@@ -24,4 +24,4 @@ class Variants:
         self._turns[key] = turn + 1
         if len(self._turns) > _REMEMBERED:
             self._turns.popitem(last=False)
-        return key if turn == 0 else digest(key.encode(), b"%d" % turn)
+        return key if turn == 0 else scoped(scope_of(key), digest(key.encode(), b"%d" % turn))

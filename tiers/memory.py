@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from tiers.backend import ByteCache
+from tiers.key import scope_of
 from tiers.policies import DEFAULT, POLICIES, Policy
+from tiers.shares import Shares
 
 _OVERHEAD_BYTES = sys.getsizeof("k" * 64) + sys.getsizeof(b"") + sys.getsizeof((0, 0)) + 24 + 100
 """Key, object headers, expiry and a share of the dictionary; the policy's own comes on top."""
@@ -23,6 +25,7 @@ class MemoryCache(ByteCache):
     """An in-process cache of at most `max_bytes`, keys and overhead included.
 
     A value that alone is larger than the cache is refused rather than emptying the cache for it.
+    The policy decides but for the scopes' shares (`tiers.key`).
 
     Args:
         max_bytes: what all entries together may take.
@@ -58,7 +61,8 @@ class MemoryCache(ByteCache):
         self.policy = policy
         self.on_evict = on_evict
         self.overhead_bytes = _OVERHEAD_BYTES + policy.OVERHEAD_BYTES
-        """What an entry costs beside its value."""
+        """What an entry costs beside its value, and beside its share if its key has a scope."""
+        self._shares = Shares()
         self._entries: dict[str, tuple[bytes, float | None]] = {}
 
     def read(self, key: str) -> bytes | None:
@@ -71,16 +75,19 @@ class MemoryCache(ByteCache):
             self.usage.expirations += 1
             return None
         self.policy.access(key)
+        if self._shares.held:
+            self._shares.access(key)
         return value
 
     async def write(self, key: str, value: bytes, expires_at: float | None) -> bool:
         self._drop(key)
-        cost = len(value) + self.overhead_bytes
+        cost = self._cost(key, value)
         if cost > self.policy.max_bytes:
             self.usage.refused += 1
             return False
         self._entries[key] = (value, expires_at)
         self.policy.insert(key, cost)
+        self._shares.insert(key, cost)
         self.usage.bytes += cost
         self.usage.entries += 1
         while self.usage.bytes > self.policy.max_bytes:
@@ -106,14 +113,20 @@ class MemoryCache(ByteCache):
         return found if alive else None
 
     def victim(self, value_bytes: int) -> str | None:
-        fits = self.usage.bytes + value_bytes + self.overhead_bytes <= self.policy.max_bytes
-        return None if fits else self.policy.victim()
+        if self.usage.bytes + value_bytes + self.overhead_bytes <= self.policy.max_bytes:
+            return None
+        victim = self.policy.victim()
+        return self._shares.instead_of(victim) or victim
 
     def entries(self) -> Iterator[tuple[str, bytes, float | None]]:
         return iter([(key, *entry) for key, entry in self._entries.items()])
 
     def _evict(self) -> None:
-        key = self.policy.evict()
+        key = self._shares.instead_of(self.policy.victim()) if self._shares.held else None
+        if key is None:
+            key = self.policy.evict()
+        else:
+            self.policy.remove(key)
         value, expires_at = self._forget(key)
         self.usage.evictions += 1
         expired = expires_at is not None and expires_at <= self.clock()
@@ -129,6 +142,11 @@ class MemoryCache(ByteCache):
 
     def _forget(self, key: str) -> tuple[bytes, float | None]:
         entry = self._entries.pop(key)
-        self.usage.bytes -= len(entry[0]) + self.overhead_bytes
+        self._shares.remove(key)
+        self.usage.bytes -= self._cost(key, entry[0])
         self.usage.entries -= 1
         return entry
+
+    def _cost(self, key: str, value: bytes) -> int:
+        share_bytes = Shares.OVERHEAD_BYTES if scope_of(key) else 0
+        return len(value) + self.overhead_bytes + share_bytes

@@ -204,8 +204,8 @@ def _places(disk: DiskCache, query: Query) -> Iterator[tuple[str, str]]:
         below = bytes.fromhex(query.after) if query.after else None
     except ValueError as exc:
         raise AdminError(400, _AFTER, param="after") from exc
-    for each in disk.ranked(below):
-        yield each.rank.hex(), each.key.decode()
+    for rank, found in disk.ranked(below):
+        yield rank.hex(), found.key.decode()
 
 
 def _place(after: str) -> tuple[float, str]:

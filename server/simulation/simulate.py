@@ -35,6 +35,7 @@ from tiers import (
     digest,
 )  # fmt: skip
 from tiers.disk import MIN_BYTES, Durability
+from tiers.key import is_key
 
 NONE = "none"
 """The limit of a tier that is left out."""
@@ -190,7 +191,8 @@ async def _simulate(config: Config, trace: Trace, progress: Progress) -> Replay:
         for key, size, at_s, tokens, _ in progress(trace.requests, trace.name):
             # Virtual time never runs backwards.
             now = max(now, at_s)
-            name = digest(key.encode())
+            # One of ours says whose it is.
+            name = key if is_key(key) else digest(key.encode())
             hit = await chain.lookup(name)
             if hit is not None and hit.state in (State.FRESH, State.STALE):
                 answered_by.append(position[hit.tier])

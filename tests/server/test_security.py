@@ -192,6 +192,31 @@ async def test_only_those_of_one_scope_share_answers(guarded, upstream) -> None:
     assert (await guarded.ask(asked, headers=only))[0] == 504
 
 
+async def test_who_floods_the_tiers_takes_nobody_elses_part(tmp_path: Path, upstream) -> None:
+    async def long(http: web.Request) -> web.StreamResponse:
+        return web.json_response(body("long " * 2000))
+
+    upstream.handler = long
+    write(tmp_path / "tenants.yaml", {"acme": {}, "globex": {}, "ops": {"operator": True}})
+    options = {
+        "sections": {"tenants": {"file": "tenants.yaml"}, "server": {"max_body_bytes": 100_000}},
+        "headers": bearer("ops"),
+        "memory": {"max_bytes": "1MiB"},
+    }
+    async with running(tmp_path, upstream, **options) as front:
+        theirs = [question() for _ in range(20)]
+        for asked in theirs:
+            await front.ask(asked, headers=bearer("acme"))
+        for _ in range(600):
+            await front.ask(question(), headers=bearer("globex"))
+        assert await front.metric('tierserve_tier_evictions_total{tier="memory"}') > 300
+        assert await front.metric('tierserve_tier_evictions_total{tier="disk"}') > 100
+        for asked in theirs:
+            _, status, _ = await front.ask(asked, headers=bearer("acme"))
+            assert status.startswith("tierserve; hit")
+            assert status.endswith("detail=memory")
+
+
 async def test_nobody_joins_what_another_tenant_waits_for(guarded, upstream) -> None:
     go = asyncio.Event()
     upstream.handler = held(go)

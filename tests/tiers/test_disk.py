@@ -200,7 +200,7 @@ async def test_what_can_not_be_read_is_no_end(opened, monkeypatch, error) -> Non
     def failing(*args: object) -> None:
         raise error
 
-    for name in ("next_ranked", "load"):
+    for name in ("numbered", "load"):
         monkeypatch.setattr(DiskFile, name, failing)
     assert list(cache.hottest()) == []
     assert cache.load("sketch") is None

@@ -8,13 +8,14 @@ miss.
 
 import asyncio
 import contextlib
+import heapq
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from math import inf
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import lmdb
 
@@ -22,8 +23,8 @@ from tiers.backend import ByteCache
 from tiers.disk.file import (
     MAX_KEY_BYTES,
     DiskFile,
+    Found,
     OtherFormatError,
-    Ranked,
     Statistics,
     alike,
     reserve_bytes,
@@ -45,8 +46,7 @@ _UNUSABLE = (OtherFormatError, lmdb.InvalidError, lmdb.VersionMismatchError, lmd
 
 
 _Args = ParamSpec("_Args")
-_At = TypeVar("_At")
-_Found = TypeVar("_Found")
+_Result = TypeVar("_Result")
 
 
 class _GrownError(OSError):
@@ -214,19 +214,26 @@ class DiskCache(ByteCache):
         whoever iterates can pause.
         """
         with contextlib.suppress(OSError):
-            for _, key, value, expires_at in self.ranked():
+            for _, (key, value, expires_at) in self.ranked():
                 yield key.decode(), value, None if expires_at == inf else expires_at
 
-    def ranked(self, below: bytes | None = None) -> Iterator[Ranked]:
-        """Yield as `hottest` does, but those below a rank, each with its own.
+    def ranked(self, below: bytes | None = None) -> Iterator[tuple[bytes, Found]]:
+        """Yield ranks and entries as `hottest` does, but those below a rank.
 
         Raises:
             OSError: the file can't be read.
         """
-        while (found := self._step(DiskFile.next_ranked, below)) is not None:
-            below = found.rank
-            if found.key.decode() not in self._pending:
-                yield found
+        scopes = self._step(DiskFile.scopes) or []
+        walks = [self._ranks(scope, below) for scope in scopes]
+        for rank, sequence in heapq.merge(*walks, reverse=True):
+            found = self._step(DiskFile.numbered, sequence)
+            if found is not None and found.key.decode() not in self._pending:
+                yield rank, found
+
+    def _ranks(self, scope: bytes, below: bytes | None) -> Iterator[tuple[bytes, int]]:
+        while ranks := self._step(DiskFile.ranks_below, scope, below):
+            yield from ranks
+            below, _ = ranks[-1]
 
     def sorted_keys(self, after: str = "") -> Iterator[str]:
         """Yield keys in their order, those after `after`; each batch is read when it is asked for.
@@ -305,10 +312,15 @@ class DiskCache(ByteCache):
         is_suspect = self._suspect or self._writer.is_suspect
         self._opening.release(whole=file is not None and not is_suspect)
 
-    def _step(self, step: Callable[[DiskFile, _At], _Found | None], at: _At) -> _Found | None:
+    def _step(
+        self,
+        step: Callable[Concatenate[DiskFile, _Args], _Result],
+        *args: _Args.args,
+        **kwargs: _Args.kwargs,
+    ) -> _Result | None:
         """Return what comes next in a walk through the file; `None` while it isn't open."""
         try:
-            return None if self._file is None else self._read(step, self._file, at)
+            return None if (file := self._file) is None else self._read(step, file, *args, **kwargs)
         except _GrownError:
             raise
         except OSError:
@@ -316,8 +328,8 @@ class DiskCache(ByteCache):
             raise
 
     def _read(
-        self, read: Callable[_Args, _Found], *args: _Args.args, **kwargs: _Args.kwargs
-    ) -> _Found:
+        self, read: Callable[_Args, _Result], *args: _Args.args, **kwargs: _Args.kwargs
+    ) -> _Result:
         """Return what `read`, which is the file's, returns.
 
         Raises:

@@ -23,14 +23,17 @@ from tiers.disk.record import (
     pack_blob,
     unpack,
     unpack_blob,
+    unpack_order,
     unpack_sequence,
 )
 from tiers.disk.seal import Seal, SealError
 from tiers.disk.transaction import (
+    ABOVE,
     Change,
     Databases,
     Outcome,
     Transaction,
+    lowest_of_scopes,
     place_of,
     used_bytes,
 )
@@ -51,16 +54,17 @@ _DROP_BYTES = 16 * 1024
 _MAX_READERS = 512
 _KEYS = 256
 """To read so many takes a tenth of a millisecond."""
+_RANKS = 32
+"""Of each scope so many are in memory at once."""
 
 
 class OtherFormatError(Exception):
     """The file was written by another version of this package, or by something else."""
 
 
-class Ranked(NamedTuple):
-    """An entry in the order of eviction, expired or not."""
+class Found(NamedTuple):
+    """An entry, expired or not."""
 
-    rank: bytes
     key: bytes
     value: bytes
     expires_at: float
@@ -219,25 +223,38 @@ class DiskFile:
         with self._lock, self.env.begin(db=self.dbs.entries, buffers=True) as txn:
             return _record(txn, key) is not None
 
-    def next_ranked(self, below: bytes | None) -> Ranked | None:
-        """Return the entry of the highest priority, or of the highest below a rank."""
-        with (
-            self._lock,
-            self.env.begin(buffers=True) as txn,
-            txn.cursor(db=self.dbs.order) as order,
-        ):
-            above = below is not None and order.set_range(below)
+    def scopes(self) -> list[bytes]:
+        """Return the scopes of all entries."""
+        with self._lock, self.env.begin() as txn, txn.cursor(db=self.dbs.order) as order:
+            return [scope for scope, _ in lowest_of_scopes(order)]
+
+    def ranks_below(self, scope: bytes, below: bytes | None) -> list[tuple[bytes, int]]:
+        """Return a scope's next ranks, from the highest or from below one, and their numbers.
+
+        As many as can be read at once, and none at the end.
+        """
+        ranks: list[tuple[bytes, int]] = []
+        with self._lock, self.env.begin() as txn, txn.cursor(db=self.dbs.order) as order:
+            above = order.set_range(scope + (ABOVE if below is None else below))
             found = order.prev() if above else order.last()
-            while found:
-                rank = bytes(order.key())
-                place = place_of(txn, self.dbs, unpack_sequence(order.value()))
-                if place is not None and (record := txn.get(place.key, db=self.dbs.entries)):
-                    with contextlib.suppress(ValueError):
-                        coding, expires_at, _, payload = unpack(place.key, record)
-                        value = self._decode(txn, place.key, coding, payload)
-                        return Ranked(rank, place.key, value, expires_at)
+            while found and len(ranks) < _RANKS:
+                found_scope, rank = unpack_order(order.key())
+                if found_scope != scope:
+                    break
+                ranks.append((rank, unpack_sequence(order.value())))
                 found = order.prev()
-            return None
+        return ranks
+
+    def numbered(self, sequence: int) -> Found | None:
+        """Return the entry with that sequence number, or `None` if it is gone or damaged."""
+        with self._lock, self.env.begin(buffers=True) as txn:
+            place = place_of(txn, self.dbs, sequence)
+            if place is None or (record := txn.get(place.key, db=self.dbs.entries)) is None:
+                return None
+            with contextlib.suppress(ValueError):
+                coding, expires_at, _, payload = unpack(place.key, record)
+                return Found(place.key, self._decode(txn, place.key, coding, payload), expires_at)
+        return None
 
     def all_keys(self) -> list[bytes]:
         """Return all keys."""

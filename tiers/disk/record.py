@@ -3,11 +3,13 @@
 Owns their layout and checksums, and nothing of LMDB. `FORMAT` changes with any of it.
 """
 
-from struct import Struct
+from struct import Struct, error
 from typing import NamedTuple
 from zlib import crc32
 
-FORMAT = 2
+from tiers.key import DOT, SCOPE_LENGTH
+
+FORMAT = 3
 
 _HEADER = Struct("<BIBdQ")
 """Format version, CRC-32 of the key and all that follows, coding, expiry (Unix s), sequence."""
@@ -15,8 +17,12 @@ _HEADER_BYTES = _HEADER.size
 _CHECKED_FROM = Struct("<BI").size
 _CRC = Struct("<I")
 _RANK = Struct(">dQ")
+_DOT = DOT.encode()
+NOBODY = bytes(SCOPE_LENGTH)
+"""The scope of a key without one."""
 _SEQUENCE = Struct(">Q")
 _PLACE = Struct("<dQd")
+_BYTES = Struct("<Q")
 
 
 class Place(NamedTuple):
@@ -66,6 +72,21 @@ def unpack_rank(rank: bytes | memoryview) -> tuple[float, int]:
     return number, tick
 
 
+def scope_of(key: bytes) -> bytes:
+    """Return a key's scope, as `tiers.key` does, or `NOBODY`."""
+    return key[:SCOPE_LENGTH] if key[SCOPE_LENGTH : SCOPE_LENGTH + 1] == _DOT else NOBODY
+
+
+def pack_order(place: Place) -> bytes:
+    """Return a key that sorts by scope, and then by rank."""
+    return scope_of(place.key) + pack_rank(place.priority, place.tick)
+
+
+def unpack_order(row: bytes | memoryview) -> tuple[bytes, bytes]:
+    """Return scope and rank of what `pack_order` wrote."""
+    return bytes(row[:SCOPE_LENGTH]), bytes(row[SCOPE_LENGTH:])
+
+
 def pack_sequence(sequence: int) -> bytes:
     """Return a key that sorts by age."""
     return _SEQUENCE.pack(sequence)
@@ -107,3 +128,16 @@ def unpack_blob(name: bytes, data: memoryview) -> bytes:
     if len(data) < _CRC.size or _CRC.unpack_from(data)[0] != crc32(blob, crc32(name)):
         raise ValueError(f"{name.decode()} does not verify")
     return bytes(blob)
+
+
+def pack_held(scope: bytes, held_bytes: int) -> bytes:
+    """Return the row of what a scope holds."""
+    return pack_blob(scope, _BYTES.pack(held_bytes))
+
+
+def unpack_held(scope: bytes, row: memoryview | None) -> int:
+    """Read what `pack_held` wrote, in bytes; 0 where there is no row, or none that verifies."""
+    try:
+        return 0 if row is None else int(_BYTES.unpack(unpack_blob(scope, row))[0])
+    except (ValueError, error):
+        return 0

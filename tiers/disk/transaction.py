@@ -6,10 +6,12 @@ is harmless: it goes when its turn comes.
 
 Eviction is GreedyDual (Young 1994; with sizes and frequencies, Cherkasova 1998): the priority of
 an entry is its worth plus the floor, which is the priority of what was evicted last, so what isn't
-read any more falls behind without being touched, and to evict is to take the first rows.
+read any more falls behind without being touched, and to evict is to take the first row of a scope:
+the lowest of all scopes that hold their share (`tiers.key`) or more.
 """
 
-from collections.abc import Callable, Iterable
+import heapq
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import inf
 from struct import Struct, error
@@ -19,15 +21,21 @@ import lmdb
 
 from tiers.disk.codec import Codec
 from tiers.disk.record import (
+    NOBODY,
     Place,
     pack,
     pack_blob,
+    pack_held,
+    pack_order,
     pack_place,
     pack_rank,
     pack_sequence,
+    scope_of,
     sequence_of,
     unpack,
     unpack_blob,
+    unpack_held,
+    unpack_order,
     unpack_place,
     unpack_rank,
     unpack_sequence,
@@ -36,6 +44,8 @@ from tiers.disk.record import (
 _STATE_NAME = b"state"
 _STATE = Struct("<Qd")
 """The last sequence number or tick, which count together, and the floor."""
+ABOVE = b"\xff"
+"""After a scope, it is above all ranks, which are of numbers that aren't negative."""
 _MAX_PRIORITY = 1e300
 _MIN_RISE = 1 / 8
 """In worths, or in the entries that were stored since: a smaller rise isn't worth writing."""
@@ -49,9 +59,11 @@ class Databases(NamedTuple):
     places: lmdb._Database
     """Sequence number → place: priority, tick, expiry, key."""
     order: lmdb._Database
-    """Rank by priority and tick → sequence number. The first is evicted next."""
+    """Scope, and rank by priority and tick → sequence number. A scope's first is evicted next."""
     expiries: lmdb._Database
     """Rank by expiry and sequence number → nothing. The first expires next."""
+    scopes: lmdb._Database
+    """Scope → bytes of its records."""
     meta: lmdb._Database
     """Name → blob."""
 
@@ -107,6 +119,9 @@ class Transaction:
         self._codec = codec
         self._worth = worth
         self._state = self._sequence, self._floor = self._read_state()
+        self._bytes: dict[bytes, int] = {}
+        self._counted: set[bytes] = set()
+        self._scopes = self._total = 0
         self._evicted = 0
         self._expired = 0
 
@@ -120,6 +135,7 @@ class Transaction:
             return
         if (record := self._txn.get(key, db=self._dbs.entries)) is not None:
             self._drop_rows(sequence_of(record), key)
+            self._count(key, -len(record))
         if change.value is None:
             self._txn.delete(key, db=self._dbs.entries)
             return
@@ -128,6 +144,7 @@ class Transaction:
         record_bytes = pack(key, coding, change.expires_at, self._sequence, payload)
         priority = self._priority(change.key, len(record_bytes))
         self._txn.put(key, record_bytes, db=self._dbs.entries)
+        self._count(key, len(record_bytes))
         place = Place(priority, self._sequence, change.expires_at, key)
         self._put_rows(self._sequence, place)
 
@@ -138,6 +155,7 @@ class Transaction:
             _, expires_at, sequence, _ = unpack(key, record)
             place = Place(self._floor, sequence, expires_at, key)
             self._put_rows(sequence, place)
+            self._count(key, len(record))
             self._sequence = max(self._sequence, sequence)
 
     def raise_priorities(self, keys: Iterable[str]) -> None:
@@ -158,10 +176,10 @@ class Transaction:
                 continue
             self._sequence += 1
             name = pack_sequence(sequence)
-            self._txn.delete(pack_rank(place.priority, place.tick), db=self._dbs.order)
-            self._txn.put(pack_rank(priority, self._sequence), name, db=self._dbs.order)
-            row = pack_place(place._replace(priority=priority, tick=self._sequence))
-            self._txn.put(name, row, db=self._dbs.places)
+            self._txn.delete(pack_order(place), db=self._dbs.order)
+            place = place._replace(priority=priority, tick=self._sequence)
+            self._txn.put(pack_order(place), name, db=self._dbs.order)
+            self._txn.put(name, pack_place(place), db=self._dbs.places)
 
     def expire(self, now: float, limit: int) -> None:
         """Drop up to `limit` entries that have expired, the first to expire first."""
@@ -175,21 +193,32 @@ class Transaction:
 
     def evict(self, target_bytes: int, limit: int) -> None:
         """Drop up to `limit` entries, the lowest first, until `target_bytes` hold the rest."""
+        lowest: list[tuple[bytes, bytes]] = []
         with self._txn.cursor(db=self._dbs.order) as cursor:
             while self._evicted < limit and used_bytes(self._txn, self._dbs) > target_bytes:
-                if not cursor.first():
+                if not lowest and not (lowest := self._over_their_shares(cursor)):
                     # Entries that are in no order can't be told apart.
                     self._drop_all()
                     return
-                priority, _ = unpack_rank(cursor.key())
+                rank, scope = heapq.heappop(lowest)
+                cursor.set_key(scope + rank)
                 sequence = unpack_sequence(cursor.value())
                 cursor.delete()
                 if self._drop(sequence):
-                    self._floor = max(self._floor, priority)
+                    self._floor = max(self._floor, unpack_rank(rank)[0])
                     self._evicted += 1
+                if self._is_over_its_share(scope) and cursor.set_range(scope):
+                    next_scope, rank = unpack_order(cursor.key())
+                    if next_scope == scope:
+                        heapq.heappush(lowest, (rank, scope))
 
     def end(self) -> Outcome:
         """Write the counters, and return what was done; the caller commits."""
+        for scope in self._counted:
+            if held := self._bytes[scope]:
+                self._txn.put(scope, pack_held(scope, held), db=self._dbs.scopes)
+            else:
+                self._txn.delete(scope, db=self._dbs.scopes)
         if (self._sequence, self._floor) != self._state:
             state = _STATE.pack(self._sequence, self._floor)
             self._txn.put(_STATE_NAME, pack_blob(_STATE_NAME, state), db=self._dbs.meta)
@@ -224,7 +253,8 @@ class Transaction:
         ):
             # The ticks that were given since the last place are unknown, but they are fewer.
             sequence = unpack_sequence(places.key()) + (1 << 32) if places.last() else 0
-            return sequence, unpack_rank(order.key())[0] if order.first() else 0.0
+            ranks = [unpack_rank(rank)[0] for _, rank in lowest_of_scopes(order)]
+            return sequence, min(ranks, default=0.0)
 
     def _priority(self, key: str, record_bytes: int) -> float:
         worth = self._worth(key, record_bytes)
@@ -240,12 +270,13 @@ class Transaction:
         record = self._txn.get(place.key, db=self._dbs.entries)
         if record is None or sequence_of(record) != sequence:
             return False
+        self._count(place.key, -len(record))
         return self._txn.delete(place.key, db=self._dbs.entries)
 
     def _put_rows(self, sequence: int, place: Place) -> None:
         name = pack_sequence(sequence)
         self._txn.put(name, pack_place(place), db=self._dbs.places)
-        self._txn.put(pack_rank(place.priority, place.tick), name, db=self._dbs.order)
+        self._txn.put(pack_order(place), name, db=self._dbs.order)
         if place.expires_at < inf:
             self._txn.put(pack_rank(place.expires_at, sequence), b"", db=self._dbs.expiries)
 
@@ -255,15 +286,41 @@ class Transaction:
         if place is None or place.key != key:
             return
         self._txn.delete(pack_sequence(sequence), db=self._dbs.places)
-        self._txn.delete(pack_rank(place.priority, place.tick), db=self._dbs.order)
+        self._txn.delete(pack_order(place), db=self._dbs.order)
         if place.expires_at < inf:
             self._txn.delete(pack_rank(place.expires_at, sequence), db=self._dbs.expiries)
 
     def _drop_all(self) -> None:
         dbs = self._dbs
         self._evicted += self._txn.stat(dbs.entries)["entries"]
-        for db in (dbs.entries, dbs.places, dbs.order, dbs.expiries):
+        for db in (dbs.entries, dbs.places, dbs.order, dbs.expiries, dbs.scopes):
             self._txn.drop(db, delete=False)
+        self._counted.clear()
+
+    def _count(self, key: bytes, change: int) -> None:
+        """Note that the records of a key's scope take more or, if `change` is negative, less."""
+        if (scope := scope_of(key)) != NOBODY:
+            self._bytes[scope] = max(0, self._held(scope) + change)
+            self._counted.add(scope)
+            self._total += change
+
+    def _held(self, scope: bytes) -> int:
+        if (held := self._bytes.get(scope)) is None:
+            row = self._txn.get(scope, db=self._dbs.scopes)
+            held = self._bytes[scope] = unpack_held(scope, row)
+        return held
+
+    def _over_their_shares(self, order: lmdb.Cursor) -> list[tuple[bytes, bytes]]:
+        """Return, as a heap, lowest rank and scope of each that holds its share or more."""
+        ranks = dict(lowest_of_scopes(order))
+        held = [self._held(scope) for scope in ranks if scope != NOBODY]
+        self._scopes, self._total = len(held), sum(held)
+        lowest = [(rank, scope) for scope, rank in ranks.items() if self._is_over_its_share(scope)]
+        heapq.heapify(lowest)
+        return lowest
+
+    def _is_over_its_share(self, scope: bytes) -> bool:
+        return scope == NOBODY or self._bytes[scope] * self._scopes >= self._total
 
 
 def place_of(txn: "lmdb.Transaction[memoryview]", dbs: Databases, sequence: int) -> Place | None:
@@ -273,6 +330,15 @@ def place_of(txn: "lmdb.Transaction[memoryview]", dbs: Databases, sequence: int)
         return None if row is None else unpack_place(row)
     except error:
         return None
+
+
+def lowest_of_scopes(order: lmdb.Cursor) -> Iterator[tuple[bytes, bytes]]:
+    """Yield each scope that has entries, with its lowest rank."""
+    found = order.first()
+    while found:
+        scope, rank = unpack_order(order.key())
+        yield scope, rank
+        found = order.set_range(scope + ABOVE)
 
 
 def used_bytes(txn: "lmdb.Transaction[Any]", dbs: Databases) -> int:

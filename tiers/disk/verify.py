@@ -9,6 +9,7 @@ of JSON: `entries` and `damaged`, or the `problem` for which the file can't be u
 import argparse
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -20,7 +21,15 @@ import lmdb.verify
 
 from tiers.disk.codec import ZSTD_DICTIONARY, Codec
 from tiers.disk.file import DATA, DiskFile, OtherFormatError, alike
-from tiers.disk.record import pack_rank, pack_sequence, unpack
+from tiers.disk.record import (
+    NOBODY,
+    pack_order,
+    pack_rank,
+    pack_sequence,
+    scope_of,
+    unpack,
+    unpack_held,
+)
 from tiers.disk.transaction import Databases, Transaction, place_of
 
 _BATCH = 10_000
@@ -171,6 +180,7 @@ def _walk(file: DiskFile) -> tuple[int, list[bytes], bool]:
         ValueError: an entry isn't found by its key.
     """
     damaged, is_indexed, expiring = [], True, 0
+    held: Counter[bytes] = Counter()
     dbs = file.dbs
     with file.env.begin(buffers=True) as txn:
         if any(any(db.flags().values()) for db in dbs):
@@ -188,9 +198,15 @@ def _walk(file: DiskFile) -> tuple[int, list[bytes], bool]:
             if coding == ZSTD_DICTIONARY and not file.learn(txn):
                 damaged.append(key)
             expiring += expires_at < inf
+            held[scope_of(key)] += len(record)
             is_indexed = is_indexed and _is_indexed(txn, dbs, key, expires_at, sequence)
         entries, *rows = (txn.stat(db)["entries"] for db in dbs[:4])
-    return entries, damaged, is_indexed and rows == [entries, entries, expiring]
+        del held[NOBODY]
+        counted = {
+            bytes(scope): unpack_held(bytes(scope), row) for scope, row in txn.cursor(db=dbs.scopes)
+        }
+    is_indexed = is_indexed and rows == [entries, entries, expiring] and counted == held
+    return entries, damaged, is_indexed
 
 
 def _is_indexed(
@@ -203,7 +219,7 @@ def _is_indexed(
     place = place_of(txn, dbs, sequence)
     if place is None or (place.key, place.expires_at) != (key, expires_at):
         return False
-    name = txn.get(pack_rank(place.priority, place.tick), db=dbs.order)
+    name = txn.get(pack_order(place), db=dbs.order)
     if name is None or bytes(name) != pack_sequence(sequence):
         return False
     rank = pack_rank(expires_at, sequence)
@@ -215,7 +231,7 @@ def _repair(file: DiskFile, damaged: list[bytes]) -> None:
     with file.env.begin(write=True) as txn:
         for key in damaged:
             txn.delete(key, db=file.dbs.entries)
-        for db in (file.dbs.places, file.dbs.order, file.dbs.expiries):
+        for db in (file.dbs.places, file.dbs.order, file.dbs.expiries, file.dbs.scopes):
             txn.drop(db, delete=False)
     with file.env.begin(db=file.dbs.entries) as txn:
         keys = list(txn.cursor().iternext(values=False))
