@@ -42,6 +42,8 @@ _PENDING_BYTES = 64 * 1024 * 1024
 # About 500 bytes each.
 _MOST_LOST = 8192
 _DROPPED_AT_ONCE = 256
+# Of each scope so many are in memory at once.
+_RANKS = 32
 _UNUSABLE = (OtherFormatError, lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.CorruptedError)
 
 
@@ -231,9 +233,12 @@ class DiskCache(ByteCache):
                 yield rank, found
 
     def _ranks(self, scope: bytes, below: bytes | None) -> Iterator[tuple[bytes, int]]:
-        while ranks := self._step(DiskFile.ranks_below, scope, below):
+        # Of many scopes only the first rank of each is needed at first.
+        most = 1
+        while ranks := self._step(DiskFile.ranks_below, scope, below, most):
             yield from ranks
             below, _ = ranks[-1]
+            most = min(2 * most, _RANKS)
 
     def sorted_keys(self, after: str = "") -> Iterator[str]:
         """Yield keys in their order, those after `after`; each batch is read when it is asked for.

@@ -54,8 +54,6 @@ _DROP_BYTES = 16 * 1024
 _MAX_READERS = 512
 _KEYS = 256
 """To read so many takes a tenth of a millisecond."""
-_RANKS = 32
-"""Of each scope so many are in memory at once."""
 
 
 class OtherFormatError(Exception):
@@ -228,16 +226,16 @@ class DiskFile:
         with self._lock, self.env.begin() as txn, txn.cursor(db=self.dbs.order) as order:
             return [scope for scope, _ in lowest_of_scopes(order)]
 
-    def ranks_below(self, scope: bytes, below: bytes | None) -> list[tuple[bytes, int]]:
-        """Return a scope's next ranks, from the highest or from below one, and their numbers.
+    def ranks_below(self, scope: bytes, below: bytes | None, most: int) -> list[tuple[bytes, int]]:
+        """Return up to `most` of a scope's ranks, from the highest or from below one.
 
-        As many as can be read at once, and none at the end.
+        Each comes with the sequence number of its entry.
         """
         ranks: list[tuple[bytes, int]] = []
         with self._lock, self.env.begin() as txn, txn.cursor(db=self.dbs.order) as order:
             above = order.set_range(scope + (ABOVE if below is None else below))
             found = order.prev() if above else order.last()
-            while found and len(ranks) < _RANKS:
+            while found and len(ranks) < most:
                 found_scope, rank = unpack_order(order.key())
                 if found_scope != scope:
                     break
