@@ -3,8 +3,13 @@
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from .servers import SERVERS, MemcachedServer, RedisServer, StoreServer
+
+# How long an example takes is the machine's affair.
+settings.register_profile("tierserve", deadline=None)
+settings.load_profile("tierserve")
 
 
 @pytest.fixture(scope="session")

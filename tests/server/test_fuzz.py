@@ -25,9 +25,7 @@ from .conftest import CHAT, Front, Upstream, answer, question, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-fuzzed = settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+fuzzed = settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 _STATUS = re.compile(rb"HTTP/1\.[01] (\d{3}) ")
 _MOST_BYTES = 100_000
 _HANGS_S = 20

@@ -49,7 +49,7 @@ def reordered(body: dict[str, Any]) -> dict[str, Any]:
     return dict(reversed(body.items()))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(BODIES, st.booleans())
 def test_how_it_is_written_changes_nothing(body: dict[str, Any], escapes: bool) -> None:
     one = json.dumps(body).encode()
@@ -62,7 +62,7 @@ def test_how_it_is_written_changes_nothing(body: dict[str, Any], escapes: bool) 
     assert request(CHAT, one).key == request(CHAT, written).key
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(BODIES, BODIES)
 def test_what_is_left_differs_where_keys_do(one: dict[str, Any], other: dict[str, Any]) -> None:
     """Two bodies share a key only if they differ in nothing but what may be left out."""

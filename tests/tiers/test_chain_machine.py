@@ -288,7 +288,6 @@ def test_finds_the_last_stored_answer_or_nothing(redis_server, monkeypatch) -> N
     run_state_machine_as_test(
         ChainMachine,
         settings=settings(
-            deadline=None,
             max_examples=200 if LONG else 15,
             stateful_step_count=60 if LONG else 40,
             suppress_health_check=list(HealthCheck),
@@ -297,7 +296,7 @@ def test_finds_the_last_stored_answer_or_nothing(redis_server, monkeypatch) -> N
 
 
 @given(st.integers(0, 2**32), st.sampled_from(Write), st.sampled_from(sorted(POLICIES)))
-@settings(deadline=None, max_examples=2000 if LONG else 100)
+@settings(max_examples=2000 if LONG else 100)
 async def test_nothing_older_comes_back_however_calls_interleave(seed, write, policy) -> None:
     chance, clock, numbers = random.Random(seed), Clock(), count(1)
     remote = Remote(clock, delay=lambda: chance.randrange(4))

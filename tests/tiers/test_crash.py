@@ -370,7 +370,7 @@ def test_another_format_is_set_aside(tmp_path: Path, caplog, monkeypatch) -> Non
     assert asyncio.run(main()) == [b"1"]
     monkeypatch.setattr("tiers.disk.file.FORMAT", 99)
     assert asyncio.run(main()) == [None]
-    assert "its format is b'2', not 99" in caplog.text
+    assert "its format is b'3', not 99" in caplog.text
     assert len(list(tmp_path.glob(f"{DATA}.aside-*"))) == 1
 
 

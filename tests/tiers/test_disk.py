@@ -321,7 +321,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, error: lmdb.Error) -> None:
 
 
 @given(st.integers(0, 2**32), st.sampled_from(Durability), st.integers(0, 3))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 async def test_a_lost_change_never_shows_what_it_was_to_replace(
     seed: int, durability: Durability, most_lost: int
 ) -> None:
@@ -516,7 +516,7 @@ class Model:
 
 
 @given(STEPS)
-@settings(deadline=None, max_examples=300 if LONG else 30)
+@settings(max_examples=300 if LONG else 30)
 async def test_never_answers_wrong_and_keeps_its_indexes(steps) -> None:
     with TemporaryDirectory() as folder:
         model = Model(Path(folder))

@@ -143,7 +143,7 @@ class Sky:
 
 
 @given(STEPS)
-@settings(deadline=None, max_examples=2000 if LONG else 60)
+@settings(max_examples=2000 if LONG else 60)
 async def test_everybody_gets_everything_and_nobody_hangs(steps) -> None:
     sky = Sky()
     for action, *of in steps:

@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tiers import digest
@@ -24,7 +24,6 @@ def restore(sketch: FrequencySketch, data: bytes) -> None:
 
 
 @given(st.lists(KEYS, max_size=300), st.integers(1, 64))
-@settings(deadline=None)
 def test_never_underestimates_before_it_ages(keys: list[str], capacity: int) -> None:
     sketch = FrequencySketch(capacity)
     for seen, one in enumerate(keys[: 10 * capacity - 1], start=1):
@@ -74,7 +73,6 @@ def test_doubles_without_changing_an_estimate() -> None:
 
 
 @given(st.lists(KEYS, max_size=100), st.integers(1, 100))
-@settings(deadline=None)
 def test_survives_dump_and_restore(keys: list[str], capacity: int) -> None:
     sketch = FrequencySketch(capacity)
     for one in keys:
@@ -87,7 +85,6 @@ def test_survives_dump_and_restore(keys: list[str], capacity: int) -> None:
 
 
 @given(st.lists(KEYS, max_size=150), st.lists(KEYS, max_size=150))
-@settings(deadline=None)
 def test_restoring_adds_to_what_was_counted_meanwhile(before: list[str], since: list[str]) -> None:
     saved, sketch = FrequencySketch(64), FrequencySketch(64)
     for one in before:

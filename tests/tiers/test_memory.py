@@ -88,9 +88,7 @@ class AgainstDictionary(RuleBasedStateMachine):
 @EVERY
 def test_never_answers_wrong_never_grows_and_tells_what_it_evicts(policy: str) -> None:
     machine = type("WithPolicy", (AgainstDictionary,), {"policy": policy})
-    run_state_machine_as_test(
-        machine, settings=settings(deadline=None, max_examples=60, stateful_step_count=50)
-    )
+    run_state_machine_as_test(machine, settings=settings(max_examples=60, stateful_step_count=50))
 
 
 async def test_what_expired_is_not_told(clock: Clock) -> None:

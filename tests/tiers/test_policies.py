@@ -6,7 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tiers.replay import (
@@ -47,7 +47,6 @@ STEPS = st.lists(
 
 @EVERY
 @given(STEPS)
-@settings(deadline=None)
 def test_keeps_its_contract(make: Make, steps: list[tuple[str, str, int]]) -> None:
     policy, held = make(MAX_BYTES), {}
 

@@ -53,7 +53,6 @@ def test_a_key_says_whose_it_is() -> None:
 
 @EVERY
 @given(steps=STEPS)
-@settings(deadline=None)
 def test_what_leaves_memory_was_beyond_its_share(policy: str, steps) -> None:
     held: dict[str, int] = {}
 
@@ -143,7 +142,7 @@ async def test_who_floods_the_disk_takes_nobody_elses_share(tmp_path: Path) -> N
 
 
 @given(STEPS)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 async def test_what_leaves_the_disk_was_beyond_its_share(steps) -> None:
     with TemporaryDirectory() as folder:
         cache = DiskCache(Path(folder), MIB, durability=Durability.OS)

@@ -362,7 +362,7 @@ def _fail(self, changes, *args) -> None:
 
 
 @given(st.integers(0, 2**32), st.integers(1, 4))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 async def test_never_gives_out_what_is_older_than_the_last_stored(seed: int, known: int) -> None:
     chance, clock = random.Random(seed), Clock()
     backends = [Far(clock), Far(clock)]

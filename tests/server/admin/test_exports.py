@@ -93,7 +93,7 @@ async def test_lines_don_t_depend_on_how_bytes_come(pieces: list[bytes], most: i
     assert found == [line[:most] for line in [*ended, *[rest] * bool(rest)]]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.dictionaries(KEYS, ENTRIES, max_size=20))
 def test_an_import_of_an_export_gives_the_same_entries(
     tmp_path_factory, entries: dict[str, Entry]
