@@ -37,6 +37,7 @@ from server.others import ADAPTER_PATHS, Others, refuse_adapters
 from server.pages.document import Document
 from server.pages.files import ADMIN, FRONT, Files
 from server.pages.overview import Overview
+from server.prefixes import Prefixes
 from server.reload import Reloads
 from server.routes import ROUTES, keeps_responses
 from server.tenants import Tenants
@@ -134,6 +135,7 @@ async def _serve(
     )
     history = History()
     overview = Overview(chain=chain, history=history, models=models, version=version("tierserve"))
+    prefixes = Prefixes()
     access = AccessLog(config.log, log)
     road = OpenAI(
         chain=chain,
@@ -147,12 +149,14 @@ async def _serve(
             (os.environ, *(model.engine.env for model in config.models.values()))
         ),
         max_prompts=config.server.max_prompts,
+        prefixes=prefixes,
     )
     admin = Admin(
         Administration(chain),
         max_line_bytes=max_line_bytes(config),
         server={
             "/overview": overview.of_all,
+            "/prefixes": prefixes.told,
             "/config": lambda: without_secrets(config.model_dump(mode="json")),
         },
     )

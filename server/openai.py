@@ -15,11 +15,13 @@ from server.control import Control, control_of
 from server.http_request import HttpRequest
 from server.models import Models
 from server.passthrough import forward, forwarded, returned
+from server.prefixes import Prefixes
 from server.record import NotAnAnswerError, record
 from server.request import Request, parse
 from server.responses import Whole, error_response, failure, own_headers, unavailable
 from server.spans import step
 from server.upstream import UnavailableError
+from server.usage import counts_in
 from server.variants import Variants
 from tiers import Answer, Chain, Flight, Flights, Form, Freshness, Hit, State, Turns
 from tiers.flight import Listener
@@ -49,6 +51,7 @@ class OpenAI:
         variants: how many answers such requests are given in turn, if they don't say.
         engine_keeps: whether the engine keeps answers itself, under ids that it gives.
         max_prompts: that one request may have.
+        prefixes: counts how the prompts begin that engines are asked.
     """
 
     def __init__(
@@ -62,13 +65,14 @@ class OpenAI:
         nondeterministic: str,
         variants: int,
         max_prompts: int,
+        prefixes: Prefixes,
         engine_keeps: bool = False,
     ) -> None:
         self._chain, self._flights, self._turns = chain, flights, turns
         self._models, self._freshness = models, freshness
         self._nondeterministic, self._engine_keeps = nondeterministic, engine_keeps
         self._variants, self._turn_of = variants, Variants()
-        self._max_prompts = max_prompts
+        self._max_prompts, self._prefixes = max_prompts, prefixes
 
     async def answer(self, http: HttpRequest) -> web.StreamResponse:
         """Answer from a tier, from a running flight, or from the engine.
@@ -96,7 +100,11 @@ class OpenAI:
             return _not_cached()
         upstreams = self._models.upstreams(request.model)
         return await forward(
-            http, upstreams, body=request.raw, cache_status="tierserve; fwd=bypass"
+            http,
+            upstreams,
+            body=request.raw,
+            cache_status="tierserve; fwd=bypass",
+            ended=partial(self._prefixes.note, request),
         )
 
     def _may_keep(self, http: HttpRequest, request: Request) -> bool:
@@ -249,6 +257,7 @@ class OpenAI:
                 await self._chain.store(
                     request.key, answer, freshness, origin=flight.origin, took_s=took_s
                 )
+        self._prefixes.note(request, counts_in(answer))
 
 
 async def _render(

@@ -1,6 +1,6 @@
 """Passing a request through to an engine and its reply back, unchanged and without buffering."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import aiohttp
@@ -25,6 +25,8 @@ _OURS = frozenset(
 _KEYS = frozenset({"authorization", "x-api-key"})
 # We have undone the first, and must be able to read what comes back.
 _CODINGS = frozenset({"content-encoding", "accept-encoding"})
+# Token counts are there.
+_END_BYTES = 1024
 
 
 def forwarded(http: HttpRequest) -> CIMultiDict[str]:
@@ -54,6 +56,7 @@ async def forward(
     body: bytes | None = None,
     path: str | None = None,
     cache_status: str | None = None,
+    ended: Callable[[bytes], None] | None = None,
 ) -> web.StreamResponse:
     """Pass `http` to an upstream.
 
@@ -63,6 +66,7 @@ async def forward(
         body: the request's body where it has been read already, as an engine may be sent it.
         path: asked instead of the request's own.
         cache_status: added to the reply (RFC 9211).
+        ended: is told the end of an answer, once all of it has been passed on.
     """
     http.outcome = ("engine", "pass")
     data = body if body is not None else await _data(http)
@@ -71,23 +75,11 @@ async def forward(
         async with upstreams.request(
             http.method, path or http.rel_url.raw_path_qs, data=data, headers=forwarded(http)
         ) as reply:
-            headers = returned(reply.headers)
-            headers.update(own_headers(http))
-            if location := headers.get("Location"):
-                headers["Location"] = _seen_from_here(URL(location), reply.url)
-            response = web.StreamResponse(status=reply.status, headers=headers)
-            if reply.content_length is not None and http.method != "HEAD":
-                response.content_length = reply.content_length
-            if cache_status is not None:
-                # Caches nearer to the engine stand first.
-                theirs = reply.headers.get("Cache-Status")
-                response.headers["Cache-Status"] = (
-                    f"{theirs}, {cache_status}" if theirs else cache_status
-                )
+            response = _answering(http, reply, cache_status)
             await response.prepare(http)
-            async for piece in reply.content.iter_any():
-                await http.send(response, piece)
-            await response.write_eof()
+            end = await _pass_on(http, reply, response)
+            if ended is not None and reply.status == 200:
+                ended(end)
             return response
     except UnavailableError as exc:
         http.outcome = ("engine", "error")
@@ -101,6 +93,36 @@ async def forward(
             # What has begun can only be cut, so that the client sees that it isn't whole.
             raise ConnectionResetError from exc
         return failure(exc)
+
+
+def _answering(
+    http: HttpRequest, reply: aiohttp.ClientResponse, cache_status: str | None
+) -> web.StreamResponse:
+    """Return the response that passes a reply on, without its body."""
+    headers = returned(reply.headers)
+    headers.update(own_headers(http))
+    if location := headers.get("Location"):
+        headers["Location"] = _seen_from_here(URL(location), reply.url)
+    response = web.StreamResponse(status=reply.status, headers=headers)
+    if reply.content_length is not None and http.method != "HEAD":
+        response.content_length = reply.content_length
+    if cache_status is not None:
+        # Caches nearer to the engine stand first.
+        theirs = reply.headers.get("Cache-Status")
+        response.headers["Cache-Status"] = f"{theirs}, {cache_status}" if theirs else cache_status
+    return response
+
+
+async def _pass_on(
+    http: HttpRequest, reply: aiohttp.ClientResponse, response: web.StreamResponse
+) -> bytes:
+    """Pass a reply's body on, and return its end."""
+    end = b""
+    async for piece in reply.content.iter_any():
+        await http.send(response, piece)
+        end = piece if len(piece) >= _END_BYTES else (end + piece)[-_END_BYTES:]
+    await response.write_eof()
+    return end
 
 
 async def _data(http: HttpRequest) -> Any:

@@ -60,6 +60,8 @@ class Request(NamedTuple):
     """The one of the route's paths that it was asked by."""
     model: str
     """By which its engine knows it."""
+    tenant: str
+    """Who asks, by name."""
     labels: tuple[str, ...]
     """By what its answer may be purged, beside its key."""
     raw: bytes
@@ -127,6 +129,7 @@ def _parse(path: str, raw: bytes, tenant: Tenant, names: Names) -> Request:
         route=route,
         path=path,
         model=name,
+        tenant=tenant.name,
         labels=labels_of(name, tenant.name, cache.tags),
         raw=raw,
         body=sent,

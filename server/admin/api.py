@@ -10,6 +10,8 @@
     POST   /compact
     POST   /verify
     GET    /overview       as `server.pages.overview` describes it, of all tenants
+    GET    /prefixes       the beginnings of prompts that engines are asked for most, as
+                           `server.prefixes` describes them
     GET    /config         the effective configuration, without secrets
 
 While an import or a verification goes on, its client gets a `102 Processing` every few seconds.

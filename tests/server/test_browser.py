@@ -196,6 +196,22 @@ async def test_an_entry_is_found_looked_at_and_purged(guarded, upstream, visit) 
     assert await page.title() == "tierserve: tiers"
 
 
+async def test_what_prompts_begin_with_is_shown(guarded, upstream, visit) -> None:
+    page = visit.page
+    for number in range(3):
+        system = {"role": "system", "content": EVIL}
+        asked = question(messages=[system, {"role": "user", "content": f"Question {number}?"}])
+        await guarded.ask(asked)
+    await page.goto(guarded.admin)
+    await page.get_by_label("Admin key").fill(ADMIN_KEY)
+    await page.get_by_role("button", name="Use it").click()
+    row = page.locator("#prefixes tbody tr").filter(has_text=EVIL)
+    await expect(row).to_have_count(1)
+    await expect(row.locator("td").nth(1)).to_have_text("3")
+    await expect(row).to_contain_text("acme")
+    assert await page.title() == "tierserve: tiers"
+
+
 async def test_the_api_is_described(front, visit) -> None:
     page = visit.page
     await page.goto(f"{front.url}/docs")

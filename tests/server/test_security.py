@@ -38,7 +38,8 @@ ADMIN_ROUTES = [
     ("GET", "/stats"), ("GET", "/entries"), ("GET", "/entries/k"), ("DELETE", "/entries/k"),
     ("POST", "/purge"), ("GET", "/export"), ("POST", "/import"), ("POST", "/compact"),
     ("GET", "/overview"), ("GET", "/config"), ("GET", "/admin/"), ("GET", "/pages/"),
-    ("POST", "/verify"), ("GET", "/"), ("OPTIONS", "/stats"), ("HEAD", "//stats"),
+    ("POST", "/verify"), ("GET", "/prefixes"), ("GET", "/"), ("OPTIONS", "/stats"),
+    ("HEAD", "//stats"),
 ]  # fmt: skip
 PATHS = (
     CHAT, "/docs/", "/health/", "/metrics", "/metrics/engine", "/nowhere", "/openapi.json",

@@ -4,6 +4,7 @@ import { askJson, keyForm, useAdminKey } from "./api.js";
 import { at, bytes, count, el, ratio, table } from "./dom.js";
 import { search, setUpEntries } from "./entries.js";
 import { watch } from "./overview.js";
+import { drawPrefixes } from "./prefixes.js";
 import { setUpPurge } from "./purge.js";
 
 useAdminKey();
@@ -36,7 +37,7 @@ async function drawConfig() {
 let isShown = false;
 const again = watch(async ({ tier_names: names }) => {
   at("all").hidden = false;
-  await drawStats();
+  await Promise.all([drawStats(), drawPrefixes()]);
   if (isShown) return;
   isShown = true;
   document.querySelector("#search [name=tier]").append(...names.map((name) => el("option", {}, name)));
