@@ -16,6 +16,7 @@ from tiers.disk.file import DATA, DiskFile
 from tiers.disk.record import pack, unpack
 from tiers.disk.seal import Seal
 from tiers.disk.upkeep import verify
+from tiers.purges import FRESH_S
 
 MIB = 1024 * 1024
 KEY, OTHER_KEY = os.urandom(32), os.urandom(32)
@@ -141,6 +142,33 @@ async def test_purges_are_known_after_a_restart_and_name_nothing(opened, tmp_pat
     assert b"top-secret-tag" not in (tmp_path / DATA).read_bytes()
     again = await opened()
     assert Purges(again).cover("k", origin)
+
+
+async def test_an_unchanged_table_of_purges_is_opened_once(opened, monkeypatch) -> None:
+    times = 0
+    unseal = Seal.open
+
+    def counted(seal: Seal, name: bytes, sealed: bytes | memoryview) -> bytes:
+        nonlocal times
+        times += name == b"blob:blob:purges"
+        return unseal(seal, name, sealed)
+
+    cache, now = await opened(), 0.0
+    here, elsewhere = (Purges(cache, monotonic=lambda: now) for _ in range(2))
+    origin = here.origin(["tag:a"])
+    await elsewhere.purge("tag:a")
+    monkeypatch.setattr(Seal, "open", counted)
+    for changes in (1, 2):
+        for _ in range(5):
+            now += FRESH_S
+            assert here.cover("k", origin)
+        assert times == changes
+        monkeypatch.undo()
+        await elsewhere.purge("tag:b")
+        monkeypatch.setattr(Seal, "open", counted)
+    now += FRESH_S
+    assert here.cover("k", origin._replace(packed_labels=b"tag:b"))
+    assert times == 3
 
 
 @given(name=st.binary(), plain=st.binary(), number=st.none() | st.integers(0, 2**64 - 1))
