@@ -7,9 +7,11 @@ variables are described in `server.environment`.
 import difflib
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
+import orjson
 import yaml
 from pydantic import (
     AfterValidator,
@@ -25,14 +27,19 @@ from server.cipher import CipherKey
 from server.environment import choices, overridden
 from server.keys import KeyOrHash
 from server.model_config import Model, Name, embedded, mean_one_each
-from server.section import PositiveSeconds, Seconds, Section
+from server.section import MASK, PositiveSeconds, Seconds, Section
 from server.shared import check, masked
 from server.tracing_config import Tracing
 from tiers.disk import MIN_BYTES, Durability
 from tiers.movement import Write
 from tiers.policies import DEFAULT, POLICIES
 
-_names_secret = re.compile(r"(?i)(^|_)(key|keys|token|password|secret)$").search
+# As they end: `api_key`, `hfToken`, `Authorization`.
+_names_secret = re.compile(
+    r"(?i)(key|token|password|passwd|passphrase|secret|credential|authorization|cookie)s?$"
+).search
+# What an engine is given may be anything.
+_IN_ENGINE = frozenset({"args", "engine", "env"})
 SOCKET_PATH_BYTES = 107
 """Of Linux's sockaddr_un, without the final zero."""
 
@@ -329,7 +336,8 @@ def _explain(error: Any) -> str:
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(fields)}"
         return f"{path}: unknown key; {hint}"
     given = masked(error["input"]) if isinstance(error["input"], str) else error["input"]
-    is_shown = isinstance(given, str | int | float | bool) and not _names_secret(str(last))
+    is_secret = _names_secret(str(last)) or (_IN_ENGINE & {*parents[2:], last})
+    is_shown = isinstance(given, str | int | float | bool) and not is_secret
     shown = f", not {given!r}" if is_shown else ""
     if error["type"] == "model_type":
         return f"{path}: should hold keys of {', '.join(_fields(error['loc']))}{shown}"
@@ -342,9 +350,18 @@ def without_secrets(value: Any, name: str = "") -> Any:
         return {name: without_secrets(each, name) for name, each in value.items()}
     if isinstance(value, list):
         return [without_secrets(each, name) for each in value]
-    if isinstance(value, str) and _names_secret(name):
-        return "***"
-    return masked(value) if isinstance(value, str) and "://" in value else value
+    if isinstance(value, bool | None):
+        return value
+    # Unlike `max_tokens`, which is a number.
+    if _names_secret(name) and (isinstance(value, str) or not name.endswith("s")):
+        return MASK
+    if not isinstance(value, str):
+        return value
+    if value[:1] in ("{", "["):
+        # vLLM takes options as JSON, too.
+        with suppress(ValueError):
+            return orjson.dumps(without_secrets(orjson.loads(value), name)).decode()
+    return masked(value) if "://" in value else value
 
 
 def _fields(path: list[Any]) -> list[str]:

@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, PlainSerializer, model_validator
 
-from server.section import HTTP_URL, PositiveSeconds, Section
+from server.section import HTTP_URL, MASK, PositiveSeconds, Section
 
 EMBEDDED = "embedded"
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
@@ -48,13 +48,24 @@ def _keeps_adapters(env: dict[str, str]) -> dict[str, str]:
     return env
 
 
+def _names_of(env: dict[str, str]) -> dict[str, str]:
+    """Return what is shown of variables, any of which may hold a secret."""
+    return dict.fromkeys(env, MASK)
+
+
 class Engine(Section):
     """vLLM as our child, with its own options `args` and its own environment variables `env`."""
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
-    args: Annotated[dict[str, Any], AfterValidator(_not_ours)] = Field(default_factory=dict)
-    env: Annotated[dict[str, str], AfterValidator(_keeps_adapters)] = Field(default_factory=dict)
+    args: Annotated[dict[str, Any], AfterValidator(_not_ours)] = Field(
+        default_factory=dict, repr=False
+    )
+    env: Annotated[
+        dict[str, str],
+        AfterValidator(_keeps_adapters),
+        PlainSerializer(_names_of, when_used="json"),
+    ] = Field(default_factory=dict, repr=False)
     restart_max_delay_s: Annotated[float, Field(ge=1, le=3600)] = 60
 
 
@@ -129,6 +140,8 @@ class Model(Section):
             raise ValueError("should have an engine of ours or upstreams, and not both")
         if self.api_key is not None and not self.upstreams:
             raise ValueError("api_key is for upstreams; nobody else reaches an engine of ours")
+        if self.api_key is not None and any("@" in url for url in self.upstreams):
+            raise ValueError("should have an api_key or a password in upstreams, and not both")
         if not (self.upstreams or self.source):
             raise ValueError(
                 f"should have a source ({EMBEDDED}, a folder, or a Hugging Face name), or upstreams"

@@ -37,7 +37,8 @@ class Upstream:
     """One engine's HTTP server, by TCP or over a Unix socket.
 
     Args:
-        url: its base address.
+        url: its base address, perhaps with a user and a password, which it is sent in place of
+            what clients send.
         socket: the path of its Unix socket, if it listens on one.
         timeout_s: seconds that it may stay silent within an answer.
         name: what logs call it; by default its address.
@@ -53,9 +54,16 @@ class Upstream:
         name: str = "",
         api_key: str | None = None,
     ) -> None:
-        self.url = url.rstrip("/")
+        base = URL(url)
+        # In the address it would fail requests whose client sends one of its own.
+        self.url = str(base.with_user(None)).rstrip("/")
         self._name = name or self.url
-        self._key = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._key = {}
+        if api_key is not None:
+            self._key = {"Authorization": f"Bearer {api_key}"}
+        elif base.user is not None:
+            basic = aiohttp.encode_basic_auth(base.user, base.password or "", "utf-8")
+            self._key = {"Authorization": basic}
         self._ready_since: float | None = None
         self.answers = asyncio.Event()
         """Set while it is ready."""

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import orjson
 import pytest
+import yaml
 
 from server.chain import build
 from server.cli import main
@@ -267,18 +268,53 @@ def test_check_prints_the_effective_configuration(tmp_path: Path, capsys) -> Non
         assert load(printed) == effective
 
 
+SECRETS_IN_ARGS = {
+    "api_key": ["s3cr3t", "s3cr3t"],
+    "hf_token": "s3cr3t",
+    "ssl_key_password": 73577357,
+    "otlp_traces_endpoint": "grpc://me:s3cr3t@h:4317",
+    "kv_transfer_config": {"kv_connector_extra_config": {"awsSecretKey": "s3cr3t", "port": 77}},
+    "hf_overrides": '{"headers": {"Authorization": "s3cr3t"}, "url": "http://h?s3cr3t"}',
+    "max_num_batched_tokens": 2048,
+    "generation_config": "vllm",
+}
+
+
 def test_check_shows_no_secrets(tmp_path: Path, capsys) -> None:
     file = tmp_path / "config.yaml"
-    engine = {"args": {"api_key": "s3cr3t", "max_model_len": 99}, "env": {"HF_TOKEN": "s3cr3t"}}
+    env = {"HF_TOKEN": "s3cr3t", "ANYTHING": "s3cr3t", "PIN": 73577357}
     for model in (
-        {"source": "s", "engine": engine},
+        {"source": "s", "engine": {"args": SECRETS_IN_ARGS, "env": env}},
         {"upstreams": ["http://user:s3cr3t@host:8000"]},
+        {"upstreams": ["http://host:8000"], "api_key": "s3cr3t"},
     ):
-        file.write_text(orjson.dumps({"models": {"m": model}}).decode())
+        file.write_text(orjson.dumps({"models": {"env": model}}).decode())
         assert main(["check", "--config", str(file)]) == 0
         shown = capsys.readouterr().out
         assert "s3cr3t" not in shown
+        assert "7357" not in shown
         assert "***" in shown
+        told = yaml.safe_load(shown)["models"]["env"]
+        if "source" in model:
+            assert told["engine"]["env"] == dict.fromkeys(env, "***")
+            assert told["engine"]["args"]["max_num_batched_tokens"] == 2048
+            assert told["engine"]["args"]["generation_config"] == "vllm"
+            nested = told["engine"]["args"]["kv_transfer_config"]["kv_connector_extra_config"]
+            assert nested["port"] == 77
+
+
+@pytest.mark.parametrize(
+    "engine", ["{env: HF_TOKEN=s3cr3t}", "{args: --hf-token s3cr3t}", "{args: {'x y': s3cr3t}}",
+               "{env: {x: [s3cr3t]}}", "{args: {port: s3cr3t}}", "--hf-token s3cr3t"],
+)  # fmt: skip
+def test_mistakes_show_nothing_of_what_an_engine_is_given(
+    tmp_path: Path, capsys, engine: str
+) -> None:
+    file = write(tmp_path, f"models: {{m: {{source: s, engine: {engine}}}}}")
+    assert main(["check", "--config", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert "models.m.engine" in said
+    assert "s3cr3t" not in said
 
 
 def test_an_empty_host_is_no_host(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ NAMES = ("acme", "busy", "east", "few", "globex", "ops", "west")
 KEYS = {name: new_key() for name in NAMES}
 CIPHER_KEY = os.urandom(32).hex()
 ADMIN_KEY, ENGINE_KEY = new_key(), "sk-of-the-engine-4711"
+PASSWORD = "pw-of-the-engine-4712"
 TENANTS = {
     "acme": {},
     "busy": {"max_requests": 1},
@@ -93,7 +94,8 @@ async def guarded(_upstream: Upstream, tmp_path_factory) -> AsyncIterator[Front]
         "tenants": {"file": "tenants.yaml"},
         "models": {
             name: model | {"api_key": ENGINE_KEY} for name, model in alike(_upstream.url).items()
-        },
+        }
+        | {"n": {"upstreams": [_upstream.url.replace("//", f"//me:{PASSWORD}@")]}},
         "admin": {"port": port, "key": ADMIN_KEY},
         "server": {"max_prompts": 3},
     }
@@ -493,7 +495,9 @@ async def test_the_admin_port_does_what_the_socket_does(guarded, upstream) -> No
         session.post("/purge", json={"tenant": "acme"}) as reply,
     ):
         assert await reply.json() == {"purged": ["tenant:acme"]}
-    assert "fwd=miss" in (await guarded.ask(asked, headers=bearer("acme")))[1]
+    reply = await guarded.ask(asked, headers=bearer("acme"))
+    assert "fwd=miss" in reply[1], reply
+    assert upstream.asked, reply
 
 
 async def test_no_secret_shows(guarded, upstream, nobody) -> None:
@@ -510,10 +514,15 @@ async def test_no_secret_shows(guarded, upstream, nobody) -> None:
     command = [sys.executable, "-m", "server.cli", "check", "--config", str(guarded.config)]
     checked = subprocess.run(command, capture_output=True, check=True)
     said += [checked.stdout, checked.stderr, guarded.log.read_bytes()]
+    async with aiohttp.ClientSession(guarded.admin, headers={"x-api-key": ADMIN_KEY}) as session:
+        for path in ("/config", "/overview", "/prefixes", "/stats", "/entries"):
+            async with session.get(path) as reply:
+                assert reply.status == 200
+                said += [await reply.read()]
     assert b"max_prompts: 3" in checked.stdout
     content = (guarded.config.parent / "disk" / "data.mdb").read_bytes()
     said.append(content)
-    for secret in (*KEYS.values(), ADMIN_KEY, ENGINE_KEY, CIPHER_KEY):
+    for secret in (*KEYS.values(), ADMIN_KEY, ENGINE_KEY, CIPHER_KEY, PASSWORD):
         assert not [text for text in said if secret.encode() in text]
     # Nor does the file tell what was asked or answered, by whom, or of what.
     assert len(content) > 10_000
@@ -522,6 +531,15 @@ async def test_no_secret_shows(guarded, upstream, nobody) -> None:
     # Of hashes only the file of tenants knows.
     for secret in (*KEYS.values(), ADMIN_KEY):
         assert not [text for text in said if hashed(secret).encode() in text]
+
+
+async def test_an_engine_is_sent_the_password_of_its_address(guarded, upstream) -> None:
+    asked = question(model="n")
+    reply = await guarded.ask(asked, headers=bearer("acme"))
+    assert "fwd=miss" in reply[1], reply
+    assert upstream.asked, reply
+    (http,) = upstream.asked
+    assert http.headers["Authorization"] == aiohttp.encode_basic_auth("me", PASSWORD)
 
 
 async def test_one_key_is_enough_for_one_tenant(upstream, tmp_path, monkeypatch) -> None:

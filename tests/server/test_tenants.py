@@ -88,6 +88,10 @@ def test_check_reads_the_file_too(tmp_path: Path, capsys) -> None:
         ("admin: {key: 'SECRET SECRET SECRET'}", "admin.key: should have at least 16"),
         ("models: {m: {source: x, api_key: SECRET}}", "models.m: api_key is for upstreams"),
         (
+            "models: {m: {upstreams: ['http://me:SECRET@a'], api_key: SECRET}}",
+            "models.m: should have an api_key or a password in upstreams",
+        ),
+        (
             "tiers: {disk: {encryption_key: SECRET}}",
             "tiers.disk.encryption_key: should be",
         ),
