@@ -44,7 +44,8 @@ class History:
         slots = [step % STEPS for step in range(self._step - kept + 1, self._step + 1)]
         return {
             "step_s": STEP_S,
-            "ends_at": (self._step + 1) * STEP_S,
+            # Nothing may have been answered yet.
+            "ends_at": (max(self._step, int(at // STEP_S)) + 1) * STEP_S,
             "answered": {n: [int(r[slot]) for slot in slots] for n, r in self._answered.items()},
             "tokens_saved": [int(self._tokens[slot]) for slot in slots],
             "seconds_saved": [round(self._seconds[slot], 3) for slot in slots],

@@ -112,8 +112,11 @@ def document(
     paths: dict[str, Any] = {}
     for path, method, operation in _operations(engine):
         paths.setdefault(path, {})[method] = _as_passed(path, operation, kept, has_keys=has_keys)
+    summary = "Described by the engine, once it is ready"
+    if engine is not None:
+        summary = "The engine doesn't describe it, and may not have it"
     for path in kept:
-        plain = _as_passed(path, _PLAIN, kept, has_keys=has_keys)
+        plain = _as_passed(path, _PLAIN | {"summary": summary}, kept, has_keys=has_keys)
         paths.setdefault(path, {}).setdefault("post", plain)
     for path, own in _OWNED.items():
         if not has_keys or (open_metrics and path.startswith("/metrics")):
@@ -233,8 +236,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value
 
 
-_PLAIN: Mapping[str, Any] = {
-    "summary": "Described by the engine, once it is ready",
+_PLAIN: dict[str, Any] = {
     "requestBody": {"required": True, "content": {_JSON: {"schema": {"type": "object"}}}},
     "responses": {
         "200": {

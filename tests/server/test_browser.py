@@ -87,6 +87,7 @@ async def guarded(_upstream, tmp_path_factory):
     (folder / "tenants.yaml").write_text(yaml.safe_dump(tenants))
     port = free_port()
     sections = {
+        "models": {"a-model-of-a-long-name-" * 4: {"upstreams": [_upstream.url]}},
         "tenants": {"file": "tenants.yaml"},
         "admin": {"port": port, "key": ADMIN_KEY},
     }
@@ -123,12 +124,18 @@ async def test_a_prompt_is_a_miss_and_then_a_hit(front, upstream, visit) -> None
 @pytest.mark.parametrize("visit", LOOKS.values(), ids=LOOKS, indirect=True)
 async def test_it_can_be_read_by_everybody(front, guarded, visit) -> None:
     page = visit.page
+    long = question(cache={"tags": ["a-tag-of-a-long-name-" * 5, "x" * 128]})
+    await guarded.ask(long, headers={"Authorization": f"Bearer {OTHER_KEY}"})
     for target in (front.url, f"{front.url}/docs", guarded.admin):
         await page.goto(target)
         if target == guarded.admin:
             await page.get_by_label("Admin key").fill(ADMIN_KEY)
             await page.get_by_role("button", name="Use it").click()
             await expect(page.locator("#config")).to_contain_text("tiers.promote_after")
+            # Labels are broken into lines, but not one letter a line.
+            await expect(page.locator("#entries tbody tr").first).to_be_visible()
+            row = page.locator("#entries tbody tr").filter(has_text="a-tag-of")
+            assert all([(await each.bounding_box())["height"] < 400 for each in await row.all()])
         told = await page.evaluate(_LOOK)
         assert told["wide"] <= told["width"]
         assert told["unnamed"] == []
@@ -155,8 +162,12 @@ async def test_a_tenant_gives_its_key_and_sees_itself(guarded, upstream, visit) 
     await expect(page.locator("#held")).to_be_hidden()
     assert await page.context.cookies() == []
     assert await page.evaluate("[localStorage.length, sessionStorage.length]") == [0, 1]
-    # The first was without a key, the second with a wrong one.
-    assert len(visit.wrong) == 2
+    await page.get_by_role("button", name="Forget the key").click()
+    await expect(page.get_by_role("heading", name="An API key is needed")).to_be_visible()
+    await expect(page.get_by_role("heading", name="Who answered acme")).to_be_hidden()
+    assert await page.evaluate("sessionStorage.length") == 0
+    # The first was without a key, the second with a wrong one, the last without again.
+    assert len(visit.wrong) == 3
     assert all("401 (Unauthorized)" in each for each in visit.wrong)
     visit.wrong.clear()
 
@@ -176,6 +187,7 @@ async def test_an_entry_is_found_looked_at_and_purged(guarded, upstream, visit) 
     await page.get_by_role("button", name="Search").click()
     await expect(rows).to_have_count(1)
     await rows.get_by_role("button").click()
+    await expect(page.get_by_label("The answer's text")).to_have_text(EVIL)
     shown = page.get_by_label("The entry's content")
     await expect(shown).to_contain_text(orjson.dumps(EVIL).decode())
     purge = page.get_by_role("button", name="Purge this entry")

@@ -226,3 +226,11 @@ def test_the_field_cache_is_described_as_it_is_read() -> None:
     for field in wrong:
         with pytest.raises(BadRequestError):
             read(field)
+
+
+def test_routes_that_an_engine_lacks_say_so() -> None:
+    def summary(told: dict, path: str) -> str:
+        return told["paths"][path]["post"]["summary"]
+
+    assert summary(made(None), "/rerank") == "Described by the engine, once it is ready"
+    assert "may not have it" in summary(made(engine_document()), "/rerank")

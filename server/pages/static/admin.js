@@ -36,7 +36,6 @@ async function drawConfig() {
 
 let isShown = false;
 const again = watch(async ({ tier_names: names }) => {
-  at("all").hidden = false;
   await Promise.all([drawStats(), drawPrefixes()]);
   if (isShown) return;
   isShown = true;

@@ -45,6 +45,11 @@ export function keyForm(then) {
     sessionStorage.setItem(storedAs, form.elements.key.value.trim());
     then();
   });
+  at("forget").addEventListener("click", () => {
+    sessionStorage.removeItem(storedAs);
+    form.elements.key.value = "";
+    then();
+  });
 }
 
 export function showKeyForm(problem) {
@@ -53,6 +58,7 @@ export function showKeyForm(problem) {
   const wasGiven = sessionStorage.getItem(storedAs) !== null;
   if (isNeeded && form.hidden && !wasGiven) queueMicrotask(() => form.elements.key.focus());
   form.hidden = !isNeeded;
+  at("forget").hidden = isNeeded || !wasGiven;
   form.querySelector(".error").textContent = isNeeded && wasGiven ? problem.message : "";
   return isNeeded;
 }

@@ -46,8 +46,11 @@ function opened(summary, draw, attributes = {}) {
 }
 
 function fields(schema) {
-  const items = objectsIn(schema).flatMap((object) =>
-    Object.entries(object.properties).map(([name, field]) => {
+  const objects = objectsIn(schema);
+  const areSeveral = objects.filter(({ title }) => title).length > 1;
+  const items = objects.flatMap((object) => [
+    ...(areSeveral && object.title ? [el("li", { class: "title" }, object.title)] : []),
+    ...Object.entries(object.properties).map(([name, field]) => {
       const found = resolve(field);
       const isRequired = (object.required || []).includes(name);
       const told = [el("code", {}, name), ` ${typeOf(field)}`,
@@ -56,7 +59,7 @@ function fields(schema) {
       const text = field.description || (field.$ref ? "" : found.description) || "";
       if (text) told.push(el("span", { class: "quiet" }, ` – ${text}`));
       return el("li", {}, objectsIn(field).length ? opened(told, () => fields(field)) : el("span", {}, ...told));
-    }));
+    })]);
   return el("ul", { class: "schema" }, ...items);
 }
 
@@ -114,6 +117,7 @@ async function load() {
     draw();
   } catch (problem) {
     if (!showKeyForm(problem)) at("about").textContent = problem.message;
+    else at("routes").replaceChildren();
   }
 }
 

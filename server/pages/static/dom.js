@@ -40,6 +40,7 @@ export function bytes(number) {
 
 export function duration(seconds) {
   if (seconds < 0) return `-${duration(-seconds)}`;
+  if (seconds === 0) return "0 s";
   if (seconds < 1) return `${(seconds * 1000).toFixed(seconds < 0.01 ? 1 : 0)} ms`;
   for (const [limit, unit, by] of [[120, "s", 1], [7200, "min", 60], [172800, "h", 3600]]) {
     if (seconds < limit) return `${(seconds / by).toFixed(by === 1 && seconds < 10 ? 1 : 0)} ${unit}`;

@@ -3,6 +3,7 @@
 import { askJson } from "./api.js";
 import { at, bytes, count, duration, el, table } from "./dom.js";
 import { askToPurge } from "./purge.js";
+import { said } from "./said.js";
 
 const PAGE = 50;
 const HEADS = [["Key"], ["Asked for", true], ["Tiers"], ["Size", true], ["Age", true], ["Good for", true], ["Labels"]];
@@ -50,10 +51,13 @@ export async function search() {
 // A browser takes seconds to lay out a megabyte.
 const MOST = 100_000;
 
+const cut = (text) =>
+  (text.length > MOST ? `${text.slice(0, MOST)}\n… and ${count(text.length - MOST)} characters more` : text);
+
 function readable(content) {
   let text = content;
   try { text = JSON.stringify(JSON.parse(content), null, 2); } catch { /* Events. */ }
-  return text.length > MOST ? `${text.slice(0, MOST)}\n… and ${count(text.length - MOST)} characters more` : text;
+  return cut(text);
 }
 
 async function show(key) {
@@ -61,10 +65,12 @@ async function show(key) {
   try {
     const entry = await askJson(`entries/${encodeURIComponent(key)}`);
     const close = () => { shown.replaceChildren(); };
+    const text = said(entry.content);
     shown.replaceChildren(
       el("h3", {}, "Entry ", el("span", { class: "key" }, entry.key)),
       el("p", {}, `${entry.state}, stored ${new Date(entry.stored_at * 1000).toLocaleString()}, took ${duration(entry.took_s)}, `,
         `in ${entry.tiers.join(" and ") || "no tier that can tell"}. Labels: ${entry.labels.join(", ") || "none"}.`),
+      ...(text ? [el("p", { class: "text", role: "region", tabindex: "0", "aria-label": "The answer's text" }, cut(text))] : []),
       el("pre", { class: "content", tabindex: "0", "aria-label": "The entry's content" }, readable(entry.content)),
       el("div", { class: "row" },
         el("button", { class: "danger", type: "button", onclick: async () => { if (await askToPurge("key", entry.key)) close(); } }, "Purge this entry…"),

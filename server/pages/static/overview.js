@@ -70,6 +70,8 @@ export function watch(then) {
     try {
       last = await askJson("overview");
       showKeyForm(null);
+      // Before it is drawn, since a chart is as wide as there is room.
+      at("all").hidden = false;
       const is = stateOf(last.models);
       state(last.models.length > 1 && is !== "ready" ? notReady(last.models) : `engine ${is}`, is);
       const restarts = sum(last.models.map((model) => model.restarts));
@@ -78,8 +80,11 @@ export function watch(then) {
       drawTiers();
       then(last);
     } catch (problem) {
-      if (showKeyForm(problem)) state("locked", "");
-      else state(problem.status ? problem.message : "no connection", "down");
+      if (showKeyForm(problem)) {
+        state("locked", "");
+        at("all").hidden = true;
+        at("about").textContent = "";
+      } else state(problem.status ? problem.message : "no connection", "down");
     }
     timer = document.hidden ? null : setTimeout(again, EVERY_MS);
   }

@@ -2,6 +2,7 @@
 
 import { ask } from "./api.js";
 import { at, count, duration, el } from "./dom.js";
+import { eventIn, saidIn } from "./said.js";
 
 const KEPT = 6;
 const misses = new Map();
@@ -26,8 +27,8 @@ async function* events(body) {
     const parts = (rest + decoder.decode(value, { stream: true })).split(/\r?\n\r?\n/);
     rest = parts.pop();
     for (const part of parts) {
-      const data = part.split("\n").filter((line) => line.startsWith("data:")).map((line) => line.slice(5).trim()).join("\n");
-      if (data && data !== "[DONE]") yield JSON.parse(data);
+      const event = eventIn(part);
+      if (event !== null) yield event;
     }
   }
 }
@@ -35,12 +36,13 @@ async function* events(body) {
 function card() {
   const told = { by: el("dd"), first: el("dd"), total: el("dd"), tokens: el("dd") };
   const text = el("p", { class: "text" });
+  const why = el("p", { class: "quiet" });
   const title = el("h3", {}, "…");
   const made = el("article", { class: "answer" }, title,
     el("dl", {}, el("dt", {}, "Cache-Status"), told.by, el("dt", {}, "First token"), told.first,
       el("dt", {}, "Total"), told.total, el("dt", {}, "Tokens"), told.tokens),
-    text);
-  return { made, title, told, text };
+    why, text);
+  return { made, title, told, text, why };
 }
 
 async function send(body, shown) {
@@ -51,11 +53,11 @@ async function send(body, shown) {
   const [who, how] = answeredBy(status);
   shown.title.textContent = who === "engine" ? `Answered by the engine (${how})` : `Answered by ${who} (${how})`;
   shown.told.by.textContent = status || "–";
+  if (how === "bypass") shown.why.textContent = "It asks for chance, so no tier was asked and none keeps it.";
   let first = null;
   for await (const event of events(response.body)) {
     if (event.error) throw new Error(event.error.message);
-    const delta = event.choices && event.choices[0] ? event.choices[0].delta || {} : {};
-    const piece = (delta.reasoning || delta.reasoning_content || "") + (delta.content || "");
+    const piece = saidIn(event);
     if (piece) {
       if (first === null) { first = since(); shown.told.first.textContent = duration(first); }
       shown.text.append(piece);
