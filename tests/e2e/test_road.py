@@ -1,6 +1,7 @@
 """The whole road against the real vLLM and the real model. Tests run in the order written."""
 
 import re
+import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +57,32 @@ def test_miss_then_memory_hit(server: Server) -> None:
     assert second.id != first.id
     assert second.choices == first.choices
     assert second.usage == first.usage
+
+
+def test_a_prompt_in_a_browser(server: Server) -> None:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("needs Chromium, such as Debian's chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.set_default_timeout(60_000)
+        page.goto(server.url)
+        page.get_by_role("textbox", name="Prompt").fill("Which river flows through Rome?")
+        answer = page.locator(".answer").first
+        for said in ("Answered by the engine (miss)", "Answered by memory (hit)"):
+            page.get_by_role("button", name="Send").click()
+            playwright.expect(answer).to_contain_text(said, timeout=60_000)
+            playwright.expect(page.locator("#try button")).to_be_enabled(timeout=60_000)
+        texts = page.locator(".answer .text").all_text_contents()
+        assert texts == [texts[0]] * 2
+        assert texts[0]
+        page.goto(f"{server.url}/docs")
+        # Out of vLLM's own document.
+        page.get_by_text("/v1/chat/completions").first.click()
+        page.get_by_text("max_completion_tokens").first.wait_for()
+        browser.close()
 
 
 def test_a_body_replays_as_a_stream(server: Server) -> None:

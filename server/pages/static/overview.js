@@ -75,7 +75,7 @@ export function watch(then) {
       const is = stateOf(last.models);
       state(last.models.length > 1 && is !== "ready" ? notReady(last.models) : `engine ${is}`, is);
       const restarts = sum(last.models.map((model) => model.restarts));
-      at("about").textContent = `version ${last.version}${restarts ? `, engine started again ${count(restarts)} times` : ""}`;
+      at("about").textContent = `version ${last.version}${restarts ? `, engine started again ${restarts === 1 ? "once" : `${count(restarts)} times`}` : ""}`;
       drawDay();
       drawTiers();
       then(last);
