@@ -121,6 +121,19 @@ async def test_a_prompt_is_a_miss_and_then_a_hit(front, upstream, visit) -> None
     assert len(upstream.asked) == 1
 
 
+async def test_after_a_restart_the_disk_answers(upstream, visit, tmp_path) -> None:
+    page = visit.page
+    for said in ("Answered by the engine (miss)", "Answered by disk (hit)"):
+        async with running(tmp_path, upstream, memory=None) as front:
+            await page.goto(front.url)
+            await page.get_by_role("button", name="Send").click()
+            await expect(page.locator(".answer")).to_contain_text(said)
+            await expect(page.get_by_role("button", name="Send")).to_be_enabled()
+            # It would look for a server that has gone.
+            await page.goto("about:blank")
+    assert len(upstream.asked) == 1
+
+
 @pytest.mark.parametrize("visit", LOOKS.values(), ids=LOOKS, indirect=True)
 async def test_it_can_be_read_by_everybody(front, guarded, visit) -> None:
     page = visit.page
