@@ -6,6 +6,8 @@ from math import inf
 from pathlib import Path
 from random import random
 
+from aiocache.base import BaseCache
+
 from server.cipher import cipher_key
 from server.config import Config, ConfigError, DiskTier, SharedTier, Tiers
 from server.shared import open_cache
@@ -79,8 +81,7 @@ def build(
                 clock=clock,
             )
         except SealError as exc:
-            text = f"tiers.disk.encryption_key: the file in {on_disk.path} stays as it is: {exc}"
-            raise ConfigError([text]) from exc
+            raise sealed_otherwise(on_disk.path, exc) from exc
         except OSError as exc:
             raise _no_folder(on_disk.path, exc) from exc
         farther.append(tier(disk.NAME, disk, clock=clock))
@@ -175,13 +176,26 @@ def build_turns(config: Config, chain: Chain) -> Turns:
 
 
 def _shared(config: SharedTier, tier: type[Tier], clock: Callable[[], float]) -> Tier:
+    deadline_s = config.deadline_ms / 1000
+    return tier(NAME, open_shared(config), deadline_s=deadline_s, shared=True, clock=clock)
+
+
+def open_shared(config: SharedTier) -> BaseCache:
+    """Return the shared tier's backend; it connects when it is first used.
+
+    Raises:
+        ConfigError: a file that it needs can't be used.
+    """
     try:
-        server = open_cache(config.url)
+        return open_cache(config.url)
     except OSError as exc:
         problem = f"its TLS files can't be used: {exc.strerror or exc}"
         raise ConfigError([f"tiers.shared.url: {problem}"]) from exc
-    deadline_s = config.deadline_ms / 1000
-    return tier(NAME, server, deadline_s=deadline_s, shared=True, clock=clock)
+
+
+def sealed_otherwise(path: Path, exc: SealError) -> ConfigError:
+    """Return what is wrong with the key of the file in the folder `path`."""
+    return ConfigError([f"tiers.disk.encryption_key: the file in {path} stays as it is: {exc}"])
 
 
 def _no_folder(path: Path, exc: OSError) -> ConfigError:

@@ -12,6 +12,7 @@ import yaml
 
 from server.admin.cli import run
 from server.admin.options import add_cache
+from server.check import load_checked
 from server.config import Config, ConfigError, load, without_secrets
 
 # As shells report of a program that SIGPIPE has ended.
@@ -40,7 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "keys":
             _print_key(options.tenant)
             return 0
-        status = _run(load(options.config), options)
+        read = load_checked if options.command in ("check", "serve") else load
+        status = _run(read(options.config), options)
         sys.stdout.flush()
     except ConfigError as exc:
         print(*exc.mistakes, sep="\n", file=sys.stderr)
@@ -54,7 +56,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(config: Config, options: argparse.Namespace) -> int:
     if options.command == "check":
-        _check_files(config)
         print(_as_yaml(config), end="")
         return 0
     if options.command == "simulate":
@@ -85,19 +86,6 @@ def _print_key(tenant: str) -> None:
     # Apart from the lines for the file, so that these can be appended to it.
     print(f"The tenant's key, which nothing shows again: {key}", file=sys.stderr)
     print(yaml.safe_dump({tenant: {"keys": [hashed(key)]}}), end="")
-
-
-def _check_files(config: Config) -> None:
-    """Raise what is wrong in the files that a server reads beside its configuration."""
-    from server.chain import encryption_key
-    from server.tenants import Tenants
-    from server.tls import Certificate
-
-    Tenants(config.tenants)
-    if config.tiers.disk is not None:
-        encryption_key(config.tiers.disk)
-    if config.server.tls is not None:
-        Certificate(config.server.tls)
 
 
 def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

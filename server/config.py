@@ -7,9 +7,10 @@ variables are described in `server.environment`.
 import difflib
 import os
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args, get_origin
 
 import orjson
 import yaml
@@ -26,8 +27,8 @@ from server.cache_field import MAX_VARIANTS
 from server.cipher import CipherKey
 from server.environment import choices, overridden
 from server.keys import KeyOrHash
-from server.model_config import Model, Name, embedded, mean_one_each
-from server.section import MASK, PositiveSeconds, Seconds, Section
+from server.model_config import Model, Name, clashes, embedded
+from server.section import CONFLICT, MASK, PositiveSeconds, Seconds, Section, conflict
 from server.shared import check, masked
 from server.tracing_config import Tracing
 from tiers.disk import MIN_BYTES, Durability
@@ -97,7 +98,7 @@ class Tenants(Section):
     @model_validator(mode="after")
     def _is_one(self) -> Self:
         if self.file is not None and self.key is not None:
-            raise ValueError("file and key: only one of them can say who may ask")
+            raise conflict("file and key: only one of them can say who may ask")
         return self
 
 
@@ -168,7 +169,7 @@ class DiskTier(Section):
     @model_validator(mode="after")
     def _has_one_key(self) -> Self:
         if self.encryption_key is not None and self.encryption_key_file is not None:
-            raise ValueError("encryption_key and encryption_key_file: only one can hold the key")
+            raise conflict("encryption_key and encryption_key_file: only one can hold the key")
         return self
 
 
@@ -243,9 +244,7 @@ class Config(Section):
 
     server: Listener = Listener()
     tenants: Tenants = Tenants()
-    models: Annotated[dict[Name, Model], AfterValidator(mean_one_each)] = Field(
-        default_factory=embedded, min_length=1
-    )
+    models: dict[Name, Model] = Field(default_factory=embedded, min_length=1)
     cache: Cache = Cache()
     tiers: Tiers = Tiers()
     admin: Admin = Admin()
@@ -264,11 +263,33 @@ class Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class Given(NamedTuple):
+    """A configuration as it was given."""
+
+    config: Config
+    """What is right of it."""
+    mistakes: list[str]
+    left_out: list[str]
+    """The paths of what is wrong, and so isn't in `config`."""
+
+
 def load(file: Path) -> Config:
     """Read the configuration.
 
     Raises:
         ConfigError: the file can't be read, or fields are wrong; it names every one of them.
+    """
+    given = read(file)
+    if given.mistakes:
+        raise ConfigError(given.mistakes)
+    return given.config
+
+
+def read(file: Path) -> Given:
+    """Read the configuration, as far as it is right.
+
+    Raises:
+        ConfigError: the file can't be read.
     """
     try:
         data = yaml.load(file.read_text(encoding="utf-8"), Loader)  # noqa: S506
@@ -288,13 +309,46 @@ def load(file: Path) -> Config:
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise ConfigError([f"{file}: should hold sections: {', '.join(Config.model_fields)}"])
     data, mistakes = overridden(data, Config, os.environ)
-    try:
-        config = Config(**data)
-    except ValidationError as exc:
-        mistakes += [_explain(error) for error in exc.errors()]
-    if mistakes:
-        raise ConfigError(mistakes)
-    return _with_paths(config, file.resolve().parent)
+    config, wrong, left_out = _right_of(data)
+    config = _with_paths(config, file.resolve().parent)
+    mistakes += wrong + clashes(config.models)
+    if (socket := config.admin.socket) is not None and len(os.fsencode(socket)) > SOCKET_PATH_BYTES:
+        should = f"should have at most {SOCKET_PATH_BYTES} bytes, as any socket"
+        mistakes.append(f"admin.socket: {should}, not {str(socket)!r}")
+        left_out.append("admin.socket")
+    return Given(config, mistakes, left_out)
+
+
+def _right_of(data: dict[str, Any]) -> Given:
+    """Leave out what is wrong until the rest is right, so that all of it is found."""
+    mistakes: list[str] = []
+    left_out: set[tuple[Any, ...]] = set()
+    while True:
+        try:
+            config = Config(**data)
+        except ValidationError as exc:
+            before = set(left_out)
+            for error in exc.errors():
+                path = tuple(part for part in error["loc"] if part != "[key]")
+                # What was left out may be all that is missing.
+                is_of_rest = not any(each[: len(path)] == path for each in before)
+                if is_of_rest or error["type"] == CONFLICT:
+                    mistakes.append(_explain(error))
+                if not any(path[: len(each)] == each for each in left_out - before):
+                    data, at = _without(data, path)
+                    left_out.add(at)
+        else:
+            return Given(config, mistakes, [".".join(map(str, path)) for path in left_out])
+
+
+def _without(data: dict[str, Any], path: Sequence[Any]) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    """Return `data` without what stands at `path`, or else nearest above it; and where that was."""
+    first, *rest = path
+    held = data[first]
+    if rest and isinstance(held, dict) and rest[0] in held:
+        changed, at = _without(held, rest)
+        return data | {first: changed}, (first, *at)
+    return {name: value for name, value in data.items() if name != first}, (first,)
 
 
 def _with_paths(config: Config, folder: Path) -> Config:
@@ -306,9 +360,6 @@ def _with_paths(config: Config, folder: Path) -> Config:
         socket = cache_folder() / f"admin-{config.server.port}.sock"
     if socket is not None:
         socket = folder / socket.expanduser()
-        if len(os.fsencode(socket)) > SOCKET_PATH_BYTES:
-            should = f"should have at most {SOCKET_PATH_BYTES} bytes, as any socket"
-            raise ConfigError([f"admin.socket: {should}, not {str(socket)!r}"])
     if (disk := tiers.disk) is not None:
         path = folder / (disk.path or cache_folder() / "disk").expanduser()
         key_file = disk.encryption_key_file and folder / disk.encryption_key_file.expanduser()

@@ -1,12 +1,12 @@
 """The models' part of the configuration."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, PlainSerializer, model_validator
 
-from server.section import HTTP_URL, MASK, PositiveSeconds, Section
+from server.section import MASK, PositiveSeconds, Section, conflict, is_http_url
 
 EMBEDDED = "embedded"
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
@@ -70,7 +70,7 @@ class Engine(Section):
 
 
 def _is_base(url: str) -> str:
-    if not HTTP_URL(url) or url.rstrip("/").endswith("/v1"):
+    if not is_http_url(url) or url.rstrip("/").endswith("/v1"):
         raise ValueError("should be as http://host:8000, without /v1 at its end")
     return url
 
@@ -137,7 +137,7 @@ class Model(Section):
     @model_validator(mode="after")
     def _is_ours_or_not(self) -> Self:
         if self.upstreams and self.engine != Engine():
-            raise ValueError("should have an engine of ours or upstreams, and not both")
+            raise conflict("should have an engine of ours or upstreams, and not both")
         if self.api_key is not None and not self.upstreams:
             raise ValueError("api_key is for upstreams; nobody else reaches an engine of ours")
         if self.api_key is not None and any("@" in url for url in self.upstreams):
@@ -154,12 +154,8 @@ def embedded() -> dict[str, Model]:
     return {EMBEDDED_NAME.lower(): Model(source=EMBEDDED)}
 
 
-def mean_one_each(models: dict[str, Model]) -> dict[str, Model]:
-    """Return the models, no two of which can be meant by one name.
-
-    Raises:
-        ValueError: two can.
-    """
+def clashes(models: Mapping[str, Model]) -> list[str]:
+    """Return a line if there are names by which several of the models could be meant."""
     meanings: dict[str, list[str]] = {}
     for name, model in models.items():
         meanings.setdefault(name, []).append("a model")
@@ -167,6 +163,4 @@ def mean_one_each(models: dict[str, Model]) -> dict[str, Model]:
             for each in names:
                 meanings.setdefault(each, []).append(f"an {kind} of {name}")
     several = [f"{n} is {' and '.join(of)}" for n, of in meanings.items() if len(of) > 1]
-    if several:
-        raise ValueError(f"each name should mean one thing; {'; '.join(several)}")
-    return models
+    return [f"models: each name should mean one thing; {'; '.join(several)}"] if several else []

@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Coroutine, Iterator, Mapping
 from datetime import date
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any
 
 from server.config import ConfigError
@@ -129,9 +128,6 @@ def _located(described: Mapping[str, Described]) -> dict[str, Weights | None]:
     for name, model in described.items():
         located[name] = None
         if model.upstreams:
-            continue
-        if find_spec("vllm") is None:
-            mistakes.append(f"models.{name}: vLLM isn't installed; run scripts/setup")
             continue
         try:
             located[name] = locate(name, model)

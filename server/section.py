@@ -2,10 +2,12 @@
 
 import re
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
-HTTP_URL = re.compile(r"https?://[^/\s]+(/[^\s?#]*)?").fullmatch
+_has_shape = re.compile(r"https?://[^/\s]+(/[^\s?#]*)?").fullmatch
 MASK = "***"
 """What is shown of a secret."""
 _CENTURY_S = 100 * 366 * 24 * 3600
@@ -17,3 +19,20 @@ class Section(BaseModel):
     """A part of the configuration, in which an unknown key is a mistake."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+CONFLICT = "conflict"
+"""The type of mistakes that are there whatever else is wrong."""
+
+
+def conflict(text: str) -> PydanticCustomError:
+    """Return the mistake of fields that each are right and can't stand together."""
+    return PydanticCustomError(CONFLICT, "{text}", {"text": text})
+
+
+def is_http_url(text: str) -> bool:
+    """Whether it is an address of an HTTP server, with or without a path."""
+    try:
+        return _has_shape(text) is not None and urlsplit(text).port != 0
+    except ValueError:
+        return False

@@ -54,11 +54,14 @@ class Certificate:
 
     def _load(self, context: ssl.SSLContext) -> None:
         certificate, key = self._tls.certificate_file, self._tls.key_file
+        unread = []
         for name, file in (("certificate_file", certificate), ("key_file", key)):
             try:
                 file.read_bytes()
             except OSError as exc:
-                raise ConfigError([f"server.tls.{name}: {file}: {exc.strerror}"]) from exc
+                unread.append(f"server.tls.{name}: {file}: {exc.strerror}")
+        if unread:
+            raise ConfigError(unread)
         try:
             # Without a password it would ask for one at the terminal.
             context.load_cert_chain(certificate, key, password="")

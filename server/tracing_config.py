@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from server.section import HTTP_URL, Section
+from server.section import Section, is_http_url
 
 _EXPORTERS = {
     "grpc": "opentelemetry.exporter.otlp.proto.grpc",
@@ -15,7 +15,7 @@ _EXPORTERS = {
 
 
 def _is_collector(url: str) -> str:
-    if not HTTP_URL(url) or "@" in url:
+    if not is_http_url(url) or "@" in url:
         raise ValueError("should be as http://host:4318, without a password in it")
     return url
 

@@ -6,6 +6,7 @@ is what the engine is told to load. Adapters are small: a hub's are fetched befo
 
 import logging
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from server.model_config import EMBEDDED, EMBEDDED_NAME, Model
 logger = logging.getLogger(__name__)
 
 _HUB_S = 5
+_MODEL, _ADAPTER = "config.json", "adapter_config.json"
+_SHOULD_HOLD = {_MODEL: f"a {_MODEL}", _ADAPTER: f"an {_ADAPTER}"}
 
 
 class Weights(NamedTuple):
@@ -45,16 +48,47 @@ def locate(name: str, model: Model) -> Weights:
     Raises:
         ConfigError: something isn't there, or can't be a model.
     """
-    at, source = f"models.{name}.source", model.source or EMBEDDED
-    folder = embedded_folder() if source == EMBEDDED else Path(source).expanduser()
+    if mistakes := misplaced(name, model):
+        raise ConfigError(mistakes)
+    source = model.source or EMBEDDED
     adapters = {each: _adapter(name, each, path) for each, path in model.adapters.items()}
-    if (folder / "config.json").is_file():
+    if ((folder := _folder(source)) / _MODEL).is_file():
         return Weights(str(folder), None, adapters)
-    if source == EMBEDDED:
-        raise ConfigError([f"{at}: the embedded model isn't prepared; run scripts/serve"])
+    return Weights(source, _commit(source, model.revision), adapters)
+
+
+def misplaced(name: str, model: Model) -> list[str]:
+    """Return what is wrong with where the model `name` is loaded from; asks no hub."""
+    if find_spec("vllm") is None:
+        return [f"models.{name}: vLLM isn't installed; run scripts/setup"]
+    asked = [(f"models.{name}.source", model.source or EMBEDDED, _MODEL)]
+    asked += [(f"models.{name}.adapters.{n}", at, _ADAPTER) for n, at in model.adapters.items()]
+    return [f"{at}: {why}" for at, source, holds in asked if (why := _misplaced(source, holds))]
+
+
+def _misplaced(source: str, holds: str) -> str | None:
+    folder = _folder(source)
+    if (folder / holds).is_file():
+        return None
+    if holds == _MODEL and source == EMBEDDED:
+        return "the embedded model isn't prepared; run scripts/serve"
     if _is_path(source, folder):
-        raise ConfigError([f"{at}: {source} should be a folder with a config.json"])
-    return Weights(source, _commit(at, source, model.revision), adapters)
+        return f"{source} should be a folder with {_SHOULD_HOLD[holds]}"
+    from huggingface_hub.errors import HFValidationError
+
+    # Documented, but not in the module's list of names.
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        own = f"{EMBEDDED!r}, " if holds == _MODEL else ""
+        return f"should be {own}a folder, or a hub's name, not {source!r}"
+    return None
+
+
+def _folder(source: str) -> Path:
+    return embedded_folder() if source == EMBEDDED else Path(source).expanduser()
 
 
 def _is_path(source: str, folder: Path) -> bool:
@@ -65,29 +99,24 @@ def _adapter(model: str, name: str, source: str) -> Path:
     """Return the folder of an adapter; what a hub has is fetched, unless it was before."""
     from huggingface_hub import snapshot_download
 
-    at, holds = f"models.{model}.adapters.{name}", "adapter_config.json"
+    at = f"models.{model}.adapters.{name}"
     folder = Path(source).expanduser()
     if not _is_path(source, folder):
         try:
             folder = Path(snapshot_download(source))
         except Exception as exc:
             raise ConfigError([f"{at}: {source} can't be had from the hub: {exc}"]) from exc
-    if not (folder / holds).is_file():
-        raise ConfigError([f"{at}: {source} should be a folder with an {holds}"])
+    if not (folder / _ADAPTER).is_file():
+        raise ConfigError([f"{at}: {source} should be a folder with {_SHOULD_HOLD[_ADAPTER]}"])
     return folder.resolve()
 
 
-def _commit(at: str, name: str, revision: str | None) -> str | None:
+def _commit(name: str, revision: str | None) -> str | None:
     """Return the commit that the hub or else the local copy has under `revision`."""
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
 
     try:
         return HfApi().model_info(name, revision=revision, timeout=_HUB_S).sha
-    except HFValidationError as exc:
-        raise ConfigError(
-            [f"{at}: should be {EMBEDDED!r}, a folder, or a hub's name, not {name!r}"]
-        ) from exc
     except Exception as exc:  # noqa: BLE001
         # Which exceptions there are depends on the HTTP client that the hub's library uses.
         logger.info("the hub did not tell the commit of %s (%s)", name, type(exc).__name__)

@@ -1,5 +1,7 @@
 """The configuration: every mistake at once, each with its path and what would be right."""
 
+import asyncio
+import socket
 from pathlib import Path
 
 import orjson
@@ -9,6 +11,18 @@ import yaml
 from server.chain import build
 from server.cli import main
 from server.config import ConfigError, SharedTier, Tiers, load
+from server.weights import embedded_folder
+from tiers.disk import MIN_BYTES, DiskCache
+
+
+@pytest.fixture
+def prepared(tmp_path_factory, monkeypatch) -> Path:
+    """A cache folder with what passes for the embedded model."""
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    embedded_folder().mkdir(parents=True)
+    (embedded_folder() / "config.json").touch()
+    return cache
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -259,7 +273,12 @@ def test_relative_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     assert config.tiers.disk.path == tmp_path / "d"
 
 
-def test_check_prints_the_effective_configuration(tmp_path: Path, capsys) -> None:
+def test_check_prints_the_effective_configuration(
+    tmp_path: Path, prepared: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "poet").mkdir()
+    (tmp_path / "poet/adapter_config.json").touch()
     for text in ("", MODELS):
         file = write(tmp_path, text)
         effective = load(file)
@@ -315,6 +334,98 @@ def test_mistakes_show_nothing_of_what_an_engine_is_given(
     said = capsys.readouterr().err
     assert "models.m.engine" in said
     assert "s3cr3t" not in said
+
+
+WRONG = """
+server: {host: 192.0.2.1, port: 20001, tls: {certificate_file: no.pem, key_file: no.key}}
+tenants: {file: no.yaml}
+models:
+  a: {source: ./no, aliases: [x], adapters: {p: ./no, q: "a b"}}
+  b: {source: a b, aliases: [x], timeout_s: never}
+  c: {upstreams: ["http://127.0.0.1:20001"], engine: {args: {dtype: half}}}
+tiers:
+  disk: {path: c.yaml/disk, encryption_key_file: no.key, max_bytes: few}
+  shared: {url: "rediss://h?ssl_ca_certs=/no.pem"}
+admin: {socket: c.yaml/admin.sock, port: 20001}
+log: {trace: no/trace.jsonl}
+"""
+
+
+def test_check_names_what_serve_would_name_at_once(tmp_path: Path, prepared: Path, capsys) -> None:
+    file = write(tmp_path, WRONG)
+    before = sorted(tmp_path.rglob("*"))
+    for command in ("check", "serve"):
+        assert main([command, "--config", str(file)]) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert [line.partition(": ")[0] for line in said] == [
+            "models.b.timeout_s",
+            "models.c",
+            "tiers.disk.max_bytes",
+            "admin",
+            "models",
+            "tenants.file",
+            "server.tls.certificate_file",
+            "server.tls.key_file",
+            "server.host",
+            "models.a.source",
+            "models.a.adapters.p",
+            "models.a.adapters.q",
+            "models.b.source",
+            "tiers.disk.path",
+            "tiers.disk.encryption_key_file",
+            "tiers.shared.url",
+            "log.trace",
+        ]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "{server: {port: 20001}, admin: {port: 20001, key: 0123456789abcdef}}",
+            "admin.port: should be another than server.port, not 20001",
+        ),
+        (
+            "{server: {port: 20001, host: 0.0.0.0}, models: {m: {upstreams: ['http://127.0.0.1:20001']}}}",
+            "models.m.upstreams.0: should be another server than this one",
+        ),
+        (
+            "{server: {host: no.such.invalid}}",
+            "server.host: should be a name or an address of this machine, not 'no.such.invalid'",
+        ),
+        (
+            "{models: {m: {upstreams: ['http://h:65536']}}}",
+            "models.m.upstreams.0: should be as http://host:8000",
+        ),
+        (
+            "{admin: {socket: .}}",
+            "admin.socket: should be a path where a socket can be made, or null, not {}: something",
+        ),
+        ("{log: {trace: ./t.jsonl}}", "log.trace: should be a file that we can write, not {}/t"),
+        (
+            "{tiers: {disk: {path: sealed}}}",
+            "tiers.disk.encryption_key: the file in {}/sealed stays as it is: it is encrypted, and",
+        ),
+    ],
+)
+def test_check_names_what_the_machine_does_not_have(
+    tmp_path: Path, prepared: Path, capsys, text: str, said: str
+) -> None:
+    (tmp_path / "t.jsonl").mkdir()
+    asyncio.run(DiskCache(tmp_path / "sealed", MIN_BYTES, encryption_key=bytes(32)).close())
+    before = sorted(tmp_path.rglob("*"))
+    file = write(tmp_path, text)
+    assert main(["check", "--config", str(file)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(said.format(tmp_path))
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, file])
+
+
+def test_check_takes_a_port_that_a_server_has(tmp_path: Path, prepared: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        file = write(tmp_path, f"server: {{port: {other.getsockname()[1]}}}")
+        assert main(["check", "--config", str(file)]) == 0
 
 
 def test_an_empty_host_is_no_host(tmp_path: Path) -> None:

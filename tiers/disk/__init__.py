@@ -8,7 +8,7 @@ from tiers.disk.cache import MIN_BYTES, DiskCache
 from tiers.disk.file import MAX_KEY_BYTES, OtherFormatError, Statistics
 from tiers.disk.opening import UntrustedError
 from tiers.disk.seal import KEY_BYTES, SealError
-from tiers.disk.upkeep import Compacted, Verified, check, compact
+from tiers.disk.upkeep import Compacted, Verified, check, check_key, compact
 from tiers.disk.writer import Durability
 
 __all__ = [
@@ -24,5 +24,6 @@ __all__ = [
     "UntrustedError",
     "Verified",
     "check",
+    "check_key",
     "compact",
 ]

@@ -42,6 +42,7 @@ DATA = "data.mdb"
 MAX_KEY_BYTES = 511
 """LMDB's limit."""
 
+_META = b"meta"
 _FORMAT_NAME = b"format"
 _DICTIONARY_NAME = b"dictionary"
 _SEAL_NAME = b"seal"
@@ -151,7 +152,10 @@ class DiskFile:
             with env.begin(write=True) as txn:
                 is_new = not txn.stat()["entries"]
                 if not is_new:
-                    self._check_format(env, txn)
+                    found = _found_format(env, txn)
+                    if self._reads_values:
+                        _check_seal(env, txn, found, self._seal)
+                    self._format = found
                 names = [name.encode() for name in Databases._fields]
                 self.dbs = Databases(*(env.open_db(name, txn=txn) for name in names))
                 txn.put(_FORMAT_NAME, self._format, db=self.dbs.meta, overwrite=False)
@@ -163,30 +167,6 @@ class DiskFile:
             env.close()
             raise
         self.env = env
-
-    def _check_format(self, env: lmdb.Environment, txn: "lmdb.Transaction[bytes]") -> None:
-        try:
-            meta = env.open_db(b"meta", txn=txn, create=False)
-        except lmdb.NotFoundError:
-            raise OtherFormatError("it is of another format") from None
-        found = txn.get(_FORMAT_NAME, db=meta)
-        if found not in (_format(sealed=False), _format(sealed=True)):
-            raise OtherFormatError(f"its format is {found!r}, not {FORMAT}")
-        if not self._reads_values:
-            self._format = found
-            return
-        if found != self._format:
-            raise SealError(
-                "it is encrypted, and there is no key"
-                if self._seal is None
-                else "it is not encrypted, and only a new file can be; use another folder for that"
-            )
-        if self._seal is not None:
-            try:
-                kept = unpack_blob(_SEAL_NAME, memoryview(txn.get(_SEAL_NAME, db=meta) or b""))
-            except ValueError as exc:
-                raise OtherFormatError("what its encryption needs is damaged") from exc
-            self._seal.resume(kept)
 
     def reopen(self) -> None:
         """Open the file again, after an error from which LMDB does not recover."""
@@ -432,6 +412,49 @@ class DiskFile:
         if coding % SEALED == ZSTD_DICTIONARY and not self._codec.has_dictionary:
             self.learn(txn)
         return self._codec.decode(key, coding, payload)
+
+
+def check_seal(folder: Path, seal: Seal | None) -> None:
+    """Look whether a file that nobody writes is sealed with `seal`; it isn't touched.
+
+    Raises:
+        SealError: it is sealed otherwise.
+        OtherFormatError: it has another format.
+        lmdb.Error: LMDB can't open it.
+    """
+    with (
+        lmdb.open(str(folder), max_dbs=1, readonly=True, lock=False, create=False) as env,
+        env.begin() as txn,
+    ):
+        _check_seal(env, txn, _found_format(env, txn), seal)
+
+
+def _found_format(env: lmdb.Environment, txn: "lmdb.Transaction[bytes]") -> bytes:
+    try:
+        meta = env.open_db(_META, txn=txn, create=False)
+    except lmdb.NotFoundError:
+        raise OtherFormatError("it is of another format") from None
+    found = txn.get(_FORMAT_NAME, db=meta)
+    if found not in (_format(sealed=False), _format(sealed=True)):
+        raise OtherFormatError(f"its format is {found!r}, not {FORMAT}")
+    return found
+
+
+def _check_seal(
+    env: lmdb.Environment, txn: "lmdb.Transaction[bytes]", found: bytes, seal: Seal | None
+) -> None:
+    if found != _format(sealed=seal is not None):
+        raise SealError(
+            "it is encrypted, and there is no key"
+            if seal is None
+            else "it is not encrypted, and only a new file can be; use another folder for that"
+        )
+    if seal is not None:
+        kept = txn.get(_SEAL_NAME, db=env.open_db(_META, txn=txn, create=False))
+        try:
+            seal.resume(unpack_blob(_SEAL_NAME, memoryview(kept or b"")))
+        except ValueError as exc:
+            raise OtherFormatError("what its encryption needs is damaged") from exc
 
 
 def reserve_bytes(max_bytes: int) -> int:

@@ -122,7 +122,7 @@ class Opening:
 
     def is_clean(self) -> bool:
         """Return whether there is no file, or one that is as its last user left it."""
-        return not self._data.exists() or self._read_mark() == self._identity()
+        return is_clean(self.folder)
 
     def _make_ready(self) -> None:
         if not self.is_clean():
@@ -144,7 +144,7 @@ class Opening:
         """Note that the file is whole. Needs the exclusive lock."""
         if self._data.exists():
             made = self._mark.with_suffix(".new")
-            made.write_text(self._identity())
+            made.write_text(_identity(self._data))
             made.replace(self._mark)
 
     def verify(self) -> None:
@@ -252,14 +252,18 @@ class Opening:
             return False
         return True
 
-    def _identity(self) -> str:
-        found = self._data.stat()
-        return f"{found.st_size} {found.st_mtime_ns} {found.st_ino}"
 
-    def _read_mark(self) -> str | None:
-        with contextlib.suppress(OSError):
-            return self._mark.read_text()
-        return None
+def is_clean(folder: Path) -> bool:
+    """Return whether there is no file in `folder`, or one that is as its last user left it."""
+    data, mark = folder / DATA, None
+    with contextlib.suppress(OSError):
+        mark = (folder / MARK).read_text()
+    return not data.exists() or mark == _identity(data)
+
+
+def _identity(data: Path) -> str:
+    found = data.stat()
+    return f"{found.st_size} {found.st_mtime_ns} {found.st_ino}"
 
 
 def verifier(folder: Path, *options: str) -> tuple[list[str], dict[str, str]]:

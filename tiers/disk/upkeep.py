@@ -18,8 +18,9 @@ from typing import NamedTuple
 import lmdb
 
 from tiers.disk.compaction import shrink
-from tiers.disk.file import DATA
-from tiers.disk.opening import Opening, verifier
+from tiers.disk.file import DATA, OtherFormatError, check_seal
+from tiers.disk.opening import Opening, is_clean, verifier
+from tiers.disk.seal import Seal, SealError
 
 
 class Compacted(NamedTuple):
@@ -97,6 +98,25 @@ async def check(folder: Path) -> Verified:
         return Verified(**({"entries": 0, "damaged": 0} | json.loads(said)))
     except ValueError:
         return Verified(0, 0, f"verifying it ended with status {process.returncode}")
+
+
+def check_key(folder: Path, encryption_key: bytes | None) -> None:
+    """Check that a `DiskCache` with this key could read the file in `folder`, if there is one.
+
+    Nothing is touched. Of a file that is in use or wasn't closed cleanly nothing is known.
+
+    Raises:
+        SealError: it couldn't.
+    """
+    seal = None if encryption_key is None else Seal(encryption_key)
+    try:
+        if (folder / DATA).exists() and is_clean(folder):
+            check_seal(folder, seal)
+    except SealError:
+        raise
+    except (OSError, lmdb.Error, OtherFormatError):
+        # A server says so, or makes another.
+        return
 
 
 @contextmanager
