@@ -10,6 +10,7 @@ from aiocache.base import BaseCache
 
 from server.cipher import cipher_key
 from server.config import Config, ConfigError, DiskTier, SharedTier, Tiers
+from server.folders import say_if_new
 from server.shared import open_cache
 from server.traced_tier import TracedTier
 from tiers import (
@@ -68,6 +69,7 @@ def build(
     frequency = FrequencySketch(_sketch_keys(where))
     disk = None
     if (on_disk := where.disk) is not None and on_disk.path is not None:
+        say_if_new("tiers.disk.path", on_disk.path)
         try:
             disk = DiskCache(
                 on_disk.path,

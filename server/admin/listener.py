@@ -13,6 +13,7 @@ from aiohttp import web
 
 from server.config import Config
 from server.door import Enter, anybody, holders_of
+from server.folders import say_if_new
 from server.http_request import Handler
 from server.listener import address, listen, listen_on, make_server
 
@@ -92,6 +93,7 @@ def _bound(path: Path) -> Iterator[socket.socket]:
     Its folder is made, private to this user, if it isn't there. What a server left that was killed
     is replaced: who has the socket holds a lock on a file beside it, which ends with its process.
     """
+    say_if_new("admin.socket", path.parent)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)

@@ -1,6 +1,7 @@
 """The configuration: every mistake at once, each with its path and what would be right."""
 
 import asyncio
+import logging
 import socket
 from pathlib import Path
 
@@ -420,6 +421,16 @@ def test_check_names_what_the_machine_does_not_have(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(said.format(tmp_path))
     assert sorted(tmp_path.rglob("*")) == sorted([*before, file])
+
+
+def test_folders_that_are_given_and_made_are_said(tmp_path: Path, prepared: Path, caplog) -> None:
+    caplog.set_level(logging.INFO)
+    for text in ("", "tiers: {disk: {path: a/b}}", "tiers: {disk: {path: a/b}}"):
+        chain, _ = build(load(write(tmp_path, text)))
+        asyncio.run(chain.close())
+    said = [each.getMessage() for each in caplog.records if each.name == "server.folders"]
+    assert said == [f"tiers.disk.path: makes a/b in {tmp_path}"]
+    assert (prepared / "tierserve/disk").is_dir()
 
 
 def test_check_takes_a_port_that_a_server_has(tmp_path: Path, prepared: Path) -> None:

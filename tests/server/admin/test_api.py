@@ -369,7 +369,7 @@ async def test_a_socket_that_can_t_be_made_is_named(
     finally:
         os.environ.pop("TIERSERVE__ADMIN__SOCKET", None)
     _, said = await process.communicate()
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert b"admin.socket: should be a path where a socket can be made, or null" in said
     assert front.socket.read_text() == "mine"
 
