@@ -28,6 +28,12 @@ class Control(NamedTuple):
         """Whether anything is said of how old an answer may be."""
         return self.max_age_s < inf or self.min_fresh_s > -inf or self.max_stale_s is not None
 
+    @property
+    def directives(self) -> list[str]:
+        """What is said without a time, as in `Cache-Control`."""
+        said = ("no-cache", self.no_cache), ("no-store", self.no_store)
+        return [name for name, is_said in said if is_said]
+
     def and_also(self, other: Self) -> Self:
         """Return what both say; `other` may forbid, and says nothing of age."""
         return self._replace(

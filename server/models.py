@@ -34,7 +34,7 @@ class Model:
             [self.engine.upstream]
             if self.engine is not None
             else [
-                Upstream(url, timeout_s=described.timeout_s, api_key=described.api_key)
+                Upstream(url, timeout_s=described.timeout_s, api_key=described.api_key, model=name)
                 for url in described.upstreams
             ],
             max_requests=described.max_requests,
@@ -50,7 +50,9 @@ class Model:
         """What can be expected of it."""
         if self.engine is not None:
             return self.engine.state
-        return EngineState.READY if self.upstreams.ready else EngineState.DOWN
+        if self.upstreams.ready:
+            return EngineState.READY
+        return EngineState.STARTING if self.upstreams.loading else EngineState.DOWN
 
     @property
     def restarts(self) -> int:

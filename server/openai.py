@@ -12,6 +12,7 @@ from aiohttp import hdrs, web
 
 from server import convert
 from server.control import Control, control_of
+from server.headers import keyed, of_what_is_kept, saying
 from server.http_request import HttpRequest
 from server.models import Models
 from server.passthrough import forward, forwarded, returned
@@ -29,10 +30,12 @@ from tiers.flight import Listener
 logger = logging.getLogger(__name__)
 
 _NOTHING_SAID = Control()
+_ANEW = Control(no_cache=True)
 _JSON = "application/json"
 _SSE = "text/event-stream; charset=utf-8"
 # Below a millisecond or two; more would stop all others.
 _CONVERT_INLINE_BYTES = 64 * 1024
+_CENTURY_S = 100 * 366 * 24 * 3600
 # Above, those who wait for an answer need the engine more.
 _REFRESH_BELOW = 32
 
@@ -82,7 +85,8 @@ class OpenAI:
         """
         raw = await http.body()
         with step("parse"):
-            request = parse(http.path, raw, http.tenant, self._models.names())
+            told = keyed(http.headers)
+            request = parse(http.path, raw, http.tenant, self._models.names(), told)
         http.model = request.model
         prompts, field = request.prompts
         if prompts > self._max_prompts:
@@ -103,6 +107,7 @@ class OpenAI:
             http,
             upstreams,
             body=request.raw,
+            headers=saying(forwarded(http), request.cache.control),
             cache_status="tierserve; fwd=bypass",
             ended=partial(self._prefixes.note, request),
         )
@@ -135,7 +140,8 @@ class OpenAI:
         if control.only_if_cached:
             return _not_cached()
         newer_than = _newer_than(hit, control, self._chain.clock())
-        produce = partial(self._produce, request, forwarded(http), newer_than)
+        headers = of_what_is_kept(http, request.cache.control)
+        produce = partial(self._produce, request, headers, newer_than)
         origin = self._chain.origin(request.labels)
         listener, joined = self._flights.join(request.key, request.form, produce, origin)
         told = partial(_told, http, _why(hit, control), listener.flight, joined=joined)
@@ -165,7 +171,9 @@ class OpenAI:
     def _refresh(self, http: HttpRequest, request: Request, hit: Hit) -> None:
         """Have a new answer made in the background, in place of the one that is given out now."""
         if self._models.upstreams(request.model).ready and len(self._flights) < _REFRESH_BELOW:
-            produce = partial(self._produce, request, forwarded(http), hit.entry.stored_at)
+            # Else another cache on the way would give what it holds.
+            headers = of_what_is_kept(http, _ANEW)
+            produce = partial(self._produce, request, headers, hit.entry.stored_at)
             origin = self._chain.origin(request.labels)
             self._flights.launch(request.key, request.form, produce, origin)
 
@@ -196,13 +204,13 @@ class OpenAI:
             async for _ in listener:
                 pass
             _note(http, request, flight)
-            return await _render(http, request, _answer_of(flight), told())
+            return await _render(http, request, _answer_of(flight), told(), int(flight.age_s))
         id_, created = _fresh(http, request)
         response: web.StreamResponse | None = None
         try:
             async for event in listener:
                 if response is None:
-                    response = await _begin(http, told())
+                    response = await _begin(http, told(), int(flight.age_s))
                 event = convert.counted(event, wants_usage=request.wants_usage)
                 await http.send(response, convert.fill(event, id_, created))
         except (NotAnAnswerError, aiohttp.ClientError, OSError) as exc:
@@ -211,7 +219,7 @@ class OpenAI:
             http.outcome = ("engine", "error")
             return await _cut(response, _failed(exc), named=not request.route.shape.done)
         _note(http, request, flight)
-        response = response or await _begin(http, told())
+        response = response or await _begin(http, told(), int(flight.age_s))
         tail = _answer_of(flight).usage if request.wants_usage else b""
         await http.send(response, convert.fill(tail, id_, created) + request.route.shape.done)
         await response.write_eof()
@@ -240,6 +248,7 @@ class OpenAI:
         async with self._models.upstreams(request.model).request(
             "POST", request.path, data=request.body, headers=headers
         ) as reply:
+            flight.age_s = _age_s(reply.headers)
             answer, finished = await record(
                 reply,
                 request.route.shape,
@@ -255,7 +264,12 @@ class OpenAI:
             took_s = time.monotonic() - started
             with step("store"):
                 await self._chain.store(
-                    request.key, answer, freshness, origin=flight.origin, took_s=took_s
+                    request.key,
+                    answer,
+                    freshness,
+                    origin=flight.origin,
+                    took_s=took_s,
+                    age_s=flight.age_s,
                 )
         self._prefixes.note(request, counts_in(answer))
 
@@ -286,6 +300,12 @@ def _is_there(http: HttpRequest, etag: str) -> bool:
     return has.strip() == "*" or etag.removeprefix("W/") in has
 
 
+def _age_s(headers: Mapping[str, str]) -> float:
+    """Return how old an engine's answer is, which has one if a cache stands before the engine."""
+    age = headers.get(hdrs.AGE, "")
+    return min(float(age), _CENTURY_S) if age.isascii() and age.isdecimal() else 0
+
+
 async def _as_form(answer: Answer, form: Form) -> Answer:
     if answer.form is form or len(answer.content) < _CONVERT_INLINE_BYTES:
         return convert.as_form(answer, form)
@@ -299,8 +319,8 @@ def _told(http: HttpRequest, why: str, flight: Flight, *, joined: bool) -> str:
     return f"tierserve; fwd={why}{'; collapsed' if collapsed else ''}"
 
 
-async def _begin(http: HttpRequest, status: str) -> web.StreamResponse:
-    headers = {"Cache-Status": status, "Age": "0", "Content-Type": _SSE} | own_headers(http)
+async def _begin(http: HttpRequest, status: str, age_s: int) -> web.StreamResponse:
+    headers = {"Cache-Status": status, "Age": str(age_s), "Content-Type": _SSE} | own_headers(http)
     response = web.StreamResponse(headers=headers)
     await response.prepare(http)
     return response

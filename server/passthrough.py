@@ -55,6 +55,7 @@ async def forward(
     *,
     body: bytes | None = None,
     path: str | None = None,
+    headers: Mapping[str, str] | None = None,
     cache_status: str | None = None,
     ended: Callable[[bytes], None] | None = None,
 ) -> web.StreamResponse:
@@ -65,6 +66,7 @@ async def forward(
         upstreams: one of them is asked.
         body: the request's body where it has been read already, as an engine may be sent it.
         path: asked instead of the request's own.
+        headers: with which it is asked, instead of those of the request that are an engine's.
         cache_status: added to the reply (RFC 9211).
         ended: is told the end of an answer, once all of it has been passed on.
     """
@@ -73,7 +75,10 @@ async def forward(
     response: web.StreamResponse | None = None
     try:
         async with upstreams.request(
-            http.method, path or http.rel_url.raw_path_qs, data=data, headers=forwarded(http)
+            http.method,
+            path or http.rel_url.raw_path_qs,
+            data=data,
+            headers=forwarded(http) if headers is None else headers,
         ) as reply:
             response = _answering(http, reply, cache_status)
             await response.prepare(http)

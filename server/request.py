@@ -9,7 +9,9 @@ of the route, and of the canonical request: the parsed body, in which
 - what changes no answer is left out: `stream` and `stream_options`, as far as either form of the
   answer makes the other, and what the route calls irrelevant (`server.routes`), such as `user`;
 - what the route calls a default is left out, since vLLM takes it for the same as absence;
-- `cache`, which is meant for us, is left out.
+- `cache`, which is meant for us, is left out;
+
+and of the headers that may change an answer (`server.headers`).
 
 Everything else is kept as it was sent: the order inside tools, JSON schemas and arguments, since
 prompts are rendered from it; values of a type that the engine refuses or judges by itself; and
@@ -82,7 +84,13 @@ class Request(NamedTuple):
     """How many prompts it has, and which field holds them."""
 
 
-def parse(path: str, raw: bytes, tenant: Tenant, names: Names) -> Request:
+def parse(
+    path: str,
+    raw: bytes,
+    tenant: Tenant,
+    names: Names,
+    headers: tuple[tuple[str, str], ...] = (),
+) -> Request:
     """Parse a body and derive its key. A body that comes again byte for byte is remembered.
 
     Args:
@@ -90,16 +98,20 @@ def parse(path: str, raw: bytes, tenant: Tenant, names: Names) -> Request:
         raw: the body as received.
         tenant: who asks.
         names: what the model that it asks for is, and what gives its answers.
+        headers: those that an engine is sent and that may change its answer.
 
     Raises:
         BadRequestError: the body isn't a JSON object, or its field `cache` isn't as it should be.
         UnknownModelError: there is no model of that name.
     """
-    look = _remembered if len(raw) <= _REMEMBERED_BYTES else _parse
-    return look(path, raw, tenant, names)
+    size = len(raw) + sum(len(value) for _, value in headers)
+    look = _remembered if size <= _REMEMBERED_BYTES else _parse
+    return look(path, raw, tenant, names, headers)
 
 
-def _parse(path: str, raw: bytes, tenant: Tenant, names: Names) -> Request:
+def _parse(
+    path: str, raw: bytes, tenant: Tenant, names: Names, headers: tuple[tuple[str, str], ...]
+) -> Request:
     route = ROUTES[path]
     body = _read(raw)
     cache, sent_as_is = CacheField(), True
@@ -116,7 +128,8 @@ def _parse(path: str, raw: bytes, tenant: Tenant, names: Names) -> Request:
     options = body.get("stream_options") if route.shape is CHOICES else None
     wants_usage = stream and isinstance(options, dict) and options.get("include_usage") is True
     canonical = _canonical(route, body, stream=stream, wants_usage=wants_usage)
-    key = digest(tenant.scope, identity.encode(), route.path.encode(), _dumps(canonical))
+    said = [part.encode(errors="surrogateescape") for header in headers for part in header]
+    key = digest(tenant.scope, identity.encode(), route.path.encode(), _dumps(canonical), *said)
     prompts = max((_prompts_in(body.get(name)), name) for name in _PROMPTS)
     if path in SALTED:
         raw, body = isolated(raw, body, tenant)

@@ -23,6 +23,8 @@ _PROBE_S = 10
 _KEEP_ALIVE_S = 3
 _PROBE_DOWN_S = 0.5
 _PROBE_UP_S = 2.0
+# As `server.responses` says in `Server`.
+_OURS = "tierserve"
 _Reply = TypeVar("_Reply", aiohttp.ClientResponse, aiohttp.ClientWebSocketResponse)
 
 
@@ -43,6 +45,7 @@ class Upstream:
         timeout_s: seconds that it may stay silent within an answer.
         name: what logs call it; by default its address.
         api_key: what it is to be sent in place of what clients send.
+        model: by which it knows the model, where it may be another tierserve.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Upstream:
         socket: str | None = None,
         name: str = "",
         api_key: str | None = None,
+        model: str = "",
     ) -> None:
         base = URL(url)
         # In the address it would fail requests whose client sends one of its own.
@@ -67,6 +71,9 @@ class Upstream:
         self._ready_since: float | None = None
         self.answers = asyncio.Event()
         """Set while it is ready."""
+        self._model = model
+        self.loading = False
+        """Whether it isn't ready, but a tierserve that answers what its tiers hold."""
         self._socket = socket
         self.session = self._session(
             aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=timeout_s)
@@ -121,18 +128,27 @@ class Upstream:
     async def watch(self) -> None:
         """Keep `ready` true to whether the upstream answers, until cancelled."""
         while True:
-            before, self.ready = self.ready, await self._answers()
+            before = self.ready
+            self.ready, self.loading = await self._look()
             if self.ready != before:
                 logger.info("%s is %s", self._name, "ready" if self.ready else "not ready")
             await asyncio.sleep(_PROBE_UP_S if self.ready else _PROBE_DOWN_S)
 
-    async def _answers(self) -> bool:
+    async def _look(self) -> tuple[bool, bool]:
+        """Return whether it is ready, and whether it is loading."""
         try:
             async with self._probing.get(f"{self.url}/v1/models") as response:
                 # One that wants a key answers too.
-                return response.status in (200, 401, 403)
+                if response.status not in (200, 401, 403):
+                    return False, False
+                if response.headers.get("Server") != _OURS:
+                    return True, False
+            async with self._probing.get(
+                f"{self.url}/ready", params={"model": self._model}
+            ) as response:
+                return response.status != 503, response.status == 503
         except (aiohttp.ClientError, OSError, TimeoutError):
-            return False
+            return False, False
 
     async def close(self) -> None:
         """Close all connections."""
@@ -162,6 +178,11 @@ class Upstreams:
     def ready(self) -> bool:
         """Whether any upstream answers."""
         return any(upstream.ready for upstream in self.all)
+
+    @property
+    def loading(self) -> bool:
+        """Whether any upstream is a tierserve that waits for its engine."""
+        return any(upstream.loading for upstream in self.all)
 
     def request(
         self, method: str, path: str, *, data: Any, headers: Mapping[str, str]
@@ -233,10 +254,11 @@ class Upstreams:
                 return await ask(upstream)
             except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
                 # Nothing was sent yet; the next one is asked, and this one once it is back.
-                upstream.ready = False
+                upstream.ready = upstream.loading = False
 
     def _pick(self) -> Upstream:
         ready = [upstream for upstream in self.all if upstream.ready]
+        ready = ready or [upstream for upstream in self.all if upstream.loading]
         if not ready:
             raise UnavailableError
         return ready[next(self._turn) % len(ready)]

@@ -177,12 +177,13 @@ class Chain:
         *,
         origin: Origin | None = None,
         took_s: float = 0,
+        age_s: float = 0,
     ) -> bool:
         """Store a finished answer. Returns whether any tier holds it.
 
         When this returns, each tier has done what its durability promises. An answer whose `origin`
         is purged by now isn't stored; without one, its making begins and ends now. `took_s` are the
-        seconds that it took to generate.
+        seconds that it took to generate, and `age_s` those that another cache has kept it.
         """
         if len(answer.content) + len(answer.usage) > self.max_answer_bytes:
             return False
@@ -190,11 +191,12 @@ class Chain:
         if self.purges.refuse(key, origin):
             return False
         now = self.clock()
+        made = now - age_s
         ttl_s = freshness.ttl_s * (1 - self.ttl_jitter * self._chance())
         entry = Entry(
             answer,
-            now,
-            now + ttl_s,
+            made,
+            made + ttl_s,
             took_s,
             freshness.stale_while_revalidate_s,
             freshness.stale_if_error_s,
@@ -202,6 +204,8 @@ class Chain:
         )
         value = entry.encode()
         left_s = entry.kept_until - now
+        if left_s <= 0:
+            return False
         async with self._copies.storing(key):
             stored = False
             if self._write is Write.ON_EVICT:

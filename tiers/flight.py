@@ -30,6 +30,8 @@ class Flight:
         self.answer: Answer | None = None
         self.collapsed = False
         """Whether another process has generated it."""
+        self.age_s = 0.0
+        """How old its answer is, as whoever generates it says."""
         self.kept = False
         """Whether its answer is to be stored."""
         self._max_bytes = max_bytes

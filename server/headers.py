@@ -1,0 +1,51 @@
+"""The headers of requests that go on to engines.
+
+Of a request whose answer is to be kept only these do: credentials, which keep answers apart already
+(`server.tenants`), those that are part of its key, and those that change no answer. Others, such as
+cookies or languages, might change it, and would be in no key.
+"""
+
+from multidict import CIMultiDict, MultiMapping, istr
+
+from server.control import Control
+from server.http_request import HttpRequest
+from server.passthrough import forwarded
+
+_KEYED = tuple(
+    map(
+        istr,
+        (
+            "anthropic-beta", "anthropic-version", "openai-beta", "openai-organization",
+            "openai-project",
+        ),
+    )
+)  # fmt: skip
+_GO_ON = frozenset(map(str.lower, _KEYED)) | {
+    "accept-encoding", "authorization", "cache-control", "content-type", "traceparent",
+    "tracestate", "user-agent", "x-api-key", "x-request-id",
+    # vLLM's own, which say where and when it works.
+    "x-data-parallel-rank", "x-session-id", "x-vllm-priority",
+}  # fmt: skip
+
+
+def keyed(headers: MultiMapping[str]) -> tuple[tuple[str, str], ...]:
+    """Return which of the headers are part of a key, with their values."""
+    return tuple((name, ", ".join(headers.getall(name))) for name in _KEYED if name in headers)
+
+
+def of_what_is_kept(http: HttpRequest, also: Control) -> CIMultiDict[str]:
+    """Return the headers with which an engine is asked for an answer that is to be kept.
+
+    `also` is said to caches on the way, such as another tierserve.
+    """
+    headers = forwarded(http)
+    for name in {name for name in headers if name.lower() not in _GO_ON}:
+        headers.popall(name)
+    return saying(headers, also)
+
+
+def saying(headers: CIMultiDict[str], also: Control) -> CIMultiDict[str]:
+    """Return the headers, and what `also` says without times."""
+    for directive in also.directives:
+        headers.add("Cache-Control", directive)
+    return headers
