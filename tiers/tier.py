@@ -280,7 +280,9 @@ class Tier:
         in_a_row = self._failing[action] = self._failing.get(action, 0) + 1
         if self._near is not None:
             if in_a_row == 1:
-                logger.error("the %s tier failed to %s", self.name, action, exc_info=exc)
+                # What a system refuses needs no traceback.
+                trace = None if isinstance(exc, OSError) else exc
+                logger.error("the %s tier failed to %s: %s", self.name, action, exc, exc_info=trace)
         elif self._breaker.failed():
             text = "the %s tier failed to %s and is left out until it answers again: %r"
             logger.error(text, self.name, action, exc)

@@ -212,7 +212,7 @@ async def test_a_near_tier_tells_once_until_it_succeeds(clock, caplog) -> None:
     for backend.fails in (True, True, False, True):
         await tier.get("k", PURGES)
     told = [record.getMessage() for record in caplog.records]
-    assert told == ["the near tier failed to read"] * 2
+    assert told == ["the near tier failed to read: no such disk"] * 2
     assert tier.counts.errors == 3
     assert tier.available
 

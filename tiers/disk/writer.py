@@ -21,7 +21,6 @@ import lmdb
 
 from tiers.disk.file import DiskFile
 from tiers.disk.opening import UntrustedError
-from tiers.disk.seal import SealError
 from tiers.disk.transaction import Change, Outcome
 
 logger = logging.getLogger(__name__)
@@ -137,10 +136,9 @@ class Writer:
         try:
             file = self._open_file()
         except Exception as exc:
-            if isinstance(exc, SealError):
-                logger.error("the disk tier can't be opened: %s", exc)
-            elif not isinstance(exc, InterruptedError | UntrustedError):
-                logger.exception("the disk tier can't be opened")
+            if not isinstance(exc, InterruptedError | UntrustedError):
+                trace = None if isinstance(exc, OSError) else exc
+                logger.error("the disk tier can't be opened: %s", exc, exc_info=trace)
             self.opened.set_exception(exc)
             self._refuse()
             return
@@ -185,12 +183,15 @@ class Writer:
         return outcome
 
     def _failed(self, file: DiskFile, batch: Sequence[Submission], exc: Exception) -> None:
+        is_disks = isinstance(exc, lmdb.DiskError | lmdb.MapFullError | OSError)
         episode = self._episode
         if episode is None:
             episode = self._episode = _Episode()
-            logger.error("the disk tier can't store", exc_info=exc)
+            why = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
+            text = "the disk tier can't store, and tries again: %s; %d changes are lost so far"
+            logger.error(text, why, len(batch), exc_info=None if is_disks else exc)
         episode.lost += len(batch)
-        if not isinstance(exc, lmdb.DiskError | lmdb.MapFullError | OSError):
+        if not is_disks:
             self.is_suspect = True
         if isinstance(exc, lmdb.Error | OSError):
             episode.delay_s = min(max(episode.delay_s * 2, _FIRST_DELAY_S), _LAST_DELAY_S)
