@@ -2,13 +2,14 @@
 
 import asyncio
 import logging
+import re
 import socket
 import ssl
 from functools import partial
 from typing import Any
 
 from aiohttp import web
-from aiohttp.http_exceptions import LineTooLong
+from aiohttp.http_exceptions import BadHttpMessage, InvalidURLError, LineTooLong
 
 from server.config import Listener
 from server.http_request import Handler, HttpRequest
@@ -16,6 +17,10 @@ from server.responses import SERVER, error_response
 
 logger = logging.getLogger(__name__)
 
+# Of such as «Bad status line:\n  Invalid HTTP version:\n\n  b'GET / HTTP/9.9'».
+_first_words = re.compile(
+    r"(?:Bad status line:\s+)?([A-Z][A-Za-z '-]{4,80})(?:[.:]?\n|[.]?$)"
+).match
 _BACKLOG = 1024
 # Longer than clients and proxies keep connections that idle, so that they close them, and not we.
 _KEEP_ALIVE_S = 630
@@ -61,7 +66,7 @@ class _Protocol(web.RequestHandler):
         if request.writer.output_size > 0:
             raise ConnectionError("the response has begun")
         logger.info("a request could not be read: %s", exc or message)
-        text = "The request is not valid HTTP."
+        text = f"The request is not valid HTTP{_reason(exc)}."
         if isinstance(exc, LineTooLong):
             status, text = 431, "The request's target or a header is longer than 8190 bytes."
         response = error_response(status, text)
@@ -73,6 +78,13 @@ class _Protocol(web.RequestHandler):
         # A body that can't be decoded has been answered, and is no failure of ours.
         if not isinstance(more.get("exc_info"), web.RequestPayloadError):
             super().log_exception(*args, **more)
+
+
+def _reason(exc: BaseException | None) -> str:
+    """Return what is wrong by the parser's words, without the bytes that it shows."""
+    if isinstance(exc, BadHttpMessage) and (found := _first_words(exc.message)):
+        return f": {found[1]}"
+    return ": its target is no URL" if isinstance(exc, InvalidURLError) else ""
 
 
 def make_server(handler: Handler, options: Listener) -> web.Server:

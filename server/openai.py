@@ -92,6 +92,9 @@ class OpenAI:
         if prompts > self._max_prompts:
             text = f"{field} should have at most {self._max_prompts} prompts, not {prompts}"
             return error_response(400, text, param=field)
+        if request.cache.variants is not None and not self._takes_variants(request):
+            text = "cache.variants is for answers that are kept by chance; cache.mode should be use"
+            return error_response(400, text, param="cache.variants")
         control = control_of(", ".join(http.headers.getall(hdrs.CACHE_CONTROL, ())))
         if request.cache.control != _NOTHING_SAID:
             control = control.and_also(request.cache.control)
@@ -122,6 +125,9 @@ class OpenAI:
             and "?" not in http.raw_path
             and content_type.partition(";")[0].strip().lower() == _JSON
         )
+
+    def _takes_variants(self, request: Request) -> bool:
+        return request.cache.use or self._nondeterministic == "always"
 
     def _keeps_chance(self, request: Request) -> bool:
         says = self._nondeterministic

@@ -154,6 +154,9 @@ async def _warm(config: Config, options: argparse.Namespace) -> int:
 
 
 async def _export(config: Config, options: argparse.Namespace) -> int:
+    disk = config.tiers.disk
+    if disk is not None and (disk.encryption_key or disk.encryption_key_file):
+        _say("note: the disk tier is encrypted, and what is exported isn't")
     async with _operations(config) as operations:
         lines = operations.export()
         if options.file == "-":
@@ -222,6 +225,8 @@ async def _verify(config: Config, options: argparse.Namespace) -> int:
         return 1
     dropped = " and dropped" if options.repair and told["damaged"] else ""
     print(f"{told['entries']:,} entries, {told['damaged']:,} damaged{dropped}")
+    if told["entries"]:
+        _say("what was purged or has expired counts until it gives way to something else")
     return int(bool(told["damaged"]) and not options.repair)
 
 

@@ -57,6 +57,18 @@ async def test_mistakes_are_named(given: Any, param: str, says: str) -> None:
     assert raised.value.param == param
 
 
+async def test_variants_without_chance_to_choose_are_a_mistake(
+    front: Front, upstream: Upstream
+) -> None:
+    for mode in (None, "default", "no-store", "no-cache"):
+        async with front.post(question(cache={"mode": mode, "variants": 2})) as response:
+            assert response.status == 400
+            error = (await response.json())["error"]
+            assert error["param"] == "cache.variants"
+            assert "cache.mode should be use" in error["message"]
+    assert upstream.asked == []
+
+
 def counting() -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     """Return a handler that answers 0, 1, 2, …"""
     number = iter(range(100))
@@ -141,7 +153,7 @@ async def test_variants_are_made_and_then_given_out_in_turn(
     found = [await told(front, asked) for _ in range(6)]
     assert found == [("hit", str(number)) for number in (0, 1, 2, 0, 1, 2)]
     # One that asks for no chance has one answer.
-    asked = question(cache={"variants": 3})
+    asked = question(cache={"mode": "use", "variants": 3})
     assert [(await told(front, asked))[0] for _ in range(3)] == ["miss", "hit", "hit"]
 
 

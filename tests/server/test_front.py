@@ -469,6 +469,27 @@ async def test_bad_requests_get_errors_in_openais_shape(
     assert upstream.asked == []
 
 
+@pytest.mark.parametrize(
+    ("sent", "why"),
+    [
+        (b"nonsense\r\n\r\n", ": Invalid method encountered."),
+        (b"GET / HTTP/9.9\r\n\r\n", ": Invalid HTTP version."),
+        (b"GET / HTTP/1.1\r\nHost: a\r\ns3cr3t b: c\r\n\r\n", ": Invalid header token."),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", ": Duplicate 'Host' header found."),
+        (b"GET http://[s3cr3t/ HTTP/1.1\r\nHost: a\r\n\r\n", ": its target is no URL."),
+        (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", ": Received HTTPS traffic on an HTTP port."),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "."),
+    ],
+)
+async def test_what_is_no_http_is_told_why(front: Front, sent: bytes, why: str) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+    writer.write(sent)
+    said = await asyncio.wait_for(reader.read(), 20)
+    writer.close()
+    error = orjson.loads(said.partition(b"\r\n\r\n")[2])["error"]
+    assert error["message"] == f"The request is not valid HTTP{why}"
+
+
 async def test_a_dead_upstream_costs_hits_nothing(front: Front, upstream: Upstream) -> None:
     asked = question()
     await front.ask(asked)

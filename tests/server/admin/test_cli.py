@@ -86,6 +86,20 @@ def counts(**of: int) -> str:
     return ", ".join(f"{outcome}: {of.get(outcome, 0)}" for outcome in outcomes) + "\n"
 
 
+async def test_an_export_is_not_encrypted_and_says_so(
+    cache: Cache, tmp_path: Path, config: Path, monkeypatch
+) -> None:
+    file = exported(tmp_path, **{"a" * 64: "{}"})
+    for key, notes in ((None, 0), ("ab" * 32, 1)):
+        if key is not None:
+            monkeypatch.setenv("TIERSERVE__TIERS__DISK__ENCRYPTION_KEY", key)
+            monkeypatch.setenv("TIERSERVE__TIERS__DISK__PATH", str(tmp_path / "sealed"))
+        assert (await cache(config, "import", file)).status == 0
+        ended = await cache(config, "export", str(tmp_path / "out"))
+        assert ended.status == 0
+        assert ended.told.count("is encrypted, and what is exported isn't") == notes
+
+
 async def test_a_file_is_administered_while_no_server_runs(
     cache: Cache, tmp_path: Path, config: Path
 ) -> None:
@@ -110,7 +124,9 @@ async def test_a_file_is_administered_while_no_server_runs(
     assert (gone.status, gone.said) == (1, "")
     assert "There is no entry under this key." in gone.told
     assert [row["key"] for row in (await cache(config, "ls", "--all", "--json")).rows] == [ab]
-    assert (await cache(config, "verify")).said == "3 entries, 0 damaged\n"
+    verified = await cache(config, "verify")
+    assert verified.said == "3 entries, 0 damaged\n"
+    assert "what was purged or has expired counts until it gives way" in verified.told
     compacted = await cache(config, "compact")
     assert re.fullmatch(r"[\d.]+KiB before, [\d.]+KiB after\n", compacted.said)
     exported_ = await cache(config, "export")
