@@ -6,7 +6,7 @@ import os
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 from aiohttp import web
@@ -91,25 +91,25 @@ def _bound(path: Path) -> Iterator[socket.socket]:
     """Yield a socket at `path`, which is removed after.
 
     Its folder is made, private to this user, if it isn't there. What a server left that was killed
-    is replaced: who has the socket holds a lock on a file beside it, which ends with its process.
+    is replaced: who has the socket holds a lock on a file beside it, which ends with its process,
+    and is removed after, too.
     """
     say_if_new("admin.socket", path.parent)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        lock = _locked(beside := path.with_name(f"{path.name}.lock"))
+    except BlockingIOError as exc:
+        raise OSError(f"admin.socket: another server answers at {path}") from exc
     except OSError as exc:
         raise _refused(exc, path) from exc
     try:
         with socket.socket(socket.AF_UNIX) as bound:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if path.is_socket():
                     path.unlink()
                 bound.bind(str(path))
                 # Nobody can connect before it listens.
                 path.chmod(0o600)
-            except BlockingIOError as exc:
-                raise OSError(f"admin.socket: another server answers at {path}") from exc
             except OSError as exc:
                 raise _refused(exc, path) from exc
             try:
@@ -117,6 +117,28 @@ def _bound(path: Path) -> Iterator[socket.socket]:
             finally:
                 path.unlink(missing_ok=True)
     finally:
+        beside.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _locked(file: Path) -> int:
+    """Return `file` open and locked; it is made if it isn't there.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+        OSError: it can't be opened.
+    """
+    while True:
+        lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Who held it may have removed it meanwhile.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), file.stat()):
+                    return lock
+        except BaseException:
+            os.close(lock)
+            raise
         os.close(lock)
 
 

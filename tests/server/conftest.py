@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from server.identity import identity
 from server.names import Named, Names
 from server.request import parse
 from server.tenants import tenant_of
+from server.weights import embedded_folder
 from tests.servers import free_port
 
 CHAT = "/v1/chat/completions"
@@ -219,6 +220,21 @@ class Front:
         async with self.session.get("/metrics") as response:
             lines = (await response.text()).splitlines()
         return sum(float(each.rsplit(" ", 1)[1]) for each in lines if each.startswith(line))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory) -> Iterator[None]:
+    """Keep what is made by default out of this user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        prepare(tmp_path_factory.mktemp("cache"), patch)
+        yield
+
+
+def prepare(cache: Path, patch: pytest.MonkeyPatch) -> None:
+    """Have a cache folder with what passes for the embedded model."""
+    patch.setenv("XDG_CACHE_HOME", str(cache))
+    embedded_folder().mkdir(parents=True)
+    (embedded_folder() / "config.json").touch()
 
 
 @asynccontextmanager

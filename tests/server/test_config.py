@@ -12,17 +12,14 @@ import yaml
 from server.chain import build
 from server.cli import main
 from server.config import ConfigError, SharedTier, Tiers, load
-from server.weights import embedded_folder
+from tests.server.conftest import prepare
 from tiers.disk import MIN_BYTES, DiskCache
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def prepared(tmp_path_factory, monkeypatch) -> Path:
-    """A cache folder with what passes for the embedded model."""
-    cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    embedded_folder().mkdir(parents=True)
-    (embedded_folder() / "config.json").touch()
+    """Return the cache folder, which is another for each test."""
+    prepare(cache := tmp_path_factory.mktemp("cache"), monkeypatch)
     return cache
 
 
@@ -274,9 +271,7 @@ def test_relative_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     assert config.tiers.disk.path == tmp_path / "d"
 
 
-def test_check_prints_the_effective_configuration(
-    tmp_path: Path, prepared: Path, monkeypatch, capsys
-) -> None:
+def test_check_prints_the_effective_configuration(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "poet").mkdir()
     (tmp_path / "poet/adapter_config.json").touch()
@@ -352,7 +347,7 @@ log: {trace: no/trace.jsonl}
 """
 
 
-def test_check_names_what_serve_would_name_at_once(tmp_path: Path, prepared: Path, capsys) -> None:
+def test_check_names_what_serve_would_name_at_once(tmp_path: Path, capsys) -> None:
     file = write(tmp_path, WRONG)
     before = sorted(tmp_path.rglob("*"))
     for command in ("check", "serve"):
@@ -411,7 +406,7 @@ def test_check_names_what_serve_would_name_at_once(tmp_path: Path, prepared: Pat
     ],
 )
 def test_check_names_what_the_machine_does_not_have(
-    tmp_path: Path, prepared: Path, capsys, text: str, said: str
+    tmp_path: Path, capsys, text: str, said: str
 ) -> None:
     (tmp_path / "t.jsonl").mkdir()
     asyncio.run(DiskCache(tmp_path / "sealed", MIN_BYTES, encryption_key=bytes(32)).close())
@@ -433,7 +428,7 @@ def test_folders_that_are_given_and_made_are_said(tmp_path: Path, prepared: Path
     assert (prepared / "tierserve/disk").is_dir()
 
 
-def test_check_takes_a_port_that_a_server_has(tmp_path: Path, prepared: Path) -> None:
+def test_check_takes_a_port_that_a_server_has(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         file = write(tmp_path, f"server: {{port: {other.getsockname()[1]}}}")
         assert main(["check", "--config", str(file)]) == 0
