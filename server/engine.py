@@ -157,22 +157,25 @@ class Engine:
             start_new_session=True,
         )
         logger.info("the engine of %s starts", self._name)
-        log = asyncio.create_task(_log_lines(process, logger.getChild(self._name)))
+        stopping = asyncio.Event()
+        log = asyncio.create_task(_log_lines(process, logger.getChild(self._name), stopping))
+        ended = asyncio.create_task(process.wait())
         try:
             yield process
         finally:
             self._was_ready_s, self.upstream.ready = self.upstream.ready_s, False
+            if process.returncode is None:
+                # vLLM takes its own stop for a failure, with tracebacks.
+                stopping.set()
             with suppress(ProcessLookupError):
                 process.terminate()
-            # `wait_for` of Python 3.11 can lose a cancellation.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_STOP_S):
-                    await process.wait()
+            await asyncio.wait([ended], timeout=_STOP_S)
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             # Why it ended is often the last that it says.
-            await asyncio.wait([log], timeout=_LAST_WORDS_S)
+            await asyncio.wait([log, ended], timeout=_LAST_WORDS_S)
             log.cancel()
+            ended.cancel()
 
 
 def new_folder() -> Path:
@@ -190,8 +193,10 @@ def new_folder() -> Path:
     return folder
 
 
-async def _log_lines(process: asyncio.subprocess.Process, to: logging.Logger) -> None:
-    """Log what the engine prints, in pieces of a bounded size."""
+async def _log_lines(
+    process: asyncio.subprocess.Process, to: logging.Logger, stopping: asyncio.Event
+) -> None:
+    """Log what the engine prints, in pieces of a bounded size; for debugging if it is stopped."""
     output = process.stdout
     if output is None:
         return
@@ -201,14 +206,16 @@ async def _log_lines(process: asyncio.subprocess.Process, to: logging.Logger) ->
         if len(rest) > _LINE_BYTES:
             lines, rest = [*lines, rest], b""
         for line in lines:
-            _log(line, to)
-    _log(rest, to)
+            _log(line, to, stopping)
+    _log(rest, to, stopping)
 
 
-def _log(line: bytes, to: logging.Logger) -> None:
+def _log(line: bytes, to: logging.Logger, stopping: asyncio.Event) -> None:
     if line.strip():
         level = _LEVEL(line)
         number = logging.getLevelName(level[1].decode()) if level else logging.INFO
+        if stopping.is_set():
+            number = logging.DEBUG
         to.log(number, "%s", line.decode(errors="replace"))
 
 

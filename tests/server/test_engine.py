@@ -197,14 +197,28 @@ async def test_what_a_dead_engine_left_behind_is_replaced(
         assert list(engine.folder.iterdir()) == []
 
 
-async def test_last_words_are_logged(engine: Engine, sleep: Sleep, caplog) -> None:
+async def test_last_words_are_logged(engine: Engine, sleep: Sleep, caplog, monkeypatch) -> None:
     caplog.set_level(logging.INFO)
+    # However slow this machine is.
+    monkeypatch.setattr(server.engine, "_LAST_WORDS_S", 1000)
     script = "for n in range(5000): print('word', n)\nprint('ERROR last', end='', flush=True)"
     async with running(engine, script):
         await sleep.delays.get()
     words = [f"word {n}" for n in range(5000)]
     assert [line for line in said(caplog) if line.startswith("word")] == words
     assert "ERROR last" in said(caplog, logging.ERROR)
+
+
+async def test_what_is_said_of_a_stop_is_for_debugging(
+    engine: Engine, children: Children, caplog
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    says = "print('ERROR ended', flush=True), sys.exit(0)"
+    script = f"import signal, sys; signal.signal(signal.SIGTERM, lambda *_: ({says}))"
+    async with running(engine, script + CHILD.format(port=children.port)):
+        child = await children._came.get()
+    child[1].close()
+    assert ("DEBUG", "ERROR ended") in [(each.levelname, each.message) for each in caplog.records]
 
 
 async def test_the_childs_lines_keep_their_levels(caplog) -> None:
@@ -214,7 +228,7 @@ async def test_the_childs_lines_keep_their_levels(caplog) -> None:
     output.feed_data(b"(APIServer pid=1) ERROR:    uvicorn\nINFO:     up\nERRORS are\n  at\r 50%")
     output.feed_data(b"\xff\n(EngineCore pid=7) DEBUG x\nCRITICAL y\n")
     output.feed_eof()
-    await _log_lines(SimpleNamespace(stdout=output), logging.getLogger("m"))
+    await _log_lines(SimpleNamespace(stdout=output), logging.getLogger("m"), asyncio.Event())
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         ("ERROR", "(EngineCore pid=7) ERROR 11-24 no"),
         ("WARNING", "WARNING 11-24 hm"),
@@ -233,7 +247,7 @@ async def test_a_line_without_end_is_logged_in_pieces(caplog) -> None:
     output = asyncio.StreamReader()
     output.feed_data(b"x" * 100_000)
     output.feed_eof()
-    await _log_lines(SimpleNamespace(stdout=output), logging.getLogger("m"))
+    await _log_lines(SimpleNamespace(stdout=output), logging.getLogger("m"), asyncio.Event())
     assert "".join(said(caplog)) == "x" * 100_000
     assert max(map(len, said(caplog))) <= 2 * server.engine._LINE_BYTES
 
