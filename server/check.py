@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from server.chain import encryption_key, open_shared, sealed_otherwise
 from server.config import Config, ConfigError, read
-from server.engine import new_folder
+from server.folders import new_engine_folder
 from server.tenants import Tenants
 from server.tls import Certificate
 from server.weights import misplaced
@@ -57,7 +57,7 @@ def _missing(config: Config) -> Iterator[str]:
         if not model.upstreams:
             yield from misplaced(name, model)
     if not all(model.upstreams for model in config.models.values()):
-        yield from _told_by(new_folder)
+        yield from _told_by(new_engine_folder)
     yield from _of_tiers(config)
     if (path := config.admin.socket) is not None:
         should = f"admin.socket: should be a path where a socket can be made, or null, not {path}"

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from server.admin.cli import run
 from server.admin.options import add_cache
-from server.check import load_checked
 from server.config import Config, ConfigError, load, without_secrets
 
 # As shells report of a program that SIGPIPE has ended.
@@ -41,8 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "keys":
             _print_key(options.tenant)
             return 0
-        read = load_checked if options.command in ("check", "serve") else load
-        status = _run(read(options.config), options)
+        status = _run(_read(options), options)
         sys.stdout.flush()
     except ConfigError as exc:
         print(*exc.mistakes, sep="\n", file=sys.stderr)
@@ -54,6 +51,15 @@ def main(arguments: list[str] | None = None) -> int:
     return status
 
 
+def _read(options: argparse.Namespace) -> Config:
+    if options.command not in ("check", "serve"):
+        return load(options.config)
+    # Imported where they are needed, since they take the better part of a command's time.
+    from server.check import load_checked
+
+    return load_checked(options.config)
+
+
 def _run(config: Config, options: argparse.Namespace) -> int:
     if options.command == "check":
         print(_as_yaml(config), end="")
@@ -61,6 +67,8 @@ def _run(config: Config, options: argparse.Namespace) -> int:
     if options.command == "simulate":
         return _simulate(config, options)
     if options.command == "cache":
+        from server.admin.cli import run
+
         return run(config, options)
     from server.app import serve
 

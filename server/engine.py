@@ -8,21 +8,18 @@ import asyncio
 import logging
 import os
 import re
-import secrets
 import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 import orjson
 
-from server.config import SOCKET_PATH_BYTES, ConfigError
 from server.environment import PREFIX
+from server.folders import ENGINE_SOCKET, new_engine_folder
 from server.model_config import RUNTIME_LORA, Model
 from server.upstream import Upstream
 from server.weights import Weights
@@ -33,7 +30,6 @@ logger = logging.getLogger(__name__)
 _VLLM = "vllm.entrypoints.launchers.api_server.entry"
 # It is asked for these all the time, and we log what clients ask for.
 _QUIET = {"disable_access_log_for_endpoints": "/health,/metrics,/v1/models"}
-_SOCKET = "engine.sock"
 _STABLE_S = 60
 # What still loads then has long taken its memory, or waits for a hub.
 _LOADING_S = 600
@@ -68,8 +64,8 @@ class Engine:
 
     def __init__(self, name: str, model: Model, weights: Weights, loading: asyncio.Lock) -> None:
         self._name, self._loading = name, loading
-        self.folder = new_folder()
-        socket = str(self.folder / _SOCKET)
+        self.folder = new_engine_folder()
+        socket = str(self.folder / ENGINE_SOCKET)
         self.upstream = Upstream(
             "http://engine",
             timeout_s=model.timeout_s,
@@ -147,7 +143,7 @@ class Engine:
     async def _process(self) -> AsyncIterator[asyncio.subprocess.Process]:
         """Start vLLM; ends it and all that it has started."""
         self.folder.mkdir(mode=0o700, exist_ok=True)
-        (self.folder / _SOCKET).unlink(missing_ok=True)
+        (self.folder / ENGINE_SOCKET).unlink(missing_ok=True)
         process = await asyncio.create_subprocess_exec(
             *self._command,
             stdin=asyncio.subprocess.PIPE,
@@ -176,21 +172,6 @@ class Engine:
             await asyncio.wait([log, ended], timeout=_LAST_WORDS_S)
             log.cancel()
             ended.cancel()
-
-
-def new_folder() -> Path:
-    """Return where an engine's socket can be; the folder isn't made yet.
-
-    Raises:
-        ConfigError: there is no folder for temporary files, or it has too long a path.
-    """
-    try:
-        folder = Path(tempfile.gettempdir(), f"tierserve-{secrets.token_hex(8)}")
-    except OSError as exc:
-        raise ConfigError(["TMPDIR: should be a folder that we can write"]) from exc
-    if len(os.fsencode(folder / _SOCKET)) > SOCKET_PATH_BYTES:
-        raise ConfigError([f"TMPDIR: should be shorter, for a socket in it, not {folder.parent}"])
-    return folder
 
 
 async def _log_lines(

@@ -1,11 +1,17 @@
-"""Folders that are made because the configuration names them."""
+"""Folders that are made: those that the configuration names, and each engine's own."""
 
 import logging
+import os
+import secrets
+import tempfile
 from pathlib import Path
 
-from server.config import cache_folder
+from server.config import SOCKET_PATH_BYTES, ConfigError, cache_folder
 
 logger = logging.getLogger(__name__)
+
+ENGINE_SOCKET = "engine.sock"
+"""In an engine's folder."""
 
 
 def say_if_new(field: str, folder: Path) -> None:
@@ -16,3 +22,18 @@ def say_if_new(field: str, folder: Path) -> None:
     if not folder.exists() and not folder.is_relative_to(cache_folder()):
         there = next((each for each in folder.parents if each.exists()), folder)
         logger.info("%s: makes %s in %s", field, folder.relative_to(there), there)
+
+
+def new_engine_folder() -> Path:
+    """Return where an engine's socket can be; the folder isn't made yet.
+
+    Raises:
+        ConfigError: there is no folder for temporary files, or it has too long a path.
+    """
+    try:
+        folder = Path(tempfile.gettempdir(), f"tierserve-{secrets.token_hex(8)}")
+    except OSError as exc:
+        raise ConfigError(["TMPDIR: should be a folder that we can write"]) from exc
+    if len(os.fsencode(folder / ENGINE_SOCKET)) > SOCKET_PATH_BYTES:
+        raise ConfigError([f"TMPDIR: should be shorter, for a socket in it, not {folder.parent}"])
+    return folder

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from aiocache import RedisCache
+from aiocache.backends.redis import RedisCache
 from aiocache.serializers import NullSerializer
 from redis.asyncio import BlockingConnectionPool, SSLConnection
 from redis.exceptions import OutOfMemoryError
