@@ -19,8 +19,7 @@ from server.history import History
 from server.http_request import Handler, HttpRequest, SlowClientError
 from server.logs import AccessLog
 from server.metrics import Metrics
-from server.names import UnknownModelError
-from server.responses import SERVER, anthropics_error, error_response
+from server.responses import SERVER, ErrorResponse, error_response
 from server.trace_log import TraceLog
 from server.usage import output_tokens
 
@@ -37,7 +36,6 @@ _MISTAKES = (
     web.HTTPRequestEntityTooLarge,
     web.RequestPayloadError,
 )
-_ANTHROPICS = "/v1/messages"
 _X_REQUEST_ID = istr("X-Request-Id")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}").fullmatch
 
@@ -73,7 +71,7 @@ def wrap(
                 response = refused
             status = response.status
         except _MISTAKES as exc:
-            response = _said(http, exc)
+            response = _said(exc)
             status = response.status
         except ConnectionError:
             raise
@@ -84,6 +82,8 @@ def wrap(
         finally:
             _note(http, status, time.perf_counter() - started, metrics, history, access, trace)
         if not response.prepared:
+            if isinstance(response, ErrorResponse):
+                response.told_at(http.path)
             headers = response.headers
             headers["Server"], headers["X-Request-Id"] = SERVER, id_
             if http.limits:
@@ -106,10 +106,8 @@ def read_only(handler: Handler) -> Handler:
     return read
 
 
-def _said(http: HttpRequest, exc: Exception) -> web.Response:
+def _said(exc: Exception) -> web.Response:
     """Return what a client gets that has made one of `_MISTAKES`."""
-    if isinstance(exc, UnknownModelError) and http.path.startswith(_ANTHROPICS):
-        return anthropics_error(exc.status, str(exc))
     if isinstance(exc, BadRequestError):
         return error_response(exc.status, str(exc), param=exc.param)
     if isinstance(exc, web.HTTPRequestEntityTooLarge):

@@ -19,7 +19,14 @@ from server.passthrough import forward, forwarded, returned
 from server.prefixes import Prefixes
 from server.record import NotAnAnswerError, record
 from server.request import Request, parse
-from server.responses import Whole, error_response, failure, own_headers, unavailable
+from server.responses import (
+    ErrorResponse,
+    Whole,
+    error_response,
+    failure,
+    own_headers,
+    unavailable,
+)
 from server.spans import step
 from server.upstream import UnavailableError
 from server.usage import counts_in
@@ -33,6 +40,7 @@ _NOTHING_SAID = Control()
 _ANEW = Control(no_cache=True)
 _JSON = "application/json"
 _SSE = "text/event-stream; charset=utf-8"
+_TYPED = b'{"type":"error"'
 # Below a millisecond or two; more would stop all others.
 _CONVERT_INLINE_BYTES = 64 * 1024
 _CENTURY_S = 100 * 366 * 24 * 3600
@@ -223,7 +231,7 @@ class OpenAI:
             if response is None or http.transport is None:
                 raise
             http.outcome = ("engine", "error")
-            return await _cut(response, _failed(exc), named=not request.route.shape.done)
+            return await _cut(response, _failed(exc), request)
         _note(http, request, flight)
         response = response or await _begin(http, told(), int(flight.age_s))
         tail = _answer_of(flight).usage if request.wants_usage else b""
@@ -386,16 +394,19 @@ def _failed(exc: Exception) -> web.Response:
 
 
 async def _cut(
-    response: web.StreamResponse, failed: web.Response, *, named: bool
+    response: web.StreamResponse, failed: web.Response, request: Request
 ) -> web.StreamResponse:
     """End a stream that has begun: an error event, and no `[DONE]`.
 
-    Where events are `named` it is, too, and its data has the type that it would have of vLLM.
+    Where events have names it has, too, and its data has the type that it would have of vLLM.
     """
+    named = not request.route.shape.done
+    if isinstance(failed, ErrorResponse):
+        failed.told_at(request.path)
     if isinstance(failed.body, bytes):
         data = failed.body.replace(b"\n", b" ")
-        if named:
-            data = data.replace(b"{", b'{"type":"error",', 1)
+        if named and not data.startswith(_TYPED):
+            data = data.replace(b"{", _TYPED + b",", 1)
         await response.write(b"event: error\n" * named + b"data: " + data + b"\n\n")
     await response.write_eof()
     return response

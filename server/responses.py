@@ -1,9 +1,11 @@
-"""What responses have in common: headers of ours, errors in OpenAI's shape, the quick way out.
+"""What responses have in common: headers of ours, errors, the quick way out.
 
-Errors follow vLLM's conventions: `code` is the HTTP status.
+Errors are in OpenAI's shape, by vLLM's conventions (`code` is the HTTP status), and become
+Anthropic's where its API is asked.
 """
 
 from http import HTTPStatus
+from typing import Self
 
 import orjson
 from aiohttp import HttpVersion11, web
@@ -15,6 +17,18 @@ from server.upstream import UnavailableError
 
 SERVER = "tierserve"
 RETRY_AFTER_S = 5
+_ANTHROPICS = "/v1/messages"
+# As its documentation has them; other statuses are told by their class.
+_ANTHROPICS_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 
 
 def own_headers(http: HttpRequest) -> dict[str, str]:
@@ -95,6 +109,24 @@ def error_body(
     return orjson.dumps({"error": error})
 
 
+class ErrorResponse(web.Response):
+    """An error of ours."""
+
+    def __init__(self, status: int, message: str, body: bytes, headers: dict[str, str]) -> None:
+        super().__init__(status=status, body=body, content_type="application/json", headers=headers)
+        self._message = message
+
+    def told_at(self, path: str) -> Self:
+        """Return it in the shape of the API that `path` is of."""
+        if path == _ANTHROPICS or path.startswith(f"{_ANTHROPICS}/"):
+            kind = _ANTHROPICS_KINDS.get(self.status)
+            if kind is None:
+                kind = "invalid_request_error" if self.status < 500 else "api_error"
+            error = {"type": kind, "message": self._message}
+            self.body = orjson.dumps({"type": "error", "error": error})
+        return self
+
+
 def error_response(
     status: int,
     message: str,
@@ -103,32 +135,20 @@ def error_response(
     kind: str | None = None,
     code: str | None = None,
     retry_after_s: int | None = None,
-) -> web.Response:
+) -> ErrorResponse:
     """Return an error as a response."""
     headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
-    return web.Response(
-        status=status,
-        body=error_body(status, message, param=param, kind=kind, code=code),
-        content_type="application/json",
-        headers=headers,
-    )
+    body = error_body(status, message, param=param, kind=kind, code=code)
+    return ErrorResponse(status, message, body, headers)
 
 
-def anthropics_error(status: int, message: str) -> web.Response:
-    """Return an error as vLLM's routes of Anthropic's API say it."""
-    error = orjson.loads(error_body(status, message))["error"]
-    said = {"type": "error", "error": {name: error[name] for name in ("type", "message")}}
-    body = orjson.dumps(said)
-    return web.Response(status=status, body=body, content_type="application/json")
-
-
-def failure(exc: Exception) -> web.Response:
+def failure(exc: Exception) -> ErrorResponse:
     """Return what a client gets whose engine failed with `exc`."""
     if isinstance(exc, TimeoutError):
         return error_response(504, "The engine did not answer in time.")
     return error_response(502, "The engine ended before its answer was complete.")
 
 
-def unavailable(exc: UnavailableError) -> web.Response:
+def unavailable(exc: UnavailableError) -> ErrorResponse:
     """Return what a miss gets that no engine takes."""
     return error_response(503, str(exc), retry_after_s=RETRY_AFTER_S)

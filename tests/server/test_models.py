@@ -151,8 +151,8 @@ async def test_an_unknown_model_is_refused_in_anthropics_shape(two: Both) -> Non
     for path in ("/v1/messages", "/v1/messages/count_tokens"):
         async with two.front.session.post(path, json={"model": "no"}) as response:
             assert response.status == 404
-            shared = {name: NO_MODEL[name] for name in ("type", "message")}
-            assert await response.json() == {"type": "error", "error": shared}
+            told = {"type": "not_found_error", "message": NO_MODEL["message"]}
+            assert await response.json() == {"type": "error", "error": told}
 
 
 def form(*fields: tuple[str, str | bytes]) -> aiohttp.FormData:

@@ -19,7 +19,7 @@ import pytest
 
 from tests.e2e.conftest import MODEL, Server
 
-from .requests import BAD, GOOD, MESSAGES, RESPONSES, Case
+from .requests import BAD, COUNT, GOOD, MESSAGES, RESPONSES, Case
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -162,7 +162,11 @@ def test_bad_requests(
     assert 400 <= direct.status < 500, direct
     assert miss.status == again.status == direct.status
     assert miss.content_type == direct.content_type
-    assert shape(orjson.loads(miss.body)) == shape(orjson.loads(direct.body))
+    expected = shape(orjson.loads(direct.body))
+    if isinstance(case.body, bytes) and case.path in (MESSAGES, COUNT):
+        # What isn't JSON is refused by us, in Anthropic's shape; vLLM does it in OpenAI's.
+        expected = {"type": "str", "error": {"type": "str", "message": "str"}}
+    assert shape(orjson.loads(miss.body)) == expected
     assert "hit" not in again.cache_status
 
 
