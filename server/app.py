@@ -33,13 +33,14 @@ from server.model_list import ModelList, is_one_model
 from server.models import Models
 from server.openai import OpenAI
 from server.openapi import document
-from server.others import ADAPTER_PATHS, Others, refuse_adapters
+from server.others import Others, refuse_adapters
 from server.pages.document import Document
 from server.pages.files import ADMIN, FRONT, Files
 from server.pages.overview import Overview
 from server.prefixes import Prefixes
 from server.reload import Reloads
 from server.routes import ROUTES, keeps_responses
+from server.surface import ADAPTER_PATHS
 from server.tenants import Tenants
 from server.tls import Certificate
 from server.trace_log import TraceLog
@@ -172,10 +173,11 @@ async def _serve(
         open_metrics=config.tenants.open_metrics,
     )
     readers = anybody if config.tenants.open_metrics else door.operators
-    owned = _owned(models, wrapped, metrics, readers)
+    others = Others(models, config.server.max_prompts)
+    owned = _owned(others, wrapped, metrics, readers)
     owned |= _pages(Files(FRONT), overview, Document(models, described), wrapped, door)
     routes = _routes(road, models, wrapped, traced, door)
-    router = _router(routes, owned, models, wrapped, traced, door)
+    router = _router(routes, owned, others, models, wrapped, traced, door)
     server = make_server(router, config.server)
     runner = web.ServerRunner(server, shutdown_timeout=config.server.shutdown_grace_s)
     failures: list[BaseException] = []
@@ -268,10 +270,9 @@ def _stopper(stop: asyncio.Event) -> Callable[[], None]:
 
 
 def _owned(
-    models: Models, wrapped: _Wrapped, metrics: Metrics, readers: Enter
+    others: Others, wrapped: _Wrapped, metrics: Metrics, readers: Enter
 ) -> dict[str, Handler]:
     """Return the handlers of our own paths for machines; `readers` may read metrics."""
-    others = Others(models)
 
     async def health(_: HttpRequest) -> web.Response:
         return web.Response()
@@ -311,6 +312,7 @@ def _routes(road: OpenAI, models: Models, wrapped: _Wrapped, traced: Traced, doo
 def _router(
     routes: _Routes,
     owned: Mapping[str, Handler],
+    others: Others,
     models: Models,
     wrapped: _Wrapped,
     traced: Traced,
@@ -318,7 +320,7 @@ def _router(
 ) -> Handler:
     """Return the handler of all requests; `owned` are ours, whatever the method."""
     one = wrapped(ModelList(models).one, door.tenants)
-    rest = traced(wrapped(Others(models).answer, door.by_path))
+    rest = traced(wrapped(others.answer, door.by_path))
 
     def route(http: HttpRequest) -> Awaitable[web.StreamResponse]:
         # Most paths are found as they were sent, which spares making URLs of them.

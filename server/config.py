@@ -71,7 +71,7 @@ class Listener(Section):
 
     `client_timeout_s` is how long a client may take to send a head, or a body that we read whole,
     and how long it may pause within one that is passed through, or in taking what it is sent.
-    A request may have `max_prompts` prompts. `tls` is of the admin API's port, too.
+    A request may have `max_prompts` prompts, on any route. `tls` is of the admin API's port, too.
     """
 
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"

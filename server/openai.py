@@ -89,17 +89,14 @@ class OpenAI:
         """Answer from a tier, from a running flight, or from the engine.
 
         Raises:
-            BadRequestError: the request can't be understood.
+            BadRequestError: the request can't be understood, or has too many prompts.
         """
         raw = await http.body()
         with step("parse"):
             told = keyed(http.headers)
             request = parse(http.path, raw, http.tenant, self._models.names(), told)
         http.model = request.model
-        prompts, field = request.prompts
-        if prompts > self._max_prompts:
-            text = f"{field} should have at most {self._max_prompts} prompts, not {prompts}"
-            return error_response(400, text, param=field)
+        request.prompts.check(self._max_prompts)
         if request.cache.variants is not None and not self._takes_variants(request):
             text = "cache.variants is for answers that are kept by chance; cache.mode should be use"
             return error_response(400, text, param="cache.variants")

@@ -10,17 +10,21 @@ from server.isolation import SALTED, isolated_body
 from server.models import Models
 from server.names import UnknownModelError
 from server.passthrough import forward
+from server.prompts import PASSED, prompts_in_raw
 from server.responses import RETRY_AFTER_S, error_body, error_response
 from server.websocket import forward_websocket, is_asked_for
 
-ADAPTER_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
-
 
 class Others:
-    """The handlers of these routes, which all take `?model=NAME`."""
+    """The handlers of these routes, which all take `?model=NAME`.
 
-    def __init__(self, models: Models) -> None:
-        self._models = models
+    Args:
+        models: one of them is asked.
+        max_prompts: that one request may have.
+    """
+
+    def __init__(self, models: Models, max_prompts: int) -> None:
+        self._models, self._max_prompts = models, max_prompts
 
     async def ready(self, http: HttpRequest) -> web.Response:
         """Answer 200 if every model can be asked, or the one that is meant; else 503.
@@ -58,6 +62,7 @@ class Others:
 
         Raises:
             UnknownModelError: it names a model that there isn't.
+            BadRequestError: it has too many prompts, or isn't as it should be.
         """
         if http.method == hdrs.METH_CONNECT or not http.rel_url.raw_path_qs.startswith("/"):
             # What follows a CONNECT is no body that an engine could be sent, and `*` is no path.
@@ -67,6 +72,9 @@ class Others:
         upstreams = self._models.upstreams(named.name)
         if is_asked_for(http):
             return await forward_websocket(http, upstreams)
+        if http.path in PASSED and http.body_exists:
+            body = await http.body() if body is None else body
+            (await prompts_in_raw(body)).check(self._max_prompts)
         if body is not None and http.path in SALTED:
             body = await isolated_body(body, http.tenant)
         return await forward(http, upstreams, body=body)

@@ -34,14 +34,13 @@ from server.cache_field import BadRequestError, CacheField
 from server.isolation import SALTED, isolated
 from server.labels import labels_of
 from server.names import Names
+from server.prompts import Prompts, prompts_in
 from server.routes import ROUTES, Route
 from server.shapes import CHOICES, MESSAGE
 from server.tenants import Tenant
 from tiers import Form, digest
 from tiers.key import scoped
 
-# Where a request may have many.
-_PROMPTS = ("documents", "input", "prompt")
 # orjson makes floats of integers beyond 64 bits, so two of them could share a key.
 _has_huge_integer = re.compile(rb"-[0-9]{19}|[0-9]{20}").search
 _CONTINUOUS = "continuous_usage_stats"
@@ -80,8 +79,7 @@ class Request(NamedTuple):
     key: str
     cache: CacheField
     """What it says about caching, beside its headers."""
-    prompts: tuple[int, str]
-    """How many prompts it has, and which field holds them."""
+    prompts: Prompts
 
 
 def parse(
@@ -130,7 +128,7 @@ def _parse(
     canonical = _canonical(route, body, stream=stream, wants_usage=wants_usage)
     said = [part.encode(errors="surrogateescape") for header in headers for part in header]
     key = digest(tenant.scope, identity.encode(), route.path.encode(), _dumps(canonical), *said)
-    prompts = max((_prompts_in(body.get(name)), name) for name in _PROMPTS)
+    prompts = prompts_in(body)
     if path in SALTED:
         raw, body = isolated(raw, body, tenant)
     sent = raw
@@ -220,13 +218,6 @@ def _plain(name: str, value: Any) -> Any:
 def _is_any_of(value: Any, others: tuple[Any, ...]) -> bool:
     """Whether a value is the same JSON as one of others; 1 isn't true there."""
     return any(type(value) is type(other) and value == other for other in others)
-
-
-def _prompts_in(value: Any) -> int:
-    """Return how many prompts a field holds: a list of texts, or of lists of token ids."""
-    if not isinstance(value, list) or not value or not isinstance(value[0], str | list):
-        return 0
-    return len(value)
 
 
 def _is_plain(options: Any) -> bool:

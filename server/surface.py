@@ -9,6 +9,8 @@ import re
 
 from server.isolation import SALTED
 
+ADAPTER_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+"""What would change a running engine, and is refused to all."""
 _FIXED = SALTED | {
     "/detokenize", "/ping", "/tokenize", "/tokenizer_info", "/v1/audio/transcriptions",
     "/v1/audio/translations", "/v1/chat/completions/derender", "/v1/chat/completions/render",
