@@ -256,7 +256,8 @@ class OpenAI:
     async def _generate(self, request: Request, headers: Mapping[str, str], flight: Flight) -> None:
         """Have an engine answer, publish what it says, and store a finished answer."""
         started = time.monotonic()
-        async with self._models.upstreams(request.model).request(
+        upstreams = self._models.upstreams(request.model)
+        async with upstreams.request(
             "POST", request.path, data=request.body, headers=headers
         ) as reply:
             flight.age_s = _age_s(reply.headers)
@@ -268,6 +269,8 @@ class OpenAI:
                 self._flights.max_bytes,
             )
         flight.end(answer, kept=finished)
+        if finished and request.route.shape.hides_aborts:
+            finished = await upstreams.goes_on(reply, request.path, request.model, headers)
         if finished:
             freshness = self._freshness(request.route.path, request.model)
             if request.cache.ttl_s is not None:

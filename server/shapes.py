@@ -37,6 +37,8 @@ class Shape:
     """Types of events of which one ends a stream, where no `done` does."""
     failed: frozenset[str] = frozenset()
     """Types of events that end one without an answer."""
+    hides_aborts: bool = False
+    """Whether an answer that the engine has aborted, since it stops, is told as a whole one."""
 
 
 def are_finished(choices: Any) -> bool:
@@ -45,10 +47,11 @@ def are_finished(choices: Any) -> bool:
 
 
 def _is_response_finished(response: dict[str, Any]) -> bool:
-    if response["status"] == "completed":
-        return True
-    # vLLM says so of one without output, too, however that ended.
     details, counts = response.get("incomplete_details"), response.get("usage")
+    if response["status"] == "completed":
+        # Nothing is what a vLLM gives that takes no more requests.
+        return not counts or counts["output_tokens"] > 0
+    # vLLM says so of one without output, too, however that ended.
     return bool(
         details
         and counts
@@ -70,6 +73,7 @@ RESPONSE = Shape(
     verdicts={"response.completed": "response", "response.incomplete": "response"},
     last=frozenset({"response.completed", "response.incomplete"}),
     failed=frozenset({"error", "response.failed"}),
+    hides_aborts=True,
 )
 """Of OpenAI's Responses."""
 MESSAGE = Shape(

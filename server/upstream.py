@@ -9,6 +9,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, TypeVar
 
 import aiohttp
+import orjson
+from aiohttp import hdrs
 from multidict import CIMultiDict
 from yarl import URL
 
@@ -224,6 +226,37 @@ class Upstreams:
                 max_msg_size=max_bytes,
             ),
         )
+
+    async def goes_on(
+        self, reply: aiohttp.ClientResponse, path: str, model: str, headers: Mapping[str, str]
+    ) -> bool:
+        """Whether the engine that gave a reply generates still, and so had not begun to stop then.
+
+        A vLLM that stops aborts what it is asked for from then on, one token too.
+
+        Args:
+            reply: read to its end.
+            path: that was asked.
+            model: that it is of, by the engine's name.
+            headers: of the request.
+        """
+        upstream = next(u for u in self.all if URL(u.url + path, encoded=True) == reply.url)
+        # One that caches answers, too, is asked for a new one.
+        headers = CIMultiDict(upstream.with_key(headers))
+        headers[hdrs.CACHE_CONTROL] = "no-store"
+        try:
+            async with (
+                asyncio.timeout(_PROBE_S),
+                upstream.session.post(
+                    f"{upstream.url}/v1/completions",
+                    json={"model": model, "prompt": "a", "max_tokens": 1},
+                    headers=headers,
+                ) as token,
+            ):
+                said = orjson.loads(await token.read())
+                return said["choices"][0]["finish_reason"] in ("length", "stop")
+        except (aiohttp.ClientError, OSError, ValueError, LookupError, TypeError):
+            return False
 
     @asynccontextmanager
     async def _ask(

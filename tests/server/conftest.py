@@ -49,6 +49,7 @@ def chunk(delta: dict | None, reason: str | None = None) -> bytes:
     return b"data: " + orjson.dumps(made) + b"\n\n"
 
 
+ONE_TOKEN = b'{"model": "m", "prompt": "a", "max_tokens": 1}'
 ROLE = chunk({"role": "assistant", "content": ""})
 WHOLE = (ROLE, chunk({"content": "yes"}), chunk({}, "stop"), chunk(None), b"data: [DONE]\n\n")
 
@@ -82,6 +83,10 @@ def held(go: asyncio.Event) -> Callable[[web.Request], Awaitable[web.StreamRespo
     return slow
 
 
+async def one_token(_: web.Request) -> web.StreamResponse:
+    return web.json_response({"choices": [{"index": 0, "text": "b", "finish_reason": "length"}]})
+
+
 async def nothing_listed(_: web.Request) -> web.StreamResponse:
     return web.json_response({"data": []})
 
@@ -89,7 +94,8 @@ async def nothing_listed(_: web.Request) -> web.StreamResponse:
 class Upstream:
     """An HTTP server that does what `handler` says, and notes what it was asked.
 
-    `lists` answers `/v1/models`, which it is asked all the time.
+    `lists` answers `/v1/models`, which it is asked all the time, and `goes_on` the one token by
+    which it is seen to go on.
     """
 
     def __init__(self) -> None:
@@ -97,6 +103,7 @@ class Upstream:
         self.url = f"http://127.0.0.1:{self.port}"
         self.handler: Callable[[web.Request], Awaitable[web.StreamResponse]] = answer
         self.lists = nothing_listed
+        self.goes_on = one_token
         self.asked: list[web.Request] = []
         self.aborted = asyncio.Event()
 
@@ -113,6 +120,8 @@ class Upstream:
     async def _handle(self, http: web.Request) -> web.StreamResponse:
         if http.path == "/v1/models":
             return await self.lists(http)
+        if http.path == "/v1/completions" and await http.read() == ONE_TOKEN:
+            return await self.goes_on(http)
         self.asked.append(http)
         try:
             return await self.handler(http)
@@ -258,7 +267,7 @@ async def _upstream() -> AsyncIterator[Upstream]:
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def upstream(_upstream: Upstream) -> Upstream:
-    _upstream.handler = answer
+    _upstream.handler, _upstream.goes_on = answer, one_token
     _upstream.asked.clear()
     _upstream.aborted.clear()
     return _upstream

@@ -160,6 +160,7 @@ async def test_neither_form_makes_the_other(front: Front, upstream: Upstream, pa
     [
         (RESPONSES, response("failed")),
         (RESPONSES, response("cancelled")),
+        (RESPONSES, response(usage={"input_tokens": 1, "output_tokens": 0})),
         (RESPONSES, response("incomplete", incomplete_details=None)),
         (RESPONSES, response("incomplete", incomplete_details={"reason": "content_filter"})),
         (RESPONSES, response("incomplete", incomplete_details={"reason": "max_output_tokens"},
@@ -179,6 +180,37 @@ async def test_unfinished_bodies_are_not_stored(
     assert len(upstream.asked) == 2
 
 
+def says(reason: str | None, status: int = 200):
+    choice = {"index": 0, "text": "", "finish_reason": reason}
+
+    async def handler(_: web.Request) -> web.StreamResponse:
+        return web.json_response({"choices": [choice] if reason else []}, status=status)
+
+    return handler
+
+
+async def cut(http: web.Request) -> web.StreamResponse:
+    http.transport.abort()
+    return web.Response()
+
+
+@pytest.mark.parametrize("form", [False, True], ids=["body", "stream"])
+@pytest.mark.parametrize(
+    "goes_on", [says("abort"), says(None), says(None, 404), cut], ids=["aborts", "odd", "no", "cut"]
+)
+async def test_what_a_stopping_engine_calls_whole_is_not_stored(
+    front: Front, upstream: Upstream, goes_on, form: bool
+) -> None:
+    upstream.handler = answering(response_events()) if form else json(response())
+    upstream.goes_on = goes_on
+    request = asked(stream=form)
+    for _ in range(3):
+        status, content = await send(front, RESPONSES, request)
+        assert status == "tierserve; fwd=miss"
+        assert b"completed" in content
+    assert len(upstream.asked) == 3
+
+
 ERROR = {"type": "error", "error": {"type": "internal_error", "message": "broken"}}
 
 
@@ -189,6 +221,7 @@ ERROR = {"type": "error", "error": {"type": "internal_error", "message": "broken
         (RESPONSES, response_events("response.incomplete", status="incomplete",
                                     incomplete_details={"reason": "content_filter"})),
         (RESPONSES, response_events("response.completed", status="cancelled")),
+        (RESPONSES, response_events(usage={"input_tokens": 1, "output_tokens": 0})),
         (RESPONSES, response_events().rpartition(b"event: ")[0] + events(ERROR)),
         (MESSAGES, message_events(None)),
         (MESSAGES, message_events().rpartition(b"event: ")[0] + events(ERROR)),
@@ -234,7 +267,8 @@ async def test_cut_streams_end_with_an_error_and_are_not_stored(
         assert kind == b"event: error"
         parsed = orjson.loads(data.removeprefix(b"data: "))
         assert parsed["type"] == "error"
-        assert parsed["error"]["code"] == 502
+        error = parsed["error"]
+        assert error["type"] == "api_error" if path == MESSAGES else error["code"] == 502
     assert len(upstream.asked) == 2
 
 
