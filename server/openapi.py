@@ -9,7 +9,9 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from server.cache_field import SCHEMA
-from server.surface import is_for_tenants
+from server.responses import is_anthropics
+from server.routes import Route
+from server.surface import ADAPTER_PATHS, is_for_tenants
 
 _METHODS = frozenset({"delete", "get", "head", "options", "patch", "post", "put", "trace"})
 _KEPT, _ENGINE, _OWN = "Answers that tiers keep", "Passed to the engine", "tierserve"
@@ -21,12 +23,18 @@ class _Own(NamedTuple):
     media_type: str
     """Of its answer; empty where that has no body."""
     door: str
-    """Who comes in where there are keys: `anybody`, `tenants`, or `operators`."""
+    """Who comes in where there are keys: `anybody`, `known`, `tenants`, or `operators`."""
+    statuses: tuple[str, ...] = ()
+    """With which it refuses beside those of its door."""
+    is_resource: bool = False
+    """Whether it has an ETag."""
+    parameters: tuple[Mapping[str, Any], ...] = ()
 
 
 _ODD = "it is not as OpenAPI has it"
 # No engine's own.
-_ERROR_NAME = "TierserveError"
+_ERROR_NAME, _ANTHROPICS_NAME = "TierserveError", "TierserveMessagesError"
+_DETAIL_NAME = "TierserveDetail"
 _ERROR = {
     "type": "object",
     "description": "An error in OpenAI's shape",
@@ -44,6 +52,25 @@ _ERROR = {
         }
     },
 }
+_ANTHROPICS_ERROR = {
+    "type": "object",
+    "description": "An error in Anthropic's shape",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+    },
+}
+_DETAIL = {
+    "type": "object",
+    "description": "What an engine's framework says of a path, a method or a body it can't take",
+    "required": ["detail"],
+    "properties": {"detail": {}},
+}
 _STATUSES = {
     "400": "The request is wrong; `param` names the field",
     "401": "No key that is known",
@@ -56,9 +83,16 @@ _STATUSES = {
     "503": "The engine is starting, down, or has too much to do",
     "504": "The engine did not answer in time, or no tier has what only-if-cached asks for",
 }
-_DOORS = {"tenants": ("401",), "operators": ("401", "403", "429")}
+_DOORS = {
+    "anybody": (),
+    "known": ("401",),
+    "tenants": ("401", "429"),
+    "operators": ("401", "403", "429"),
+}
 _SECURITY: list[dict[str, list[str]]] = [{"bearer": []}, {"x-api-key": []}]
 _RETRIED = frozenset({"429", "503"})
+_WITH_BODY = frozenset({"patch", "post", "put"})
+_ENGINES = ("404", "502", "503", "504")
 _HEADERS = {
     "XRequestId": ("The request's id: the one that it came with, or a new one", "string"),
     "CacheStatus": ("Which tier answered, or why the engine was asked (RFC 9211)", "string"),
@@ -80,6 +114,12 @@ _IF_NONE_MATCH = {
     "description": "The ETag of an answer that the client has; a tier's gets 304 if it is the same",
     "schema": {"type": "string"},
 }
+_MODEL = {
+    "name": "model",
+    "in": "query",
+    "description": "The model that is meant",
+    "schema": {"type": "string"},
+}
 _REQUEST_ID = {
     "name": "X-Request-Id",
     "in": "header",
@@ -92,7 +132,7 @@ _REQUEST_ID = {
 def document(
     engine: Mapping[str, Any] | None,
     *,
-    kept: Collection[str],
+    kept: Mapping[str, Route],
     version: str,
     has_keys: bool = False,
     open_metrics: bool = False,
@@ -101,7 +141,7 @@ def document(
 
     Args:
         engine: the engine's own, if there is one.
-        kept: the paths whose answers are kept, all of them by POST.
+        kept: the routes whose answers are kept, by path, all of them by POST.
         version: of us.
         has_keys: whether only who has a key is answered.
         open_metrics: whether metrics are told without.
@@ -111,19 +151,26 @@ def document(
     """
     paths: dict[str, Any] = {}
     for path, method, operation in _operations(engine):
-        paths.setdefault(path, {})[method] = _as_passed(path, operation, kept, has_keys=has_keys)
+        paths.setdefault(path, {})[method] = _as_passed(
+            path, method, operation, kept, has_keys=has_keys
+        )
     summary = "Described by the engine, once it is ready"
     if engine is not None:
         summary = "The engine doesn't describe it, and may not have it"
-    for path in kept:
-        plain = _as_passed(path, _PLAIN | {"summary": summary}, kept, has_keys=has_keys)
+    for path, route in kept.items():
+        plain = _as_passed(path, "post", _plain(route, summary), kept, has_keys=has_keys)
         paths.setdefault(path, {}).setdefault("post", plain)
     for path, own in _OWNED.items():
         if not has_keys or (open_metrics and path.startswith("/metrics")):
             own = own._replace(door="anybody")
         paths[path] = {"get": _as_owned(path, own)}
     components = dict(_mapping((engine or {}).get("components", {})))
-    components["schemas"] = {**_mapping(components.get("schemas", {})), _ERROR_NAME: _ERROR}
+    components["schemas"] = {
+        **_mapping(components.get("schemas", {})),
+        _ERROR_NAME: _ERROR,
+        _ANTHROPICS_NAME: _ANTHROPICS_ERROR,
+        _DETAIL_NAME: _DETAIL,
+    }
     components["headers"] = dict(_mapping(components.get("headers", {}))) | {
         name: {"description": text, "schema": {"type": kind}}
         for name, (text, kind) in _HEADERS.items()
@@ -144,15 +191,15 @@ def document(
 
 def _operations(engine: Mapping[str, Any] | None) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     for path, item in _mapping((engine or {}).get("paths", {})).items():
-        # We answer these ourselves.
-        if path not in _OWNED:
+        # We answer these ourselves, or refuse them whatever the engine says.
+        if path not in _OWNED and path not in ADAPTER_PATHS:
             for method, operation in _mapping(item).items():
                 if method in _METHODS:
                     yield path, method, _mapping(operation)
 
 
 def _as_passed(
-    path: str, operation: Mapping[str, Any], kept: Collection[str], *, has_keys: bool
+    path: str, method: str, operation: Mapping[str, Any], kept: Collection[str], *, has_keys: bool
 ) -> dict[str, Any]:
     """Return an engine's operation with what we add to it."""
     is_kept = path in kept
@@ -164,14 +211,16 @@ def _as_passed(
     responses = dict(_mapping(operation.get("responses", {})))
     # FastAPI's own way to refuse a body, which vLLM does not use.
     responses.pop("422", None)
-    statuses = {"400", "502", "503", "504"}
-    if "requestBody" in operation:
-        statuses |= {"404", "408", "413"}
+    # `?model=` may name one that there isn't, whatever the route.
+    statuses = {"400", "404", "502", "503", "504"}
+    if method in _WITH_BODY:
+        statuses |= {"408", "413"}
     if has_keys:
         statuses |= {"401", "429"} if is_for_tenants(path) else {"401", "403", "429"}
         made["security"] = _SECURITY
-    for status in statuses:
-        responses.setdefault(status, _refusal(status))
+    for status in statuses | {status for status in responses if status >= "400"}:
+        said = _mapping(responses.get(status, {}))
+        responses[status] = {**_refusal(status, path, passed=True), **_without_content(said)}
     if is_kept:
         made["parameters"] += [_CACHE_CONTROL, _IF_NONE_MATCH]
         responses["304"] = {"description": "The answer is the one that If-None-Match names"}
@@ -191,6 +240,11 @@ def _with_cache_field(body: Mapping[str, Any]) -> dict[str, Any]:
     return {**body, "content": {**content, _JSON: about}}
 
 
+def _without_content(response: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an engine tells of an error, but for its shape: that is one of several."""
+    return {name: part for name, part in response.items() if name != "content"}
+
+
 def _with_headers(response: Mapping[str, Any], *, is_kept: bool) -> dict[str, Any]:
     names = {"X-Request-Id": "XRequestId"}
     if is_kept:
@@ -201,10 +255,19 @@ def _with_headers(response: Mapping[str, Any], *, is_kept: bool) -> dict[str, An
     return {**response, "headers": {**_header_references(names), **theirs}}
 
 
-def _refusal(status: str) -> dict[str, Any]:
+def _refusal(status: str, path: str = "", *, passed: bool = False) -> dict[str, Any]:
+    """Return a response that is an error, whose shape an engine may have chosen if `passed`."""
     headers = _header_references({"Retry-After": "RetryAfter"} if status in _RETRIED else {})
-    content = {_JSON: {"schema": {"$ref": "#/components/schemas/" + _ERROR_NAME}}}
-    return {"description": _STATUSES[status], "headers": headers, "content": content}
+    names = [_ERROR_NAME]
+    if passed:
+        names = [*([_ANTHROPICS_NAME] if is_anthropics(path) else []), _ERROR_NAME, _DETAIL_NAME]
+    shapes = [{"$ref": f"#/components/schemas/{name}"} for name in names]
+    schema = {"anyOf": shapes} if passed else shapes[0]
+    return {
+        "description": _STATUSES.get(status, "The engine refuses it"),
+        "headers": headers,
+        "content": {_JSON: {"schema": schema}},
+    }
 
 
 def _header_references(names: Mapping[str, str]) -> dict[str, Any]:
@@ -215,19 +278,32 @@ def _as_owned(path: str, own: _Own) -> dict[str, Any]:
     """Return an operation of ours."""
     schema = {"type": "object" if own.media_type == _JSON else "string"}
     content = {own.media_type: {"schema": schema}} if own.media_type else {}
-    statuses = {"/ready": ["503"], "/metrics/engine": ["502", "503", "504"]}.get(path, [])
-    if own.door != "anybody":
-        statuses = [*_DOORS[own.door], *statuses]
     responses = {"200": {"description": own.summary, "content": content}}
-    responses |= {status: _refusal(status) for status in statuses}
+    responses |= {status: _refusal(status) for status in (*_DOORS[own.door], *own.statuses)}
+    parameters = [*own.parameters, _REQUEST_ID]
+    if own.is_resource:
+        responses["304"] = {"description": "The client has it, as If-None-Match says"}
+        parameters.append(_IF_NONE_MATCH)
     made: dict[str, Any] = {
         "summary": own.summary,
-        "operationId": "tierserve" + re.sub(r"\W", "_", path),
+        "operationId": "tierserve" + re.sub(r"\W+", "_", path),
         "tags": [_OWN],
-        "parameters": [_REQUEST_ID],
-        "responses": {s: _with_headers(r, is_kept=False) for s, r in responses.items()},
+        "parameters": parameters,
+        "responses": {s: _with_headers(r, is_kept=False) for s, r in sorted(responses.items())},
     }
     return made if own.door == "anybody" else made | {"security": _SECURITY}
+
+
+def _plain(route: Route, summary: str) -> dict[str, Any]:
+    """Return a route that no engine describes."""
+    content: dict[str, Any] = {_JSON: {"schema": {}}}
+    if route.streams:
+        content["text/event-stream"] = {}
+    return {
+        "summary": summary,
+        "requestBody": {"required": True, "content": {_JSON: {"schema": {"type": "object"}}}},
+        "responses": {"200": {"description": "The answer", "content": content}},
+    }
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -236,23 +312,29 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value
 
 
-_PLAIN: dict[str, Any] = {
-    "requestBody": {"required": True, "content": {_JSON: {"schema": {"type": "object"}}}},
-    "responses": {
-        "200": {
-            "description": "The answer",
-            "content": {_JSON: {"schema": {}}, "text/event-stream": {}},
-        }
-    },
-}
-
 _OWNED: Mapping[str, _Own] = {
-    "/": _Own("A page that shows what the tiers answer", "text/html", "anybody"),
-    "/docs": _Own("This document as a page", "text/html", "anybody"),
+    "/": _Own("A page that shows what the tiers answer", "text/html", "anybody", is_resource=True),
+    "/docs": _Own("This document as a page", "text/html", "anybody", is_resource=True),
     "/health": _Own("The process lives", "", "anybody"),
     "/metrics": _Own("Prometheus metrics", "text/plain", "operators"),
-    "/metrics/engine": _Own("The engine's own metrics", "text/plain", "operators"),
-    "/openapi.json": _Own("This document", _JSON, "tenants"),
-    "/overview": _Own("The engine's state, and who answered in the last day", _JSON, "tenants"),
-    "/ready": _Own("An engine answers", "", "anybody"),
+    "/metrics/engine": _Own(
+        "The engine's own metrics", "text/plain", "operators", _ENGINES, parameters=(_MODEL,)
+    ),
+    "/openapi.json": _Own("This document", _JSON, "known", is_resource=True),
+    "/overview": _Own("The engine's state, and who answered in the last day", _JSON, "known"),
+    "/ready": _Own(
+        "All engines answer, or that of a model",
+        _JSON,
+        "anybody",
+        ("404", "503"),
+        parameters=(_MODEL,),
+    ),
+    "/v1/models": _Own("The models, their aliases and adapters", _JSON, "tenants"),
+    "/v1/models/{model}": _Own(
+        "One of them",
+        _JSON,
+        "tenants",
+        ("404",),
+        parameters=(_MODEL | {"in": "path", "required": True},),
+    ),
 }

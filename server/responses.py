@@ -109,6 +109,11 @@ def error_body(
     return orjson.dumps({"error": error})
 
 
+def is_anthropics(path: str) -> bool:
+    """Whether a path is of Anthropic's API."""
+    return path == _ANTHROPICS or path.startswith(f"{_ANTHROPICS}/")
+
+
 class ErrorResponse(web.Response):
     """An error of ours."""
 
@@ -118,7 +123,7 @@ class ErrorResponse(web.Response):
 
     def told_at(self, path: str) -> Self:
         """Return it in the shape of the API that `path` is of."""
-        if path == _ANTHROPICS or path.startswith(f"{_ANTHROPICS}/"):
+        if is_anthropics(path):
             kind = _ANTHROPICS_KINDS.get(self.status)
             if kind is None:
                 kind = "invalid_request_error" if self.status < 500 else "api_error"

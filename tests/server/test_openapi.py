@@ -20,6 +20,8 @@ OWN = {
     "/openapi.json",
     "/overview",
     "/ready",
+    "/v1/models",
+    "/v1/models/{model}",
 }
 CHAT_SCHEMA = {"type": "object", "required": ["messages"], "properties": {"n": {"type": "integer"}}}
 
@@ -115,6 +117,26 @@ def test_what_we_add_to_a_route_whose_answers_are_kept() -> None:
 def test_what_an_engine_says_of_routes_that_are_ours_is_left_out() -> None:
     told = made(engine_document())
     assert told["paths"]["/health"]["get"]["summary"] != "theirs"
+
+
+def test_what_we_refuse_whatever_an_engine_says_is_left_out() -> None:
+    told = made(engine_document(**{"/v1/load_lora_adapter": {"post": {"responses": {}}}}))
+    assert "/v1/load_lora_adapter" not in told["paths"]
+
+
+def test_errors_are_told_in_all_the_shapes_that_they_may_have() -> None:
+    own = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Theirs"}}}}
+    theirs = {"post": {"responses": {"200": {}, "415": own | {"description": "Not JSON"}}}}
+    paths = made(engine_document(**{"/v1/messages": theirs, "/x": theirs}))["paths"]
+    for path, shapes in {
+        "/v1/messages": ["TierserveMessagesError", "TierserveError", "TierserveDetail"],
+        "/x": ["TierserveError", "TierserveDetail"],
+    }.items():
+        told = paths[path]["post"]["responses"]["415"]
+        assert told["description"] == "Not JSON"
+        assert told["content"]["application/json"]["schema"] == {
+            "anyOf": [{"$ref": f"#/components/schemas/{name}"} for name in shapes]
+        }
 
 
 def test_what_takes_an_operators_key_says_so() -> None:
