@@ -117,8 +117,11 @@ async def nobody(guarded: Front) -> AsyncIterator[aiohttp.ClientSession]:
 def is_unauthorized(reply: aiohttp.ClientResponse, said: bytes) -> bool:
     if reply.method != "HEAD":
         error = orjson.loads(said)["error"]
-        assert error["type"] == "invalid_request_error"
-        assert error["code"] == "invalid_api_key"
+        if reply.url.path.startswith("/v1/messages"):
+            assert error["type"] == "authentication_error"
+        else:
+            assert error["type"] == "invalid_request_error"
+            assert error["code"] == "invalid_api_key"
         assert "API key" in error["message"]
     return reply.status == 401 and reply.headers["WWW-Authenticate"] == "Bearer"
 
