@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
+import httpx
 import openai
 import psutil
 import pytest
@@ -19,6 +20,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 GENERATIONS = "vllm:request_success_total"
+TOKENS = "vllm:generation_tokens_total"
 
 
 def ask(server: Server, messages=QUESTION, **options):
@@ -257,8 +259,39 @@ def test_tenants_share_no_prefix(server: Server, tmp_path_factory) -> None:
         server.client.with_options(api_key="z").models.list()
 
 
+def respond(server: Server, *, stream: bool, **options):
+    """Return what is answered to a request for a long Response, however it ends."""
+    asked = {"input": "Count to a thousand, in words.", "temperature": 0, "stream": stream}
+    with httpx.Client(base_url=server.url, timeout=120) as client:
+        try:
+            return client.post("/v1/responses", json={"model": MODEL} | asked, **options)
+        except httpx.HTTPError as exc:
+            return exc
+
+
+def test_what_a_stopping_engine_calls_whole_is_not_stored(server: Server) -> None:
+    server.wait_ready()
+    before = server.metric("/metrics", "tierserve_tier_entries")
+    made = server.metric("/metrics/engine", TOKENS)
+    with ThreadPoolExecutor() as pool:
+        given = [pool.submit(respond, server, stream=stream) for stream in (False, True)]
+        server.until(lambda: server.metric("/metrics/engine", TOKENS) > made + 8, 60)
+        for process in living(server.session()):
+            # As who stops a whole service does, with each of its processes.
+            if process.name() == "VLLM::EngineCore":
+                process.terminate()
+        for each in given:
+            each.result()
+    server.until(lambda: server.status("/ready") == 503, 60)
+    assert server.metric("/metrics", "tierserve_tier_entries") == before
+    for stream in (False, True):
+        cached = respond(server, stream=stream, headers={"Cache-Control": "only-if-cached"})
+        assert cached.status_code == 504
+
+
 def test_the_engine_comes_back_after_kill(server: Server) -> None:
     server.wait_ready()
+    restarts = server.metric("/metrics", "tierserve_engine_restarts_total")
     ask(server)
     of_vllm = [process for process in living(server.session()) if process.pid != server.session()]
     assert "VLLM::EngineCore" in {process.name() for process in of_vllm}
@@ -273,7 +306,7 @@ def test_the_engine_comes_back_after_kill(server: Server) -> None:
     assert caught.value.status_code == 503
     server.wait_ready()
     assert "fwd=miss" in ask(server, [{"role": "user", "content": "New?"}])[1]
-    assert server.metric("/metrics", "tierserve_engine_restarts_total") == 1
+    assert server.metric("/metrics", "tierserve_engine_restarts_total") == restarts + 1
 
 
 @pytest.mark.parametrize("ready", [True, False])
