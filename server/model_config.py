@@ -141,7 +141,7 @@ class Model(Section):
         if self.api_key is not None and not self.upstreams:
             raise ValueError("api_key is for upstreams; nobody else reaches an engine of ours")
         if self.api_key is not None and any("@" in url for url in self.upstreams):
-            raise ValueError("should have an api_key or a password in upstreams, and not both")
+            raise conflict("should have an api_key or a password in upstreams, and not both")
         if not (self.upstreams or self.source):
             raise ValueError(
                 f"should have a source ({EMBEDDED}, a folder, or a Hugging Face name), or upstreams"

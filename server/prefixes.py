@@ -89,7 +89,7 @@ class Prefixes:
             return
         of_a_character = 0.0
         reused = None
-        if request.prompts[0] <= 1 and (tokens := input_tokens_in(counts)) is not None:
+        if request.prompts.number <= 1 and (tokens := input_tokens_in(counts)) is not None:
             reused = reused_tokens_in(counts)
             whole = found[-1].characters if is_whole else len(request.raw)
             of_a_character = tokens / max(whole, 1)
