@@ -1,10 +1,25 @@
 """One engine that calls tools, for all the tests of this folder."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import pytest
 
 from tests.e2e.conftest import Server, serving_laptop
+
+T = TypeVar("T")
+
+
+def kept(ask: Callable[[], T], status: Callable[[T], str]) -> T:
+    """Ask again until the answer is kept, and no longer that of the flight before.
+
+    A Response is kept once its engine has been seen to go on.
+    """
+    deadline = time.monotonic() + 30
+    while "collapsed" in status(said := ask()):
+        assert time.monotonic() < deadline
+    return said
 
 
 @pytest.fixture(scope="package")
