@@ -183,17 +183,17 @@ class Writer:
         return outcome
 
     def _failed(self, file: DiskFile, batch: Sequence[Submission], exc: Exception) -> None:
-        is_disks = isinstance(exc, lmdb.DiskError | lmdb.MapFullError | OSError)
+        is_known = isinstance(exc, lmdb.Error | OSError)
         episode = self._episode
         if episode is None:
             episode = self._episode = _Episode()
             why = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
             text = "the disk tier can't store, and tries again: %s; %d changes are lost so far"
-            logger.error(text, why, len(batch), exc_info=None if is_disks else exc)
+            logger.error(text, why, len(batch), exc_info=None if is_known else exc)
         episode.lost += len(batch)
-        if not is_disks:
+        if not isinstance(exc, lmdb.DiskError | lmdb.MapFullError | OSError):
             self.is_suspect = True
-        if isinstance(exc, lmdb.Error | OSError):
+        if is_known:
             episode.delay_s = min(max(episode.delay_s * 2, _FIRST_DELAY_S), _LAST_DELAY_S)
             episode.until = time.monotonic() + episode.delay_s
         if isinstance(exc, lmdb.PanicError) or self._is_broken:
