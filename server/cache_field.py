@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from server.control import Control
 from server.labels import A_TAG, MAX_TAG_CHARACTERS, MAX_TAGS, is_tag
+from server.section import CENTURY_S
 
 MAX_VARIANTS = 64
-_CENTURY_S = 100 * 366 * 24 * 3600
 _USE = "use"
 _MODES = {
     "default": Control(),
@@ -79,9 +79,7 @@ def read(field: Any) -> CacheField:
 
 
 def _is_ttl(value: Any) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= _CENTURY_S
-    )
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= CENTURY_S
 
 
 def _are_tags(value: Any) -> bool:
@@ -115,7 +113,7 @@ SCHEMA: Mapping[str, Any] = {
             "type": ["number", "null"],
             "description": "Seconds for which an answer made now is good",
             "exclusiveMinimum": 0,
-            "maximum": _CENTURY_S,
+            "maximum": CENTURY_S,
         },
         "tags": {
             "type": ["array", "null"],

@@ -27,6 +27,7 @@ from server.responses import (
     own_headers,
     unavailable,
 )
+from server.section import CENTURY_S
 from server.spans import step
 from server.upstream import UnavailableError
 from server.usage import counts_in
@@ -43,7 +44,6 @@ _SSE = "text/event-stream; charset=utf-8"
 _TYPED = b'{"type":"error"'
 # Below a millisecond or two; more would stop all others.
 _CONVERT_INLINE_BYTES = 64 * 1024
-_CENTURY_S = 100 * 366 * 24 * 3600
 # Above, those who wait for an answer need the engine more.
 _REFRESH_BELOW = 32
 
@@ -317,7 +317,7 @@ def _is_there(http: HttpRequest, etag: str) -> bool:
 def _age_s(headers: Mapping[str, str]) -> float:
     """Return how old an engine's answer is, which has one if a cache stands before the engine."""
     age = headers.get(hdrs.AGE, "")
-    return min(float(age), _CENTURY_S) if age.isascii() and age.isdecimal() else 0
+    return min(float(age), CENTURY_S) if age.isascii() and age.isdecimal() else 0
 
 
 async def _as_form(answer: Answer, form: Form) -> Answer:

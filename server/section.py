@@ -10,9 +10,10 @@ from pydantic_core import PydanticCustomError
 _has_shape = re.compile(r"https?://[^/\s]+(/[^\s?#]*)?").fullmatch
 MASK = "***"
 """What is shown of a secret."""
-_CENTURY_S = 100 * 366 * 24 * 3600
-Seconds = Annotated[float, Field(ge=0, le=_CENTURY_S)]
-PositiveSeconds = Annotated[float, Field(gt=0, le=_CENTURY_S)]
+CENTURY_S = 100 * 366 * 24 * 3600
+"""More than any time that means something, and little enough to reckon with."""
+Seconds = Annotated[float, Field(ge=0, le=CENTURY_S)]
+PositiveSeconds = Annotated[float, Field(gt=0, le=CENTURY_S)]
 
 
 class Section(BaseModel):

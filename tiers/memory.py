@@ -142,8 +142,9 @@ class MemoryCache(ByteCache):
 
     def _forget(self, key: str) -> tuple[bytes, float | None]:
         entry = self._entries.pop(key)
-        self._shares.remove(key)
-        self.usage.bytes -= self._cost(key, entry[0])
+        cost = self._cost(key, entry[0])
+        self._shares.remove(key, cost)
+        self.usage.bytes -= cost
         self.usage.entries -= 1
         return entry
 

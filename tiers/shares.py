@@ -16,8 +16,8 @@ class Shares:
     """The most that was measured to be taken per key with a scope."""
 
     def __init__(self) -> None:
-        self.held: dict[str, OrderedDict[str, int]] = {}
-        """Scope to its keys, the one that was asked for longest ago first, and their bytes."""
+        self.held: dict[str, OrderedDict[str, None]] = {}
+        """Scope to its keys, the one that was asked for longest ago first."""
         self._bytes: dict[str, int] = {}
         self._total = 0
         self._greedy = ""
@@ -25,7 +25,7 @@ class Shares:
     def insert(self, key: str, size: int) -> None:
         """Take in a key whose entry costs `size` bytes."""
         if scope := scope_of(key):
-            self.held.setdefault(scope, OrderedDict())[key] = size
+            self.held.setdefault(scope, OrderedDict())[key] = None
             self._add(scope, size)
 
     def access(self, key: str) -> None:
@@ -33,11 +33,12 @@ class Shares:
         if (keys := self.held.get(key[:SCOPE_LENGTH])) is not None and key in keys:
             keys.move_to_end(key)
 
-    def remove(self, key: str) -> None:
-        """Take out a key."""
+    def remove(self, key: str, size: int) -> None:
+        """Take out a key whose entry costs `size` bytes."""
         if scope := scope_of(key):
             keys = self.held[scope]
-            self._add(scope, -keys.pop(key))
+            del keys[key]
+            self._add(scope, -size)
             if not keys:
                 del self.held[scope], self._bytes[scope]
 
