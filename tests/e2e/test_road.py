@@ -262,7 +262,8 @@ def test_tenants_share_no_prefix(server: Server, tmp_path_factory) -> None:
 def respond(server: Server, *, stream: bool, **options):
     """Return what is answered to a request for a long Response, however it ends."""
     asked = {"input": "Count to a thousand, in words.", "temperature": 0, "stream": stream}
-    with httpx.Client(base_url=server.url, timeout=120) as client:
+    of_client = {"base_url": server.url, "headers": server.client.auth_headers, "timeout": 120}
+    with httpx.Client(**of_client) as client:
         try:
             return client.post("/v1/responses", json={"model": MODEL} | asked, **options)
         except httpx.HTTPError as exc:
