@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 _GRACE_S = 10
 
@@ -21,9 +22,9 @@ def main() -> int:
     """Run the command to its end and return its exit status."""
     folder, *command = sys.argv[1:]
     # The command inherits the default, since handlers don't pass through exec.
-    signal.signal(signal.SIGTERM, lambda *_: _stop(child))
+    signal.signal(signal.SIGTERM, lambda *_: _in_background(_stop, child))
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL)  # noqa: S603
-    threading.Thread(target=_watch, args=(child,), daemon=True).start()
+    _in_background(_watch, child)
     status = child.wait()
     shutil.rmtree(folder, ignore_errors=True)
     sys.stdout.flush()
@@ -31,19 +32,26 @@ def main() -> int:
     return status if status >= 0 else 128 - status
 
 
+def _in_background(
+    do: "Callable[[subprocess.Popen[bytes]], None]", child: "subprocess.Popen[bytes]"
+) -> None:
+    threading.Thread(target=do, args=(child,), daemon=True).start()
+
+
 def _watch(child: "subprocess.Popen[bytes]") -> None:
     # Not through sys.stdin, whose lock a thread must not hold when the interpreter ends.
     while os.read(0, 4096):
         pass
     _stop(child)
+
+
+def _stop(child: "subprocess.Popen[bytes]") -> None:
+    """End it gently if it can: vLLM may wait for ever for requests under way."""
+    child.terminate()
     deadline = time.monotonic() + _GRACE_S
     while child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     child.kill()
-
-
-def _stop(child: "subprocess.Popen[bytes]") -> None:
-    child.terminate()
 
 
 def _end_group_but_us() -> None:

@@ -47,6 +47,13 @@ def start(tmp_path: Path) -> Iterator[Start]:
     assert not folder.exists()
 
 
+def end(guard: subprocess.Popen[bytes], how: str) -> None:
+    if how == "stdin":
+        guard.stdin.close()
+    else:
+        guard.terminate()
+
+
 def ended(process: subprocess.Popen[bytes]) -> int:
     """Return the exit status, once all that hold the output have ended."""
     said = process.stdout.read()
@@ -76,17 +83,15 @@ def test_the_commands_status_is_passed_on(start: Start, script: str, status: int
 def test_the_command_is_asked_to_end(start: Start, script: str, status: int, how: str) -> None:
     guard = start(script)
     assert guard.stdout.readline() == b"on\n"
-    if how == "stdin":
-        guard.stdin.close()
-    else:
-        guard.terminate()
+    end(guard, how)
     assert ended(guard) == status
 
 
-def test_a_command_that_does_not_end_is_killed(start: Start) -> None:
+@pytest.mark.parametrize("how", ["stdin", "SIGTERM"])
+def test_a_command_that_does_not_end_is_killed(start: Start, how: str) -> None:
     guard = start(IGNORES + WAITS, main=("-c", AT_ONCE))
     assert guard.stdout.readline() == b"on\n"
-    guard.stdin.close()
+    end(guard, how)
     assert ended(guard) == 128 + 9
 
 
