@@ -1,13 +1,17 @@
-"""Where a request that passes through goes: to the engine of the model that it names.
+"""Where a request that passes through goes, and what it is sent as: its body is read once for both.
 
-That is the `model` of a JSON body, of a form (RFC 7578), or else of the query. Bodies that have to
-be read for it are read whole, within `server.max_body_bytes`; with one model under one name there
-is nothing to choose, and nothing is read.
+It goes to the engine of the model that it names: that is the `model` of a JSON body, of a form
+(RFC 7578), or else of the query. With one model under one name there is nothing to choose. An
+engine must know the model by its own name, have no more prompts than one request may (see
+`server.prompts`), and keep tenants apart (`server.isolation`). A body that must be read for any of
+this is read whole, within `server.max_body_bytes`; all others are passed on as they come.
 """
 
 import asyncio
 import json
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import orjson
@@ -15,8 +19,11 @@ from aiohttp import hdrs
 
 from server.cache_field import BadRequestError
 from server.http_request import HttpRequest
+from server.isolation import SALTED, isolated
 from server.names import Named, Names
+from server.prompts import prompts_in
 
+_PROMPTED = SALTED | {"/v1/completions/render"}
 # Above, looking at a body would stop all others for too long.
 _INLINE_BYTES = 64 * 1024
 _FORM = "multipart/form-data"
@@ -30,65 +37,103 @@ class Destination(NamedTuple):
 
     named: Named
     body: bytes | None
-    """Its body with the name by which the engine knows the model; `None` if it wasn't read."""
+    """Its body as the engine may be sent it; `None` if it wasn't read."""
 
 
-async def destination(http: HttpRequest, names: Names) -> Destination:
+async def destination(http: HttpRequest, names: Names, max_prompts: int) -> Destination:
     """Return where `http` goes.
 
     Raises:
         UnknownModelError: it names a model that there isn't.
-        BadRequestError: its body is too odd for the model to be named as the engine knows it.
+        BadRequestError: its body has too many prompts, asks for what isn't its tenant's, or is too
+            odd to be changed as it must be.
     """
-    if names.are_one:
-        return Destination(names.first, None)
     content_type = http.headers.get(hdrs.CONTENT_TYPE, "")
     media_type = content_type.partition(";")[0].strip().lower()
     boundary = _boundary(content_type) if media_type == _FORM else None
     asked = http.query.get("model") if "?" in http.raw_path else None
-    if not http.body_exists or not (boundary or media_type.endswith("json")):
+    look: Callable[[bytes], Destination]
+    if http.body_exists and http.path in _PROMPTED:
+        look = partial(_prompted, names, asked, http, max_prompts)
+    elif names.are_one or not http.body_exists:
+        return Destination(_named(names, asked), None)
+    elif media_type.endswith("json"):
+        look = partial(_in_json, names, asked)
+    elif boundary is not None:
+        look = partial(_in_form, names, asked, boundary[1].encode())
+    else:
         return Destination(names.find(asked), None)
     body = await http.body()
-    if len(body) <= _INLINE_BYTES:
-        return _look(names, body, asked, boundary and boundary[1])
-    return await asyncio.to_thread(_look, names, body, asked, boundary and boundary[1])
+    return look(body) if len(body) <= _INLINE_BYTES else await asyncio.to_thread(look, body)
 
 
-def _look(names: Names, body: bytes, asked: str | None, boundary: str | None) -> Destination:
-    look = _in_json if boundary is None else _in_form
-    found, renamed = look(names, body, boundary or "")
-    return Destination(names.find(asked), body) if found is None else Destination(found, renamed)
+def _named(names: Names, asked: Any) -> Named:
+    return names.first if names.are_one else names.find(asked)
 
 
-def _in_json(names: Names, body: bytes, _: str) -> tuple[Named | None, bytes]:
+def _prompted(
+    names: Names, asked: str | None, http: HttpRequest, max_prompts: int, raw: bytes
+) -> Destination:
+    raw, fields = _read(raw)
+    is_salted = http.path in SALTED and http.tenant.salt is not None
+    if not isinstance(fields, dict):
+        if fields is None and is_salted:
+            raise BadRequestError("the body should be JSON", "body")
+        return Destination(_named(names, asked), raw)
+    prompts_in(fields).check(max_prompts)
+    named, raw, fields = _renamed(names, asked, raw, fields)
+    if is_salted:
+        raw, _ = isolated(raw, fields, http.tenant)
+    return Destination(named, raw)
+
+
+def _in_json(names: Names, asked: str | None, raw: bytes) -> Destination:
+    raw, fields = _read(raw)
+    if not isinstance(fields, dict):
+        return Destination(_named(names, asked), raw)
+    named, raw, _ = _renamed(names, asked, raw, fields)
+    return Destination(named, raw)
+
+
+def _read(raw: bytes) -> tuple[bytes, Any]:
+    """Return a body and what it says: nothing, if it isn't JSON, which is for engines to refuse."""
     try:
-        fields: Any = orjson.loads(body)
+        return raw, orjson.loads(raw)
     except ValueError:
-        # Engines take NaN and the like.
-        try:
-            fields = json.loads(body)
-        except (ValueError, RecursionError):
-            return None, body
-    if not isinstance(fields, dict) or not fields.get("model"):
-        return None, body
-    asked = fields["model"]
-    named = names.find(asked)
-    if isinstance(asked, str) and asked != named.name:
+        pass
+    try:
+        # Engines take NaN and the like, and other encodings.
+        fields = json.loads(raw)
+        return json.dumps(fields).encode(), fields
+    except (ValueError, RecursionError):
+        return raw, None
+
+
+def _renamed(
+    names: Names, asked: str | None, raw: bytes, fields: dict[str, Any]
+) -> tuple[Named, bytes, dict[str, Any]]:
+    """Return whom a body is for, and both its forms with the model as the engine knows it."""
+    model = fields.get("model")
+    if names.are_one or not model:
+        return _named(names, asked), raw, fields
+    named = names.find(model)
+    if isinstance(model, str) and model != named.name:
         try:
             # The slower way keeps every number as it is.
-            body = json.dumps(json.loads(body) | {"model": named.name}).encode()
+            fields = json.loads(raw) | {"model": named.name}
+            raw = json.dumps(fields).encode()
         except (ValueError, RecursionError) as exc:
-            text = f"the body is nested too deeply, or has too long a number, to ask for {asked}"
+            text = f"the body is nested too deeply, or has too long a number, to ask for {model}"
             raise BadRequestError(text) from exc
-    return named, body
+    return named, raw, fields
 
 
-def _in_form(names: Names, body: bytes, boundary: str) -> tuple[Named | None, bytes]:
-    parts = body.split(b"--" + boundary.encode())
+def _in_form(names: Names, asked: str | None, boundary: bytes, body: bytes) -> Destination:
+    parts = body.split(b"--" + boundary)
     for number, part in enumerate(parts):
         head, _, value = part.partition(_BLANK)
         if _is_model(head.replace(b"\r\n", b"\n")):
             named = names.find(value.removesuffix(b"\r\n").decode(errors="replace"))
             parts[number] = head + _BLANK + named.name.encode() + b"\r\n"
-            return named, (b"--" + boundary.encode()).join(parts)
-    return None, body
+            return Destination(named, (b"--" + boundary).join(parts))
+    return Destination(names.find(asked), body)

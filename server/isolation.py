@@ -7,12 +7,9 @@ client sends as either is combined with its tenant's salt, and can't name anothe
 KV or encoder caches names what is another request's, and is for operators, such as routers.
 """
 
-import asyncio
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
-
-import orjson
 
 from server.cache_field import BadRequestError
 from server.tenants import Tenant
@@ -27,8 +24,6 @@ SALTED = frozenset(
 )  # fmt: skip
 """vLLM's routes that take a salt, but for the one that is for other engines."""
 _SALT = "cache_salt"
-# Above, looking at a body would stop all others for too long.
-_INLINE_BYTES = 64 * 1024
 _TRANSFERS = ("ec_transfer_params", "kv_transfer_params")
 
 
@@ -68,29 +63,6 @@ def isolated(raw: bytes, body: dict[str, Any], tenant: Tenant) -> tuple[bytes, d
     # All else stays as the client wrote it.
     comma = b"," if body else b""
     return raw.rstrip()[:-1] + comma + b'"%s":"%s"}' % (_SALT.encode(), salt.encode()), made
-
-
-def isolated_raw(raw: bytes, tenant: Tenant) -> bytes:
-    """Return a body as `isolated` does, or one that is no object as it is.
-
-    Raises:
-        BadRequestError: the body isn't JSON (engines take more than that, such as NaN), asks for
-            what isn't a tenant's, or is nested too deeply.
-    """
-    try:
-        body = orjson.loads(raw)
-    except ValueError as exc:
-        raise BadRequestError(f"the body should be JSON: {exc}", "body") from exc
-    return isolated(raw, body, tenant)[0] if isinstance(body, dict) else raw
-
-
-async def isolated_body(raw: bytes, tenant: Tenant) -> bytes:
-    """Do what `isolated_raw` does, if need be, and without keeping others waiting."""
-    if tenant.salt is None:
-        return raw
-    if len(raw) <= _INLINE_BYTES:
-        return isolated_raw(raw, tenant)
-    return await asyncio.to_thread(isolated_raw, raw, tenant)
 
 
 def _own(salt: str, given: str) -> str:

@@ -6,11 +6,9 @@ from aiohttp import hdrs, web
 from server.destination import destination
 from server.engine import EngineState
 from server.http_request import HttpRequest
-from server.isolation import SALTED, isolated_body
 from server.models import Models
 from server.names import UnknownModelError
 from server.passthrough import forward
-from server.prompts import PASSED, prompts_in_raw
 from server.responses import RETRY_AFTER_S, error_body, error_response
 from server.websocket import forward_websocket, is_asked_for
 
@@ -62,21 +60,16 @@ class Others:
 
         Raises:
             UnknownModelError: it names a model that there isn't.
-            BadRequestError: it has too many prompts, or isn't as it should be.
+            BadRequestError: its body can't be sent to an engine, or has too many prompts.
         """
         if http.method == hdrs.METH_CONNECT or not http.rel_url.raw_path_qs.startswith("/"):
             # What follows a CONNECT is no body that an engine could be sent, and `*` is no path.
             return error_response(400, "A request needs a path here, and there are no tunnels.")
-        named, body = await destination(http, self._models.names())
+        named, body = await destination(http, self._models.names(), self._max_prompts)
         http.model = named.name
         upstreams = self._models.upstreams(named.name)
         if is_asked_for(http):
             return await forward_websocket(http, upstreams)
-        if http.path in PASSED and http.body_exists:
-            body = await http.body() if body is None else body
-            (await prompts_in_raw(body)).check(self._max_prompts)
-        if body is not None and http.path in SALTED:
-            body = await isolated_body(body, http.tenant)
         return await forward(http, upstreams, body=body)
 
 

@@ -1,7 +1,6 @@
 """Passing a request through to an engine and its reply back, unchanged and without buffering."""
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
 
 import aiohttp
 from aiohttp import web
@@ -9,7 +8,6 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from server.http_request import HttpRequest, SlowClientError
-from server.isolation import SALTED, isolated_body
 from server.responses import failure, own_headers, unavailable
 from server.upstream import UnavailableError, Upstreams
 
@@ -71,7 +69,7 @@ async def forward(
         ended: is told the end of an answer, once all of it has been passed on.
     """
     http.outcome = ("engine", "pass")
-    data = body if body is not None else await _data(http)
+    data = http.pieces() if body is None and http.body_exists else body
     response: web.StreamResponse | None = None
     try:
         async with upstreams.request(
@@ -128,13 +126,6 @@ async def _pass_on(
         end = piece if len(piece) >= _END_BYTES else (end + piece)[-_END_BYTES:]
     await response.write_eof()
     return end
-
-
-async def _data(http: HttpRequest) -> Any:
-    """Return a body that is to be passed on, as far as can be before it has been read."""
-    if http.tenant.salt is not None and http.path in SALTED:
-        return await isolated_body(await http.body(), http.tenant)
-    return http.pieces() if http.body_exists else None
 
 
 def _unread(http: HttpRequest, exc: BaseException) -> Exception | None:

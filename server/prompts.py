@@ -4,24 +4,15 @@ An engine runs each of them as a request of its own, so a limit of requests is n
 prompts (`server.max_prompts`).
 """
 
-import asyncio
-import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import orjson
-
 from server.cache_field import BadRequestError
-from server.isolation import SALTED
 
-PASSED = SALTED | {"/v1/completions/render"}
-"""The routes whose bodies are looked at, if they pass through."""
 # Lists of texts or tokens; of a conversation, whose messages are objects, it is but one prompt.
 _TEXTS = ("images", "input", "messages", "prompt", "prompt_embeds", "texts")
 # Lists of what is scored or embedded, which may be objects, too.
 _OBJECTS = ("data_1", "data_2", "documents", "inputs", "items", "queries", "text_1", "text_2")
-# Above, looking at a body would stop all others for too long.
-_INLINE_BYTES = 64 * 1024
 
 
 class Prompts(NamedTuple):
@@ -48,25 +39,6 @@ def prompts_in(body: Mapping[str, Any]) -> Prompts:
     kinds = str | list if "messages" in body else str | list | dict
     found += [Prompts(_listed(body.get(name), kinds), name) for name in _OBJECTS]
     return max(found)
-
-
-async def prompts_in_raw(raw: bytes) -> Prompts:
-    """Count those of a body that passes through, without keeping others waiting."""
-    if len(raw) <= _INLINE_BYTES:
-        return _prompts_in_raw(raw)
-    return await asyncio.to_thread(_prompts_in_raw, raw)
-
-
-def _prompts_in_raw(raw: bytes) -> Prompts:
-    try:
-        body = orjson.loads(raw)
-    except ValueError:
-        # Engines take NaN and the like.
-        try:
-            body = json.loads(raw)
-        except (ValueError, RecursionError):
-            body = None
-    return prompts_in(body if isinstance(body, dict) else {})
 
 
 def _listed(value: Any, kinds: Any) -> int:

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -279,14 +280,25 @@ async def test_routes_without_a_salt_are_sent_none(guarded, upstream) -> None:
     assert await salt_of(guarded, upstream, "acme", "/tokenize") is None
 
 
-async def test_what_engines_take_beyond_json_gets_past_no_salt(guarded, upstream) -> None:
+@pytest.mark.parametrize("path", ["/invocations", "/v1/systemone"])
+async def test_what_engines_take_beyond_json_gets_past_no_salt(guarded, upstream, path) -> None:
+    async def echo(http):
+        return web.Response(body=await http.read())
+
+    upstream.handler = echo
     odd = (b"NaN", b"1e999", b'"\\ud800"')
     bodies = [b'{"cache_salt": "of another", "x": %s}' % value for value in odd]
-    for given in (*bodies, '{"cache_salt": "of another"}'.encode("utf-16"), b"{", b"\xff"):
-        for path in ("/invocations", "/v1/systemone"):
-            async with guarded.session.post(path, data=given) as reply:
-                assert reply.status == 400
-                assert (await reply.json())["error"]["param"] == "body"
+    for given in (*bodies, '{"cache_salt": "of another"}'.encode("utf-16")):
+        async with guarded.session.post(path, data=given) as reply:
+            assert reply.status == 200
+            sent = json.loads(await reply.read())
+            assert sent["cache_salt"] not in ("of another", None)
+            assert sent.keys() == json.loads(given).keys()
+    upstream.asked.clear()
+    for given in (b"{", b"\xff"):
+        async with guarded.session.post(path, data=given) as reply:
+            assert reply.status == 400
+            assert (await reply.json())["error"]["param"] == "body"
     assert upstream.asked == []
 
 
