@@ -42,8 +42,8 @@ _ANEW = Control(no_cache=True)
 _JSON = "application/json"
 _SSE = "text/event-stream; charset=utf-8"
 _TYPED = b'{"type":"error"'
-# Below a millisecond or two; more would stop all others.
-_CONVERT_INLINE_BYTES = 64 * 1024
+# Parsed or converted in a millisecond or two; more would stop all others.
+_INLINE_BYTES = 64 * 1024
 # Above, those who wait for an answer need the engine more.
 _REFRESH_BELOW = 32
 
@@ -94,7 +94,9 @@ class OpenAI:
         raw = await http.body()
         with step("parse"):
             told = keyed(http.headers)
-            request = parse(http.path, raw, http.tenant, self._models.names(), told)
+            asked = partial(parse, http.path, raw, http.tenant, self._models.names(), told)
+            inline = len(raw) <= _INLINE_BYTES
+            request = asked() if inline else await asyncio.to_thread(asked)
         http.model = request.model
         request.prompts.check(self._max_prompts)
         if request.cache.variants is not None and not self._takes_variants(request):
@@ -321,7 +323,7 @@ def _age_s(headers: Mapping[str, str]) -> float:
 
 
 async def _as_form(answer: Answer, form: Form) -> Answer:
-    if answer.form is form or len(answer.content) < _CONVERT_INLINE_BYTES:
+    if answer.form is form or len(answer.content) <= _INLINE_BYTES:
         return convert.as_form(answer, form)
     return await asyncio.to_thread(convert.as_form, answer, form)
 
