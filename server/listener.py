@@ -13,7 +13,8 @@ from aiohttp.http_exceptions import BadHttpMessage, InvalidURLError, LineTooLong
 
 from server.config import Listener
 from server.http_request import Handler, HttpRequest
-from server.responses import SERVER, error_response
+from server.responses import error_response
+from server.upstream import SERVER
 
 logger = logging.getLogger(__name__)
 

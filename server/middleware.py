@@ -19,8 +19,9 @@ from server.history import History
 from server.http_request import Handler, HttpRequest, SlowClientError
 from server.logs import AccessLog
 from server.metrics import Metrics
-from server.responses import SERVER, ErrorResponse, error_response
+from server.responses import ErrorResponse, error_response
 from server.trace_log import TraceLog
+from server.upstream import SERVER
 from server.usage import output_tokens
 
 logger = logging.getLogger(__name__)

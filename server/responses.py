@@ -13,9 +13,8 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.helpers import rfc822_formatted_time
 
 from server.http_request import HttpRequest
-from server.upstream import UnavailableError
+from server.upstream import SERVER, UnavailableError
 
-SERVER = "tierserve"
 RETRY_AFTER_S = 5
 _ANTHROPICS = "/v1/messages"
 # As its documentation has them; other statuses are told by their class.

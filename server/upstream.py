@@ -18,6 +18,8 @@ from server.spans import engine_request
 
 logger = logging.getLogger(__name__)
 
+SERVER = "tierserve"
+"""Our name in the header `Server`, by which we also know another of us."""
 _CONNECT_S = 5
 _PROBE_S = 10
 # Below the five seconds after which vLLM closes a connection that idles: one that is closed while
@@ -25,8 +27,6 @@ _PROBE_S = 10
 _KEEP_ALIVE_S = 3
 _PROBE_DOWN_S = 0.5
 _PROBE_UP_S = 2.0
-# As `server.responses` says in `Server`.
-_OURS = "tierserve"
 _Reply = TypeVar("_Reply", aiohttp.ClientResponse, aiohttp.ClientWebSocketResponse)
 
 
@@ -143,7 +143,7 @@ class Upstream:
                 # One that wants a key answers too.
                 if response.status not in (200, 401, 403):
                     return False, False
-                if response.headers.get("Server") != _OURS:
+                if response.headers.get("Server") != SERVER:
                     return True, False
             async with self._probing.get(
                 f"{self.url}/ready", params={"model": self._model}
