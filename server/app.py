@@ -18,6 +18,7 @@ from server.admin.api import Admin
 from server.admin.exports import max_line_bytes
 from server.admin.listener import administered
 from server.admin.local import Administration
+from server.admin.openapi import document as admin_document
 from server.chain import build, build_turns
 from server.config import Config, ConfigError, without_secrets
 from server.door import Door, Enter, anybody
@@ -159,6 +160,7 @@ async def _serve(
             "/overview": overview.of_all,
             "/prefixes": prefixes.told,
             "/config": lambda: without_secrets(config.model_dump(mode="json")),
+            "/openapi.json": partial(admin_document, version("tierserve")),
         },
     )
 

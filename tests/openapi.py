@@ -17,6 +17,7 @@ _CHECKS = [
 ]
 # Keys are the tests' to send.
 _CONFIG = {"generation": {"with-security-parameters": False}}
+schemathesis.serializer.alias("application/jsonl", "text/plain")
 RIGHT, WRONG = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 
 

@@ -13,8 +13,10 @@ from struct import Struct
 SCOPE_LENGTH = 8
 DOT = "."
 
-is_key = re.compile("(?:[a-z2-7]{8}[.])?[0-9a-f]{64}").fullmatch
-"""Tells what `digest` may have returned, and such a key in a scope."""
+KEY_PATTERN = "(?:[a-z2-7]{8}[.])?[0-9a-f]{64}"
+"""What `digest` may have returned, and such a key in a scope."""
+is_key = re.compile(KEY_PATTERN).fullmatch
+"""Tells whether a text is such a key."""
 
 _LENGTH = Struct(">Q").pack
 

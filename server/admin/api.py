@@ -13,6 +13,7 @@
     GET    /prefixes       the beginnings of prompts that engines are asked for most, as
                            `server.prefixes` describes them
     GET    /config         the effective configuration, without secrets
+    GET    /openapi.json   all this as `server.admin.openapi` describes it
 
 While an import or a verification goes on, its client gets a `102 Processing` every few seconds.
 It knows nothing of the listeners that it is reached by, and asks for no key: whom those let in may

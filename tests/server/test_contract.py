@@ -16,15 +16,16 @@ from schemathesis import Case, Response
 
 from server.keys import hashed, new_key
 from server.routes import ROUTES, Route
-from tests.openapi import check, operations, requests_of, send
+from tests.openapi import RIGHT, check, operations, requests_of, send
 
-from .conftest import Front, Upstream, answer, body, question, running
+from .conftest import Front, Upstream, answer, body, free_port, question, running
 from .test_openapi import engine_document
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 KEY = new_key()
+ADMIN_KEY = "0123456789abcdef"
 EXAMPLES = 5
 HANGS_S = 20
 
@@ -55,9 +56,11 @@ async def front(_upstream: Upstream, tmp_path_factory) -> AsyncIterator[Front]:
     folder = tmp_path_factory.mktemp("contract")
     tenant = {"keys": [hashed(KEY)], "operator": True}
     (folder / "tenants.json").write_bytes(orjson.dumps({"us": tenant}))
-    sections = {"tenants": {"file": "tenants.json"}}
+    admin = {"port": free_port(), "key": ADMIN_KEY}
+    sections = {"tenants": {"file": "tenants.json"}, "admin": admin}
     headers = {"Authorization": f"Bearer {KEY}"}
     async with running(folder, _upstream, sections=sections, headers=headers) as made:
+        made.admin = f"http://127.0.0.1:{admin['port']}"
         yield made
 
 
@@ -114,3 +117,42 @@ async def test_what_the_document_says_is_so(front: Front, upstream: Upstream) ->
     log = front.log.read_text()
     assert "Traceback" not in log
     assert "a request failed" not in log
+
+
+async def test_what_the_document_of_the_admin_api_says_is_so(
+    front: Front, upstream: Upstream
+) -> None:
+    upstream.handler = engine(give)
+    with requests.Session() as session:
+        # The environment may have one for this host.
+        session.trust_env = False
+        session.headers["Authorization"] = f"Bearer {ADMIN_KEY}"
+
+        async def ask(case: Case) -> Response:
+            response = await asyncio.to_thread(send, session, front.admin, case, HANGS_S)
+            assert response.status_code < 500, case.as_curl_command()
+            check(case, response)
+            return response
+
+        document = session.get(f"{front.admin}/openapi.json", timeout=HANGS_S).json()
+        described = {(each.method, each.path): each for each in operations(document)}
+        assert len(described) == 13
+        await front.ask(question())
+        page = await ask(described["get", "/entries"].Case())
+        key = page.json()["entries"][0]["key"]
+        for method, status in (("get", 200), ("delete", 204), ("get", 404)):
+            named = described[method, "/entries/{key}"].Case(path_parameters={"key": key})
+            assert (await ask(named)).status_code == status
+        for (_, path), operation in described.items():
+            for mode, case in requests_of(operation, 4 * EXAMPLES):
+                response = await ask(case)
+                if mode is RIGHT and path in ("/export", "/prefixes", "/verify"):
+                    assert response.status_code == 200, case.as_curl_command()
+        purge = described["post", "/purge"]
+        for asked in ({"all": True}, {"tag": "t"}, {"key": [key]}, {"model": ["m"], "tag": "t"}):
+            response = await ask(purge.Case(body=asked, media_type="application/json"))
+            assert response.status_code == (200 if len(asked) == 1 else 400)
+        session.headers["Authorization"] = "Bearer wrong"
+        for operation in described.values():
+            for _, case in requests_of(operation, 1):
+                assert (await ask(case)).status_code == 401
