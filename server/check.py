@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from server.chain import encryption_key, open_shared, sealed_otherwise
-from server.config import Config, ConfigError, read
+from server.config import Config, ConfigError, Given, read
 from server.folders import new_engine_folder
 from server.tenants import Tenants
 from server.tls import Certificate
@@ -42,17 +42,19 @@ def load_checked(file: Path) -> Config:
     given = read(file)
     wrong = [f"{path}{end}" for path in given.left_out for end in (".", ":")]
     # Of what was left out, the default isn't what was meant.
-    missing = [each for each in _missing(given.config) if not each.startswith(tuple(wrong))]
+    missing = [each for each in _missing(given) if not each.startswith(tuple(wrong))]
     if mistakes := given.mistakes + missing:
         raise ConfigError(mistakes)
     return given.config
 
 
-def _missing(config: Config) -> Iterator[str]:
+def _missing(given: Given) -> Iterator[str]:
+    config = given.config
     yield from _told_by(lambda: Tenants(config.tenants))
     if (tls := config.server.tls) is not None:
         yield from _told_by(lambda: Certificate(tls))
-    yield from _of_addresses(config)
+    if not {"server.host", "server.port"} & {*given.left_out}:
+        yield from _of_addresses(config)
     for name, model in config.models.items():
         if not model.upstreams:
             yield from misplaced(name, model)
@@ -61,10 +63,10 @@ def _missing(config: Config) -> Iterator[str]:
     yield from _of_tiers(config)
     if (path := config.admin.socket) is not None:
         should = f"admin.socket: should be a path where a socket can be made, or null, not {path}"
-        if path.exists() and not path.is_socket():
-            yield f"{should}: something else is there"
-        elif (why := _no_folder(path.parent)) is not None:
+        if (why := _no_folder(path.parent)) is not None:
             yield f"{should}: {why}"
+        elif path.exists() and not path.is_socket():
+            yield f"{should}: something else is there"
     if (trace := config.log.trace) is not None and (why := _no_file(trace)) is not None:
         yield f"log.trace: should be a file that we can write, not {trace}: {why}"
 
@@ -90,9 +92,12 @@ def _of_addresses(config: Config) -> Iterator[str]:
         for number, url in enumerate(model.upstreams):
             parts = urlsplit(url)
             port = parts.port or _PORTS[parts.scheme]
+            host = parts.hostname or ""
+            # Where one can bind what isn't this machine's, as Kubernetes may have it, only these
+            # are surely its own.
             if port == server.port and any(
-                _is_at(each, front) and _refused(each) in (0, errno.EADDRINUSE)
-                for each in _addresses(parts.hostname or "", port)
+                _is_at(each, front) and (each.host.is_loopback or host == server.host)
+                for each in _addresses(host, port)
             ):
                 yield f"models.{name}.upstreams.{number}: should be another server than this one"
 
@@ -116,10 +121,11 @@ def _is_at(address: _Address, listening: Sequence[_Address]) -> bool:
 def _unheard(section: str, host: str, port: int) -> Iterator[str]:
     """Yield why one can't listen there."""
     addresses = _addresses(host, port)
-    codes = [_refused(each) for each in addresses]
+    # Of a family that this machine doesn't have, servers listen at the others.
+    codes = [code for code in map(_refused, addresses) if code != errno.EAFNOSUPPORT]
     if errno.EACCES in codes:
         yield f"{section}.port: should be one that this user may have, not {port}"
-    elif not addresses or not {0, errno.EADDRINUSE}.issuperset(codes):
+    elif not codes or not {0, errno.EADDRINUSE}.issuperset(codes):
         yield f"{section}.host: should be a name or an address of this machine, not {host!r}"
 
 
@@ -152,10 +158,13 @@ def _of_tiers(config: Config) -> Iterator[str]:
 
 def _no_folder(folder: Path) -> str | None:
     """Return why there can't be files of ours in a folder, which would be made."""
-    while not folder.exists():
-        if folder.is_symlink() or folder.parent == folder:
-            return os.strerror(errno.ENOENT)
-        folder = folder.parent
+    try:
+        while not folder.exists():
+            if folder.is_symlink() or folder.parent == folder:
+                return os.strerror(errno.ENOENT)
+            folder = folder.parent
+    except OSError as exc:
+        return exc.strerror
     if not folder.is_dir():
         return os.strerror(errno.ENOTDIR)
     return None if os.access(folder, os.W_OK | os.X_OK) else os.strerror(errno.EACCES)
@@ -163,9 +172,12 @@ def _no_folder(folder: Path) -> str | None:
 
 def _no_file(file: Path) -> str | None:
     """Return why a file can't be written."""
-    if not file.exists():
-        is_there = file.parent.exists()
-        return _no_folder(file.parent) if is_there else os.strerror(errno.ENOENT)
+    try:
+        if not file.exists():
+            is_there = file.parent.exists()
+            return _no_folder(file.parent) if is_there else os.strerror(errno.ENOENT)
+    except OSError as exc:
+        return exc.strerror
     if file.is_dir():
         return os.strerror(errno.EISDIR)
     return None if os.access(file, os.R_OK | os.W_OK) else os.strerror(errno.EACCES)

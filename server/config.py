@@ -28,7 +28,7 @@ from server.cipher import CipherKey
 from server.environment import choices, overridden
 from server.keys import KeyOrHash
 from server.model_config import Model, Name, clashes, embedded
-from server.section import CONFLICT, MASK, PositiveSeconds, Seconds, Section, conflict
+from server.section import CONFLICT, MASK, FilePath, PositiveSeconds, Seconds, Section, conflict
 from server.shared import check, masked
 from server.tracing_config import Tracing
 from tiers.disk import MIN_BYTES, Durability
@@ -39,6 +39,8 @@ from tiers.policies import DEFAULT, POLICIES
 _names_secret = re.compile(
     r"(?i)(key|token|password|passwd|passphrase|secret|credential|authorization|cookie)s?$"
 ).search
+# As a header has them.
+_holds_credentials = re.compile(r"(?i)\b(authorization|cookie|x-api-key)\s*[:=]|\bbearer\s").search
 # What an engine is given may be anything.
 _IN_ENGINE = frozenset({"args", "engine", "env"})
 SOCKET_PATH_BYTES = 107
@@ -62,8 +64,8 @@ class ConfigError(ValueError):
 class Tls(Section):
     """PEM files of a certificate, with those that lead to its root, and of its private key."""
 
-    certificate_file: Path
-    key_file: Path
+    certificate_file: FilePath
+    key_file: FilePath
 
 
 class Listener(Section):
@@ -90,7 +92,7 @@ class Tenants(Section):
     the tenants' prompt prefixes apart; some that aren't vLLM refuse it.
     """
 
-    file: Path | None = None
+    file: FilePath | None = None
     key: KeyOrHash | None = None
     open_metrics: bool = False
     cache_salt: bool = True
@@ -158,13 +160,13 @@ class DiskTier(Section):
     holds it, a new file is encrypted: 32 bytes in hexadecimal or base64.
     """
 
-    path: Path | None = None
+    path: FilePath | None = None
     max_bytes: Annotated[ByteSize, Field(ge=MIN_BYTES)] = ByteSize(4 * 1024**3)
     durability: Durability = Durability.COMMIT
     interval_ms: Annotated[float, Field(ge=1, le=60_000)] = 50
     compression: Literal["none", "zstd"] = "none"
     encryption_key: Annotated[CipherKey | None, Field(repr=False)] = None
-    encryption_key_file: Path | None = None
+    encryption_key_file: FilePath | None = None
 
     @model_validator(mode="after")
     def _has_one_key(self) -> Self:
@@ -207,7 +209,7 @@ class Admin(Section):
     `key`, which may be given as its hash, reaches the same at `port`, if there is one.
     """
 
-    socket: Path | None = None
+    socket: FilePath | None = None
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] | None = None
     key: KeyOrHash | None = None
@@ -235,7 +237,7 @@ class Log(Section):
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["auto", "json", "text"] = "auto"
-    trace: Annotated[Path, AfterValidator(_is_json_lines)] | None = None
+    trace: Annotated[FilePath, AfterValidator(_is_json_lines)] | None = None
     trace_max_bytes: Annotated[ByteSize, Field(ge=64 * 1024)] = ByteSize(256 * 1024**2)
 
 
@@ -359,18 +361,18 @@ def _with_paths(config: Config, folder: Path) -> Config:
     if "socket" not in admin.model_fields_set:
         socket = cache_folder() / f"admin-{config.server.port}.sock"
     if socket is not None:
-        socket = folder / socket.expanduser()
+        socket = folder / socket
     if (disk := tiers.disk) is not None:
-        path = folder / (disk.path or cache_folder() / "disk").expanduser()
-        key_file = disk.encryption_key_file and folder / disk.encryption_key_file.expanduser()
+        path = folder / (disk.path or cache_folder() / "disk")
+        key_file = disk.encryption_key_file and folder / disk.encryption_key_file
         paths = {"path": path, "encryption_key_file": key_file}
         tiers = tiers.model_copy(update={"disk": disk.model_copy(update=paths)})
     if log.trace is not None:
-        log = log.model_copy(update={"trace": folder / log.trace.expanduser()})
+        log = log.model_copy(update={"trace": folder / log.trace})
     if tenants.file is not None:
-        tenants = tenants.model_copy(update={"file": folder / tenants.file.expanduser()})
+        tenants = tenants.model_copy(update={"file": folder / tenants.file})
     if (tls := server.tls) is not None:
-        files = {name: folder / path.expanduser() for name, path in tls}
+        files = {name: folder / path for name, path in tls}
         server = server.model_copy(update={"tls": tls.model_copy(update=files)})
     admin = admin.model_copy(update={"socket": socket})
     changed = {"server": server, "tenants": tenants, "tiers": tiers, "admin": admin, "log": log}
@@ -398,7 +400,8 @@ def _explain(error: Any) -> str:
 def without_secrets(value: Any, name: str = "") -> Any:
     """Return what may be pasted into an issue, of the value of a field."""
     if isinstance(value, dict):
-        return {name: without_secrets(each, name) for name, each in value.items()}
+        is_secret = _names_secret(name)
+        return {n: without_secrets(each, name if is_secret else n) for n, each in value.items()}
     if isinstance(value, list):
         return [without_secrets(each, name) for each in value]
     if isinstance(value, bool | None):
@@ -408,10 +411,12 @@ def without_secrets(value: Any, name: str = "") -> Any:
         return MASK
     if not isinstance(value, str):
         return value
-    if value[:1] in ("{", "["):
+    if value.lstrip()[:1] in ("{", "["):
         # vLLM takes options as JSON, too.
         with suppress(ValueError):
             return orjson.dumps(without_secrets(orjson.loads(value), name)).decode()
+    if _holds_credentials(value):
+        return MASK
     return masked(value) if "://" in value else value
 
 

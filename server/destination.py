@@ -80,7 +80,7 @@ def _prompted(
         if fields is None and is_salted:
             raise BadRequestError("the body should be JSON", "body")
         return Destination(_named(names, asked), raw)
-    prompts_in(fields).check(max_prompts)
+    prompts_in(http.path, fields).check(max_prompts)
     named, raw, fields = _renamed(names, asked, raw, fields)
     if is_salted:
         raw, _ = isolated(raw, fields, http.tenant)

@@ -4,6 +4,7 @@ import logging
 import os
 import secrets
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from server.config import SOCKET_PATH_BYTES, ConfigError, cache_folder
@@ -19,9 +20,11 @@ def say_if_new(field: str, folder: Path) -> None:
 
     Nobody wrote the cache folder.
     """
-    if not folder.exists() and not folder.is_relative_to(cache_folder()):
-        there = next((each for each in folder.parents if each.exists()), folder)
-        logger.info("%s: makes %s in %s", field, folder.relative_to(there), there)
+    # What can't be looked at can't be made, which is said when that is tried.
+    with suppress(OSError):
+        if not folder.exists() and not folder.is_relative_to(cache_folder()):
+            there = next((each for each in folder.parents if each.exists()), folder)
+            logger.info("%s: makes %s in %s", field, folder.relative_to(there), there)
 
 
 def new_engine_folder() -> Path:

@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, PlainSerializer, model_validator
 
-from server.section import MASK, PositiveSeconds, Section, conflict, is_http_url
+from server.section import MASK, PositiveSeconds, Section, conflict, expanded, is_http_url
 
 EMBEDDED = "embedded"
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
@@ -75,6 +76,11 @@ def _is_base(url: str) -> str:
     return url
 
 
+def _is_findable(source: str) -> str:
+    expanded(Path(source))
+    return source
+
+
 def _is_token(key: str) -> str:
     if not _TOKEN(key):
         raise ValueError("should be ASCII without spaces, as it is sent in a header")
@@ -97,6 +103,7 @@ def _is_no_part(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_is_name)]
+_Source = Annotated[str, Field(min_length=1), AfterValidator(_is_findable)]
 _Token = Annotated[str, AfterValidator(_is_token)]
 
 
@@ -112,13 +119,13 @@ class Model(Section):
     more get 503.
     """
 
-    source: Annotated[str, Field(min_length=1)] | None = None
+    source: _Source | None = None
     revision: str | None = None
     version: str = ""
     aliases: tuple[Name, ...] = ()
-    adapters: dict[
-        Annotated[Name, AfterValidator(_is_no_part)], Annotated[str, Field(min_length=1)]
-    ] = Field(default_factory=dict)
+    adapters: dict[Annotated[Name, AfterValidator(_is_no_part)], _Source] = Field(
+        default_factory=dict
+    )
     engine: Engine = Engine()
     upstreams: tuple[Annotated[str, AfterValidator(_is_base)], ...] = ()
     api_key: Annotated[_Token | None, Field(repr=False)] = None

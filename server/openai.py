@@ -119,7 +119,8 @@ class OpenAI:
             body=request.raw,
             headers=saying(forwarded(http), request.cache.control),
             cache_status="tierserve; fwd=bypass",
-            ended=partial(self._prefixes.note, request),
+            # Who says no-store wants nothing of it to be kept.
+            ended=None if control.no_store else partial(self._prefixes.note, request),
         )
 
     def _may_keep(self, http: HttpRequest, request: Request) -> bool:
@@ -156,7 +157,9 @@ class OpenAI:
         headers = of_what_is_kept(http, request.cache.control)
         produce = partial(self._produce, request, headers, newer_than)
         origin = self._chain.origin(request.labels)
-        listener, joined = self._flights.join(request.key, request.form, produce, origin)
+        # What another waits for may come out of a cache on the way, as old as that one takes.
+        says = f" {control}" if control.no_cache or control.is_about_age else ""
+        listener, joined = self._flights.join(request.key + says, request.form, produce, origin)
         told = partial(_told, http, _why(hit, control), listener.flight, joined=joined)
         told()
         try:

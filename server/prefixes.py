@@ -2,8 +2,8 @@
 
 A beginning ends where one of the first parts of a prompt does (the tools, the system prompt, a
 message), or within them after 1,024, 4,096 and 16,384 characters, since a long text may begin alike
-and go on otherwise. Of a body only the first 64 KiB are looked at, and of several prompts the first
-one, so that the largest request takes a fraction of a millisecond. Only what an engine has answered
+and go on otherwise. Of a body only the first 32 KiB are looked at, and of several prompts the first
+one, so that the largest request takes a millisecond or two. Only what an engine has answered
 is counted: what a tier answers pays nothing.
 
 Prompts of different tenants, models or cache salts are different beginnings, as they are to vLLM.
@@ -11,7 +11,7 @@ All counts are halved every day.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,8 +25,8 @@ from server.usage import input_tokens_in, reused_tokens_in
 _COUNTERS = 1000
 _TOLD = 100
 _HALVED_EVERY_S = 86400
-_LOOKED_AT_BYTES = 64 * 1024
-_PARTS = 8
+_LOOKED_AT_BYTES = 32 * 1024
+_PARTS = 10
 _CUTS = (1024, 4096, 16384)
 _HEAD, _TAIL = 100, 60
 """Characters of a preview."""
@@ -84,14 +84,15 @@ class Prefixes:
         model, tenant = request.model, request.tenant
         seed = hash((model, tenant, str(fields.get("cache_salt"))))
         is_whole = len(request.raw) <= _LOOKED_AT_BYTES
-        found = list(_beginnings(seed, fields, is_whole=is_whole))
+        parts = list(_parts(fields))
+        found = list(_beginnings(seed, parts, is_whole=is_whole))
         if not found:
             return
         of_a_character = 0.0
         reused = None
         if request.prompts.number <= 1 and (tokens := input_tokens_in(counts)) is not None:
             reused = reused_tokens_in(counts)
-            whole = found[-1].characters if is_whole else len(request.raw)
+            whole = sum(map(len, parts)) if is_whole else len(request.raw)
             of_a_character = tokens / max(whole, 1)
         now, shorter = self._clock(), None
         for number, characters, preview in found:
@@ -174,11 +175,10 @@ def _looked_at(body: bytes) -> dict[str, Any]:
     return fields
 
 
-def _beginnings(seed: int, fields: Mapping[str, Any], *, is_whole: bool) -> Iterator[_Beginning]:
+def _beginnings(seed: int, parts: Sequence[str], *, is_whole: bool) -> Iterator[_Beginning]:
     """Yield the beginnings of a prompt, shortest first; what is cut off has no end of its own."""
     number, at, head, tail, tools = seed, 0, "", "", 0
-    parts = list(_parts(fields))
-    for index, part in enumerate(parts):
+    for index, part in enumerate(parts[:_PARTS]):
         done = 0
         ends = [cut - at for cut in _CUTS if at < cut < at + len(part)]
         if is_whole or index < len(parts) - 1:
@@ -205,7 +205,7 @@ def _preview(head: str, tail: str, characters: int) -> str:
 
 
 def _parts(fields: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the first parts of a prompt as texts."""
+    """Yield the parts of a prompt as texts."""
     for name in ("tools", "system", "instructions"):
         if value := fields.get(name):
             yield f"{name}: {_text(value)}\n"
@@ -219,8 +219,7 @@ def _parts(fields: Mapping[str, Any]) -> Iterator[str]:
     elif prompt and isinstance(prompt[0], int):
         yield _text(prompt)
     else:
-        for item in prompt[:_PARTS]:
-            yield _message(item)
+        yield from map(_message, prompt)
 
 
 def _message(item: Any) -> str:

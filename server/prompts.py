@@ -32,11 +32,11 @@ class Prompts(NamedTuple):
             raise BadRequestError(text, self.field)
 
 
-def prompts_in(body: Mapping[str, Any]) -> Prompts:
-    """Count the prompts of a parsed body."""
+def prompts_in(path: str, body: Mapping[str, Any]) -> Prompts:
+    """Count the prompts of a parsed body for a route."""
     found = [Prompts(_listed(body.get(name), str | list), name) for name in _TEXTS]
     # The documents that go with a conversation are part of it.
-    kinds = str | list if "messages" in body else str | list | dict
+    kinds = str | list if path.startswith("/v1/chat/") else str | list | dict
     found += [Prompts(_listed(body.get(name), kinds), name) for name in _OBJECTS]
     return max(found)
 

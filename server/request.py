@@ -129,7 +129,7 @@ def _parse(
     canonical = _canonical(route, body, stream=stream, wants_usage=wants_usage)
     said = [part.encode(errors="surrogateescape") for header in headers for part in header]
     key = digest(tenant.scope, identity.encode(), route.path.encode(), _dumps(canonical), *said)
-    prompts = prompts_in(body)
+    prompts = prompts_in(path, body)
     if path in SALTED:
         raw, body = isolated(raw, body, tenant)
     sent = raw

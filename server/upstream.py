@@ -22,6 +22,8 @@ SERVER = "tierserve"
 """Our name in the header `Server`, by which we also know another of us."""
 _CONNECT_S = 5
 _PROBE_S = 10
+# It may have to wait for those that are queued before it.
+_TOKEN_S = 60
 # Below the five seconds after which vLLM closes a connection that idles: one that is closed while
 # a request is on its way fails it.
 _KEEP_ALIVE_S = 3
@@ -232,7 +234,8 @@ class Upstreams:
     ) -> bool:
         """Whether the engine that gave a reply generates still, and so had not begun to stop then.
 
-        A vLLM that stops aborts what it is asked for from then on, one token too.
+        A vLLM that stops aborts what it is asked for from then on, one token too. What doesn't
+        have its route for that is no vLLM.
 
         Args:
             reply: read to its end.
@@ -246,17 +249,23 @@ class Upstreams:
         headers[hdrs.CACHE_CONTROL] = "no-store"
         try:
             async with (
-                asyncio.timeout(_PROBE_S),
+                asyncio.timeout(_TOKEN_S),
                 upstream.session.post(
                     f"{upstream.url}/v1/completions",
                     json={"model": model, "prompt": "a", "max_tokens": 1},
                     headers=headers,
                 ) as token,
             ):
-                said = orjson.loads(await token.read())
-                return said["choices"][0]["finish_reason"] in ("length", "stop")
+                body = await token.read()
+                if token.status in (404, 405):
+                    return True
+                ends = orjson.loads(body)["choices"][0]["finish_reason"]
         except (aiohttp.ClientError, OSError, ValueError, LookupError, TypeError):
-            return False
+            ends = None
+        if ends in ("length", "stop"):
+            return True
+        logger.info("an answer isn't kept: its engine made no further token, as if it stopped")
+        return False
 
     @asynccontextmanager
     async def _ask(

@@ -18,6 +18,8 @@ KEY_PATTERN = "(?:[a-z2-7]{8}[.])?[0-9a-f]{64}"
 is_key = re.compile(KEY_PATTERN).fullmatch
 """Tells whether a text is such a key."""
 
+_ALPHABET = frozenset("abcdefghijklmnopqrstuvwxyz234567")
+"""Of base 32 (RFC 4648)."""
 _LENGTH = Struct(">Q").pack
 
 
@@ -49,4 +51,7 @@ def scoped(scope: str, key: str) -> str:
 
 def scope_of(key: str) -> str:
     """Return a key's scope, which is empty if it has none."""
-    return key[:SCOPE_LENGTH] if key[SCOPE_LENGTH : SCOPE_LENGTH + 1] == DOT else ""
+    if key[SCOPE_LENGTH : SCOPE_LENGTH + 1] != DOT:
+        return ""
+    scope = key[:SCOPE_LENGTH]
+    return scope if _ALPHABET.issuperset(scope) else ""

@@ -113,7 +113,9 @@ class MemoryCache(ByteCache):
         return found if alive else None
 
     def victim(self, value_bytes: int) -> str | None:
-        if self.usage.bytes + value_bytes + self.overhead_bytes <= self.policy.max_bytes:
+        share_bytes = Shares.OVERHEAD_BYTES if self._shares.held else 0
+        cost = value_bytes + self.overhead_bytes + share_bytes
+        if self.usage.bytes + cost <= self.policy.max_bytes:
             return None
         victim = self.policy.victim()
         return self._shares.instead_of(victim) or victim

@@ -1,5 +1,6 @@
 """A tierserve whose upstream is another one, or has another cache before it."""
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
@@ -98,6 +99,31 @@ async def test_the_age_of_what_others_kept_counts(
     async with front.post(asked) as response:
         assert response.headers["Cache-Status"].startswith("tierserve; hit")
         assert told <= int(response.headers["Age"]) < told + 60
+
+
+async def test_who_wants_a_new_answer_does_not_join_who_takes_an_old_one(
+    front: Front, upstream: Upstream
+) -> None:
+    comes, waits = asyncio.Event(), asyncio.Event()
+
+    async def old(http: web.Request) -> web.StreamResponse:
+        if "Cache-Control" in http.headers:
+            return web.json_response(body("new"))
+        comes.set()
+        await waits.wait()
+        return web.json_response(body("old"), headers={"Age": "3000"})
+
+    upstream.handler = old
+    asked = question()
+    first = asyncio.create_task(front.ask(asked))
+    try:
+        await asyncio.wait_for(comes.wait(), 20)
+        for said in ("no-cache", "max-age=60"):
+            async with front.post(asked, headers={"Cache-Control": said}) as response:
+                assert (await response.json())["choices"][0]["message"]["content"] == "new"
+    finally:
+        waits.set()
+        await first
 
 
 SENT = {"Cookie": "a=b", "Accept-Language": "de", "X-Odd": "1", "User-Agent": "me"}

@@ -292,6 +292,9 @@ SECRETS_IN_ARGS = {
     "hf_overrides": '{"headers": {"Authorization": "s3cr3t"}, "url": "http://h?s3cr3t"}',
     "max_num_batched_tokens": 2048,
     "generation_config": "vllm",
+    "token": {"value": "s3cr3t"},
+    "model_loader_extra_config": ' {"api_key": "s3cr3t"}',
+    "headers": ["Authorization: Basic s3cr3t", "x-api-key=s3cr3t", "Bearer s3cr3t"],
 }
 
 
@@ -394,6 +397,25 @@ def test_check_names_what_serve_would_name_at_once(tmp_path: Path, capsys) -> No
             "{models: {m: {upstreams: ['http://h:65536']}}}",
             "models.m.upstreams.0: should be as http://host:8000",
         ),
+        ("{models: {m: {upstreams: ['http://:80']}}}", "models.m.upstreams.0: should be as http:"),
+        ("{models: {m: {upstreams: ['http://me@']}}}", "models.m.upstreams.0: should be as http:"),
+        (
+            "{server: {port: many}, models: {m: {upstreams: ['http://127.0.0.1:8000']}}}",
+            "server.port: Input should be a valid integer",
+        ),
+        (
+            "{tiers: {disk: {path: ~no.such.user/disk}}}",
+            "tiers.disk.path: should have a user that there is after ~, not '~no.such.user/disk'",
+        ),
+        (
+            "{models: {m: {source: ~no.such.user/m}}}",
+            "models.m.source: should have a user that there is after ~",
+        ),
+        (
+            f"{{tiers: {{disk: {{path: {'a' * 300}}}}}}}",
+            "tiers.disk.path: should be a folder for us",
+        ),
+        (f"{{log: {{trace: {'a' * 300}.jsonl}}}}", "log.trace: should be a file that we can write"),
         (
             "{admin: {socket: .}}",
             "admin.socket: should be a path where a socket can be made, or null, not {}: something",

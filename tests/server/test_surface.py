@@ -196,7 +196,7 @@ async def cut(http: web.Request) -> web.StreamResponse:
 
 @pytest.mark.parametrize("form", [False, True], ids=["body", "stream"])
 @pytest.mark.parametrize(
-    "goes_on", [says("abort"), says(None), says(None, 404), cut], ids=["aborts", "odd", "no", "cut"]
+    "goes_on", [says("abort"), says(None), says(None, 503), cut], ids=["aborts", "odd", "no", "cut"]
 )
 async def test_what_a_stopping_engine_calls_whole_is_not_stored(
     front: Front, upstream: Upstream, goes_on, form: bool
@@ -209,6 +209,17 @@ async def test_what_a_stopping_engine_calls_whole_is_not_stored(
         assert status == "tierserve; fwd=miss"
         assert b"completed" in content
     assert len(upstream.asked) == 3
+
+
+async def test_what_an_engine_that_is_no_vllm_calls_whole_is_stored(
+    front: Front, upstream: Upstream
+) -> None:
+    upstream.handler, upstream.goes_on = json(response()), says(None, 404)
+    request = asked()
+    await send(front, RESPONSES, request)
+    async with asyncio.timeout(20):
+        while "hit" not in (await send(front, RESPONSES, request))[0]:
+            pass
 
 
 ERROR = {"type": "error", "error": {"type": "internal_error", "message": "broken"}}

@@ -311,11 +311,14 @@ class DiskCache(ByteCache):
             self._opening.cancel()
         await self._writer.close()
         file, self._file = self._file, None
-        if file is not None:
-            # Only now: what was queued may have been lost, too.
-            await asyncio.to_thread(self._drop_and_close, file, list(self._lost))
-        is_suspect = self._suspect or self._writer.is_suspect
-        self._opening.release(whole=file is not None and not is_suspect)
+        is_whole = False
+        try:
+            if file is not None:
+                # Only now: what was queued may have been lost, too.
+                await asyncio.to_thread(self._drop_and_close, file, list(self._lost))
+                is_whole = not (self._suspect or self._writer.is_suspect)
+        finally:
+            self._opening.release(whole=is_whole)
 
     def _step(
         self,

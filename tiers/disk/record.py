@@ -8,6 +8,7 @@ from typing import NamedTuple
 from zlib import crc32
 
 from tiers.key import DOT, SCOPE_LENGTH
+from tiers.key import scope_of as scope_of_text
 
 FORMAT = 3
 
@@ -74,7 +75,9 @@ def unpack_rank(rank: bytes | memoryview) -> tuple[float, int]:
 
 def scope_of(key: bytes) -> bytes:
     """Return a key's scope, as `tiers.key` does, or `NOBODY`."""
-    return key[:SCOPE_LENGTH] if key[SCOPE_LENGTH : SCOPE_LENGTH + 1] == _DOT else NOBODY
+    if key[SCOPE_LENGTH : SCOPE_LENGTH + 1] != _DOT:
+        return NOBODY
+    return scope_of_text(key[: SCOPE_LENGTH + 1].decode(errors="replace")).encode() or NOBODY
 
 
 def pack_order(place: Place) -> bytes:

@@ -201,7 +201,9 @@ class Transaction:
                     self._drop_all()
                     return
                 rank, scope = heapq.heappop(lowest)
-                cursor.set_key(scope + rank)
+                if not cursor.set_key(scope + rank):
+                    # Damage: it went with another.
+                    continue
                 sequence = unpack_sequence(cursor.value())
                 cursor.delete()
                 if self._drop(sequence):
