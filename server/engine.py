@@ -15,11 +15,12 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from enum import StrEnum
 from typing import Any
+from uuid import UUID
 
 import orjson
 
 from server.environment import PREFIX
-from server.folders import ENGINE_SOCKET, new_engine_folder
+from server.folders import ENGINE_SOCKET, is_socket_path, new_engine_folder
 from server.model_config import RUNTIME_LORA, Model
 from server.upstream import Upstream
 from server.weights import Weights
@@ -86,6 +87,9 @@ class Engine:
         # Our own variables may hold secrets.
         env = {n: v for n, v in os.environ.items() if not n.upper().startswith(PREFIX)}
         self._env = env | model.engine.env | {RUNTIME_LORA: "0"}
+        # vLLM leaves the sockets of its processes behind, which it names by UUIDs.
+        if is_socket_path(self.folder / str(UUID(int=0))):
+            self._env.setdefault("VLLM_RPC_BASE_PATH", str(self.folder))
         if weights.folder is not None:
             self._env.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -27,6 +27,11 @@ def say_if_new(field: str, folder: Path) -> None:
             logger.info("%s: makes %s in %s", field, folder.relative_to(there), there)
 
 
+def is_socket_path(path: Path) -> bool:
+    """Whether the path is short enough for a socket."""
+    return len(os.fsencode(path)) <= SOCKET_PATH_BYTES
+
+
 def new_engine_folder() -> Path:
     """Return where an engine's socket can be; the folder isn't made yet.
 
@@ -37,6 +42,6 @@ def new_engine_folder() -> Path:
         folder = Path(tempfile.gettempdir(), f"tierserve-{secrets.token_hex(8)}")
     except OSError as exc:
         raise ConfigError(["TMPDIR: should be a folder that we can write"]) from exc
-    if len(os.fsencode(folder / ENGINE_SOCKET)) > SOCKET_PATH_BYTES:
+    if not is_socket_path(folder / ENGINE_SOCKET):
         raise ConfigError([f"TMPDIR: should be shorter, for a socket in it, not {folder.parent}"])
     return folder

@@ -26,7 +26,7 @@ def labels_of(model: str, tenant: str, tags: Iterable[str]) -> tuple[str, ...]:
 def misnamed(kind: str, name: str) -> str | None:
     """Return what a name of that kind should be, if no entry can ever have the label."""
     if kind == KEY and not is_key(name):
-        return "64 hexadecimal digits, as `tierserve cache ls` prints them"
+        return "as `tierserve cache ls` prints it: 64 hexadecimal digits, after a tenant's scope"
     if kind == "tenant" and not _is_tenant(name):
         return "1 to 64 letters, digits, dots, dashes or underscores"
     if kind == "tag" and not is_tag(name):

@@ -143,7 +143,7 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _is_ours_or_not(self) -> Self:
-        if self.upstreams and self.engine != Engine():
+        if self.upstreams and (self.source is not None or self.engine != Engine()):
             raise conflict("should have an engine of ours or upstreams, and not both")
         if self.api_key is not None and not self.upstreams:
             raise ValueError("api_key is for upstreams; nobody else reaches an engine of ours")

@@ -219,7 +219,10 @@ def _read(file: Path) -> Mapping[str, Record]:
     except OSError as exc:
         raise ConfigError([f"tenants.file: {file} can't be read: {exc.strerror}"]) from exc
     except (ValueError, RecursionError, yaml.YAMLError) as exc:
-        raise ConfigError([f"tenants.file: {file} is no YAML"]) from exc
+        # What it says of it may show a key.
+        mark = getattr(exc, "problem_mark", None)
+        where = "" if mark is None else f", at line {mark.line + 1}"
+        raise ConfigError([f"tenants.file: {file} is no YAML{where}"]) from exc
     try:
         records = _records.validate_python(data)
     except ValidationError as exc:

@@ -14,6 +14,7 @@ OPTIMUM = "Belady"
 """Knows the future; nothing finds more where all sizes are alike."""
 
 _NEVER = 2**62
+_UNITS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +54,19 @@ def replay(policy: str, requests: Sequence[tuple[str, int]], max_bytes: int) -> 
     """
     import libcachesim
 
-    cache = getattr(libcachesim, policy)(cache_size=max_bytes, hashpower=16)
+    hits = bytearray(len(requests))
+    if all(cost > max_bytes for _, cost in requests):
+        # Some end the process where nothing fits.
+        return hits
+    # Some divide their room into parts, of which none may be empty.
+    unit = _UNITS if max_bytes < _UNITS else 1
+    cache = getattr(libcachesim, policy)(cache_size=max_bytes * unit, hashpower=16)
     asked = libcachesim.Request()
     numbers: dict[str, int] = {}
-    hits = bytearray(len(requests))
     next_at = _next_at([key for key, _ in requests])
     for position, (key, cost) in enumerate(requests):
         asked.obj_id = numbers.setdefault(key, len(numbers) + 1)
-        asked.obj_size = cost
+        asked.obj_size = cost * unit
         asked.clock_time = position
         asked.next_access_vtime = next_at[position]
         hits[position] = cache.get(asked)

@@ -589,3 +589,14 @@ async def test_a_file_in_use_is_checked(opened, tmp_path: Path) -> None:
     assert await check(tmp_path) == (9, 1, None)
     with pytest.raises(OSError, match="No such file"):
         await check(tmp_path / "none")
+
+
+async def test_a_file_that_was_removed_is_missed(opened, monkeypatch, caplog) -> None:
+    cache = await opened()
+    await cache.set("a", answer(1))
+    (cache.path / DATA).unlink()
+    monkeypatch.setattr("tiers.disk.writer._CHECKED_EVERY_S", 0.0)
+    assert not await cache.write("b", answer(2), None)
+    assert "somebody has removed its file" in caplog.text
+    assert await cache.get("a") == answer(1)
+    assert cache.statistics().file_bytes == 0

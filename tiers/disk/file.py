@@ -6,6 +6,7 @@ LMDB is described at http://www.lmdb.tech/doc/ and py-lmdb at https://lmdb.readt
 """
 
 import contextlib
+import errno
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -289,10 +290,16 @@ class DiskFile:
             entries=entries,
             used_bytes=used,
             free_bytes=(info["last_pgno"] + 1) * page_bytes - used,
-            file_bytes=(self.folder / DATA).stat().st_size,
+            file_bytes=self._file_bytes(),
             map_bytes=info["map_size"],
             readers=info["num_readers"],
         )
+
+    def _file_bytes(self) -> int:
+        try:
+            return (self.folder / DATA).stat().st_size
+        except FileNotFoundError:
+            return 0
 
     # What follows is the writing thread's.
 
@@ -362,9 +369,16 @@ class DiskFile:
         with self.env.begin(write=True, db=self.dbs.meta) as txn:
             txn.put(_FORMAT_NAME, self._format)
 
-    def check_readers(self) -> None:
-        """Free the slots of readers that have died."""
+    def check(self) -> None:
+        """Free the slots of readers that have died, and see that the file is still there.
+
+        Raises:
+            FileNotFoundError: somebody has removed it.
+        """
         self.env.reader_check()
+        if not (self.folder / DATA).exists():
+            why = "somebody has removed its file, and a restart makes a new one"
+            raise FileNotFoundError(errno.ENOENT, why)
 
     def _transact(
         self, changes: Sequence[Change], read: Collection[str], target_bytes: int, drops: int

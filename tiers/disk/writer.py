@@ -30,6 +30,7 @@ _READS = 1024
 _IDLE_S = 10.0
 _FIRST_DELAY_S = 1.0
 _LAST_DELAY_S = 60.0
+_CHECKED_EVERY_S = 5.0
 
 
 class Durability(StrEnum):
@@ -169,9 +170,9 @@ class Writer:
 
     def _commit(self, file: DiskFile, batch: Sequence[Submission]) -> Outcome | None:
         try:
-            if time.monotonic() - self._checked_at > _LAST_DELAY_S:
+            if time.monotonic() - self._checked_at > _CHECKED_EVERY_S:
+                file.check()
                 self._checked_at = time.monotonic()
-                file.check_readers()
             outcome = file.write([each.change for each in batch], self._take_read())
         except Exception as exc:  # Whatever it is, this thread has to go on.
             self._failed(file, batch, exc)

@@ -251,7 +251,7 @@ async def test_a_file_in_use_is_verified_and_not_compacted(front: Front, admin) 
         ("POST", "/purge", {"json": {"keys": "k"}}, 400, "one of key, model"),
         ("POST", "/purge", {"json": {"all": False}}, 400, "all should be true"),
         ("POST", "/purge", {"json": {"key": []}}, 400, "key should be text, or a list"),
-        ("POST", "/purge", {"json": {"key": "k"}}, 400, "key should be 64 hexadecimal digits"),
+        ("POST", "/purge", {"json": {"key": "k"}}, 400, "key should be as `tierserve cache ls`"),
         ("POST", "/purge", {"json": {"tag": [1]}}, 400, "tag should be text, or a list"),
         ("POST", "/purge", {"data": io.BytesIO(bytes(2_000_000))}, 413, "larger"),
         ("POST", "/import", {"data": b"hello\n"}, 400, "should begin as an export of tierserve"),

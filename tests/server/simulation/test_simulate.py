@@ -79,6 +79,17 @@ def test_references_have_the_room_of_the_memory_tier(capacity: int) -> None:
     assert optimum.hits == count_hits_of_optimum(capacity, SEED_EXAMPLE)
 
 
+@NEEDS_LIBCACHESIM
+@pytest.mark.parametrize("policy", [*references.ONLINE, references.OPTIMUM])
+@pytest.mark.parametrize(("cost", "max_bytes"), [(1, 3), (1, 12), (575, 3), (575, 575)])
+def test_references_have_no_least_room(policy: str, cost: int, max_bytes: int) -> None:
+    """Some of libcachesim's end the process where one of their parts would be empty."""
+    hits = references.replay(policy, [(key, cost) for key in SEED_EXAMPLE], max_bytes)
+    assert len(hits) == len(SEED_EXAMPLE)
+    most = count_hits_of_optimum(max_bytes // cost, SEED_EXAMPLE) if cost <= max_bytes else 0
+    assert sum(hits) <= most
+
+
 def test_disk_answers_what_memory_evicted() -> None:
     config = memory_for(1, 10)
     config = limit(config, SEED, None, "1MiB")
