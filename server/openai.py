@@ -158,8 +158,10 @@ class OpenAI:
         produce = partial(self._produce, request, headers, newer_than)
         origin = self._chain.origin(request.labels)
         # What another waits for may come out of a cache on the way, as old as that one takes.
-        says = f" {control}" if control.no_cache or control.is_about_age else ""
-        listener, joined = self._flights.join(request.key + says, request.form, produce, origin)
+        says = str(control) if control.no_cache or control.is_about_age else ""
+        listener, joined = self._flights.join(
+            request.key, request.form, produce, origin, apart=says
+        )
         told = partial(_told, http, _why(hit, control), listener.flight, joined=joined)
         told()
         try:

@@ -137,7 +137,7 @@ class Flights:
     ) -> None:
         self.max_bytes = max_bytes
         self._purged = purged
-        self._by_key: dict[str, Flight] = {}
+        self._by_key: dict[tuple[str, str], Flight] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def join(
@@ -146,25 +146,29 @@ class Flights:
         form: Form,
         produce: Callable[[Flight], Awaitable[None]],
         origin: Origin = _UNKNOWN,
+        *,
+        apart: str = "",
     ) -> tuple[Listener, bool]:
         """Listen to the flight under `key`, starting it with `produce` if there is none.
 
         `produce` publishes in `form` and ends the flight; what it raises reaches the listeners.
         A flight stays joinable until `produce` has returned, so what it stores can be found,
-        unless it has been purged. `origin` is that of a flight which starts now.
+        unless it has been purged. `origin` is that of a flight which starts now, and `apart` is
+        what keeps it apart from others of its key.
 
         Returns:
             The listener, and whether it joined a flight that was already under way.
         """
-        flight = self._by_key.get(key)
+        at = key, apart
+        flight = self._by_key.get(at)
         if flight is not None and flight.joinable and not self._purged(key, flight.origin):
             return flight.listen(), True
         flight = Flight(form, self.max_bytes, origin)
         listener = flight.listen()
-        self._by_key[key] = flight
+        self._by_key[at] = flight
         flight.task = task = asyncio.create_task(self._run(flight, produce))
         self._tasks.add(task)
-        task.add_done_callback(lambda _: self._land(key, flight, task))
+        task.add_done_callback(lambda _: self._land(at, flight, task))
         return listener, False
 
     def launch(
@@ -192,7 +196,7 @@ class Flights:
             await asyncio.wait(late)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._by_key
+        return (key, "") in self._by_key
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -206,11 +210,11 @@ class Flights:
                 logger.exception("a flight failed after its end")
             flight.end(error=exc)
 
-    def _land(self, key: str, flight: Flight, task: asyncio.Task[None]) -> None:
+    def _land(self, at: tuple[str, str], flight: Flight, task: asyncio.Task[None]) -> None:
         flight.end(error=ConnectionAbortedError("the generation was cancelled"))
         self._tasks.discard(task)
-        if self._by_key.get(key) is flight:
-            del self._by_key[key]
+        if self._by_key.get(at) is flight:
+            del self._by_key[at]
 
 
 async def _read(listener: Listener) -> None:

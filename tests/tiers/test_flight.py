@@ -135,3 +135,21 @@ async def test_nobody_joins_what_has_been_purged() -> None:
         assert [item async for item in each] == []
     await asyncio.sleep(0)
     assert len(flights) == 0
+
+
+async def test_flights_are_kept_apart_and_known_by_their_key() -> None:
+    async def produce(flight: Flight) -> None:
+        await asyncio.Event().wait()
+
+    purged: list[str] = []
+    flights = Flights(max_bytes=1024, purged=lambda key, _: key in purged)
+    first, _ = flights.join("k", Form.EVENTS, produce)
+    other, joined = flights.join("k", Form.EVENTS, produce, apart="x")
+    assert not joined
+    again, joined = flights.join("k", Form.EVENTS, produce, apart="x")
+    assert joined
+    assert again.flight is other.flight is not first.flight
+    purged.append("k")
+    _, joined = flights.join("k", Form.EVENTS, produce, apart="x")
+    assert not joined
+    await flights.finish(0)
