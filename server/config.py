@@ -43,8 +43,13 @@ _names_secret = re.compile(
 _holds_credentials = re.compile(r"(?i)\b(authorization|cookie|x-api-key)\s*[:=]|\bbearer\s").search
 # What an engine is given may be anything.
 _IN_ENGINE = frozenset({"args", "engine", "env"})
-SOCKET_PATH_BYTES = 107
+_SOCKET_PATH_BYTES = 107
 """Of Linux's sockaddr_un, without the final zero."""
+
+
+def is_socket_path(path: Path) -> bool:
+    """Whether the path is short enough for a socket."""
+    return len(os.fsencode(path)) <= _SOCKET_PATH_BYTES
 
 
 def cache_folder() -> Path:
@@ -314,8 +319,8 @@ def read(file: Path) -> Given:
     config, wrong, left_out = _right_of(data)
     config = _with_paths(config, file.resolve().parent)
     mistakes += wrong + clashes(config.models)
-    if (socket := config.admin.socket) is not None and len(os.fsencode(socket)) > SOCKET_PATH_BYTES:
-        should = f"should have at most {SOCKET_PATH_BYTES} bytes, as any socket"
+    if (socket := config.admin.socket) is not None and not is_socket_path(socket):
+        should = f"should have at most {_SOCKET_PATH_BYTES} bytes, as any socket"
         mistakes.append(f"admin.socket: {should}, not {str(socket)!r}")
         left_out.append("admin.socket")
     return Given(config, mistakes, left_out)

@@ -19,8 +19,9 @@ from uuid import UUID
 
 import orjson
 
+from server.config import is_socket_path
 from server.environment import PREFIX
-from server.folders import ENGINE_SOCKET, is_socket_path, new_engine_folder
+from server.folders import ENGINE_SOCKET, new_engine_folder
 from server.model_config import RUNTIME_LORA, Model
 from server.upstream import Upstream
 from server.weights import Weights

@@ -1,13 +1,12 @@
 """Folders that are made: those that the configuration names, and each engine's own."""
 
 import logging
-import os
 import secrets
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from server.config import SOCKET_PATH_BYTES, ConfigError, cache_folder
+from server.config import ConfigError, cache_folder, is_socket_path
 
 logger = logging.getLogger(__name__)
 
@@ -25,11 +24,6 @@ def say_if_new(field: str, folder: Path) -> None:
         if not folder.exists() and not folder.is_relative_to(cache_folder()):
             there = next((each for each in folder.parents if each.exists()), folder)
             logger.info("%s: makes %s in %s", field, folder.relative_to(there), there)
-
-
-def is_socket_path(path: Path) -> bool:
-    """Whether the path is short enough for a socket."""
-    return len(os.fsencode(path)) <= SOCKET_PATH_BYTES
 
 
 def new_engine_folder() -> Path:

@@ -35,7 +35,7 @@ _ODD = "it is not as OpenAPI has it"
 # No engine's own.
 _ERROR_NAME, _ANTHROPICS_NAME = "TierserveError", "TierserveMessagesError"
 _DETAIL_NAME = "TierserveDetail"
-_ERROR = {
+ERROR: Mapping[str, Any] = {
     "type": "object",
     "description": "An error in OpenAI's shape",
     "required": ["error"],
@@ -52,6 +52,7 @@ _ERROR = {
         }
     },
 }
+"""The schema of our errors."""
 _ANTHROPICS_ERROR = {
     "type": "object",
     "description": "An error in Anthropic's shape",
@@ -167,7 +168,7 @@ def document(
     components = dict(_mapping((engine or {}).get("components", {})))
     components["schemas"] = {
         **_mapping(components.get("schemas", {})),
-        _ERROR_NAME: _ERROR,
+        _ERROR_NAME: ERROR,
         _ANTHROPICS_NAME: _ANTHROPICS_ERROR,
         _DETAIL_NAME: _DETAIL,
     }

@@ -5,12 +5,18 @@ from typing import Any
 
 from server.admin.operations import MAX_PAGE
 from server.labels import A_TAG, MAX_TAG_CHARACTERS, TENANT
+from server.openapi import ERROR
 from tiers.key import KEY_PATTERN
 from tiers.purges import ALL, KEY, KINDS, MAX_LABELS
 
+
+def _list(items: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items}
+
+
 _JSON, _LINES = "application/json", "application/jsonl"
 _TEXT, _NUMBER, _WHOLE = {"type": "string"}, {"type": "number"}, {"type": "integer"}
-_TEXTS = {"type": "array", "items": _TEXT}
+_TEXTS = _list(_TEXT)
 _ANY = {"type": "object"}
 
 
@@ -20,7 +26,7 @@ def _object(**properties: Any) -> dict[str, Any]:
 
 def _one_or_more(name: dict[str, Any]) -> dict[str, Any]:
     one = _TEXT | name
-    return {"anyOf": [one, {"type": "array", "items": one, "minItems": 1, "maxItems": MAX_LABELS}]}
+    return {"anyOf": [one, _list(one) | {"minItems": 1, "maxItems": MAX_LABELS}]}
 
 
 _ROW = {
@@ -63,14 +69,6 @@ _REFUSALS = {
     "413": "The body is larger than server.max_body_bytes",
     "503": "The disk tier is being opened, or can't be written; try again",
 }
-_ERROR = _object(
-    error=_object(
-        message=_TEXT,
-        type=_TEXT,
-        param={"type": ["string", "null"]},
-        code={"type": ["integer", "string"]},
-    )
-)
 _KEY = {"name": "key", "in": "path", "required": True, "schema": _TEXT | {"minLength": 1}}
 _QUERY = {
     "tier": ("Only entries that this tier holds", _TEXT),
@@ -142,16 +140,12 @@ def document(version: str) -> dict[str, Any]:
             "/openapi.json": {"get": _does("This document", _ANY)},
         },
         "components": {
-            "schemas": {"Error": _ERROR},
+            "schemas": {"Error": ERROR},
             "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
         },
         # The Unix socket asks for no key.
         "security": [{"bearer": []}, {}],
     }
-
-
-def _list(items: Mapping[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "items": items}
 
 
 def _does(
