@@ -147,22 +147,18 @@ class OpenAI:
         if not request.deterministic and (count := request.cache.variants or self._variants) > 1:
             request = request._replace(key=self._turn_of.next(request.key, count))
         hit = None if control.no_cache else await self._chain.lookup(request.key)
-        if hit is not None and control.takes(hit.entry, hit.state, self._chain.clock()):
+        if (landing := self._landing(request, hit, control)) is not None:
+            why, listener, joined = "miss", landing.listen(), True
+        elif hit is not None and control.takes(hit.entry, hit.state, self._chain.clock()):
             if hit.refresh:
                 self._refresh(http, request, hit)
             return await self._render_hit(http, request, hit, "hit")
-        if control.only_if_cached:
+        elif control.only_if_cached:
             return _not_cached()
-        newer_than = _newer_than(hit, control, self._chain.clock())
-        headers = of_what_is_kept(http, request.cache.control)
-        produce = partial(self._produce, request, headers, newer_than)
-        origin = self._chain.origin(request.labels)
-        # What another waits for may come out of a cache on the way, as old as that one takes.
-        says = str(control) if control.no_cache or control.is_about_age else ""
-        listener, joined = self._flights.join(
-            request.key, request.form, produce, origin, apart=says
-        )
-        told = partial(_told, http, _why(hit, control), listener.flight, joined=joined)
+        else:
+            why = _why(hit, control)
+            listener, joined = self._join(http, request, hit, control)
+        told = partial(_told, http, why, listener.flight, joined=joined)
         told()
         try:
             async with listener:
@@ -180,6 +176,26 @@ class OpenAI:
             failed.headers["Cache-Status"] = told()
             http.outcome = ("engine", "error" if failed.status >= 400 else "pass")
             return failed
+
+    def _landing(self, request: Request, hit: Hit | None, control: Control) -> Flight | None:
+        """Return the flight whose answer others were given already, and which no tier holds yet."""
+        if control.no_cache or control.is_about_age:
+            return None
+        flight = self._flights.landing(request.key)
+        is_held = hit is not None and flight is not None and hit.entry.answer == flight.answer
+        return None if is_held else flight
+
+    def _join(
+        self, http: HttpRequest, request: Request, hit: Hit | None, control: Control
+    ) -> tuple[Listener, bool]:
+        """Listen to the flight that brings an answer; returns whether it was under way."""
+        newer_than = _newer_than(hit, control, self._chain.clock())
+        headers = of_what_is_kept(http, request.cache.control)
+        produce = partial(self._produce, request, headers, newer_than)
+        origin = self._chain.origin(request.labels)
+        # What another waits for may come out of a cache on the way, as old as that one takes.
+        says = str(control) if control.no_cache or control.is_about_age else ""
+        return self._flights.join(request.key, request.form, produce, origin, apart=says)
 
     def _stands_in(self, request: Request, hit: Hit, exc: Exception) -> bool:
         """Whether a stale answer may be given for one that could not be had."""
@@ -283,6 +299,7 @@ class OpenAI:
             if request.cache.ttl_s is not None:
                 freshness = freshness._replace(ttl_s=request.cache.ttl_s)
             took_s = time.monotonic() - started
+            self._flights.land(request.key, flight)
             with step("store"):
                 await self._chain.store(
                     request.key,

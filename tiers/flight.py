@@ -138,6 +138,7 @@ class Flights:
         self.max_bytes = max_bytes
         self._purged = purged
         self._by_key: dict[tuple[str, str], Flight] = {}
+        self._landing: dict[str, Flight] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def join(
@@ -168,8 +169,22 @@ class Flights:
         self._by_key[at] = flight
         flight.task = task = asyncio.create_task(self._run(flight, produce))
         self._tasks.add(task)
-        task.add_done_callback(lambda _: self._land(at, flight, task))
+        task.add_done_callback(lambda _: self._landed(at, flight, task))
         return listener, False
+
+    def land(self, key: str, flight: Flight) -> None:
+        """Tell that a flight's answer is being stored from now on until its producer returns."""
+        self._landing[key] = flight
+
+    def landing(self, key: str) -> Flight | None:
+        """Return the flight under `key` whose answer is being stored, the last if there are more.
+
+        Others have been given that answer, so nobody should get an older one that a tier holds.
+        """
+        flight = self._landing.get(key)
+        if flight is None or not flight.joinable or self._purged(key, flight.origin):
+            return None
+        return flight
 
     def launch(
         self,
@@ -210,11 +225,14 @@ class Flights:
                 logger.exception("a flight failed after its end")
             flight.end(error=exc)
 
-    def _land(self, at: tuple[str, str], flight: Flight, task: asyncio.Task[None]) -> None:
+    def _landed(self, at: tuple[str, str], flight: Flight, task: asyncio.Task[None]) -> None:
         flight.end(error=ConnectionAbortedError("the generation was cancelled"))
         self._tasks.discard(task)
         if self._by_key.get(at) is flight:
             del self._by_key[at]
+        key, _ = at
+        if self._landing.get(key) is flight:
+            del self._landing[key]
 
 
 async def _read(listener: Listener) -> None:

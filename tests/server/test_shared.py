@@ -7,12 +7,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
+import orjson
 import pytest
+from aiohttp import web
 
 from tests.servers import RedisServer, StoreServer
 from tiers.disk.opening import LOCK
 
-from .conftest import Front, Upstream, held, question, running
+from .conftest import Front, Upstream, body, held, question, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -135,6 +137,30 @@ async def purge(front: Front, **what) -> None:
         session.post("/purge", json=what) as response,
     ):
         assert response.status in (200, 204), await response.text()
+
+
+async def test_a_new_answer_is_found_while_an_older_one_is_being_stored(
+    upstream: Upstream, redis, tmp_path
+) -> None:
+    number = iter(range(100))
+
+    async def count(http: web.Request) -> web.StreamResponse:
+        return web.json_response(body(str(next(number))))
+
+    upstream.handler = count
+    shared = {"url": redis.url, "deadline_ms": 500}
+    async with running(tmp_path, upstream, shared=shared) as front:
+        await stored(front)
+        redis.hang()
+        asked = question()
+        texts = []
+        # The store of the second waits for that of the first, which waits for the server.
+        for mode in ("default", "no-cache", "default", "only-if-cached", "use"):
+            status, _, raw = await front.ask(asked | {"cache": {"mode": mode}})
+            assert status == 200
+            texts.append(orjson.loads(raw)["choices"][0]["message"]["content"])
+        assert texts == ["1", "2", "2", "2", "2"]
+        redis.go_on()
 
 
 @pytest.mark.parametrize("how", ["hang", "kill"])

@@ -153,3 +153,39 @@ async def test_flights_are_kept_apart_and_known_by_their_key() -> None:
     _, joined = flights.join("k", Form.EVENTS, produce, apart="x")
     assert not joined
     await flights.finish(0)
+
+
+async def test_a_flight_is_landing_until_its_producer_returns() -> None:
+    went: dict[Flight, asyncio.Event] = {}
+
+    async def produce(flight: Flight) -> None:
+        went[flight] = asyncio.Event()
+        await flight.publish(b"item")
+        flight.end(Answer(Form.EVENTS, b"item"))
+        flights.land("k", flight)
+        await went[flight].wait()
+
+    purged: list[str] = []
+    flights = Flights(max_bytes=1024, purged=lambda key, _: key in purged)
+    assert flights.landing("k") is None
+    first, _ = flights.join("k", Form.EVENTS, produce)
+    assert flights.landing("k") is None
+    assert await read(first) == [b"item"]
+    assert flights.landing("k") is first.flight
+    second, _ = flights.join("k", Form.EVENTS, produce, apart="x")
+    assert await read(second) == [b"item"]
+    last = flights.landing("k")
+    assert last is second.flight
+    assert await read(last.listen()) == [b"item"]
+    assert flights.landing("other") is None
+    # The one that lands first is another.
+    went[first.flight].set()
+    await asyncio.sleep(0.01)
+    assert flights.landing("k") is last
+    purged.append("k")
+    assert flights.landing("k") is None
+    purged.clear()
+    went[second.flight].set()
+    await flights.finish(1)
+    assert flights.landing("k") is None
+    assert not flights._landing
