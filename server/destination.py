@@ -7,7 +7,6 @@ engine must know the model by its own name, have no more prompts than one reques
 this is read whole, within `server.max_body_bytes`; all others are passed on as they come.
 """
 
-import asyncio
 import json
 import re
 from collections.abc import Callable
@@ -21,11 +20,10 @@ from server.cache_field import BadRequestError
 from server.http_request import HttpRequest
 from server.isolation import SALTED, isolated
 from server.names import Named, Names
+from server.offload import offloaded
 from server.prompts import prompts_in
 
 _PROMPTED = SALTED | {"/v1/completions/render"}
-# Above, looking at a body would stop all others for too long.
-_INLINE_BYTES = 64 * 1024
 _FORM = "multipart/form-data"
 _boundary = re.compile(r'(?i)boundary="?([^";,]{1,70})"?').search
 _is_model = re.compile(rb'(?im)^content-disposition:\s*form-data\s*;\s*name="?model"?\s*$').search
@@ -64,7 +62,7 @@ async def destination(http: HttpRequest, names: Names, max_prompts: int) -> Dest
     else:
         return Destination(names.find(asked), None)
     body = await http.body()
-    return look(body) if len(body) <= _INLINE_BYTES else await asyncio.to_thread(look, body)
+    return await offloaded(len(body), look, body)
 
 
 def _named(names: Names, asked: Any) -> Named:

@@ -1,6 +1,5 @@
 """The road of a request that may be cached: parse, lookup, single flight, engine, store, render."""
 
-import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from server.control import Control, control_of
 from server.headers import keyed, of_what_is_kept, saying
 from server.http_request import HttpRequest
 from server.models import Models
+from server.offload import offloaded
 from server.passthrough import forward, forwarded, returned
 from server.prefixes import Prefixes
 from server.record import NotAnAnswerError, record
@@ -42,8 +42,6 @@ _ANEW = Control(no_cache=True)
 _JSON = "application/json"
 _SSE = "text/event-stream; charset=utf-8"
 _TYPED = b'{"type":"error"'
-# Parsed or converted in a millisecond or two; more would stop all others.
-_INLINE_BYTES = 64 * 1024
 # Above, those who wait for an answer need the engine more.
 _REFRESH_BELOW = 32
 
@@ -93,10 +91,8 @@ class OpenAI:
         """
         raw = await http.body()
         with step("parse"):
-            told = keyed(http.headers)
-            asked = partial(parse, http.path, raw, http.tenant, self._models.names(), told)
-            inline = len(raw) <= _INLINE_BYTES
-            request = asked() if inline else await asyncio.to_thread(asked)
+            names, told = self._models.names(), keyed(http.headers)
+            request = await offloaded(len(raw), parse, http.path, raw, http.tenant, names, told)
         http.model = request.model
         request.prompts.check(self._max_prompts)
         if request.cache.variants is not None and not self._takes_variants(request):
@@ -271,7 +267,8 @@ class OpenAI:
                 if answer is None:
                     await self._generate(request, headers, flight)
                     return
-        answer = await _as_form(answer, flight.form)
+        if answer.form is not flight.form:
+            answer = await offloaded(len(answer.content), convert.as_form, answer, flight.form)
         flight.collapsed = True
         await flight.publish(answer.content)
         flight.end(answer, kept=True)
@@ -318,7 +315,7 @@ async def _render(
     """Return a finished answer in the form that was asked for."""
     with step("render"):
         if answer.form is not request.form:
-            answer = await _as_form(answer, request.form)
+            answer = await offloaded(len(answer.content), convert.as_form, answer, request.form)
         etag = convert.etag(answer, wants_usage=request.wants_usage)
         if hdrs.IF_NONE_MATCH in http.headers and _is_there(http, etag):
             # By RFC 9110 it would be 412, as of a POST that changes something; this is a query.
@@ -342,12 +339,6 @@ def _age_s(headers: Mapping[str, str]) -> float:
     """Return how old an engine's answer is, which has one if a cache stands before the engine."""
     age = headers.get(hdrs.AGE, "")
     return min(float(age), CENTURY_S) if age.isascii() and age.isdecimal() else 0
-
-
-async def _as_form(answer: Answer, form: Form) -> Answer:
-    if answer.form is form or len(answer.content) <= _INLINE_BYTES:
-        return convert.as_form(answer, form)
-    return await asyncio.to_thread(convert.as_form, answer, form)
 
 
 def _told(http: HttpRequest, why: str, flight: Flight, *, joined: bool) -> str:

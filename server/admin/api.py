@@ -34,6 +34,7 @@ from aiohttp import hdrs, web
 from server.admin.lines import split
 from server.admin.operations import MAX_PAGE, AdminError, Operations, Query
 from server.http_request import HttpRequest
+from server.offload import offloaded
 from server.responses import error_response, own_headers
 from tiers.disk import MAX_KEY_BYTES
 from tiers.purges import ALL, KEY, KINDS
@@ -46,8 +47,8 @@ _Operation = Callable[[HttpRequest], Awaitable[Any]]
 _ENTRIES = "/entries/"
 # Of an operation that may take minutes; its client waits for no longer than a few of them.
 _SIGN_EVERY_S = 5.0
-# Above a millisecond of work, others go on meanwhile; they do between such pieces.
-_INLINE_CHARACTERS = 64 * 1024
+# No thread goes on within a piece.
+_PIECE_CHARACTERS = 64 * 1024
 
 
 class Admin:
@@ -172,15 +173,15 @@ def _patient(operation: _Operation) -> _Operation:
 
 
 async def _as_json(told: dict[str, Any]) -> bytes:
-    if len(told.get("content", "")) < _INLINE_CHARACTERS:
+    return await offloaded(len(told.get("content", "")), _json, told)
+
+
+def _json(told: dict[str, Any]) -> bytes:
+    if "content" not in told:
         return orjson.dumps(told) + b"\n"
-    return await asyncio.to_thread(_as_long_json, told)
-
-
-def _as_long_json(told: dict[str, Any]) -> bytes:
     content = told["content"]
-    starts = range(0, len(content), _INLINE_CHARACTERS)
-    pieces = (orjson.dumps(content[at : at + _INLINE_CHARACTERS])[1:-1] for at in starts)
+    starts = range(0, len(content), _PIECE_CHARACTERS)
+    pieces = (orjson.dumps(content[at : at + _PIECE_CHARACTERS])[1:-1] for at in starts)
     rest = {name: value for name, value in told.items() if name != "content"}
     return b'%b,"content":"%b"}\n' % (orjson.dumps(rest)[:-1], b"".join(pieces))
 

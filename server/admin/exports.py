@@ -10,7 +10,6 @@ with `,"crc32":"HHHHHHHH"}`, the digits being the CRC-32 of all bytes of the lin
 The format is independent of those in which tiers store entries, so it outlives them.
 """
 
-import asyncio
 from base64 import b64decode, b64encode
 from math import isfinite
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from zlib import crc32
 import orjson
 
 from server.config import Config
+from server.offload import offloaded
 from tiers import Answer, Entry, Form, Origin
 from tiers.disk import MAX_KEY_BYTES
 
@@ -31,8 +31,6 @@ _NAMES = {form: name for name, form in _FORMS.items()}
 _TIMES = ("stored_at", "expires_at", "took_s", "stale_while_revalidate_s", "stale_if_error_s")
 # For all but the answer.
 _ROOM_BYTES = 64 * 1024
-# Above a millisecond of work, others go on meanwhile.
-_INLINE_BYTES = 64 * 1024
 # Of Base64 at once, since no thread goes on meanwhile: bytes and digits, both of whole groups.
 _PIECE_BYTES, _PIECE_DIGITS = 48 * 1024, 64 * 1024
 
@@ -71,9 +69,7 @@ def entry_line(key: str, entry: Entry) -> bytes:
 
 async def entry_line_of(key: str, entry: Entry) -> bytes:
     """Return the same without stopping others for long, however large the answer is."""
-    if len(entry.answer.content) < _INLINE_BYTES:
-        return entry_line(key, entry)
-    return await asyncio.to_thread(entry_line, key, entry)
+    return await offloaded(len(entry.answer.content), entry_line, key, entry)
 
 
 def last_line(entries: int) -> bytes:
@@ -127,7 +123,7 @@ def read(line: bytes) -> Keyed | int:
 
 async def read_of(line: bytes) -> Keyed | int:
     """Read the same without stopping others for long, however large the answer is."""
-    return read(line) if len(line) < _INLINE_BYTES else await asyncio.to_thread(read, line)
+    return await offloaded(len(line), read, line)
 
 
 def _in_base64(data: bytes) -> str:
