@@ -30,6 +30,12 @@ _GO_ON = frozenset(map(str.lower, _KEYED)) | {
 
 def keyed(headers: MultiMapping[str]) -> tuple[tuple[str, str], ...]:
     """Return which of the headers are part of a key, with their values."""
+    # Spelt out, since nearly all requests have none.
+    for name in _KEYED:
+        if name in headers:
+            break
+    else:
+        return ()
     return tuple((name, ", ".join(headers.getall(name))) for name in _KEYED if name in headers)
 
 

@@ -153,5 +153,9 @@ def _note(
 
 def _request_ids() -> Iterator[str]:
     """Yield ids that no other process gives: counted, since `uuid4` costs a system call."""
-    start = secrets.token_hex(12)
-    return (f"{start}{number:08x}" for number in itertools.count())
+    start, ends = secrets.token_hex(12), [f"{number:02x}" for number in range(256)]
+    for number in itertools.count():
+        # Each number would cost a hit more to write than all else of its id.
+        id_ = f"{start}{number:06x}"
+        for end in ends:
+            yield id_ + end

@@ -121,13 +121,14 @@ class OpenAI:
 
     def _may_keep(self, http: HttpRequest, request: Request) -> bool:
         content_type = http.headers.get(hdrs.CONTENT_TYPE, "")
+        is_json = content_type == _JSON or _media_type(content_type) == _JSON
         # The engine knows what else a query or another type of content may mean.
         return (
             request.repeatable
             and (request.deterministic or self._keeps_chance(request))
             and not (request.is_to_be_kept_there and self._engine_keeps)
             and "?" not in http.raw_path
-            and content_type.partition(";")[0].strip().lower() == _JSON
+            and is_json
         )
 
     def _takes_variants(self, request: Request) -> bool:
@@ -175,11 +176,10 @@ class OpenAI:
 
     def _landing(self, request: Request, hit: Hit | None, control: Control) -> Flight | None:
         """Return the flight whose answer others were given already, and which no tier holds yet."""
-        if control.no_cache or control.is_about_age:
-            return None
         flight = self._flights.landing(request.key)
-        is_held = hit is not None and flight is not None and hit.entry.answer == flight.answer
-        return None if is_held else flight
+        if flight is None or control.no_cache or control.is_about_age:
+            return None
+        return None if hit is not None and hit.entry.answer == flight.answer else flight
 
     def _join(
         self, http: HttpRequest, request: Request, hit: Hit | None, control: Control
@@ -327,6 +327,10 @@ async def _render(
         )
     content_type = _SSE if answer.form is Form.EVENTS else _JSON
     return Whole(http, content_type, status, age_s, etag, body)
+
+
+def _media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()
 
 
 def _is_there(http: HttpRequest, etag: str) -> bool:

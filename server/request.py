@@ -103,7 +103,9 @@ def parse(
         BadRequestError: the body isn't a JSON object, or its field `cache` isn't as it should be.
         UnknownModelError: there is no model of that name.
     """
-    size = len(raw) + sum(len(value) for _, value in headers)
+    size = len(raw)
+    for _, value in headers:
+        size += len(value)
     look = _remembered if size <= _REMEMBERED_BYTES else _parse
     return look(path, raw, tenant, names, headers)
 

@@ -172,9 +172,13 @@ class Tenants:
 
     def of(self, headers: Mapping[str, str]) -> Tenant | None:
         """Return whose request these headers come with; `None` without a key that is known."""
-        given = headers.get(AUTHORIZATION)
-        if given is None or self.is_open:
-            given = _all_credentials(headers) if self.is_open else presented(headers)
+        given = headers.get(AUTHORIZATION, "")
+        if self.is_open:
+            # Whatever an engine may know a client by; no header holds an end of line.
+            if (key := headers.get(X_API_KEY)) is not None:
+                given = f"{given}\n{key}"
+        elif not given:
+            given = presented(headers)
         tenant = self._by_header.get(given)
         if tenant is None and (tenant := self._find(given)) is not None:
             if len(self._by_header) >= _REMEMBERED:
@@ -199,12 +203,6 @@ def tenant_of(credentials: str) -> Tenant:
     scope = credentials.encode(errors="surrogateescape")
     name = blake2b(scope).hexdigest()[:16] if scope else ANONYMOUS
     return Tenant(name, scope, operator=True)
-
-
-def _all_credentials(headers: Mapping[str, str]) -> str:
-    """Return whatever an engine may know a client by; no header holds an end of line."""
-    given, key = headers.get(AUTHORIZATION, ""), headers.get(X_API_KEY)
-    return given if key is None else f"{given}\n{key}"
 
 
 def _scope(name: str, record: Record) -> bytes:
