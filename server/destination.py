@@ -46,16 +46,15 @@ async def destination(http: HttpRequest, names: Names, max_prompts: int) -> Dest
         BadRequestError: its body has too many prompts, asks for what isn't its tenant's, or is too
             odd to be changed as it must be.
     """
-    content_type = http.headers.get(hdrs.CONTENT_TYPE, "")
-    media_type = content_type.partition(";")[0].strip().lower()
-    boundary = _boundary(content_type) if media_type == _FORM else None
+    is_form = http.media_type == _FORM
+    boundary = _boundary(http.headers[hdrs.CONTENT_TYPE]) if is_form else None
     asked = http.query.get("model") if "?" in http.raw_path else None
     look: Callable[[bytes], Destination]
     if http.body_exists and http.path in _PROMPTED:
         look = partial(_prompted, names, asked, http, max_prompts)
     elif names.are_one or not http.body_exists:
         return Destination(_named(names, asked), None)
-    elif media_type.endswith("json"):
+    elif http.media_type.endswith("json"):
         look = partial(_in_json, names, asked)
     elif boundary is not None:
         look = partial(_in_form, names, asked, boundary[1].encode())

@@ -30,13 +30,11 @@ _GO_ON = frozenset(map(str.lower, _KEYED)) | {
 
 def keyed(headers: MultiMapping[str]) -> tuple[tuple[str, str], ...]:
     """Return which of the headers are part of a key, with their values."""
-    # Spelt out, since nearly all requests have none.
+    said: tuple[tuple[str, str], ...] = ()
     for name in _KEYED:
         if name in headers:
-            break
-    else:
-        return ()
-    return tuple((name, ", ".join(headers.getall(name))) for name in _KEYED if name in headers)
+            said += ((name, ", ".join(headers.getall(name))),)
+    return said
 
 
 def of_what_is_kept(http: HttpRequest, also: Control) -> CIMultiDict[str]:

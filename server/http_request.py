@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Protocol
 
@@ -39,6 +40,11 @@ class HttpRequest(web.BaseRequest):
     """Where it counts as under way."""
     limits: Mapping[str, str] = MappingProxyType({})
     """The headers of its response that tell its tenant's limits."""
+
+    @property
+    def media_type(self) -> str:
+        """What its body is said to be, in lower case and without parameters."""
+        return _media_type(self.headers.get(hdrs.CONTENT_TYPE, ""))
 
     async def invite_body(self) -> None:
         """Have a client go on that waits to be told so (RFC 9110, section 10.1.1)."""
@@ -105,6 +111,11 @@ class HttpRequest(web.BaseRequest):
             if not piece:
                 return
             yield piece
+
+
+@lru_cache(256)
+def _media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()
 
 
 Handler = Callable[[HttpRequest], Awaitable[web.StreamResponse]]

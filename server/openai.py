@@ -120,15 +120,13 @@ class OpenAI:
         )
 
     def _may_keep(self, http: HttpRequest, request: Request) -> bool:
-        content_type = http.headers.get(hdrs.CONTENT_TYPE, "")
-        is_json = content_type == _JSON or _media_type(content_type) == _JSON
         # The engine knows what else a query or another type of content may mean.
         return (
             request.repeatable
             and (request.deterministic or self._keeps_chance(request))
             and not (request.is_to_be_kept_there and self._engine_keeps)
             and "?" not in http.raw_path
-            and is_json
+            and http.media_type == _JSON
         )
 
     def _takes_variants(self, request: Request) -> bool:
@@ -327,10 +325,6 @@ async def _render(
         )
     content_type = _SSE if answer.form is Form.EVENTS else _JSON
     return Whole(http, content_type, status, age_s, etag, body)
-
-
-def _media_type(content_type: str) -> str:
-    return content_type.partition(";")[0].strip().lower()
 
 
 def _is_there(http: HttpRequest, etag: str) -> bool:

@@ -23,7 +23,7 @@ def counts_in(answer: Answer) -> bytes:
 
 def output_tokens(answer: Answer) -> int | None:
     """Return how many tokens were generated, where that is told."""
-    return _last(answer.usage or answer.content, _OUTPUT)
+    return output_tokens_in(answer.usage or answer.content)
 
 
 def output_tokens_in(counts: bytes) -> int | None:

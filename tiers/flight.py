@@ -162,7 +162,7 @@ class Flights:
         """
         at = key, apart
         flight = self._by_key.get(at)
-        if flight is not None and flight.joinable and not self._purged(key, flight.origin):
+        if flight is not None and self._is_open(key, flight):
             return flight.listen(), True
         flight = Flight(form, self.max_bytes, origin)
         listener = flight.listen()
@@ -182,9 +182,7 @@ class Flights:
         Others have been given that answer, so nobody should get an older one that a tier holds.
         """
         flight = self._landing.get(key)
-        if flight is None or not flight.joinable or self._purged(key, flight.origin):
-            return None
-        return flight
+        return flight if flight is not None and self._is_open(key, flight) else None
 
     def launch(
         self,
@@ -215,6 +213,10 @@ class Flights:
 
     def __len__(self) -> int:
         return len(self._by_key)
+
+    def _is_open(self, key: str, flight: Flight) -> bool:
+        """Whether who asks now may listen."""
+        return flight.joinable and not self._purged(key, flight.origin)
 
     async def _run(self, flight: Flight, produce: Callable[[Flight], Awaitable[None]]) -> None:
         try:

@@ -100,7 +100,7 @@ class Admin:
         if isinstance(done, web.StreamResponse):
             return done
         return web.Response(
-            body=await _as_json(done),
+            body=await offloaded(len(done.get("content", "")), _json, done),
             content_type="application/json",
             headers={hdrs.CACHE_CONTROL: "no-store"},
         )
@@ -170,10 +170,6 @@ def _patient(operation: _Operation) -> _Operation:
             await asyncio.gather(signs, return_exceptions=True)
 
     return go_on
-
-
-async def _as_json(told: dict[str, Any]) -> bytes:
-    return await offloaded(len(told.get("content", "")), _json, told)
 
 
 def _json(told: dict[str, Any]) -> bytes:

@@ -83,6 +83,16 @@ def held(go: asyncio.Event) -> Callable[[web.Request], Awaitable[web.StreamRespo
     return slow
 
 
+def counting() -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    """Return a handler that answers 0, 1, 2, …"""
+    number = iter(range(100))
+
+    async def count(http: web.Request) -> web.StreamResponse:
+        return web.json_response(body(str(next(number))))
+
+    return count
+
+
 async def one_token(_: web.Request) -> web.StreamResponse:
     return web.json_response({"choices": [{"index": 0, "text": "b", "finish_reason": "length"}]})
 

@@ -1,6 +1,5 @@
 """What a request says in its body's field `cache`, in its parts and over sockets."""
 
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import orjson
@@ -9,7 +8,7 @@ from aiohttp import web
 
 from server.cache_field import BadRequestError, CacheField, read
 from server.control import Control
-from tests.server.conftest import Front, Upstream, body, question
+from tests.server.conftest import Front, Upstream, body, counting, question
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -67,16 +66,6 @@ async def test_variants_without_chance_to_choose_are_a_mistake(
             assert error["param"] == "cache.variants"
             assert "cache.mode should be use" in error["message"]
     assert upstream.asked == []
-
-
-def counting() -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-    """Return a handler that answers 0, 1, 2, …"""
-    number = iter(range(100))
-
-    async def count(http: web.Request) -> web.StreamResponse:
-        return web.json_response(body(str(next(number))))
-
-    return count
 
 
 async def told(front: Front, asked: dict, **options: Any) -> tuple[str, str]:

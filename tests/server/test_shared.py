@@ -9,12 +9,11 @@ from pathlib import Path
 import aiohttp
 import orjson
 import pytest
-from aiohttp import web
 
 from tests.servers import RedisServer, StoreServer
 from tiers.disk.opening import LOCK
 
-from .conftest import Front, Upstream, body, held, question, running
+from .conftest import Front, Upstream, counting, held, question, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -142,12 +141,7 @@ async def purge(front: Front, **what) -> None:
 async def test_a_new_answer_is_found_while_an_older_one_is_being_stored(
     upstream: Upstream, redis, tmp_path
 ) -> None:
-    number = iter(range(100))
-
-    async def count(http: web.Request) -> web.StreamResponse:
-        return web.json_response(body(str(next(number))))
-
-    upstream.handler = count
+    upstream.handler = counting()
     shared = {"url": redis.url, "deadline_ms": 500}
     async with running(tmp_path, upstream, shared=shared) as front:
         await stored(front)
