@@ -1,5 +1,6 @@
 """The pages in a real Chromium, which can reach nothing but this machine."""
 
+import asyncio
 import re
 import shutil
 from collections.abc import AsyncIterator
@@ -119,6 +120,23 @@ async def test_a_prompt_is_a_miss_and_then_a_hit(front, upstream, visit) -> None
     await expect(page.locator("#tiers")).to_contain_text("disk")
     assert await page.title() == "tierserve"
     assert len(upstream.asked) == 1
+
+
+async def test_a_prompt_may_be_sent_before_all_models_are_listed(front, upstream, visit) -> None:
+    page, listed = visit.page, asyncio.Event()
+
+    async def late(route: playwright.Route) -> None:
+        await listed.wait()
+        await route.continue_()
+
+    await page.route("**/v1/models", late)
+    await page.goto(front.url)
+    async with page.expect_request("**/chat/completions") as sent:
+        await page.get_by_role("button", name="Send").click()
+    assert (await sent.value).post_data_json["model"] == "m"
+    await expect(page.locator(".answer")).to_contain_text("Answered by the engine")
+    async with page.expect_response("**/v1/models"):
+        listed.set()
 
 
 async def test_after_a_restart_the_disk_answers(upstream, visit, tmp_path) -> None:
