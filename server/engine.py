@@ -11,7 +11,7 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from enum import StrEnum
 from typing import Any
@@ -149,7 +149,7 @@ class Engine:
         """Start vLLM; ends it and all that it has started."""
         self.folder.mkdir(mode=0o700, exist_ok=True)
         (self.folder / ENGINE_SOCKET).unlink(missing_ok=True)
-        process = await asyncio.create_subprocess_exec(
+        start = asyncio.create_subprocess_exec(
             *self._command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
@@ -157,6 +157,7 @@ class Engine:
             env=self._env,
             start_new_session=True,
         )
+        process = await _not_broken_off(start)
         logger.info("the engine of %s starts", self._name)
         stopping = asyncio.Event()
         log = asyncio.create_task(_log_lines(process, logger.getChild(self._name), stopping))
@@ -177,6 +178,23 @@ class Engine:
             await asyncio.wait([log, ended], timeout=_LAST_WORDS_S)
             log.cancel()
             ended.cancel()
+
+
+async def _not_broken_off(
+    start: Coroutine[Any, Any, asyncio.subprocess.Process],
+) -> asyncio.subprocess.Process:
+    """Start a process that whoever is cancelled meanwhile gets nevertheless, and so can end.
+
+    The cancellation follows at what is awaited next.
+    """
+    starting = asyncio.create_task(start)
+    try:
+        await asyncio.wait([starting])
+    except asyncio.CancelledError:
+        await asyncio.wait([starting])
+        if task := asyncio.current_task():
+            task.cancel()
+    return starting.result()
 
 
 async def _log_lines(

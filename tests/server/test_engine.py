@@ -188,6 +188,25 @@ async def test_cancelling_ends_the_child_and_removes_its_folder(
     assert engine.state == EngineState.DOWN
 
 
+async def test_cancelling_while_the_child_is_started_ends_it(
+    engine: Engine, children: Children, monkeypatch
+) -> None:
+    start, started = asyncio.create_subprocess_exec, asyncio.Event()
+
+    async def slow(*command: str, **options) -> asyncio.subprocess.Process:
+        process = await start(*command, **options)
+        await started.wait()
+        return process
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", slow)
+    async with running(engine, CHILD.format(port=children.port)):
+        child = await children._came.get()
+        asyncio.get_running_loop().call_soon(started.set)
+    assert await child[0].read() == b""
+    child[1].close()
+    assert not engine.folder.exists()
+
+
 async def test_what_a_dead_engine_left_behind_is_replaced(
     engine: Engine, children: Children
 ) -> None:
