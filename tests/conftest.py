@@ -4,12 +4,27 @@ from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from .servers import SERVERS, MemcachedServer, RedisServer, StoreServer
 
 # How long an example takes is the machine's affair.
 settings.register_profile("tierserve", deadline=None)
 settings.load_profile("tierserve")
+
+
+class _ByFile(LoadFileScheduling):
+    """Has a file's tests run one after another, and so those of all the real engines."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "engines" if file.startswith("tests/e2e/") else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _ByFile:
+    return _ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from tests.servers import free_port
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 playwright = pytest.importorskip("playwright.async_api", reason="needs playwright")
 expect = playwright.expect
+expect.set_options(timeout=15_000)
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),

@@ -46,7 +46,9 @@ async def test_a_key_is_written_in_hexadecimal_or_base64(tmp_path, capsys, key, 
 
 
 @pytest.mark.parametrize(
-    "content", [None, "", "SECRET", KEY.hex()[1:], b64encode(KEY[1:]).decode()]
+    "content",
+    [None, "", "SECRET", KEY.hex()[1:], b64encode(KEY[1:]).decode()],
+    ids=["missing", "empty", "word", "hex", "base64"],
 )
 def test_a_key_that_is_none_is_said_and_not_shown(tmp_path: Path, capsys, content) -> None:
     if content is not None:

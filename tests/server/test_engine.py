@@ -84,8 +84,15 @@ async def children() -> AsyncIterator[Children]:
 
 
 @pytest.fixture
-async def engine(tmp_path: Path, monkeypatch) -> AsyncIterator[Engine]:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def temporary(tmp_path_factory, monkeypatch) -> Path:
+    """The folder for temporary files, with a short path, as a socket's has to be."""
+    made = tmp_path_factory.mktemp("t")
+    monkeypatch.setattr(tempfile, "tempdir", str(made))
+    return made
+
+
+@pytest.fixture
+async def engine(temporary: Path) -> AsyncIterator[Engine]:
     model = Model.model_validate({"source": "weights", "engine": {"restart_max_delay_s": 5}})
     made = Engine("m", model, Weights("weights"), asyncio.Lock())
     yield made
@@ -297,17 +304,16 @@ async def test_one_that_ends_gives_its_turn_up(
     await other.upstream.close()
 
 
-async def test_vllm_is_told_of_names_and_adapters(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+async def test_vllm_is_told_of_names_and_adapters(temporary: Path, monkeypatch) -> None:
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     model = Model.model_validate(
         {"source": "w", "aliases": ["a"], "engine": {"args": {"max_lora_rank": 8}}}
     )
-    weights = Weights("w", adapters={"a,b=c": tmp_path})
+    weights = Weights("w", adapters={"a,b=c": temporary})
     made = Engine("m", model, weights, asyncio.Lock())
     told = " ".join(made._command)
     assert " --served-model-name m a --uds " in told
     assert " --enable-lora --lora-modules " in told
-    assert f'{{"name":"a,b=c","path":"{tmp_path}"}} --max-lora-rank 8' in told
+    assert f'{{"name":"a,b=c","path":"{temporary}"}} --max-lora-rank 8' in told
     assert made._env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "0"
     await made.upstream.close()

@@ -546,7 +546,9 @@ async def test_a_client_says_how_old_an_answer_may_be(front: Front, upstream: Up
         found = await told(asked, control)
         assert found[0] == status, control
         assert re.fullmatch(said, found[1]), control
-    assert len(upstream.asked) == 3
+    # Not counted: what the test before had refreshed in the background.
+    content = orjson.dumps(asked["messages"])
+    assert [content in await http.read() for http in upstream.asked].count(True) == 3
     chance = question(temperature=1)
     assert (await told(chance, "only-if-cached"))[0] == 504
     stale = question(model="sie")
@@ -789,12 +791,16 @@ async def test_slow_clients_are_told_to_go(
     half = b"Host: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
     async with running(tmp_path, upstream) as front:
         for path in (CHAT, "/v1/others"):
-            reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
-            writer.write(b"POST " + path.encode() + b" HTTP/1.1\r\n" + half)
-            said = await asyncio.wait_for(reader.read(), 20)
+            said = b""
+            async with asyncio.timeout(20):
+                # Who is too slow for half of it is told nothing.
+                while not said:
+                    reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+                    writer.write(b"POST " + path.encode() + b" HTTP/1.1\r\n" + half)
+                    said = await reader.read()
+                    writer.close()
             assert said.startswith(b"HTTP/1.1 408 ")
             assert b'"type":"RequestTimeoutError"' in said
-            writer.close()
         for beginning in (b"", b"POST " + CHAT.encode() + b" HT"):
             reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
             writer.write(beginning)

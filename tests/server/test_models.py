@@ -180,7 +180,6 @@ FILE = ("file", b"\r\n\r\nname=model\x00\xff" * 4500)
         ({"data": form(("model", "poet"), FILE)}, "m", b"\r\npoet\r\n"),
         ({"data": form(FILE, ("other", "large"))}, "m", b"\r\nlarge\r\n"),
     ],
-    ids=str,
 )  # fmt: skip
 async def test_what_passes_through_goes_to_the_model_that_it_names(
     two: Both, sent: dict, who: str, found: bytes

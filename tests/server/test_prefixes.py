@@ -1,5 +1,6 @@
 """The beginnings of prompts that engines are asked for most: what is counted, and who is told."""
 
+import asyncio
 import json
 
 import aiohttp
@@ -321,8 +322,12 @@ async def test_an_administrator_sees_what_engines_were_asked(upstream, tmp_path)
             async with front.post(asked | more, headers=acme) as reply:
                 assert reply.status == 400
         async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
-            async with session.get("/prefixes", headers=bearer(ADMIN_KEY)) as reply:
-                (told,) = (await reply.json())["prefixes"]
+            told = {"requests": 0}
+            async with asyncio.timeout(20):
+                # Noted once an answer is stored.
+                while told["requests"] < 4:
+                    async with session.get("/prefixes", headers=bearer(ADMIN_KEY)) as reply:
+                        (told,) = (await reply.json())["prefixes"]
             async with session.get("/prefixes", headers=acme) as reply:
                 assert reply.status == 401
         assert (told["model"], told["tenant"], told["requests"]) == ("m", "acme", 4)

@@ -75,6 +75,7 @@ async def test_nothing_stands_in_the_file_and_all_is_read(opened, tmp_path, comp
         (KEY, None, "is encrypted, and there is no key"),
         (None, KEY, "is not encrypted, and only a new file can be"),
     ],
+    ids=["another", "none", "first"],
 )
 @pytest.mark.parametrize("is_clean", [True, False])
 async def test_another_key_is_refused_and_nothing_lost(

@@ -302,12 +302,16 @@ async def test_20000_entries_are_listed_while_hits_are_answered(
 async def test_an_export_that_nobody_reads_ends(
     upstream: Upstream, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setenv("TIERSERVE__SERVER__CLIENT_TIMEOUT_S", "0.3")
     now = time.time()
     lines = export(*((f"{n:064x}", entry("x" * 9000, now, 1e6)) for n in range(200)))
-    async with running(tmp_path, upstream) as front, connect(front.socket) as admin:
-        async with admin.post("/import", data=streamed(lines)) as response:
-            assert (await response.json())["stored"] == 200
+    async with (
+        running(tmp_path, upstream) as front,
+        connect(front.socket) as admin,
+        admin.post("/import", data=streamed(lines)) as response,
+    ):
+        assert (await response.json())["stored"] == 200
+    monkeypatch.setenv("TIERSERVE__SERVER__CLIENT_TIMEOUT_S", "0.3")
+    async with running(tmp_path, upstream) as front:
         with socket.socket(socket.AF_UNIX) as idle:
             idle.connect(str(front.socket))
             idle.sendall(b"GET /export HTTP/1.1\r\nHost: admin\r\n\r\n")

@@ -387,20 +387,20 @@ async def test_a_server_that_says_nothing_is_not_waited_for(
 async def test_a_server_that_goes_on_is_waited_for(
     cache: Cache, tmp_path: Path, config: Path, monkeypatch
 ) -> None:
-    """It takes five times as long as it may be silent."""
-    monkeypatch.setattr("server.admin.client._SILENT_S", 0.5)
+    """It takes longer than it may be silent."""
+    monkeypatch.setattr("server.admin.client._SILENT_S", 3)
     monkeypatch.setattr("server.admin.api._SIGN_EVERY_S", 0.05)
     told = {"entries": 1, "damaged": 0, "problem": None}
 
     class Slow(Administration):
         async def verify(self) -> dict:
-            await asyncio.sleep(2.5)
+            await asyncio.sleep(4)
             return told
 
         async def take(self, lines) -> dict:
             async for _ in lines:
                 pass
-            await asyncio.sleep(2.5)
+            await asyncio.sleep(4)
             return {"stored": 7, "refused": 0, "problems": []}
 
     chain = Chain([], frequency=FrequencySketch(1), max_answer_bytes=1)
@@ -412,15 +412,14 @@ async def test_a_server_that_goes_on_is_waited_for(
 
 
 async def test_whoever_reads_may_stop(cache: Cache, tmp_path: Path, config: Path) -> None:
-    texts = {f"{number}": "x" * 9000 for number in range(200)}
+    texts = {f"{number:0100}": "x" * 900 for number in range(2000)}
     await cache(config, "import", exported(tmp_path, **texts))
     for arguments, first in ((["export"], b"tierserve-export"), (["ls", "--all"], b"key")):
         process = await started(config, *arguments)
         assert process.stdout is not None
         assert process.stderr is not None
-        if arguments == ["export"]:
-            # What is listed may not be more than the pipe takes.
-            assert first in await process.stdout.readline()
+        # More follows than a pipe takes.
+        assert first in (await process.stdout.readline()).lower()
         process.stdout._transport.close()
         told = (await process.stderr.read()).decode()
         assert await process.wait() == 141
