@@ -6,7 +6,7 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Protocol
 
-from aiohttp import HttpVersion11, hdrs, web
+from aiohttp import hdrs, web
 
 from server.limits import Account
 from server.request import Request
@@ -50,13 +50,6 @@ class HttpRequest(web.BaseRequest):
         """Have a client go on that waits to be told so (RFC 9110, section 10.1.1)."""
         if self.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
             await self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            # The response itself has not begun.
-            self.writer.output_size = 0
-
-    async def say_still_working(self) -> None:
-        """Tell the client, before the response begins, that it goes on (RFC 2518, section 10.1)."""
-        if self.version >= HttpVersion11:
-            await self.writer.write(b"HTTP/1.1 102 Processing\r\n\r\n")
             # The response itself has not begun.
             self.writer.output_size = 0
 

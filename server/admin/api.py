@@ -15,12 +15,10 @@
     GET    /config         the effective configuration, without secrets
     GET    /openapi.json   all this as `server.admin.openapi` describes it
 
-While an import or a verification goes on, its client gets a `102 Processing` every few seconds.
 It knows nothing of the listeners that it is reached by, and asks for no key: whom those let in may
 do everything.
 """
 
-import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping
@@ -45,8 +43,6 @@ LINES = "application/jsonl"
 _is_number = re.compile("[0-9]{1,9}").fullmatch
 _Operation = Callable[[HttpRequest], Awaitable[Any]]
 _ENTRIES = "/entries/"
-# Of an operation that may take minutes; its client waits for no longer than a few of them.
-_SIGN_EVERY_S = 5.0
 # No thread goes on within a piece.
 _PIECE_CHARACTERS = 64 * 1024
 
@@ -74,9 +70,9 @@ class Admin:
             _ENTRIES: {"GET": self._entry, "DELETE": self._delete},
             "/purge": {"POST": self._purge},
             "/export": {"GET": self._export},
-            "/import": {"POST": _patient(self._import)},
+            "/import": {"POST": self._import},
             "/compact": {"POST": lambda _: operations.compact()},
-            "/verify": {"POST": _patient(lambda _: operations.verify())},
+            "/verify": {"POST": lambda _: operations.verify()},
         }
         self._routes |= {path: {"GET": partial(_told, tell)} for path, tell in server.items()}
 
@@ -150,26 +146,6 @@ class Admin:
 
     async def _import(self, http: HttpRequest) -> Any:
         return await self._operations.take(split(http.pieces(), self._max_line_bytes))
-
-
-def _patient(operation: _Operation) -> _Operation:
-    """Return the operation with a sign to its client now and then that it goes on."""
-
-    async def go_on(http: HttpRequest) -> Any:
-        async def give_signs() -> None:
-            while True:
-                await asyncio.sleep(_SIGN_EVERY_S)
-                await http.say_still_working()
-
-        signs = asyncio.create_task(give_signs())
-        try:
-            return await operation(http)
-        finally:
-            signs.cancel()
-            # It ends with the connection, too.
-            await asyncio.gather(signs, return_exceptions=True)
-
-    return go_on
 
 
 def _json(told: dict[str, Any]) -> bytes:

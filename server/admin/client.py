@@ -5,7 +5,7 @@ import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import quote
 
 import aiohttp
@@ -17,9 +17,9 @@ from server.admin.operations import AdminError, Operations, Query
 from tiers.purges import ALL
 
 _CONNECT_S = 10
-# How long a server may be silent: to verify or import a large file takes minutes, and it says so
-# every few seconds.
 _SILENT_S = 60.0
+# To verify or import a large file takes minutes, through which its server is looked at.
+_LOOK_EVERY_S = 5.0
 _ENDED = AdminError(502, "The server ended before it had answered.")
 
 
@@ -76,26 +76,36 @@ class AdminClient(Operations):
             raise _ENDED from exc
 
     async def take(self, lines: AsyncIterator[bytes]) -> dict[str, Any]:
-        loop = asyncio.get_running_loop()
-
         async def ended() -> AsyncIterator[bytes]:
             async for line in lines:
-                taken.reschedule(loop.time() + _SILENT_S)
                 yield line + b"\n"
-            # From here on, the session's own deadline holds.
-            taken.reschedule(None)
 
-        try:
-            async with asyncio.timeout(_SILENT_S) as taken:
-                return await self._ask("POST", "/import", data=ended())
-        except TimeoutError as exc:
-            raise _silent() from exc
+        return await self._ask_patiently("/import", data=ended())
 
     async def compact(self) -> dict[str, Any]:
         return await self._ask("POST", "/compact")
 
     async def verify(self) -> dict[str, Any]:
-        return await self._ask("POST", "/verify")
+        return await self._ask_patiently("/verify")
+
+    async def _ask_patiently(self, path: str, **options: Any) -> dict[str, Any]:
+        """Ask for what may take minutes, for as long as the server answers others."""
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S)
+        asked = asyncio.create_task(self._ask("POST", path, timeout=timeout, **options))
+        others = asyncio.create_task(self._look())
+        try:
+            await asyncio.wait([asked, others], return_when=asyncio.FIRST_COMPLETED)
+            return (asked if asked.done() else others).result()
+        finally:
+            asked.cancel()
+            others.cancel()
+            await asyncio.gather(asked, others, return_exceptions=True)
+
+    async def _look(self) -> NoReturn:
+        """Fail once the server answers no more."""
+        while True:
+            await self.stats()
+            await asyncio.sleep(_LOOK_EVERY_S)
 
     async def _ask(self, method: str, path: str | URL, **options: Any) -> dict[str, Any]:
         try:

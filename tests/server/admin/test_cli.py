@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import itertools
 import re
 import signal
 import socket
@@ -389,7 +390,7 @@ async def test_a_server_that_goes_on_is_waited_for(
 ) -> None:
     """It takes longer than it may be silent."""
     monkeypatch.setattr("server.admin.client._SILENT_S", 3)
-    monkeypatch.setattr("server.admin.api._SIGN_EVERY_S", 0.05)
+    monkeypatch.setattr("server.admin.client._LOOK_EVERY_S", 0.05)
     told = {"entries": 1, "damaged": 0, "problem": None}
 
     class Slow(Administration):
@@ -409,6 +410,36 @@ async def test_a_server_that_goes_on_is_waited_for(
         assert (await cache(config, "verify")).said == "1 entries, 0 damaged\n"
         ended = await cache(config, "import", exported(tmp_path, a="{}"))
         assert ended.said == "stored: 7, refused: 0\n"
+
+
+@pytest.mark.parametrize("action", ["verify", "import"])
+async def test_a_server_that_goes_on_no_more_is_not_waited_for(
+    cache: Cache, tmp_path: Path, config: Path, monkeypatch, action: str
+) -> None:
+    monkeypatch.setattr("server.admin.client._SILENT_S", 0.5)
+    monkeypatch.setattr("server.admin.client._LOOK_EVERY_S", 0.05)
+    looks = itertools.count()
+
+    class Hanging(Administration):
+        async def stats(self) -> dict:
+            if next(looks):
+                await asyncio.Event().wait()
+            return {}
+
+        async def verify(self) -> dict:
+            await asyncio.Event().wait()
+            return {}
+
+        async def take(self, lines) -> dict:
+            return await self.verify()
+
+    chain = Chain([], frequency=FrequencySketch(1), max_answer_bytes=1)
+    admin = Admin(Hanging(chain), max_line_bytes=99)
+    async with administered(load(config), lambda _: admin.answer, None):
+        arguments = [exported(tmp_path, a="{}")] if action == "import" else []
+        ended = await cache(config, action, *arguments)
+    assert ended.status == 1
+    assert "admin.socket has said nothing for 0.5 seconds" in ended.told
 
 
 async def test_whoever_reads_may_stop(cache: Cache, tmp_path: Path, config: Path) -> None:
