@@ -67,6 +67,7 @@ export function watch(then) {
   };
   async function again() {
     clearTimeout(timer);
+    let needsKey = false;
     try {
       last = await askJson("overview");
       showKeyForm(null);
@@ -80,13 +81,15 @@ export function watch(then) {
       drawTiers();
       then(last);
     } catch (problem) {
-      if (showKeyForm(problem)) {
+      needsKey = showKeyForm(problem);
+      if (needsKey) {
         state("locked", "");
         at("all").hidden = true;
         at("about").textContent = "";
       } else state(problem.status ? problem.message : "no connection", "down");
     }
-    timer = document.hidden ? null : setTimeout(again, EVERY_MS);
+    // Whoever gives a key looks again.
+    timer = document.hidden || needsKey ? null : setTimeout(again, EVERY_MS);
   }
   addEventListener("resize", () => { if (last) drawDay(); });
   document.addEventListener("visibilitychange", () => { if (!document.hidden) again(); });
