@@ -381,16 +381,17 @@ async def test_a_full_map_makes_room(opened, monkeypatch) -> None:
 
 
 async def test_room_that_readers_keep_is_waited_for(opened, monkeypatch) -> None:
+    """Also if one stands still for half a second meanwhile."""
     cache = await opened()
-    evict, errors = DiskFile.evict, [lmdb.MapFullError("full")] * 2
+    transact, waits_s = DiskFile._transact, []
 
-    def failing(self, target_bytes):
-        if errors:
-            raise errors.pop()
-        return evict(self, target_bytes)
+    def held(self, *args):
+        if sum(waits_s) < 0.5:
+            raise lmdb.MapFullError("full")
+        return transact(self, *args)
 
-    monkeypatch.setattr(DiskFile, "evict", failing)
-    fail_once(monkeypatch, lmdb.MapFullError("full"))
+    monkeypatch.setattr(DiskFile, "_transact", held)
+    monkeypatch.setattr("tiers.disk.file.time.sleep", waits_s.append)
     assert await cache.set("a", b"1")
     assert await cache.get("a") == b"1"
 
