@@ -30,6 +30,21 @@ async def _wait(task: asyncio.Task[Any], deadline_s: float) -> None:
     raise TimeoutError
 
 
+async def in_time(call: Coroutine[Any, Any, T], deadline_s: float) -> T:
+    """Return what `call` does, which is ended at its deadline.
+
+    Raises:
+        TimeoutError: it isn't done by then, though our own event loop was not late.
+    """
+    task = asyncio.create_task(call)
+    try:
+        await _wait(task, deadline_s)
+    finally:
+        if task.cancel():
+            await asyncio.wait([task])
+    return task.result()
+
+
 class Calls:
     """Makes at most `most` calls at once.
 
@@ -54,11 +69,7 @@ class Calls:
             TimeoutError: it has begun and isn't done.
         """
         if self._places.locked():
-            try:
-                async with asyncio.timeout(self._deadline_s):
-                    await self._places.acquire()
-            except TimeoutError:
-                raise BusyError from None
+            await self._take_place()
         else:
             await self._places.acquire()
         task = asyncio.create_task(call())
@@ -66,6 +77,19 @@ class Calls:
         task.add_done_callback(self._end)
         await _wait(task, self._deadline_s)
         return task.result()
+
+    async def _take_place(self) -> None:
+        place = asyncio.create_task(self._places.acquire())
+        try:
+            await _wait(place, self._deadline_s)
+        except TimeoutError:
+            place.cancel()
+            raise BusyError from None
+        except asyncio.CancelledError:
+            if not place.cancel():
+                # It came in the moment in which nobody wanted it any more.
+                self._places.release()
+            raise
 
     async def close(self) -> None:
         """End the calls that are under way."""

@@ -124,6 +124,7 @@ class Chain:
         then the farther tiers are asked too, and the latest entry counts.
         """
         asked = self._frequency.record(key)
+        await self._know_purges()
         best = None
         if self.tiers and (found := await self.tiers[0].get(key, self.purges)) is not None:
             value, entry = found
@@ -147,6 +148,7 @@ class Chain:
 
         Doesn't count as asking for it. It replaces what nearer tiers hold under `key`.
         """
+        await self._know_purges()
         with self._copies.take(key) as copy:
             for depth, tier in enumerate(self.tiers):
                 found = await tier.get(key, self.purges, counted=False)
@@ -220,6 +222,7 @@ class Chain:
 
     async def peek(self, key: str) -> Entry | None:
         """Return the entry that `lookup` would find, which doesn't count as asking for it."""
+        await self._know_purges()
         best: Entry | None = None
         for tier in self.tiers:
             if tier.shared and self.purges.lacks_shared:
@@ -289,6 +292,11 @@ class Chain:
         await self.purges.close()
         for tier in self.tiers:
             await tier.close()
+
+    async def _know_purges(self) -> None:
+        """Know what other machines have purged, also if this process stood still meanwhile."""
+        if self._shared_purges is not None and self._shared_purges.is_behind:
+            await self._shared_purges.catch_up()
 
     async def _held(self, key: str) -> AsyncIterator[Entry]:
         """Yield what the tiers hold under `key` and isn't purged, nearest first."""

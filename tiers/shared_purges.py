@@ -3,17 +3,21 @@
 The value is the table of `tiers.purges`, in base64 since aiocache's Redis backend compares text.
 It is read again and again, merged, and given what it lacks; a server that has lost it gets it back.
 It is only ever replaced by who has read it (compare-and-set), so a number is given once. Until it
-has been read, nothing of a shared tier is given out.
+has been read, nothing of a shared tier is given out, and nothing at all by a process that stood
+still for so long that it may have missed a purge.
 """
 
 import asyncio
 import logging
+import time
 from base64 import b64decode, b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from math import inf
 
 from aiocache.base import BaseCache
 from aiocache.lock import OptimisticLock, OptimisticLockError
 
+from tiers.calls import in_time
 from tiers.purges import PurgeError, Purges, PurgeTable, check_labels
 
 logger = logging.getLogger(__name__)
@@ -30,6 +34,7 @@ class SharedPurges:
         backend: any aiocache backend that gives back the bytes that it was given.
         every_s: the time between two looks at the server.
         deadline_s: seconds that one look, with what is written then, may take.
+        clock: returns seconds that always pass.
     """
 
     def __init__(
@@ -39,14 +44,29 @@ class SharedPurges:
         *,
         every_s: float = 0.2,
         deadline_s: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.errors = 0
         """How many looks at the server failed."""
         self._purges, self._backend = purges, backend
-        self._every_s, self._deadline_s = every_s, deadline_s
+        self._every_s, self._deadline_s, self._clock = every_s, deadline_s, clock
+        self._looked_at = -inf
+        self._catching_up = asyncio.Lock()
         self._known, self._table = b"", PurgeTable()
         self._is_failing = False
         purges.lacks_shared = True
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether others may take a purge for known here that isn't, unless the server fails."""
+        is_late = self._clock() - self._looked_at > self._every_s + self._deadline_s
+        return is_late and not self._is_failing
+
+    async def catch_up(self) -> None:
+        """Look at the server once for all who find that it `is_behind`."""
+        async with self._catching_up:
+            if self.is_behind:
+                await self.sync()
 
     async def run(self) -> None:
         """Look at the server again and again, until cancelled."""
@@ -79,15 +99,16 @@ class SharedPurges:
         await asyncio.sleep(self._every_s + self._deadline_s)
 
     async def _exchange_in_time(self, labels: Sequence[str] = ()) -> bool:
+        began = self._clock()
         try:
-            async with asyncio.timeout(self._deadline_s):
-                await self._exchange(labels)
+            await in_time(self._exchange(labels), self._deadline_s)
         except Exception as exc:
             self.errors += 1
             if not self._is_failing:
                 self._is_failing = True
                 logger.error("purges can't be shared with other machines: %r", exc)
             return False
+        self._looked_at = began
         if self._is_failing:
             self._is_failing = False
             logger.warning("purges are shared with other machines again")

@@ -11,7 +11,19 @@ from aiocache.base import BaseCache
 from aiocache.serializers import NullSerializer
 
 from tests.servers import SERVERS
-from tiers import Answer, DiskCache, Entry, Form, PurgeError, Purges, Tier
+from tiers import (
+    Answer,
+    Chain,
+    DiskCache,
+    Entry,
+    Form,
+    FrequencySketch,
+    Freshness,
+    MemoryCache,
+    PurgeError,
+    Purges,
+    Tier,
+)
 from tiers.disk.opening import LOCK
 from tiers.shared_purges import SharedPurges
 
@@ -38,8 +50,10 @@ async def connect(request, tmp_path: Path) -> AsyncIterator[Callable[[], BaseCac
 
 
 class Machine:
-    def __init__(self, backend: BaseCache, clock: Callable[[], float], **options) -> None:
-        self.purges = Purges(clock=clock)
+    """Looks at the server only when a test has it look."""
+
+    def __init__(self, backend: BaseCache, unix: Callable[[], float], **options) -> None:
+        self.purges = Purges(clock=unix)
         options = {"every_s": 0, "deadline_s": 1} | options
         self.shared = SharedPurges(self.purges, backend, **options)
 
@@ -178,3 +192,29 @@ async def test_nothing_shared_is_given_out_before_the_purges_are_known(clock, co
     await restarted.shared.purge("key:purged")
     assert await tier.get("purged", restarted.purges) is None
     assert await tier.get("k", restarted.purges) is not None
+
+
+async def test_a_process_that_stood_still_looks_before_it_gives_anything_out(
+    clock, connect
+) -> None:
+    now_s = 0.0
+    one = Machine(connect(), clock)
+    two = Machine(connect(), clock, every_s=0.2, clock=lambda: now_s)
+    chain = Chain(
+        [Tier("memory", MemoryCache(10_000, clock=clock), clock=clock)],
+        frequency=FrequencySketch(64),
+        max_answer_bytes=99,
+        clock=clock,
+        purges=two.purges,
+        shared_purges=two.shared,
+    )
+    assert await two.shared.sync()
+    assert await chain.store("k", Answer(Form.BODY, b"1"), Freshness(60))
+    await one.shared.purge("all")
+    now_s = 1.2
+    assert await chain.lookup("k") is not None
+    # Only now those who purged take it for done.
+    now_s = 1.3
+    assert await asyncio.gather(*[chain.lookup("k") for _ in range(5)]) == [None] * 5
+    assert await chain.peek("k") is None
+    assert not two.shared.is_behind
