@@ -1,6 +1,9 @@
 """Redis and Memcached of Debian's packages, on this machine only, that tests may torment."""
 
+import contextlib
+import itertools
 import os
+import random
 import shutil
 import signal
 import socket
@@ -13,11 +16,19 @@ from aiocache.base import BaseCache
 
 from server.shared import open_cache
 
+# Below those that the system gives to whoever wants any, and of one pytest-xdist worker alone: a
+# port must stay free until who is told of it listens, and while that is started again.
+_FIRST_PORT, _PORTS = 10_000, 5_000
+_worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 4
+_numbers = itertools.count(random.randrange(_PORTS))
+
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    while True:
+        port = _FIRST_PORT + _worker * _PORTS + next(_numbers) % _PORTS
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class StoreServer:

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,8 @@ from typing import Any
 import openai
 import psutil
 import pytest
+
+from tests.servers import free_port
 
 MODEL = "smollm2-135m-instruct"
 READY_S = 240
@@ -33,9 +34,7 @@ class Server:
 
     def __init__(self, folder: Path, temporary: Path, config: Path) -> None:
         self.folder, self.temporary, self.config = folder, temporary, config
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="x", max_retries=0)
         self.process: subprocess.Popen[bytes] | None = None

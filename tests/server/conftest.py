@@ -199,17 +199,18 @@ class Front:
             self.process.terminate()
         await asyncio.wait_for(self.process.wait(), 60)
 
-    async def until_ready(self, status: int = 200) -> None:
-        """Wait for `/ready` to say `status`; 0 stands for no connection."""
+    async def until_ready(self, status: int = 200, model: str | None = None) -> None:
+        """Wait for `/ready` to say `status`, of all models or one; 0 stands for no connection."""
         async with asyncio.timeout(60):
-            while await self.ready() != status:
+            while await self.ready(model) != status:
                 if self.process.returncode is not None:
                     pytest.fail("tierserve ended:\n" + self.log.read_text()[-4000:])
                 await asyncio.sleep(0.05)
 
-    async def ready(self) -> int:
+    async def ready(self, model: str | None = None) -> int:
+        asked = {} if model is None else {"model": model}
         try:
-            async with self.session.get("/ready") as response:
+            async with self.session.get("/ready", params=asked) as response:
                 return response.status
         except aiohttp.ClientConnectorError:
             return 0
@@ -229,7 +230,7 @@ class Front:
             return response.status, response.headers["Cache-Status"], await response.read()
 
     async def ask_alone(self, asked: dict, **options) -> tuple[int, str, bytes]:
-        """Ask until no flight is joined: one lands only when its answer is stored."""
+        """Ask until no flight is joined: the nearest tier holds the answer then, or none does."""
         async with asyncio.timeout(20):
             while "collapsed" in (reply := await self.ask(asked, **options))[1]:
                 pass

@@ -47,7 +47,7 @@ async def test_it_is_ready_when_its_engine_is(inner: tuple[Inner, Front]) -> Non
     made, front = inner
     assert set(made.asked) == {"m", "n", "swr", "sie"}
     made.is_ready = False
-    await front.until_ready(503)
+    await front.until_ready(503, model="m")
     async with front.session.get("/ready?model=m") as response:
         assert (await response.json())["models"] == {"m": "starting"}
     # What it holds, it answers.

@@ -202,7 +202,7 @@ async def test_it_is_the_engines_once_that_is_ready(tmp_path) -> None:
         async with front.session.get("/openapi.json", headers={"If-None-Match": etag}) as reply:
             assert (reply.status, await reply.read()) == (304, b"")
         await upstream.stop()
-        await front.until_ready(503)
+        await front.until_ready(503, model="m")
         without, _ = await fetched(front)
         assert set(without["paths"]) == OWN | set(ROUTES)
         await upstream.start()

@@ -395,7 +395,7 @@ async def test_what_is_not_lmdb_is_set_aside(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("program", "bound_s", "said"),
-    [("kill -SEGV $$", 60.0, "ended with status -11"), ("sleep 600", -1e9, "took too long")],
+    [("kill -SEGV $$", 60.0, "ended with status -11"), ("exec sleep 600", -1e9, "took too long")],
 )
 async def test_a_verifier_that_fails_is_damage(
     tmp_path: Path, monkeypatch, caplog, program: str, bound_s: float, said: str
@@ -433,7 +433,7 @@ async def test_a_file_that_another_process_grows_is_read_again_soon(tmp_path, mo
     chain = chain_on(tmp_path)
     disk = chain.tiers[1].backend
     for key in ("k", "purged"):
-        assert await chain.store(key, Answer(Form.BODY, b"{}"), Freshness(60))
+        assert await chain.store(key, Answer(Form.BODY, b"{}"), Freshness(3600))
     with Child(grow_and_purge, tmp_path) as child:
         assert next(child.receive()) is None
         assert disk.statistics() is None
@@ -488,7 +488,7 @@ def store_and_look_up(connection: Connection, folder: Path) -> None:
         while True:
             if connection.recv() == "store":
                 await chain.store(
-                    "k", Answer(Form.BODY, b"{}"), Freshness(60), origin=chain.origin(LABELS)
+                    "k", Answer(Form.BODY, b"{}"), Freshness(3600), origin=chain.origin(LABELS)
                 )
             connection.send(await chain.lookup("k") is not None)
 
@@ -519,7 +519,7 @@ def purge_and_wait(connection: Connection, folder: Path, durability: Durability)
         chain = chain_on(folder, durability)
         for key in ("k", "other"):
             await chain.store(
-                key, Answer(Form.BODY, b"{}"), Freshness(60), origin=chain.origin(LABELS)
+                key, Answer(Form.BODY, b"{}"), Freshness(3600), origin=chain.origin(LABELS)
             )
         await chain.purge("key:k")
         connection.send("purged")

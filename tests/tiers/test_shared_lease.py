@@ -10,7 +10,7 @@ from aiocache.base import BaseCache
 from tests.servers import SERVERS, StoreServer
 from tiers.shared_lease import SharedLeases
 
-OWNER_HAS_GONE_S = 2
+OWNER_HAS_GONE_S = 3
 
 
 @pytest.fixture(scope="module", params=SERVERS)

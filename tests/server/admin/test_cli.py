@@ -144,6 +144,9 @@ async def test_a_running_server_is_administered_and_its_leftovers(
         asked = question()
         await front.ask(asked)
         assert "hit" in (await front.ask_alone(asked))[1]
+        async with asyncio.timeout(20):
+            while not await front.metric('tierserve_tier_stores_total{tier="disk"}'):
+                pass
         listed = await cache(front.config, "ls", "--json", "--limit", "1")
         (row,) = listed.rows
         assert listed.told.startswith(f"through the server at {front.socket}\n")
