@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import lmdb
 import orjson
@@ -378,6 +379,15 @@ async def test_a_full_map_makes_room(opened, monkeypatch) -> None:
     assert await cache.set("a", b"1")
     assert cache.usage.evictions - evicted > 5
     assert cache.usage.entries < held
+
+
+async def test_the_shortest_wait_for_more_ends(opened, monkeypatch) -> None:
+    monkeypatch.setattr("tiers.disk.writer.time", SimpleNamespace(monotonic=lambda: 1.0))
+    cache = await opened()
+    cache._writer._interval_s = 1e-7
+    async with asyncio.timeout(60):
+        for _ in range(300):
+            assert all(await asyncio.gather(*[cache.set(key, b"1") for key in "abc"]))
 
 
 async def test_room_that_readers_keep_is_waited_for(opened, monkeypatch) -> None:

@@ -98,7 +98,9 @@ class Writer:
         self._interval_s = interval_s
         self._committed_at = 0.0
         self._checked_at = time.monotonic()
-        self._queue: queue.SimpleQueue[Submission | _Order] = queue.SimpleQueue()
+        # SimpleQueue is faster, but before Python 3.13 may wait for ever for so short a time as the
+        # rest of an interval.
+        self._queue: queue.Queue[Submission | _Order] = queue.Queue()
         self._is_woken = False
         self.read: deque[str] = deque(maxlen=_READS)
         """Keys of entries that were read, whose priority rises with a later commit; append only.
