@@ -187,13 +187,14 @@ async def _not_broken_off(
 
     The cancellation follows at what is awaited next.
     """
-    starting = asyncio.create_task(start)
-    try:
-        await asyncio.wait([starting])
-    except asyncio.CancelledError:
-        await asyncio.wait([starting])
-        if task := asyncio.current_task():
-            task.cancel()
+    starting, is_cancelled = asyncio.create_task(start), False
+    while not starting.done():
+        try:
+            await asyncio.wait([starting])
+        except asyncio.CancelledError:
+            is_cancelled = True
+    if is_cancelled and (task := asyncio.current_task()) is not None:
+        task.cancel()
     return starting.result()
 
 

@@ -34,14 +34,14 @@ async def in_time(call: Coroutine[Any, Any, T], deadline_s: float) -> T:
     """Return what `call` does, which is ended at its deadline.
 
     Raises:
-        TimeoutError: it isn't done by then, though our own event loop was not late.
+        TimeoutError: it isn't done.
     """
     task = asyncio.create_task(call)
     try:
         await _wait(task, deadline_s)
     finally:
         if task.cancel():
-            await asyncio.wait([task])
+            await asyncio.gather(task, return_exceptions=True)
     return task.result()
 
 

@@ -124,7 +124,8 @@ class Chain:
         then the farther tiers are asked too, and the latest entry counts.
         """
         asked = self._frequency.record(key)
-        await self._know_purges()
+        if self._shared_purges is not None:
+            await self._know_purges()
         best = None
         if self.tiers and (found := await self.tiers[0].get(key, self.purges)) is not None:
             value, entry = found

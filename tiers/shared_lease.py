@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from aiocache.base import BaseCache
 from aiocache.lock import OptimisticLock, OptimisticLockError
 
+from tiers.calls import in_time
+
 logger = logging.getLogger(__name__)
 
 _RENEWALS = 3
@@ -54,8 +56,7 @@ class SharedLeases:
         taken = True
         if key not in self._held:
             try:
-                async with asyncio.timeout(self._deadline_s):
-                    taken = await self._add(_name_of(key))
+                taken = await in_time(self._add(_name_of(key)), self._deadline_s)
             except Exception as exc:
                 logger.debug("a lease can't be had and counts as taken: %r", exc)
         if not taken:
@@ -75,10 +76,7 @@ class SharedLeases:
         held.renewing.cancel()
         name = _name_of(key)
         try:
-            async with asyncio.timeout(self._deadline_s):
-                # Redis compares again; Memcached has no command for it.
-                if await self._is_ours(name):
-                    await self._backend._redlock_release(self._backend.build_key(name), self._owner)
+            await in_time(self._give_back(name), self._deadline_s)
         except Exception as exc:
             logger.debug("a lease can't be released and will expire: %r", exc)
 
@@ -94,12 +92,16 @@ class SharedLeases:
             return await self._is_ours(name)
         return True
 
+    async def _give_back(self, name: str) -> None:
+        # Redis compares again; Memcached has no command for it.
+        if await self._is_ours(name):
+            await self._backend._redlock_release(self._backend.build_key(name), self._owner)
+
     async def _renew(self, name: str) -> None:
         while True:
             await self._sleep(self._ttl_s / _RENEWALS)
             try:
-                async with asyncio.timeout(self._deadline_s):
-                    await self._renew_once(name)
+                await in_time(self._renew_once(name), self._deadline_s)
             except Exception as exc:
                 logger.debug("a lease can't be renewed: %r", exc)
 

@@ -3,8 +3,8 @@
 The value is the table of `tiers.purges`, in base64 since aiocache's Redis backend compares text.
 It is read again and again, merged, and given what it lacks; a server that has lost it gets it back.
 It is only ever replaced by who has read it (compare-and-set), so a number is given once. Until it
-has been read, nothing of a shared tier is given out, and nothing at all by a process that stood
-still for so long that it may have missed a purge.
+has been read, nothing of a shared tier is given out. A process that stood still for so long that it
+may have missed a purge looks before it answers.
 """
 
 import asyncio
@@ -43,14 +43,16 @@ class SharedPurges:
         backend: BaseCache,
         *,
         every_s: float = 0.2,
-        deadline_s: float = 1.0,
+        deadline_s: float = 0.5,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.errors = 0
         """How many looks at the server failed."""
         self._purges, self._backend = purges, backend
         self._every_s, self._deadline_s, self._clock = every_s, deadline_s, clock
-        self._looked_at = -inf
+        # By then all others have begun and ended a look, the one before having just begun too soon.
+        self._known_after_s = every_s + 2 * deadline_s
+        self._looked_at = inf
         self._catching_up = asyncio.Lock()
         self._known, self._table = b"", PurgeTable()
         self._is_failing = False
@@ -59,8 +61,7 @@ class SharedPurges:
     @property
     def is_behind(self) -> bool:
         """Whether others may take a purge for known here that isn't, unless the server fails."""
-        is_late = self._clock() - self._looked_at > self._every_s + self._deadline_s
-        return is_late and not self._is_failing
+        return self._clock() - self._looked_at > self._known_after_s and not self._is_failing
 
     async def catch_up(self) -> None:
         """Look at the server once for all who find that it `is_behind`."""
@@ -95,8 +96,7 @@ class SharedPurges:
             raise PurgeError(
                 "the shared tier could not be told of the purge; it holds on this machine"
             )
-        # All others have looked by then.
-        await asyncio.sleep(self._every_s + self._deadline_s)
+        await asyncio.sleep(self._known_after_s)
 
     async def _exchange_in_time(self, labels: Sequence[str] = ()) -> bool:
         began = self._clock()

@@ -386,7 +386,7 @@ async def test_the_shortest_wait_for_more_ends(opened, monkeypatch) -> None:
     cache = await opened()
     cache._writer._interval_s = 1e-7
     async with asyncio.timeout(60):
-        for _ in range(300):
+        for _ in range(3000):
             assert all(await asyncio.gather(*[cache.set(key, b"1") for key in "abc"]))
 
 

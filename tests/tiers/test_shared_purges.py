@@ -54,7 +54,7 @@ class Machine:
 
     def __init__(self, backend: BaseCache, unix: Callable[[], float], **options) -> None:
         self.purges = Purges(clock=unix)
-        options = {"every_s": 0, "deadline_s": 1} | options
+        options = {"every_s": 0, "deadline_s": 0.5} | options
         self.shared = SharedPurges(self.purges, backend, **options)
 
 
@@ -195,11 +195,11 @@ async def test_nothing_shared_is_given_out_before_the_purges_are_known(clock, co
 
 
 async def test_a_process_that_stood_still_looks_before_it_gives_anything_out(
-    clock, connect
+    clock, connect, monkeypatch
 ) -> None:
-    now_s = 0.0
+    now_s, backend = 0.0, connect()
     one = Machine(connect(), clock)
-    two = Machine(connect(), clock, every_s=0.2, clock=lambda: now_s)
+    two = Machine(backend, clock, every_s=0.2, deadline_s=1, clock=lambda: now_s)
     chain = Chain(
         [Tier("memory", MemoryCache(10_000, clock=clock), clock=clock)],
         frequency=FrequencySketch(64),
@@ -211,10 +211,19 @@ async def test_a_process_that_stood_still_looks_before_it_gives_anything_out(
     assert await two.shared.sync()
     assert await chain.store("k", Answer(Form.BODY, b"1"), Freshness(60))
     await one.shared.purge("all")
-    now_s = 1.2
+    now_s = 2.2
     assert await chain.lookup("k") is not None
     # Only now those who purged take it for done.
-    now_s = 1.3
+    now_s = 2.3
+    get, two_sees = backend.get, []
+
+    async def counted(*args, **options):
+        two_sees.append(args)
+        return await get(*args, **options)
+
+    monkeypatch.setattr(backend, "get", counted)
     assert await asyncio.gather(*[chain.lookup("k") for _ in range(5)]) == [None] * 5
+    # Once for all of them.
+    assert len(two_sees) == 1
     assert await chain.peek("k") is None
     assert not two.shared.is_behind

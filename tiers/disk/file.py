@@ -333,7 +333,8 @@ class DiskFile:
                 except lmdb.MapFullError:
                     # Readers keep pages that have been freed, but not for long; one may be in a
                     # process that stands still for a moment.
-                    time.sleep(_READER_S * 2 ** (attempt - 1))
+                    if attempt < _ROUNDS:
+                        time.sleep(_READER_S * 2 ** (attempt - 1))
             else:
                 if outcome.used_bytes > target_bytes + self.reserve_bytes // 4:
                     outcome = outcome.then(self.evict(target_bytes))

@@ -11,7 +11,7 @@ from tiers.shared import NAMESPACE
 
 _CONNECTIONS = 16
 # Callers have shorter deadlines, which forgive an event loop that is late; this one doesn't.
-_CONNECT_S = 10.0
+_CONNECT_S = 3.0
 _LEAST_TTL_S = 0.001
 
 
