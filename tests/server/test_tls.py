@@ -62,13 +62,6 @@ class TlsFront(Front):
         self.url = self.url.replace("http:", "https:")
         await super().start()
 
-    async def ready(self) -> int:
-        try:
-            async with self.session.get("/ready", ssl=False) as response:
-                return response.status
-        except aiohttp.ClientConnectorError:
-            return 0
-
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def secure(_upstream: Upstream, tmp_path_factory) -> AsyncIterator[TlsFront]:
