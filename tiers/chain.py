@@ -124,8 +124,7 @@ class Chain:
         then the farther tiers are asked too, and the latest entry counts.
         """
         asked = self._frequency.record(key)
-        if self._shared_purges is not None:
-            await self._know_purges()
+        await self._know_purges()
         best = None
         if self.tiers and (found := await self.tiers[0].get(key, self.purges)) is not None:
             value, entry = found
@@ -296,8 +295,8 @@ class Chain:
 
     async def _know_purges(self) -> None:
         """Know what other machines have purged, also if this process stood still meanwhile."""
-        if self._shared_purges is not None and self._shared_purges.is_behind:
-            await self._shared_purges.catch_up()
+        if (shared := self._shared_purges) is not None and shared.is_behind:
+            await shared.catch_up()
 
     async def _held(self, key: str) -> AsyncIterator[Entry]:
         """Yield what the tiers hold under `key` and isn't purged, nearest first."""

@@ -76,11 +76,8 @@ class AdminClient(Operations):
             raise _ENDED from exc
 
     async def take(self, lines: AsyncIterator[bytes]) -> dict[str, Any]:
-        async def ended() -> AsyncIterator[bytes]:
-            async for line in lines:
-                yield line + b"\n"
-
-        return await self._ask_patiently("/import", data=ended())
+        ended = (line + b"\n" async for line in lines)
+        return await self._ask_patiently("/import", data=ended)
 
     async def compact(self) -> dict[str, Any]:
         return await self._ask("POST", "/compact")

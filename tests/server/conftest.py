@@ -242,6 +242,13 @@ class Front:
             lines = (await response.text()).splitlines()
         return sum(float(each.rsplit(" ", 1)[1]) for each in lines if each.startswith(line))
 
+    async def until_metric(self, line: str, value: float) -> None:
+        """Wait until a metric that only rises has this value."""
+        async with asyncio.timeout(60):
+            while (now := await self.metric(line)) != value:
+                assert now < value
+                await asyncio.sleep(0.02)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _own_cache(tmp_path_factory) -> Iterator[None]:

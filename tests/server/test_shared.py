@@ -50,15 +50,8 @@ async def stored(front: Front) -> dict:
     """Return a question whose answer `front` has stored in the shared tier."""
     asked, before = question(), await front.metric(STORES)
     await front.ask(asked)
-    await until(front, STORES, before + 1)
+    await front.until_metric(STORES, before + 1)
     return asked
-
-
-async def until(front: Front, metric: str, value: float) -> None:
-    async with asyncio.timeout(60):
-        while (now := await front.metric(metric)) != value:
-            assert now < value
-            await asyncio.sleep(0.02)
 
 
 async def test_what_one_replica_stores_the_other_finds(upstream, server, tmp_path) -> None:
@@ -108,7 +101,7 @@ async def test_a_kill_brings_back_nothing_that_was_purged(upstream, redis, tmp_p
     async with running(tmp_path, upstream, shared=shared) as front:
         kept, gone = await stored(front), question(cache={"tags": ["doc-1"]})
         await front.ask(gone)
-        await until(front, STORES, 2)
+        await front.until_metric(STORES, 2)
         await purge(front, tag="doc-1")
         front.process.kill()
         await front.stop()
@@ -169,7 +162,7 @@ async def test_an_outage_is_counted_and_no_request_fails(upstream, server, tmp_p
         assert await b.metric(AVAILABLE) == 0
         assert b.log.read_text().count(LEFT_OUT) == 1
         server.go_on() if how == "hang" else server.start()
-        await until(b, AVAILABLE, 1)
+        await b.until_metric(AVAILABLE, 1)
         if how == "hang":
             assert "detail=shared" in (await b.ask(before))[1]
         asked = await stored(a)
@@ -196,5 +189,5 @@ async def test_the_password_is_used_and_told_nobody(upstream, redis, tmp_path) -
         async with running(folder, upstream, shared={"url": url, "deadline_ms": 500}) as front:
             await front.ask(question())
             # To store fails where the password is wrong; before purges are known, nothing is read.
-            await until(front, metric, 1)
+            await front.until_metric(metric, 1)
         assert "s3cr3t" not in front.log.read_text()

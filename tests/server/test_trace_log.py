@@ -63,8 +63,7 @@ async def _ask(front: Front, number: int, answers: int) -> None:
     messages = [{"role": "user", "content": f"question {number}"}]
     status, _, _ = await front.ask({"messages": messages, "temperature": 0})
     assert status == 200
-    while await front.metric('tierserve_tier_entries{tier="disk"}') < answers:
-        pass
+    await front.until_metric('tierserve_tier_entries{tier="disk"}', answers)
 
 
 def _hits(tier: str) -> str:

@@ -215,15 +215,15 @@ async def test_a_process_that_stood_still_looks_before_it_gives_anything_out(
     assert await chain.lookup("k") is not None
     # Only now those who purged take it for done.
     now_s = 2.3
-    get, two_sees = backend.get, []
+    get, looks = backend.get, []
 
     async def counted(*args, **options):
-        two_sees.append(args)
+        looks.append(args)
         return await get(*args, **options)
 
     monkeypatch.setattr(backend, "get", counted)
     assert await asyncio.gather(*[chain.lookup("k") for _ in range(5)]) == [None] * 5
     # Once for all of them.
-    assert len(two_sees) == 1
+    assert len(looks) == 1
     assert await chain.peek("k") is None
     assert not two.shared.is_behind

@@ -67,7 +67,6 @@ export function watch(then) {
   };
   async function again() {
     clearTimeout(timer);
-    let needsKey = false;
     try {
       last = await askJson("overview");
       showKeyForm(null);
@@ -81,15 +80,16 @@ export function watch(then) {
       drawTiers();
       then(last);
     } catch (problem) {
-      needsKey = showKeyForm(problem);
-      if (needsKey) {
+      if (showKeyForm(problem)) {
         state("locked", "");
         at("all").hidden = true;
         at("about").textContent = "";
-      } else state(problem.status ? problem.message : "no connection", "down");
+        // Whoever gives a key looks again.
+        return;
+      }
+      state(problem.status ? problem.message : "no connection", "down");
     }
-    // Whoever gives a key looks again.
-    timer = document.hidden || needsKey ? null : setTimeout(again, EVERY_MS);
+    timer = document.hidden ? null : setTimeout(again, EVERY_MS);
   }
   addEventListener("resize", () => { if (last) drawDay(); });
   document.addEventListener("visibilitychange", () => { if (!document.hidden) again(); });

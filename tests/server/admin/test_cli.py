@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,9 +145,7 @@ async def test_a_running_server_is_administered_and_its_leftovers(
         asked = question()
         await front.ask(asked)
         assert "hit" in (await front.ask_alone(asked))[1]
-        async with asyncio.timeout(20):
-            while not await front.metric('tierserve_tier_stores_total{tier="disk"}'):
-                pass
+        await front.until_metric('tierserve_tier_stores_total{tier="disk"}', 1)
         listed = await cache(front.config, "ls", "--json", "--limit", "1")
         (row,) = listed.rows
         assert listed.told.startswith(f"through the server at {front.socket}\n")
@@ -388,6 +387,15 @@ async def test_a_server_that_says_nothing_is_not_waited_for(
     assert "admin.socket has said nothing for 0.2 seconds; it should be a tierserve" in ended.told
 
 
+def administering(
+    config: Path, operations: type[Administration]
+) -> AbstractAsyncContextManager[None]:
+    """Answer at the admin socket, in this process, with `operations` on no tiers."""
+    chain = Chain([], frequency=FrequencySketch(1), max_answer_bytes=1)
+    admin = Admin(operations(chain), max_line_bytes=99)
+    return administered(load(config), lambda _: admin.answer, None)
+
+
 async def test_a_server_that_goes_on_is_waited_for(
     cache: Cache, tmp_path: Path, config: Path, monkeypatch
 ) -> None:
@@ -407,9 +415,7 @@ async def test_a_server_that_goes_on_is_waited_for(
             await asyncio.sleep(4)
             return {"stored": 7, "refused": 0, "problems": []}
 
-    chain = Chain([], frequency=FrequencySketch(1), max_answer_bytes=1)
-    admin = Admin(Slow(chain), max_line_bytes=99)
-    async with administered(load(config), lambda _: admin.answer, None):
+    async with administering(config, Slow):
         assert (await cache(config, "verify")).said == "1 entries, 0 damaged\n"
         ended = await cache(config, "import", exported(tmp_path, a="{}"))
         assert ended.said == "stored: 7, refused: 0\n"
@@ -436,9 +442,7 @@ async def test_a_server_that_goes_on_no_more_is_not_waited_for(
         async def take(self, lines) -> dict:
             return await self.verify()
 
-    chain = Chain([], frequency=FrequencySketch(1), max_answer_bytes=1)
-    admin = Admin(Hanging(chain), max_line_bytes=99)
-    async with administered(load(config), lambda _: admin.answer, None):
+    async with administering(config, Hanging):
         arguments = [exported(tmp_path, a="{}")] if action == "import" else []
         ended = await cache(config, action, *arguments)
     assert ended.status == 1
