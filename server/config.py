@@ -42,7 +42,7 @@ _names_secret = re.compile(
 # As a header has them.
 _holds_credentials = re.compile(r"(?i)\b(authorization|cookie|x-api-key)\s*[:=]|\bbearer\s").search
 # What an engine is given may be anything.
-_IN_ENGINE = frozenset({"args", "engine", "env"})
+_IN_ENGINE = frozenset({"args", "engine", "env", "vllm"})
 _SOCKET_PATH_BYTES = 107
 """Of Linux's sockaddr_un, without the final zero."""
 

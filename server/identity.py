@@ -39,6 +39,8 @@ def identity(model: Model, weights: Weights | None) -> str:
     about: dict[str, Any] = {"version": model.version}
     if weights is None:
         about["model"] = [model.source, model.revision]
+        if model.vllm is not None:
+            about["vllm"] = _of_answers(model.vllm)
     else:
         about["model"] = [_content(weights.source), weights.revision]
         about["engine"] = _engine_version()
@@ -79,7 +81,11 @@ def fingerprint(path: Path) -> str:
 
 
 def _relevant(args: Mapping[str, Any]) -> dict[str, Any]:
-    return {n: _content(value) for n, value in args.items() if n not in _CHANGES_NO_ANSWER}
+    return {name: _content(value) for name, value in _of_answers(args).items()}
+
+
+def _of_answers(args: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in args.items() if name not in _CHANGES_NO_ANSWER}
 
 
 def _content(value: Any) -> Any:

@@ -30,12 +30,16 @@ _PART_KINDS = frozenset(
 )  # fmt: skip
 
 
-def _not_ours(args: dict[str, Any]) -> dict[str, Any]:
+def _are_options(args: dict[str, Any]) -> dict[str, Any]:
     odd = [name for name in args if not name.replace("_", "").isalnum()]
     if odd:
         raise ValueError(
             f"{', '.join(odd)} should be written as vLLM's options with underscores: max_model_len"
         )
+    return args
+
+
+def _not_ours(args: dict[str, Any]) -> dict[str, Any]:
     if ours := sorted(_OUR_ARGS & args.keys()):
         raise ValueError(
             f"{', '.join(ours)}: set by tierserve; use section server, and the model's own fields"
@@ -59,8 +63,8 @@ class Engine(Section):
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
-    args: Annotated[dict[str, Any], AfterValidator(_not_ours)] = Field(
-        default_factory=dict, repr=False
+    args: Annotated[dict[str, Any], AfterValidator(_are_options), AfterValidator(_not_ours)] = (
+        Field(default_factory=dict, repr=False)
     )
     env: Annotated[
         dict[str, str],
@@ -112,11 +116,14 @@ class Model(Section):
 
     Either an engine of ours gives the answers, which loads `source`: `embedded`, a folder, or a
     Hugging Face name. Or `upstreams` do, that somebody else runs, and that are sent `api_key` in
-    place of what clients send. Clients may ask for it by its
-    `aliases` too, and for its LoRA `adapters`, each a folder or a Hugging Face name. `version` is a
-    label of yours that becomes part of every key: change it when weights change where tierserve
-    can't see them. At most `max_requests` are at an engine at once, those included that wait there;
-    more get 503.
+    place of what clients send. Where these are vLLM 0.32, `vllm` has the options that they were
+    started with, `{}` for none: else nothing is known of what they make of a request, so it is sent
+    as it came, all of it is part of its key, and streams and bodies are kept apart.
+
+    Clients may ask for it by its `aliases` too, and for its LoRA `adapters`, each a folder or a
+    Hugging Face name. `version` is a label of yours that becomes part of every key: change it when
+    weights change where tierserve can't see them. At most `max_requests` are at an engine at once,
+    those included that wait there; more get 503.
     """
 
     source: _Source | None = None
@@ -128,9 +135,17 @@ class Model(Section):
     )
     engine: Engine = Engine()
     upstreams: tuple[Annotated[str, AfterValidator(_is_base)], ...] = ()
+    vllm: Annotated[dict[str, Any], AfterValidator(_are_options)] | None = Field(
+        default=None, repr=False
+    )
     api_key: Annotated[_Token | None, Field(repr=False)] = None
     max_requests: Annotated[int, Field(ge=1)] = 1024
     timeout_s: PositiveSeconds = 600
+
+    @property
+    def engine_options(self) -> Mapping[str, Any] | None:
+        """The options of the vLLM that answers; `None` where it may be another engine."""
+        return self.vllm if self.upstreams else self.engine.args
 
     def asked_as(self, name: str) -> Iterator[tuple[str, str]]:
         """Yield each name by which clients may ask for it or an adapter, and the engine's own.
@@ -147,6 +162,10 @@ class Model(Section):
             raise conflict("should have an engine of ours or upstreams, and not both")
         if self.api_key is not None and not self.upstreams:
             raise ValueError("api_key is for upstreams; nobody else reaches an engine of ours")
+        if self.vllm is not None and not self.upstreams:
+            raise ValueError(
+                "vllm is for upstreams; the options of an engine of ours are engine.args"
+            )
         if self.api_key is not None and any("@" in url for url in self.upstreams):
             raise conflict("should have an api_key or a password in upstreams, and not both")
         if not (self.upstreams or self.source):

@@ -72,8 +72,17 @@ class Model:
     def meanings(self, day: date | None) -> Iterator[tuple[str, Named]]:
         """Yield the names by which clients may ask for it, and what they mean that day."""
         suffix = f" {day}" if self.is_dated else ""
+        options = self.described.engine_options
         for asked, name in self.asked_as():
-            yield asked, Named(name, self._identities[name] + suffix)
+            yield (
+                asked,
+                Named(
+                    name,
+                    self._identities[name] + suffix,
+                    is_vllm=options is not None,
+                    has_one_parser=options is not None and not options.get("reasoning_parser"),
+                ),
+            )
 
 
 class Models:

@@ -13,6 +13,8 @@ of the route, and of the canonical request: the parsed body, in which
 
 and of the headers that may change an answer (`server.headers`).
 
+Of an engine that we don't know (`Named.is_vllm`) nothing is left out but `cache`.
+
 Everything else is kept as it was sent: the order inside tools, JSON schemas and arguments, since
 prompts are rendered from it; values of a type that the engine refuses or judges by itself; and
 fields that we don't know, so a new field can never cause a wrong hit. Whitespace, escapes, and
@@ -32,7 +34,7 @@ from server import cache_field
 from server.cache_field import BadRequestError, CacheField
 from server.isolation import SALTED, isolated
 from server.labels import labels_of
-from server.names import Names
+from server.names import Named, Names
 from server.prompts import Prompts, prompts_in
 from server.routes import ROUTES, Route
 from server.shapes import CHOICES, MESSAGE
@@ -119,7 +121,8 @@ def _parse(
     if "cache" in body:
         cache, sent_as_is = cache_field.read(body.pop("cache")), False
     asked = body.get("model")
-    name, identity = names.find(asked)
+    named = names.find(asked)
+    name = named.name
     # Messages without a model are refused.
     if asked != name and isinstance(asked, str if route.shape is MESSAGE else str | None):
         body["model"], sent_as_is = name, False
@@ -127,15 +130,31 @@ def _parse(
         raw = _dumps(body)
     stream = route.streams and body.get("stream") is True
     options = body.get("stream_options") if route.shape is CHOICES else None
-    wants_usage = stream and isinstance(options, dict) and options.get("include_usage") is True
-    canonical = _canonical(route, body, stream=stream, wants_usage=wants_usage)
+    # An engine that we don't know is asked for them by whatever it knows.
+    wants_usage = stream and (
+        not named.is_vllm or (isinstance(options, dict) and options.get("include_usage") is True)
+    )
+    # It may take any field for anything.
+    canonical: Mapping[str, Any] = dict(sorted(body.items()))
+    if named.is_vllm:
+        canonical = _canonical(
+            route, body, stream=stream, wants_usage=wants_usage, apart=not named.has_one_parser
+        )
     said = [part.encode(errors="surrogateescape") for header in headers for part in header]
-    key = digest(tenant.scope, identity.encode(), route.path.encode(), _dumps(canonical), *said)
+    key = digest(
+        tenant.scope, named.identity.encode(), route.path.encode(), _dumps(canonical), *said
+    )
     prompts = prompts_in(path, body)
     if path in SALTED:
         raw, body = isolated(raw, body, tenant)
     sent = raw
-    if route.shape is CHOICES and stream and not wants_usage and isinstance(options, dict | None):
+    if (
+        named.is_vllm
+        and route.shape is CHOICES
+        and stream
+        and not wants_usage
+        and isinstance(options, dict | None)
+    ):
         # The count is recorded with every answer, and kept from clients that did not ask.
         counting = {k: v for k, v in (options or {}).items() if k != _CONTINUOUS}
         sent = _dumps(body | {"stream_options": counting | {"include_usage": True}})
@@ -152,7 +171,8 @@ def _parse(
         repeatable=not any(body.get(name) for name in route.unrepeatable)
         and not _points_elsewhere([body[name] for name in route.media if name in body])
         and not _runs_there(body.get("tools"))
-        and _is_plain(options),
+        and _is_plain(options)
+        and not _is_kept_elsewhere(route, named, body.get("store")),
         deterministic=route.by_nature
         or _is_zero(body.get("temperature"))
         or _is_seed(body.get("seed")),
@@ -181,7 +201,7 @@ def _read(raw: bytes) -> dict[str, Any]:
 
 
 def _canonical(
-    route: Route, body: Mapping[str, Any], *, stream: bool, wants_usage: bool
+    route: Route, body: Mapping[str, Any], *, stream: bool, wants_usage: bool, apart: bool
 ) -> dict[str, Any]:
     fields = dict(body)
     if route.streams and isinstance(fields.get("stream"), bool | None):
@@ -199,7 +219,7 @@ def _canonical(
             continue
         if name not in route.defaults or not _is_any_of(value, route.defaults[name]):
             canonical[name] = value
-    if route.streams and not canonical.keys() <= route.alike_in_both_forms:
+    if route.streams and (apart or not canonical.keys() <= route.alike_in_both_forms):
         # An odd value is the engine's to judge.
         canonical["stream"] = canonical.get("stream", stream)
     return canonical
@@ -279,7 +299,15 @@ def _runs_there(tools: Any) -> bool:
     )
 
 
-def _dumps(value: dict[str, Any]) -> bytes:
+def _is_kept_elsewhere(route: Route, named: Named, store: Any) -> bool:
+    """Whether an engine that we don't know may keep the answer, by the id that it gives it.
+
+    OpenAI keeps Responses unless it is told not to, and other answers if it is told to.
+    """
+    return not named.is_vllm and store is not False and (route.may_be_kept_there or bool(store))
+
+
+def _dumps(value: Mapping[str, Any]) -> bytes:
     try:
         return orjson.dumps(value)
     except TypeError:

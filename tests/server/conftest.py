@@ -142,7 +142,7 @@ class Upstream:
 
 def alike(*urls: str) -> dict[str, dict]:
     """Models of the same upstreams; by rules of `Front`, answers of two are stale at once."""
-    return {name: {"upstreams": list(urls)} for name in ("m", "n", "swr", "sie")}
+    return {name: {"upstreams": list(urls), "vllm": {}} for name in ("m", "n", "swr", "sie")}
 
 
 class Front:

@@ -139,6 +139,14 @@ def test_what_others_set_is_not_ours(tmp_path: Path, monkeypatch) -> None:
             "models: {m: {upstreams: ['http://h:1'], engine: {args: {dtype: half}}}}",
             "models.m: should have an engine of ours or upstreams, and not both",
         ),
+        (
+            "models: {m: {source: embedded, vllm: {}}}",
+            "models.m: vllm is for upstreams; the options of an engine of ours are engine.args",
+        ),
+        (
+            "models: {m: {upstreams: ['http://h:1'], vllm: {max-model-len: 1}}}",
+            "models.m.vllm: max-model-len should be written as vLLM's options with underscores",
+        ),
         ("models: {m: {}}", r"models.m: should have a source \(embedded, .* or upstreams"),
         ("models: {m: {source: s, alias: [a]}}", "models.m.alias: unknown key; did you mean alias"),
         ("models: {m: {source: s, engine: {arg: 1}}}", "engine.arg: unknown key; did you mean arg"),

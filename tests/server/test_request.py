@@ -76,6 +76,52 @@ def test_other_key(change) -> None:
     assert request(BODY | change).key != request(BODY).key
 
 
+def of_unknown_engine(body, path: str = CHAT) -> Request:
+    named = Named("m", "i", is_vllm=False, has_one_parser=False)
+    return parse(path, orjson.dumps(body), tenant_of(""), Names({"m": named}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stream": False},
+        {"stream": True},
+        {"stream": True, "stream_options": {"include_usage": True}},
+        {"user": "u"},
+        {"metadata": {"a": 1}},
+        {"n": 1},
+        {"max_tokens": None},
+    ],
+)
+def test_an_engine_that_we_do_not_know_may_hear_anything(change) -> None:
+    asked = of_unknown_engine(BODY | change)
+    assert asked.key != of_unknown_engine(BODY).key
+    assert orjson.loads(asked.body) == BODY | change
+    assert asked.wants_usage is (change.get("stream") is True)
+
+
+@pytest.mark.parametrize(
+    ("path", "store", "is_repeatable"),
+    [
+        (CHAT, None, True),
+        (CHAT, True, False),
+        ("/v1/responses", None, False),
+        ("/v1/responses", False, True),
+    ],
+)
+def test_an_engine_that_we_do_not_know_may_keep_answers(path, store, is_repeatable) -> None:
+    body = {"model": "m", "input": "hi", "temperature": 0}
+    body |= {} if store is None else {"store": store}
+    assert of_unknown_engine(body, path).repeatable is is_repeatable
+
+
+def test_forms_are_apart_where_parsers_may_differ() -> None:
+    named = Names({"m": Named("m", "i", has_one_parser=False)})
+    forms = [BODY, BODY | {"stream": True}, BODY | {"stream": False}]
+    body, events, said = (parse(CHAT, orjson.dumps(f), tenant_of(""), named).key for f in forms)
+    assert body == said != events
+
+
 def test_order_inside_schemas_is_kept() -> None:
     one = BODY | {"tools": [{"function": {"parameters": {"a": 1, "b": 2}}}]}
     other = BODY | {"tools": [{"function": {"parameters": {"b": 2, "a": 1}}}]}
