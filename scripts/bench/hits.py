@@ -45,7 +45,7 @@ ENTRY_BYTES = 64 * 1024 * 1024
 WORDS = ["the", "sky", "scatters", "light", "of", "short", "waves", "more", "than", "red", "so"]
 CONFIG = """
 server: {{port: {port}}}
-models: {{m: {{upstreams: ["http://127.0.0.1:1"]}}}}
+models: {{m: {{upstreams: ["http://127.0.0.1:1"], vllm: {{}}}}}}
 tiers: {{memory: {memory}, disk: {{path: {disk}, max_bytes: {max_bytes}}}}}
 """
 LOAD = """

@@ -30,7 +30,7 @@ import uvloop
 ROUTE = "/v1/chat/completions"
 CONFIG = """
 server: {{port: {port}}}
-models: {{m: {{upstreams: ["http://127.0.0.1:{upstream}"]}}}}
+models: {{m: {{upstreams: ["http://127.0.0.1:{upstream}"], vllm: {{}}}}}}
 tiers: {{memory: {{}}, disk: {{path: {disk}, max_bytes: 4GiB}}}}
 """
 LOAD = f"""
