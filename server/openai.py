@@ -208,8 +208,10 @@ class OpenAI:
     async def _render_hit(
         self, http: HttpRequest, request: Request, hit: Hit, how: str
     ) -> web.StreamResponse:
-        now, entry = self._chain.clock(), hit.entry
-        ttl, age = floor(entry.expires_at - now), max(0, int(now - entry.stored_at))
+        entry = hit.entry
+        # Another machine's clock may be a little ahead.
+        now = max(self._chain.clock(), entry.stored_at)
+        ttl, age = floor(entry.expires_at - now), int(now - entry.stored_at)
         status = f"tierserve; {how}; ttl={ttl}; detail={hit.tier}"
         http.found = request, entry.answer
         response = await _render(http, request, entry.answer, status, age)

@@ -21,6 +21,9 @@ _new = tuple.__new__
 _HEADER = Struct("<BBdddddQII")
 _VERSION = 3
 
+SKEW_S = 1.0
+"""By how much the clocks of machines that share a tier may differ."""
+
 
 class Form(IntEnum):
     """How the engine gave the answer."""
@@ -120,9 +123,14 @@ class Entry(NamedTuple):
         return self.expires_at + max(self.stale_while_revalidate_s, self.stale_if_error_s)
 
     def state(self, now: float) -> State:
-        """Return what it may be used for at `now`."""
+        """Return what it may be used for at `now`.
+
+        How old an entry from the future is can't be told, so it is of no use: the clock was ahead
+        when it was stored, or has been set back since. One that is older than what the clock was
+        set back by can't be told from others, and lasts longer by that.
+        """
         if now < self.expires_at:
-            return State.FRESH
+            return State.FRESH if self.stored_at <= now + SKEW_S else State.EXPIRED
         if now < self.expires_at + self.stale_while_revalidate_s:
             return State.STALE
         return State.FALLBACK if now < self.kept_until else State.EXPIRED

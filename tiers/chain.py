@@ -299,10 +299,12 @@ class Chain:
             await shared.catch_up()
 
     async def _held(self, key: str) -> AsyncIterator[Entry]:
-        """Yield what the tiers hold under `key` and isn't purged, nearest first."""
+        """Yield what the tiers hold under `key` and may give out, nearest first."""
         for tier in self.tiers:
             entry = await tier.peek(key)
-            if entry is not None and not self.purges.cover(key, entry):
+            if entry is None or self.purges.cover(key, entry):
+                continue
+            if entry.state(self.clock()) is not State.EXPIRED:
                 yield entry
 
     async def _store_nearest(self, key: str, value: bytes, ttl_s: float) -> bool:

@@ -649,14 +649,9 @@ async def test_a_taken_port_is_said(front: Front, upstream: Upstream) -> None:
     assert b"address already in use" in said
 
 
-async def test_an_age_is_counted_from_when_the_answer_was_stored(
-    upstream: Upstream, tmp_path
-) -> None:
-    asked = question()
-    stored_at = time.time() - 1000
-    front = Front(tmp_path, alike(upstream.url))
-    config = load(front.config)
-    disk = config.tiers.disk
+async def plant(front: Front, asked: dict, stored_at: float, ttl_s: float) -> None:
+    """Store an answer on disk, as if it had been stored then."""
+    disk = load(front.config).tiers.disk
     clock = partial(float, stored_at)
     chain = Chain(
         [Tier("disk", DiskCache(disk.path, disk.max_bytes, clock=clock))],
@@ -664,10 +659,18 @@ async def test_an_age_is_counted_from_when_the_answer_was_stored(
         max_answer_bytes=10_000,
         clock=clock,
     )
-    key = front.key(asked)
     answer = Answer(Form.BODY, convert.template(body("old")))
-    assert await chain.store(key, answer, Freshness(2000))
+    assert await chain.store(front.key(asked), answer, Freshness(ttl_s))
     await chain.close()
+
+
+async def test_an_age_is_counted_from_when_the_answer_was_stored(
+    upstream: Upstream, tmp_path
+) -> None:
+    asked = question()
+    stored_at = time.time() - 1000
+    front = Front(tmp_path, alike(upstream.url))
+    await plant(front, asked, stored_at, 2000)
     try:
         await front.start()
         for stream_it in (False, True):
@@ -682,6 +685,24 @@ async def test_an_age_is_counted_from_when_the_answer_was_stored(
     finally:
         await front.stop()
     assert upstream.asked == []
+
+
+async def test_what_was_stored_while_the_clock_was_ahead_is_made_anew(
+    upstream: Upstream, tmp_path
+) -> None:
+    asked = [question(), question()]
+    front = Front(tmp_path, alike(upstream.url))
+    for each in asked:
+        await plant(front, each, time.time() + 3600, 3)
+    try:
+        await front.start()
+        for each, headers in zip(asked, ({}, {"Cache-Control": "max-age=1"}), strict=True):
+            status, how, text = await front.ask(each, headers=headers)
+            assert (status, how, b"old" in text) == (200, "tierserve; fwd=miss", False)
+        _, how, text = await front.ask_alone(asked[0])
+        assert ("hit; ttl=" in how, b"old" in text) == (True, False)
+    finally:
+        await front.stop()
 
 
 async def test_each_answer_leaves_a_line_with_its_id(front: Front, upstream: Upstream) -> None:

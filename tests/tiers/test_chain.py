@@ -20,7 +20,9 @@ from tiers import (
     Tier,
     Write,
 )
+from tiers.answer import SKEW_S
 from tiers.backend import ByteCache
+from tiers.chain import Adoption
 from tiers.copy_queue import CopyQueue, Waiting
 
 from .conftest import Remote
@@ -120,6 +122,25 @@ async def test_what_is_stale_does_not_hide_what_others_have_renewed(clock, tmp_p
     assert [tier.counts.promotions for tier in tiers] == [1, 1, 0]
     assert Entry.decode(disk.read("k") or b"").answer == newer
     await chain.close()
+
+
+@pytest.mark.parametrize(
+    ("ahead_s", "is_found"), [(0, True), (SKEW_S, True), (SKEW_S + 0.1, False), (3600, False)]
+)
+async def test_what_comes_from_the_future_is_as_good_as_none(clock, ahead_s, is_found) -> None:
+    near = Tier("memory", MemoryCache(10_000, clock=clock))
+    shared = Tier("shared", Remote(clock, delay=lambda: 0), shared=True)
+    chain = Chain([near, shared], frequency=FrequencySketch(64), max_answer_bytes=99, clock=clock)
+    clock.now += ahead_s
+    await chain.store("k", ANSWER, Freshness(60, 60, 60))
+    clock.now -= ahead_s
+    assert (await chain.lookup("k") is not None) is is_found
+    assert (await chain.peek("k") is not None) is is_found
+    assert (await chain.newer("k", 0) is not None) is is_found
+    # Nor does it keep out what comes from elsewhere, and is as new as it can be.
+    new = Entry(Answer(Form.BODY, b"new"), clock.now, clock.now + 60)
+    adopted = await chain.adopt("k", new, chain.tiers)
+    assert adopted is (Adoption.OLDER if is_found else Adoption.STORED)
 
 
 async def test_the_later_of_two_that_are_not_fresh_counts(clock) -> None:

@@ -34,6 +34,7 @@ from tiers import (
     Tier,
     Write,
 )  # fmt: skip
+from tiers.answer import SKEW_S
 from tiers.disk import Durability
 from tiers.disk.opening import MARK
 from tiers.policies import POLICIES
@@ -59,6 +60,8 @@ def state_at(now: float, stored_at: float, freshness: Freshness) -> State:
     """Say again, in other words than `Entry`, what an answer may be used for."""
     ttl_s, revalidate_s, if_error_s = freshness
     late_s = now - stored_at - ttl_s
+    if stored_at - now > SKEW_S:
+        return State.EXPIRED
     if late_s < 0:
         return State.FRESH
     if late_s < revalidate_s:
