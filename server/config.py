@@ -31,6 +31,7 @@ from server.model_config import Model, Name, clashes, embedded
 from server.section import CONFLICT, MASK, FilePath, PositiveSeconds, Seconds, Section, conflict
 from server.shared import check, masked
 from server.tracing_config import Tracing
+from server.yaml_loader import EMPTY, Loader
 from tiers.disk import MIN_BYTES, Durability
 from tiers.movement import Write
 from tiers.policies import DEFAULT, POLICIES
@@ -259,17 +260,6 @@ class Config(Section):
     tracing: Tracing | None = None
 
 
-class Loader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is a mistake, not a choice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise yaml.MarkedYAMLError(f"{', '.join(twice)} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 class Given(NamedTuple):
     """A configuration as it was given."""
 
@@ -311,7 +301,7 @@ def read(file: Path) -> Given:
         ) from None
     except (ValueError, RecursionError, yaml.YAMLError) as exc:
         raise ConfigError([f"{file}: can't be read as YAML: {exc}"]) from exc
-    if data is None:
+    if data is None or data is EMPTY:
         data = {}
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise ConfigError([f"{file}: should hold sections: {', '.join(Config.model_fields)}"])

@@ -15,6 +15,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
+from server.yaml_loader import Loader
+
 PREFIX = "TIERSERVE__"
 # Kubernetes sets some such as TIERSERVE_SERVER_PORT, but none with two underscores.
 _is_near = re.compile(r"(?i)TIERSERVE_[^_]+(_[^_]+)*__").match
@@ -94,10 +96,10 @@ def _value(kind: Any, text: str) -> Any:
     if not (Any in kinds or any(map(_is_whole, kinds))):
         return text
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader)  # noqa: S506
     except (ValueError, RecursionError, yaml.YAMLError) as exc:
         # Without the text itself, which may hold a secret.
-        why = getattr(exc, "problem", None) or type(exc).__name__
+        why = getattr(exc, "problem", None) or getattr(exc, "context", None) or type(exc).__name__
         raise _MistakeError(f"should be YAML or JSON: {why}") from None
     if Any not in kinds and not isinstance(value, dict | list):
         raise _MistakeError("should be YAML or JSON, of a section, a list or a mapping")

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 from server.section import MASK, PositiveSeconds, Section, conflict, expanded, is_http_url
+from server.yaml_loader import empty_in
 
 EMBEDDED = "embedded"
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
@@ -36,6 +37,8 @@ def _are_options(args: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"{', '.join(odd)} should be written as vLLM's options with underscores: max_model_len"
         )
+    if empty := [*empty_in(args)]:
+        raise ValueError(f"{', '.join(empty)}: has no value; of an option without one it is true")
     return args
 
 

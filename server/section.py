@@ -1,12 +1,25 @@
 """What sections of the configuration have in common."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from types import NoneType
+from typing import Annotated, Any, get_origin
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
+
+from server.environment import choices
+from server.yaml_loader import EMPTY
 
 _has_shape = re.compile(r"https?://[^/\s]+(/[^\s?#]*)?").fullmatch
 MASK = "***"
@@ -34,9 +47,42 @@ FilePath = Annotated[Path, AfterValidator(expanded)]
 
 
 class Section(BaseModel):
-    """A part of the configuration, in which an unknown key is a mistake."""
+    """A part of the configuration, in which an unknown key is a mistake.
+
+    A section, list or mapping without a value has nothing in it, so the defaults hold; of any other
+    field, which it might turn off, that is a mistake. A boolean is no number.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_keys(cls, given: Any) -> Any:
+        return {} if given is EMPTY else given
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_given(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = choices(cls.model_fields[info.field_name or ""].annotation)
+        if value is EMPTY:
+            return _nothing_in(kinds)
+        if isinstance(value, bool) and bool not in kinds and any(map(_is_number, kinds)):
+            raise ValueError("should be a number")
+        return value
+
+
+def _nothing_in(kinds: Sequence[Any]) -> Any:
+    for kind in kinds:
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return {}
+        if (origin := get_origin(kind)) in (dict, tuple):
+            return origin()
+    null = ", or null for none" if NoneType in kinds else ""
+    raise ValueError(f"has no value; leave the key out for its default, or give it one{null}")
+
+
+def _is_number(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, int | float)
 
 
 CONFLICT = "conflict"

@@ -21,13 +21,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
-from server.config import ConfigError, Loader
+from server.config import ConfigError
 from server.config import Tenants as Section
 from server.keys import AUTHORIZATION, X_API_KEY, Hash, hashed, key_in, presented
 from server.labels import TENANT
 from server.limits import Account, Limits
+from server.section import Section as Described
+from server.yaml_loader import Loader
 from tiers.key import digest, scope_named
 
 ANONYMOUS = "anonymous"
@@ -75,10 +77,8 @@ NOBODY = Tenant("nobody", b"\0nobody", account=Account(Limits()))
 """Whoever asks where no door is."""
 
 
-class Record(BaseModel):
+class Record(Described):
     """A tenant as the file describes it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     keys: tuple[Hash, ...] = ()
     scope: Annotated[str, Field(min_length=1)] | None = None

@@ -1,17 +1,25 @@
 """The configuration: every mistake at once, each with its path and what would be right."""
 
 import asyncio
+import contextlib
 import logging
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args, get_origin
 
 import orjson
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from server.chain import build
 from server.cli import main
-from server.config import ConfigError, SharedTier, Tiers, load
+from server.config import Config, ConfigError, SharedTier, Tiers, load
+from server.environment import choices
+from server.section import Section
+from server.tenants import Record
+from server.yaml_loader import EMPTY
 from tests.server.conftest import prepare
 from tiers.disk import MIN_BYTES, DiskCache
 
@@ -186,6 +194,94 @@ def test_what_others_set_is_not_ours(tmp_path: Path, monkeypatch) -> None:
 def test_says_what_would_be_right(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         load(write(tmp_path, text))
+
+
+def sections(kind: type[Section] = Config) -> Iterator[type[Section]]:
+    """Yield all kinds of sections that there are."""
+    yield kind
+    for field in kind.model_fields.values():
+        for each in parts(field.annotation):
+            if isinstance(each, type) and issubclass(each, Section):
+                yield from sections(each)
+
+
+def parts(annotation: Any) -> Iterator[Any]:
+    """Yield the types that a field may have, and those of what it may hold."""
+    for kind in choices(annotation):
+        yield kind
+        if get_origin(kind) in (dict, tuple):
+            yield from (
+                inner for each in get_args(kind) if each is not ... for inner in parts(each)
+            )
+
+
+FIELDS = [
+    (section, name, field.annotation)
+    for section in {*sections(), *sections(Record)}
+    for name, field in section.model_fields.items()
+]
+
+
+def mistaken(section: type[Section], name: str, value: Any) -> bool:
+    """Whether the field can't have the value, whatever the others have."""
+    try:
+        section(**{name: value})
+    except ValidationError as exc:
+        return any(error["loc"][:1] == (name,) for error in exc.errors())
+    return False
+
+
+@pytest.mark.parametrize(("section", "name", "annotation"), FIELDS)
+def test_a_boolean_is_nothing_else_and_no_value_turns_nothing_off(section, name, annotation):
+    kinds, inner = choices(annotation), [*parts(annotation)]
+    origins = {get_origin(kind) for kind in kinds}
+    if bool not in kinds:
+        assert mistaken(section, name, True)
+    if Any not in inner:
+        assert mistaken(section, name, {"a": True}) or tuple in origins
+        assert mistaken(section, name, [True]) or dict in origins
+    holds = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
+    if not holds and origins == {None}:
+        assert mistaken(section, name, EMPTY)
+    elif not mistaken(section, name, {} if holds or dict in origins else ()):
+        with contextlib.suppress(ValidationError):
+            assert getattr(section(**{name: EMPTY}), name) is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("server: {port: yes}", "server.port: should be a number, not True"),
+        ("cache: {ttl_s: on}", "cache.ttl_s: should be a number, not True"),
+        ("cache: {rules: [{ttl_s: no}]}", "cache.rules.0.ttl_s: should be a number, not False"),
+        ("tiers: {memory: {max_bytes: yes}}", "tiers.memory.max_bytes: should be a number"),
+        ("models: {m: {source: s, engine: {env: {A: yes}}}}", "models.m.engine.env.A: Input sh"),
+        ("tenants:\n  key:", "tenants.key: has no value; .* or null for none"),
+        ("server:\n  port:", "server.port: has no value; leave the key out for its default"),
+        ("tiers:\n  disk:\n    path:", "tiers.disk.path: has no value"),
+        ("tiers:\n  shared:", "tiers.shared.url: Field required"),
+        ("models:", "models: Dictionary should have at least 1 item"),
+        ("models:\n  m:", "models.m: should have a source"),
+        ("models: {m: {source: s, engine: {args: {a: {b: [{c: }]}}}}}", "args: a.b.0.c: has no va"),
+    ],
+)
+def test_a_boolean_and_no_value_are_named(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load(write(tmp_path, text))
+
+
+def test_a_section_with_nothing_in_it_has_its_defaults(tmp_path: Path, monkeypatch) -> None:
+    text = "server:\ncache:\n  rules:\ntiers:\n  disk:\n    # path: x\n  memory: {}\nlog:"
+    assert load(write(tmp_path, text)) == load(write(tmp_path, ""))
+    assert load(write(tmp_path, "---\n# all of it")) == load(write(tmp_path, ""))
+    for none in ("null", "~", "Null"):
+        assert load(write(tmp_path, f"tiers: {{disk: {none}}}")).tiers.disk is None
+    monkeypatch.setenv("TIERSERVE__TIERS", "{disk: , memory: null}")
+    tiers = load(write(tmp_path, "")).tiers
+    assert (tiers.disk is None, tiers.memory) == (False, None)
+    monkeypatch.setenv("TIERSERVE__TIERS", "{disk: {}, disk: null}")
+    with pytest.raises(ConfigError, match="TIERSERVE__TIERS: should be YAML or JSON: disk stands"):
+        load(write(tmp_path, ""))
 
 
 URLS = [

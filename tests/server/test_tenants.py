@@ -57,6 +57,8 @@ def test_a_new_key_is_shown_once_and_its_lines_fit_the_file(tmp_path: Path, caps
         ("a: {max_requests: 0}", "tenants.file.a.max_requests: Input should be greater"),
         ("a: {scope: ''}", "tenants.file.a.scope: String should have at least"),
         ("a b: {}", "tenants.file.a b.* String should match"),
+        ("a: {max_requests: yes}", "tenants.file.a.max_requests: should be a number"),
+        ("a: {max_requests: }", "tenants.file.a.max_requests: has no value"),
         (f"a: {{keys: ['{HASH}']}}\nb: {{keys: ['{HASH}']}}", "a key stands twice"),
     ],
 )
