@@ -5,22 +5,13 @@ Of a request whose answer is to be kept only these do: credentials, which keep a
 cookies or languages, might change it, and would be in no key.
 """
 
-from multidict import CIMultiDict, MultiMapping, istr
+from multidict import CIMultiDict, MultiMapping
 
 from server.control import Control
 from server.http_request import HttpRequest
-from server.passthrough import forwarded
+from server.passthrough import KEYED, forwarded
 
-_KEYED = tuple(
-    map(
-        istr,
-        (
-            "anthropic-beta", "anthropic-version", "openai-beta", "openai-organization",
-            "openai-project",
-        ),
-    )
-)  # fmt: skip
-_GO_ON = frozenset(map(str.lower, _KEYED)) | {
+_GO_ON = frozenset(map(str.lower, KEYED)) | {
     "accept-encoding", "authorization", "cache-control", "content-type", "traceparent",
     "tracestate", "user-agent", "x-api-key", "x-request-id",
     # vLLM's own, which say where and when it works.
@@ -31,9 +22,10 @@ _GO_ON = frozenset(map(str.lower, _KEYED)) | {
 def keyed(headers: MultiMapping[str]) -> tuple[tuple[str, str], ...]:
     """Return which of the headers are part of a key, with their values."""
     said: tuple[tuple[str, str], ...] = ()
-    for name in _KEYED:
+    for name in KEYED:
         if name in headers:
-            said += ((name, ", ".join(headers.getall(name))),)
+            # Whether an engine joins several, or takes the first, we don't know.
+            said += tuple((name, value) for value in headers.getall(name))
     return said
 
 

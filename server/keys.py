@@ -6,12 +6,14 @@ chance, so nobody finds it by trying (RFC 6750, section 5.2, has tokens be ungue
 
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Sequence
 from hashlib import sha256
 from typing import Annotated
 
-from multidict import istr
+from multidict import MultiMapping, istr
 from pydantic import AfterValidator
+
+from server.cache_field import BadRequestError
 
 AUTHORIZATION = istr("Authorization")
 X_API_KEY = istr("x-api-key")
@@ -20,6 +22,7 @@ _PREFIX = "sha256:"
 _is_hash = re.compile(_PREFIX + "[0-9a-f]{64}").fullmatch
 # By far too many to try, if they are by chance.
 _SHORTEST = 16
+_NONE: Sequence[str] = ()
 
 
 def new_key() -> str:
@@ -32,13 +35,27 @@ def hashed(key: str) -> str:
     return _PREFIX + sha256(key.encode(errors="surrogateescape")).hexdigest()
 
 
-def presented(headers: Mapping[str, str]) -> str:
-    """Return the credentials of a request as a value of `Authorization`; empty if it has none."""
-    given = headers.get(AUTHORIZATION)
-    if given is not None:
-        return given
-    key = headers.get(X_API_KEY)
-    return "" if key is None else f"Bearer {key}"
+def presented(headers: MultiMapping[str]) -> str:
+    """Return the credentials of a request as a value of `Authorization`; empty if it has none.
+
+    Raises:
+        BadRequestError: one of the headers stands twice, as `check_once` says.
+    """
+    tokens, keys = headers.getall(AUTHORIZATION, _NONE), headers.getall(X_API_KEY, _NONE)
+    check_once(tokens, keys)
+    return tokens[0] if tokens else f"Bearer {keys[0]}" if keys else ""
+
+
+def check_once(tokens: Sequence[str], keys: Sequence[str]) -> None:
+    """Check how often `Authorization` and `x-api-key` stand.
+
+    Raises:
+        BadRequestError: more than once, and an engine may take another one than we do.
+    """
+    for name, values in ((AUTHORIZATION, tokens), (X_API_KEY, keys)):
+        if len(values) > 1:
+            text = f"The header {name} should stand once, and stands {len(values)} times."
+            raise BadRequestError(text, name)
 
 
 def key_in(credentials: str) -> str:

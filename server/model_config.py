@@ -38,7 +38,7 @@ def _are_options(args: dict[str, Any]) -> dict[str, Any]:
             f"{', '.join(odd)} should be written as vLLM's options with underscores: max_model_len"
         )
     if empty := [*empty_in(args)]:
-        raise ValueError(f"{', '.join(empty)}: has no value; of an option without one it is true")
+        raise ValueError(f"{', '.join(empty)}: has no value; one that takes none is true")
     return args
 
 

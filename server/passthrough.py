@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 
 import aiohttp
 from aiohttp import web
-from multidict import CIMultiDict
+from multidict import CIMultiDict, istr
 from yarl import URL
 
 from server.http_request import HttpRequest, SlowClientError
@@ -21,6 +21,18 @@ _OURS = frozenset(
 )  # fmt: skip
 # Which of us a client is, no engine has to know.
 _KEYS = frozenset({"authorization", "x-api-key"})
+KEYED = tuple(
+    map(
+        istr,
+        (
+            "anthropic-beta", "anthropic-version", "openai-beta", "openai-organization",
+            "openai-project",
+        ),
+    )
+)  # fmt: skip
+"""Headers that may change an answer, and are part of its key."""
+# An answer belongs to whom these name, so no `Connection` keeps them from its engine.
+_END_TO_END = _KEYS | frozenset(map(str.lower, KEYED))
 # We have undone the first, and must be able to read what comes back.
 _CODINGS = frozenset({"content-encoding", "accept-encoding"})
 # Token counts are there.
@@ -29,7 +41,8 @@ _END_BYTES = 1024
 
 def forwarded(http: HttpRequest) -> CIMultiDict[str]:
     """Return the headers with which a request goes on to an engine."""
-    hop = {name.strip().lower() for name in http.headers.get("Connection", "").split(",")}
+    said = ",".join(http.headers.getall("Connection", ()))
+    hop = {name.strip().lower() for name in said.split(",")} - _END_TO_END
     keys = _KEYS if http.tenant.has_key else frozenset()
     headers = _without(http.headers, _OURS | _CODINGS | keys | hop)
     headers.update({"X-Request-Id": http.id, "Accept-Encoding": "identity"})

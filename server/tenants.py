@@ -15,17 +15,18 @@ keys:
       operator: true          # may read metrics, and reach all of the engine's routes
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
+from multidict import MultiMapping
 from pydantic import Field, TypeAdapter, ValidationError
 
 from server.config import ConfigError
 from server.config import Tenants as Section
-from server.keys import AUTHORIZATION, X_API_KEY, Hash, hashed, key_in, presented
+from server.keys import AUTHORIZATION, X_API_KEY, Hash, check_once, hashed, key_in
 from server.labels import TENANT
 from server.limits import Account, Limits
 from server.section import Section as Described
@@ -38,6 +39,7 @@ _ALONE = "default"
 """The tenant of `tenants.key`."""
 # Of headers that were seen already, each of which would have to be hashed again.
 _REMEMBERED = 1024
+_NONE: Sequence[str] = ()
 
 
 class Tenant:
@@ -170,15 +172,21 @@ class Tenants:
             for scope, known in hashes.items()
         }
 
-    def of(self, headers: Mapping[str, str]) -> Tenant | None:
-        """Return whose request these headers come with; `None` without a key that is known."""
-        given = headers.get(AUTHORIZATION, "")
-        if self.is_open:
+    def of(self, headers: MultiMapping[str]) -> Tenant | None:
+        """Return whose request these headers come with; `None` without a key that is known.
+
+        Raises:
+            BadRequestError: one of them that tells it stands twice.
+        """
+        tokens, keys = headers.getall(AUTHORIZATION, _NONE), headers.getall(X_API_KEY, _NONE)
+        if len(tokens) + len(keys) > 1:
+            check_once(tokens, keys)
+        given = tokens[0] if tokens else ""
+        if keys and self.is_open:
             # Whatever an engine may know a client by; no header holds an end of line.
-            if (key := headers.get(X_API_KEY)) is not None:
-                given = f"{given}\n{key}"
-        elif not given:
-            given = presented(headers)
+            given = f"{given}\n{keys[0]}"
+        elif keys and not tokens:
+            given = f"Bearer {keys[0]}"
         tenant = self._by_header.get(given)
         if tenant is None and (tenant := self._find(given)) is not None:
             if len(self._by_header) >= _REMEMBERED:

@@ -23,7 +23,8 @@ def is_asked_for(http: HttpRequest) -> bool:
 async def forward_websocket(http: HttpRequest, upstreams: Upstreams) -> web.StreamResponse:
     """Join the client and an upstream until either closes, which is told to the other."""
     http.outcome = ("engine", "pass")
-    asked = [p.strip() for p in http.headers.get("Sec-WebSocket-Protocol", "").split(",")]
+    said = ",".join(http.headers.getall("Sec-WebSocket-Protocol", ()))
+    asked = [protocol.strip() for protocol in said.split(",")]
     protocols = tuple(filter(None, asked))
     headers = forwarded(http)
     # The two connections shake hands on their own.

@@ -31,7 +31,7 @@ class Resource:
 
     def response(self, http: HttpRequest) -> web.Response:
         """Return it, or that the client has it."""
-        given = http.headers.get(hdrs.IF_NONE_MATCH, "")
+        given = ",".join(http.headers.getall(hdrs.IF_NONE_MATCH, ()))
         if given.strip() == "*" or self._etag in given:
             headers = {n: v for n, v in self._headers.items() if n != hdrs.CONTENT_TYPE}
             return web.Response(status=304, headers=headers)

@@ -311,14 +311,46 @@ async def test_absolute_targets_and_hop_by_hop_headers(front: Front, upstream: U
     reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
     writer.write(
         b"GET http://a.example/x//%7Ey?q HTTP/1.1\r\nHost: a.example\r\n"
-        b"Connection: X-Hop\r\nX-Hop: 1\r\nX-End: 2\r\n\r\n"
+        b"Connection: X-Hop\r\nX-Hop: 1\r\nX-End: 2\r\n"
+        b"Connection: X-Other, Anthropic-Beta\r\nX-Other: 3\r\nAnthropic-Beta: b\r\n\r\n"
     )
     assert (await reader.readline()).startswith(b"HTTP/1.1 200")
     writer.close()
     (asked,) = upstream.asked
     assert asked.raw_path == "/x//%7Ey?q"
-    assert "X-Hop" not in asked.headers
-    assert asked.headers["X-End"] == "2"
+    assert not {"X-Hop", "X-Other"} & {*asked.headers}
+    # The last is part of keys.
+    assert (asked.headers["X-End"], asked.headers["Anthropic-Beta"]) == ("2", "b")
+
+
+@pytest.mark.parametrize("name", ["Authorization", "x-api-key"])
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/v1/files", "/v1/models"])
+async def test_who_names_two_keys_is_refused(front: Front, upstream, path: str, name: str) -> None:
+    method = "GET" if path == "/v1/models" else "POST"
+    for values in (("Bearer a", "Bearer b"), ("Bearer a", "Bearer a")):
+        headers = CIMultiDict((name, value) for value in values)
+        async with front.session.request(method, path, json=question(), headers=headers) as reply:
+            said = await reply.json()
+            assert reply.status == 400
+        text = f"The header {name} should stand once, and stands 2 times."
+        if path == "/v1/messages":
+            assert said["error"] == {"type": "invalid_request_error", "message": text}
+        else:
+            kind = "BadRequestError"
+            assert said["error"] == {"message": text, "type": kind, "param": name, "code": 400}
+    with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+        await front.session.ws_connect("/v1/realtime", headers=headers)
+    assert caught.value.status == 400
+    assert upstream.asked == []
+
+
+@pytest.mark.parametrize("name", ["anthropic-beta", "openai-organization"])
+async def test_what_is_said_twice_is_another_request(front: Front, upstream, name: str) -> None:
+    asked = question()
+    for said in (["a", "b"], ["a"], ["b"], ["a, b"], ["b", "a"]):
+        headers = CIMultiDict((name, each) for each in said)
+        assert (await front.ask(asked, headers=headers))[1] == "tierserve; fwd=miss"
+        assert upstream.asked[-1].headers.getall(name) == said
 
 
 async def test_headers_that_are_no_text_are_no_failure(front: Front, upstream: Upstream) -> None:

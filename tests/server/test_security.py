@@ -15,6 +15,7 @@ import pytest
 import pytest_asyncio
 import yaml
 from aiohttp import web
+from multidict import CIMultiDict
 
 from server.keys import hashed, new_key
 from tests.server.conftest import CHAT, Front, Upstream, alike, body, held, question, running
@@ -183,6 +184,15 @@ async def test_what_says_that_it_lives_is_open(guarded, nobody) -> None:
 async def test_a_key_opens(guarded, nobody, header: str, prefix: str) -> None:
     async with nobody.post(CHAT, json=question(), headers={header: prefix + KEYS["acme"]}) as reply:
         assert reply.status == 200
+
+
+async def test_two_keys_open_nothing(guarded, upstream, nobody) -> None:
+    places = [(path, KEYS["ops"]) for path in PATHS] + [(f"{guarded.admin}/stats", ADMIN_KEY)]
+    for (where, key), name in itertools.product(places, ("Authorization", "x-api-key")):
+        headers = CIMultiDict([(name, f"Bearer {key}" if name == "Authorization" else key)] * 2)
+        async with nobody.post(where, json={}, headers=headers) as reply:
+            assert (reply.status, name in await reply.text()) == (400, True), where
+    assert upstream.asked == []
 
 
 async def test_only_those_of_one_scope_share_answers(guarded, upstream) -> None:
