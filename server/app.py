@@ -107,13 +107,14 @@ async def _serve(
     trace: TraceLog | None,
     traced: Traced,
 ) -> int:
+    # At once, since what changes before it has looked is never seen.
+    reloads = Reloads([tenants] if certificate is None else [tenants, certificate])
     # Before signals are waited for: it reads files, and may ask a hub.
     models = Models(config.models)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _stopper(stop))
-    reloads = Reloads([tenants] if certificate is None else [tenants, certificate])
     loop.add_signal_handler(signal.SIGHUP, reloads.ask)
     tls = None if certificate is None else certificate.context
     chain, movement = build(config)

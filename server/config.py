@@ -307,13 +307,25 @@ def read(file: Path) -> Given:
         raise ConfigError([f"{file}: should hold sections: {', '.join(Config.model_fields)}"])
     data, mistakes = overridden(data, Config, os.environ)
     config, wrong, left_out = _right_of(data)
-    config = _with_paths(config, file.resolve().parent)
+    config = _with_paths(config, _folder_of(file))
     mistakes += wrong + clashes(config.models)
     if (socket := config.admin.socket) is not None and not is_socket_path(socket):
         should = f"should have at most {_SOCKET_PATH_BYTES} bytes, as any socket"
         mistakes.append(f"admin.socket: {should}, not {str(socket)!r}")
         left_out.append("admin.socket")
     return Given(config, mistakes, left_out)
+
+
+def _folder_of(file: Path) -> Path:
+    """Return the folder in which the file is, as links to the file itself lead there.
+
+    Links to folders stay, since files in it may be read again: Kubernetes has such a link lead to
+    another folder, and removes the one before, where a ConfigMap or a Secret changes.
+    """
+    file = file.absolute()
+    while file.is_symlink():
+        file = file.parent / file.readlink()
+    return file.parent
 
 
 def _right_of(data: dict[str, Any]) -> Given:

@@ -53,7 +53,8 @@ def locate(name: str, model: Model) -> Weights:
     source = model.source or EMBEDDED
     adapters = {each: _adapter(name, each, path) for each, path in model.adapters.items()}
     if ((folder := _folder(source)) / _MODEL).is_file():
-        return Weights(str(folder), None, adapters)
+        # An engine that is started again must load what the keys say, wherever a link leads then.
+        return Weights(str(folder.resolve()), None, adapters)
     return Weights(source, _commit(source, model.revision), adapters)
 
 

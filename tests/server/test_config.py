@@ -370,9 +370,14 @@ def test_the_engines_environment_may_hold_numbers(tmp_path: Path) -> None:
 
 
 def test_relative_paths_are_relative_to_the_file(tmp_path: Path) -> None:
-    config = load(write(tmp_path, "tiers: {disk: {path: d}}"))
-    assert config.tiers.disk is not None
-    assert config.tiers.disk.path == tmp_path / "d"
+    file = write(tmp_path, "tiers: {disk: {path: d}}")
+    (folder := tmp_path / "folder").symlink_to(tmp_path)
+    (link := tmp_path / "etc").mkdir()
+    (link / "c.yaml").symlink_to("../c.yaml")
+    for asked, of in ((file.parent, tmp_path), (folder, folder), (link, link / "..")):
+        disk = load(asked / "c.yaml").tiers.disk
+        assert disk is not None
+        assert disk.path == of / "d"
 
 
 def test_check_prints_the_effective_configuration(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -1,7 +1,10 @@
 """TLS of the front and the admin port: real certificates over real sockets."""
 
 import asyncio
+import os
 import re
+import shutil
+import signal
 import ssl
 import warnings
 from collections.abc import AsyncIterator
@@ -18,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from server.cli import main
-from server.keys import new_key
+from server.keys import hashed, new_key
 from tests.server.conftest import CHAT, Front, Upstream, alike, question
 from tests.servers import free_port
 
@@ -185,6 +188,57 @@ async def test_a_renewed_certificate_is_shown_without_a_restart(secure: TlsFront
     secure.shown = certificate(secure.folder, "fourth")
     secure.process.send_signal(1)
     await until_shown(secure, secure.shown)
+
+
+def mount(folder: Path, number: int) -> tuple[dict[str, str], bytes]:
+    """Lay files out as Kubernetes does, in place of those of before: each name leads to `..data`.
+
+    Returns a tenant's key, and the certificate.
+    """
+    made = folder / f"..{number}"
+    made.mkdir()
+    (made / "config.yaml").write_bytes((folder / "config.yaml").read_bytes())
+    key, shown = new_key(), certificate(made, f"number {number}")
+    (made / "tenants.yaml").write_text(f"acme: {{keys: ['{hashed(key)}']}}")
+    (folder / "..next").symlink_to(made.name)
+    (folder / "..next").replace(folder / "..data")
+    for file in made.iterdir():
+        if not (link := folder / file.name).is_symlink():
+            link.unlink(missing_ok=True)
+            link.symlink_to(f"..data/{file.name}")
+    if number:
+        shutil.rmtree(folder / f"..{number - 1}")
+    return {"Authorization": f"Bearer {key}"}, shown
+
+
+async def test_files_behind_links_are_found_where_these_lead_now(upstream, tmp_path: Path) -> None:
+    tls = {"certificate_file": "certificate.pem", "key_file": "key.pem"}
+    sections = {"server": {"tls": tls}, "tenants": {"file": "tenants.yaml"}}
+    front = TlsFront(tmp_path, alike(upstream.url), sections=sections)
+    old, shown = mount(tmp_path, 0)
+    front.config = Path(os.path.relpath(front.config))
+    try:
+        await front.start()
+        assert await certificate_shown(front) == shown
+        for number in (1, 2):
+            new, shown = mount(tmp_path, number)
+            if number == 2:
+                front.process.send_signal(signal.SIGHUP)
+            await until_shown(front, shown)
+            await until_status(front, old, 401)
+            await until_status(front, new, 200)
+            old = new
+    finally:
+        await front.stop()
+
+
+async def until_status(front: Front, headers: dict[str, str], status: int) -> None:
+    async with asyncio.timeout(30):
+        while True:
+            async with front.session.get("/v1/models", headers=headers, ssl=False) as reply:
+                if reply.status == status:
+                    return
+            await asyncio.sleep(0.05)
 
 
 async def until_shown(front: Front, expected: bytes) -> None:

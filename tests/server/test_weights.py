@@ -26,6 +26,12 @@ def test_a_folder_is_itself(folder: Path) -> None:
     assert locate("m", Model(source=str(folder))) == Weights(str(folder))
 
 
+def test_where_a_link_leads_later_is_no_matter(folder: Path, tmp_path_factory) -> None:
+    link = tmp_path_factory.mktemp("linked") / "current"
+    link.symlink_to(folder)
+    assert locate("m", Model(source=str(link))) == Weights(str(folder))
+
+
 def test_other_weights_are_known_by_another_name(folder: Path) -> None:
     weights = Weights(str(folder))
     before = identity(MODEL, weights)
