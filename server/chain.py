@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from math import inf
 from pathlib import Path
 from random import random
@@ -166,7 +167,7 @@ def build_turns(config: Config, chain: Chain) -> Turns:
         and disk.durability is not Durability.INTERVAL
     ):
         try:
-            leases.append(FileLeases(disk.path))
+            leases.append(FileLeases(disk.path, partial(_is_open, chain)))
         except OSError as exc:
             raise _no_folder(disk.path, exc) from exc
     leases += [
@@ -175,6 +176,12 @@ def build_turns(config: Config, chain: Chain) -> Turns:
         if wait_s and tier.shared
     ]
     return Turns(chain, leases, wait_s=wait_s)
+
+
+def _is_open(chain: Chain) -> bool:
+    """Return whether answers that other processes store on disk are found here."""
+    backends = (tier.backend for tier in chain.tiers)
+    return all(backend.is_open for backend in backends if isinstance(backend, DiskCache))
 
 
 def _shared(config: SharedTier, tier: type[Tier], clock: Callable[[], float]) -> Tier:

@@ -8,19 +8,16 @@ import fcntl
 import logging
 import os
 from collections import Counter
+from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
-from struct import Struct
 from typing import Protocol
+
+from tiers.file_locks import OFFSETS, set_lock
 
 logger = logging.getLogger(__name__)
 
 FILE = "leases.lock"
-
-# `struct flock` of 64-bit Linux (fcntl(2)): type, whence, start, length, process.
-_FLOCK = Struct("hhqqi4x")
-# What a file offset can be, less two bits to spare.
-_OFFSETS = 1 << 62
 
 
 class Leases(Protocol):
@@ -39,26 +36,28 @@ class Leases(Protocol):
 class FileLeases:
     """Leases among the processes of one machine: locks of single bytes of an empty file.
 
-    Open file description locks (fcntl(2)): unlike POSIX record locks, they aren't lost when the
-    process closes another descriptor of the file. The kernel frees them when the process ends, by
-    whatever cause; taking and releasing one costs microseconds.
+    Taking and releasing one costs microseconds.
 
     Args:
         folder: where the file is; must exist.
+        sees_others: whether what others store is seen here now; else nothing is waited for, and
+            each lease is ours.
 
     Raises:
         OSError: the file can't be opened.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, sees_others: Callable[[], bool] = lambda: True) -> None:
         # Not inherited: a child that lives on would hold our leases.
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         self._file: int | None = os.open(folder / FILE, flags, 0o600)
+        self._sees_others = sees_others
         self._times: Counter[int] = Counter()
 
     async def take(self, key: str) -> bool:
         offset = _offset_of(key)
-        if not self._times[offset] and not self._lock(offset, fcntl.F_WRLCK):
+        is_held = self._times[offset] or self._lock(offset, fcntl.F_WRLCK)
+        if not is_held and self._sees_others():
             return False
         self._times[offset] += 1
         return True
@@ -79,8 +78,7 @@ class FileLeases:
         if self._file is None:
             return True
         try:
-            wanted = _FLOCK.pack(kind, os.SEEK_SET, offset, 1, 0)
-            fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, wanted)
+            set_lock(self._file, kind, offset)
         except BlockingIOError:
             return False
         except OSError:
@@ -89,4 +87,4 @@ class FileLeases:
 
 
 def _offset_of(key: str) -> int:
-    return int.from_bytes(blake2b(key.encode(), digest_size=8).digest()) % _OFFSETS
+    return int.from_bytes(blake2b(key.encode(), digest_size=8).digest()) % OFFSETS

@@ -1,6 +1,10 @@
 """Two tierserve processes over one disk tier, in front of one upstream."""
 
 import asyncio
+import os
+import shutil
+import signal
+import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -15,7 +19,7 @@ from aiohttp import web
 from server.chain import build, build_turns
 from server.config import load
 
-from .conftest import Front, Upstream, answer, body, held, question, running
+from .conftest import Front, Upstream, alike, answer, body, held, question, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -306,3 +310,67 @@ async def test_waits_only_for_what_can_be_seen(
         await asyncio.wait([waiting])
     for each in (turns, others, chain):
         await each.close()
+
+
+UNSHARED = ["unshare", "--pid", "--fork", "--kill-child"]
+if os.geteuid():
+    UNSHARED.append("--map-root-user")
+
+
+class Contained(Front):
+    """A server that is process 1 of a PID namespace of its own, as in a container."""
+
+    @property
+    def command(self) -> list[str]:
+        return [*UNSHARED, *super().command]
+
+    async def stop(self) -> None:
+        # `unshare` itself passes no signals on.
+        pid = self.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        for child in map(int, children):
+            os.kill(child, signal.SIGTERM)
+        await asyncio.wait_for(self.process.wait(), 60)
+        await super().stop()
+
+
+@pytest.mark.parametrize("kind", [Contained, Front])
+async def test_containers_use_one_disk_tier_in_turn(
+    upstream: Upstream, tmp_path: Path, kind: type[Front]
+) -> None:
+    if shutil.which("unshare") is None or subprocess.run([*UNSHARED, "true"]).returncode:
+        pytest.skip("no PID namespace can be made here")
+    disk = {"path": str(tmp_path / "disk"), "max_bytes": "4MiB"}
+    fronts = []
+    for name, each in (("a", Contained), ("b", kind)):
+        (tmp_path / name).mkdir()
+        fronts.append(each(tmp_path / name, alike(upstream.url), disk=disk))
+    first, second = fronts
+    asked, of_second = question(), question()
+    try:
+        await first.start()
+        assert (await first.ask(asked))[1] == MISS
+        await second.start()
+        # What the first one has on disk it doesn't find, and its own answers are in memory alone.
+        only = {"Cache-Control": "only-if-cached"}
+        assert (await second.ask(asked, headers=only))[0] == 504
+        assert (await second.ask(of_second))[1] == MISS
+        assert "detail=memory" in (await second.ask_alone(of_second))[1]
+        assert "those who share a file should share a PID namespace" in second.log.read_text()
+        assert "PID namespace" not in first.log.read_text()
+        await first.stop()
+
+        async def finds_it() -> bool:
+            return (await second.ask(asked, headers=only))[0] == 200
+
+        async def stores() -> bool:
+            return await second.metric('tierserve_tier_stores_total{tier="disk"') > 0
+
+        await until(finds_it)
+        assert (await second.ask(question()))[0] == 200
+        await until(stores)
+    finally:
+        for front in fronts:
+            if front.process.returncode is None:
+                await front.stop()
+    assert [front.process.returncode for front in fronts] == [0, 0]

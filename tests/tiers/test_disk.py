@@ -547,6 +547,30 @@ def by_size(key: str, size: int) -> float:
     return 1000.0 / size
 
 
+async def test_those_of_another_pid_namespace_wait_until_the_file_is_closed(
+    opened, tmp_path: Path, monkeypatch, caplog
+) -> None:
+    first = await opened()
+    await first.set("a", b"1")
+    monkeypatch.setattr("tiers.disk.opening._namespace", lambda: 1)
+    second = DiskCache(tmp_path, MIB)
+    by_hand = DiskCache(tmp_path, MIB, sets_aside=False)
+    with pytest.raises(OSError, match="those who share a file should share a PID namespace"):
+        await by_hand.opened()
+    await by_hand.close()
+    assert (second.is_open, second.read("a")) == (False, None)
+    for change in (second.set("a", b"2"), second.delete("a")):
+        with pytest.raises(OSError, match="its file is open in another container"):
+            await change
+    await first.close()
+    await second.opened()
+    assert second.read("a") == b"1"
+    assert caplog.text.count("the disk tier can't be used yet") == 1
+    # Those of one namespace don't wait.
+    assert await second.set("a", b"2")
+    await second.close()
+
+
 async def test_is_private(tmp_path: Path) -> None:
     cache = DiskCache(tmp_path / "new", MIB)
     await cache.close()

@@ -95,3 +95,17 @@ async def test_a_kill_frees_it(tmp_path: Path) -> None:
         assert await ours.take("another")
     assert await ours.take("k")
     await ours.close()
+
+
+async def test_who_sees_nothing_of_others_waits_for_nobody(tmp_path: Path) -> None:
+    sees = False
+    ours, theirs = FileLeases(tmp_path), FileLeases(tmp_path, lambda: sees)
+    assert await ours.take("k")
+    assert await theirs.take("k")
+    await theirs.release("k")
+    sees = True
+    assert not await theirs.take("k")
+    await ours.release("k")
+    assert await theirs.take("k")
+    for leases in (ours, theirs):
+        await leases.close()

@@ -8,6 +8,7 @@ miss.
 
 import asyncio
 import contextlib
+import errno
 import heapq
 import logging
 import time
@@ -69,7 +70,8 @@ class DiskCache(ByteCache):
 
     What is worth least leaves first, and what hasn't been read for long is worth less. What has
     expired leaves before that. Several processes may use one folder, each through one cache; of
-    several limits the smallest holds for the entries, and the largest for the file.
+    several limits the smallest holds for the entries, and the largest for the file. Processes of
+    another PID namespace wait until these have gone: until then, reads are misses and writes fail.
 
     A value larger than a sixteenth of `max_bytes` or 16 MiB, or a key of more than 511 bytes, is
     refused; so is everything for a while after the disk has failed. What the file holds under the
@@ -152,6 +154,7 @@ class DiskCache(ByteCache):
         return value, None if expires_at == inf else expires_at
 
     async def write(self, key: str, value: bytes, expires_at: float | None) -> bool:
+        self._check_turn()
         change = Change(key, value, inf if expires_at is None else expires_at)
         if self._refuses(change):
             self.usage.refused += 1
@@ -173,6 +176,7 @@ class DiskCache(ByteCache):
         return value is not None and await self.write(key, value, expires_at)
 
     async def remove(self, key: str) -> bool:
+        self._check_turn()
         change = Change(key, None)
         if self._file is None:
             self._submit(change)
@@ -379,6 +383,11 @@ class DiskCache(ByteCache):
 
     def _is_alive(self, found: tuple[bytes, float]) -> bool:
         return found[1] > self.clock()
+
+    def _check_turn(self) -> None:
+        """Raise `OSError` where nobody knows how long changes would have to be queued."""
+        if self._opening.waits_for_others:
+            raise OSError(errno.EBUSY, "its file is open in another container", str(self.path))
 
     def _refuses(self, change: Change) -> bool:
         value_bytes = len(change.value or b"")

@@ -5,7 +5,14 @@ after it was closed cleanly and has not changed since, which a mark beside it te
 another process has verified it. A file that fails is set aside.
 
 Every open file holds a shared lock on `in-use.lock`; who verifies, compacts or marks it holds the
-exclusive one. Invariant: while a mark exists and matches, the file is whole and nobody writes it.
+exclusive one. Invariants: while a mark exists and matches, the file is whole and nobody writes it;
+all who have the file open are in one PID namespace, such as one container.
+
+LMDB knows its users by their process and thread ids. Where these aren't unique, as between
+containers, two of one process id can't both read, and one that is killed while it waits for the
+writer's lock frees that of another thread of the same id, which then isn't alone (the kernel's
+`handle_futex_death` compares nothing but the id). So who is elsewhere waits until they have gone:
+each holds a lock of the byte of `in-use.lock`, too, whose offset is its namespace's number.
 """
 
 import contextlib
@@ -23,6 +30,7 @@ from typing import Any
 
 from tiers.disk.compaction import shrink
 from tiers.disk.file import DATA, OtherFormatError
+from tiers.file_locks import are_others_locked, set_lock
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +44,12 @@ _PACKAGES = Path(__file__).parents[2]
 
 class UntrustedError(Exception):
     """The file can't be trusted, and isn't to be set aside; the text says why."""
+
+
+_ELSEWHERE = (
+    "its file is open in another PID namespace, such as another container, whose processes LMDB "
+    "can't tell from ours; those who share a file should share a PID namespace"
+)
 
 
 class Opening:
@@ -63,11 +77,14 @@ class Opening:
         self._sets_aside = sets_aside
         self._max_bytes = max_bytes
         self.damaged = 0
+        self.waits_for_others = False
+        """Whether the file is open in another PID namespace, until which has ended it can't be."""
         self._clock = clock
         self._data = folder / DATA
         self._mark = folder / MARK
         self._verifier: subprocess.Popen[str] | None = None
         self._cancelled = threading.Event()
+        self._namespace = _namespace()
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -78,17 +95,18 @@ class Opening:
 
     def try_now(self) -> bool:
         """Return whether the file may be opened at once."""
-        if self.try_exclusive():
-            if not self._is_ready():
-                return False
-            # Changing the lock lets others in between, so look again.
-            if not self._take(fcntl.LOCK_SH) or not self._is_ready():
-                self._take(fcntl.LOCK_UN)
-                return False
-        elif not self._take(fcntl.LOCK_SH):
+        is_alone = self.try_exclusive()
+        if is_alone and not self._is_ready():
             return False
-        self._mark.unlink(missing_ok=True)
-        return True
+        # A lock of ours could keep those elsewhere from being alone at their end, so look first.
+        if not self._is_elsewhere() and self._take(fcntl.LOCK_SH):
+            self._set_namespace(fcntl.F_RDLCK)
+            # Changing the lock lets others in between, so look again.
+            if (not is_alone or self._is_ready()) and not self._is_elsewhere():
+                self._mark.unlink(missing_ok=True)
+                return True
+        self._leave()
+        return False
 
     def wait(self) -> None:
         """Return when the file may be opened, having verified it or set it aside if need be.
@@ -99,15 +117,21 @@ class Opening:
             UntrustedError: it should be set aside, and isn't to be.
         """
         try:
+            is_said = False
             while not self.try_now():
                 if self._cancelled.is_set():
                     raise InterruptedError("closed before the file was open")
+                if self.waits_for_others and not self._sets_aside:
+                    raise OSError(errno.EBUSY, _ELSEWHERE, str(self._data))
+                if self.waits_for_others and not is_said:
+                    is_said = True
+                    logger.warning("the disk tier can't be used yet: %s", _ELSEWHERE)
                 if self.try_exclusive() and not self._is_ready():
                     self._make_ready()
                 else:
                     self._cancelled.wait(_POLL_S)
         except BaseException:
-            self._take(fcntl.LOCK_UN)
+            self._leave()
             raise
 
     def cancel(self) -> None:
@@ -245,12 +269,35 @@ class Opening:
                 self.mark()
         os.close(self._lock)
 
+    def _is_elsewhere(self) -> bool:
+        """Return whether somebody in another PID namespace has the file open."""
+        with contextlib.suppress(OSError):
+            self.waits_for_others = are_others_locked(self._lock, self._namespace)
+        return self.waits_for_others
+
+    def _set_namespace(self, kind: int) -> None:
+        # Where there are no such locks, others can't be told apart.
+        with contextlib.suppress(OSError):
+            set_lock(self._lock, kind, self._namespace)
+
+    def _leave(self) -> None:
+        self._set_namespace(fcntl.F_UNLCK)
+        self._take(fcntl.LOCK_UN)
+
     def _take(self, operation: int) -> bool:
         try:
             fcntl.flock(self._lock, operation | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         return True
+
+
+def _namespace() -> int:
+    """Return the number of the PID namespace that we are in; 0 where that can't be told."""
+    try:
+        return Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        return 0
 
 
 def is_clean(folder: Path) -> bool:
