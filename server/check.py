@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from server.chain import encryption_key, open_shared, sealed_otherwise
-from server.config import Config, ConfigError, Given, read
+from server.config import NO_HOME, Config, ConfigError, Given, read
 from server.folders import new_engine_folder
 from server.tenants import Tenants
 from server.tls import Certificate
@@ -61,12 +61,7 @@ def _missing(given: Given) -> Iterator[str]:
     if not all(model.upstreams for model in config.models.values()):
         yield from _told_by(new_engine_folder)
     yield from _of_tiers(config)
-    if (path := config.admin.socket) is not None:
-        should = f"admin.socket: should be a path where a socket can be made, or null, not {path}"
-        if (why := _no_folder(path.parent)) is not None:
-            yield f"{should}: {why}"
-        elif path.exists() and not path.is_socket():
-            yield f"{should}: something else is there"
+    yield from _of_socket(config)
     if (trace := config.log.trace) is not None and (why := _no_file(trace)) is not None:
         yield f"log.trace: should be a file that we can write, not {trace}: {why}"
 
@@ -143,6 +138,8 @@ def _refused(address: _Address) -> int:
 
 def _of_tiers(config: Config) -> Iterator[str]:
     tiers = config.tiers
+    if tiers.disk is not None and tiers.disk.path is None:
+        yield f"tiers.disk.path: should be given: {NO_HOME}"
     if (disk := tiers.disk) is not None and disk.path is not None:
         if (why := _no_folder(disk.path)) is not None:
             yield f"tiers.disk.path: should be a folder for us alone, not {disk.path}: {why}"
@@ -154,6 +151,17 @@ def _of_tiers(config: Config) -> Iterator[str]:
             yield from sealed_otherwise(disk.path, exc).mistakes
     if (shared := tiers.shared) is not None:
         yield from _told_by(lambda: open_shared(shared))
+
+
+def _of_socket(config: Config) -> Iterator[str]:
+    if (path := config.admin.socket) is not None:
+        should = f"admin.socket: should be a path where a socket can be made, or null, not {path}"
+        if (why := _no_folder(path.parent)) is not None:
+            yield f"{should}: {why}"
+        elif path.exists() and not path.is_socket():
+            yield f"{should}: something else is there"
+    elif "socket" not in config.admin.model_fields_set:
+        yield f"admin.socket: should be given, or null: {NO_HOME}"
 
 
 def _no_folder(folder: Path) -> str | None:

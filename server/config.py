@@ -53,10 +53,19 @@ def is_socket_path(path: Path) -> bool:
     return len(os.fsencode(path)) <= _SOCKET_PATH_BYTES
 
 
-def cache_folder() -> Path:
-    """Return the folder for what can be made again: models and, by default, the disk tier."""
+NO_HOME = "this user has no home folder, and neither HOME nor XDG_CACHE_HOME is set"
+"""Why there is no cache folder."""
+
+
+def cache_folder() -> Path | None:
+    """Return the folder for what can be made again: models and, by default, the disk tier.
+
+    There is none where this user has no home, as in a container whose user has no name.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "tierserve"
+    with suppress(RuntimeError):
+        return Path(base).expanduser() / "tierserve"
+    return None
 
 
 class ConfigError(ValueError):
@@ -361,18 +370,22 @@ def _without(data: dict[str, Any], path: Sequence[Any]) -> tuple[dict[str, Any],
 
 
 def _with_paths(config: Config, folder: Path) -> Config:
-    """Return the configuration with the paths as they take effect, relative ones from `folder`."""
+    """Return the configuration with the paths as they take effect, relative ones from `folder`.
+
+    Those that would be in the cache folder aren't set where there is none.
+    """
     admin, tiers, log = config.admin, config.tiers, config.log
     server, tenants = config.server, config.tenants
-    socket = admin.socket
-    if "socket" not in admin.model_fields_set:
-        socket = cache_folder() / f"admin-{config.server.port}.sock"
-    if socket is not None:
-        socket = folder / socket
+    caches = cache_folder()
+    if "socket" not in admin.model_fields_set and caches is not None:
+        socket = caches / f"admin-{config.server.port}.sock"
+        admin = admin.model_copy(update={"socket": socket})
+    if admin.socket is not None:
+        admin = admin.model_copy(update={"socket": folder / admin.socket})
     if (disk := tiers.disk) is not None:
-        path = folder / (disk.path or cache_folder() / "disk")
+        path = disk.path or (caches and caches / "disk")
         key_file = disk.encryption_key_file and folder / disk.encryption_key_file
-        paths = {"path": path, "encryption_key_file": key_file}
+        paths = {"path": path and folder / path, "encryption_key_file": key_file}
         tiers = tiers.model_copy(update={"disk": disk.model_copy(update=paths)})
     if log.trace is not None:
         log = log.model_copy(update={"trace": folder / log.trace})
@@ -381,7 +394,6 @@ def _with_paths(config: Config, folder: Path) -> Config:
     if (tls := server.tls) is not None:
         files = {name: folder / path for name, path in tls}
         server = server.model_copy(update={"tls": tls.model_copy(update=files)})
-    admin = admin.model_copy(update={"socket": socket})
     changed = {"server": server, "tenants": tenants, "tiers": tiers, "admin": admin, "log": log}
     return config.model_copy(update=changed)
 

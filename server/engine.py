@@ -21,7 +21,7 @@ import orjson
 
 from server.config import is_socket_path
 from server.environment import PREFIX
-from server.folders import ENGINE_SOCKET, new_engine_folder
+from server.folders import ENGINE_SOCKET, has_home, new_engine_folder
 from server.model_config import RUNTIME_LORA, Model
 from server.upstream import Upstream
 from server.weights import Weights
@@ -93,6 +93,9 @@ class Engine:
             self._env.setdefault("VLLM_RPC_BASE_PATH", str(self.folder))
         if weights.folder is not None:
             self._env.setdefault("HF_HUB_OFFLINE", "1")
+        if not has_home():
+            # Else vLLM makes a folder that is called ~ where we are.
+            self._env.setdefault("HOME", str(self.folder))
 
     @property
     def state(self) -> EngineState:

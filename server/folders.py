@@ -19,11 +19,21 @@ def say_if_new(field: str, folder: Path) -> None:
 
     Nobody wrote the cache folder.
     """
+    caches = cache_folder()
     # What can't be looked at can't be made, which is said when that is tried.
     with suppress(OSError):
-        if not folder.exists() and not folder.is_relative_to(cache_folder()):
+        if not folder.exists() and not (caches and folder.is_relative_to(caches)):
             there = next((each for each in folder.parents if each.exists()), folder)
             logger.info("%s: makes %s in %s", field, folder.relative_to(there), there)
+
+
+def has_home() -> bool:
+    """Return whether this user has a home folder; one without a name, as in a container, hasn't."""
+    try:
+        Path.home()
+    except RuntimeError:
+        return False
+    return True
 
 
 def new_engine_folder() -> Path:

@@ -34,12 +34,12 @@ def expanded(path: Path) -> Path:
     """Return a path with the home that `~` stands for.
 
     Raises:
-        ValueError: there is no such user.
+        ValueError: there is no such user, or this one has no home.
     """
     try:
         return path.expanduser()
     except RuntimeError as exc:
-        raise ValueError("should have a user that there is after ~") from exc
+        raise ValueError("should be without ~, or name a user who has a home") from exc
 
 
 FilePath = Annotated[Path, AfterValidator(expanded)]

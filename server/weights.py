@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from server.config import ConfigError, cache_folder
+from server.config import NO_HOME, ConfigError, cache_folder
 from server.model_config import EMBEDDED, EMBEDDED_NAME, Model
 
 logger = logging.getLogger(__name__)
@@ -38,8 +38,14 @@ class Weights(NamedTuple):
 
 
 def embedded_folder() -> Path:
-    """Return where `scripts/prepare_model.py` puts the embedded model."""
-    return cache_folder() / "models" / EMBEDDED_NAME
+    """Return where `scripts/prepare_model.py` puts the embedded model.
+
+    Raises:
+        ConfigError: there is no cache folder.
+    """
+    if (caches := cache_folder()) is None:
+        raise ConfigError([f"the {EMBEDDED} model can't be found: {NO_HOME}"])
+    return caches / "models" / EMBEDDED_NAME
 
 
 def locate(name: str, model: Model) -> Weights:
@@ -68,6 +74,8 @@ def misplaced(name: str, model: Model) -> list[str]:
 
 
 def _misplaced(source: str, holds: str) -> str | None:
+    if source == EMBEDDED and cache_folder() is None:
+        return f"the {EMBEDDED} model can't be found: {NO_HOME}"
     folder = _folder(source)
     if (folder / holds).is_file():
         return None

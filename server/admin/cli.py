@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from server.admin.operations import MAX_PAGE, AdminError, Operations, Query
-from server.config import Config
+from server.config import NO_HOME, Config
 from server.table import size, table
 from tiers.disk import OtherFormatError, UntrustedError
 
@@ -239,8 +239,8 @@ async def _operations(config: Config, *, makes_file: bool = False) -> AsyncItera
             return
         from server.admin.local import offline
 
-        if makes_file and config.tiers.disk is not None:
-            _say(f"in {config.tiers.disk.path}, since no server answers at {config.admin.socket}")
+        if makes_file and (disk := config.tiers.disk) is not None and disk.path is not None:
+            _say(f"in {disk.path}, since no server answers at {config.admin.socket}")
         else:
             _file(config)
         async with offline(config) as administration:
@@ -270,8 +270,10 @@ def _file(config: Config) -> Path:
     """
     nobody = f"no server answers at {config.admin.socket}"
     disk = config.tiers.disk
-    if disk is None or disk.path is None:
+    if disk is None:
         raise AdminError(409, f"{nobody}, and there is no disk tier")
+    if disk.path is None:
+        raise AdminError(409, f"tiers.disk.path should be given: {NO_HOME}")
     if not (disk.path / "data.mdb").exists():
         raise AdminError(404, f"{nobody}, and there is no file of a disk tier in {disk.path}")
     _say(f"in {disk.path}, since {nobody}")

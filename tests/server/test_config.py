@@ -514,11 +514,11 @@ def test_check_names_what_serve_would_name_at_once(tmp_path: Path, capsys) -> No
         ),
         (
             "{tiers: {disk: {path: ~no.such.user/disk}}}",
-            "tiers.disk.path: should have a user that there is after ~, not '~no.such.user/disk'",
+            "tiers.disk.path: should be without ~, or name a user who has a home, not '~no.such.us",
         ),
         (
             "{models: {m: {source: ~no.such.user/m}}}",
-            "models.m.source: should have a user that there is after ~",
+            "models.m.source: should be without ~, or name a user who has a home",
         ),
         (
             f"{{tiers: {{disk: {{path: {'a' * 300}}}}}}}",

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import pwd
 import sys
 import tempfile
 from collections.abc import AsyncIterator
@@ -317,3 +318,16 @@ async def test_vllm_is_told_of_names_and_adapters(temporary: Path, monkeypatch) 
     assert f'{{"name":"a,b=c","path":"{temporary}"}} --max-lora-rank 8' in told
     assert made._env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "0"
     await made.upstream.close()
+
+
+async def test_an_engine_has_a_home_where_its_user_has_none(monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/")
+    homes = []
+    for _ in range(2):
+        made = Engine("m", Model(source="s"), Weights("s"), asyncio.Lock())
+        homes.append((made._env["HOME"], str(made.folder)))
+        await made.upstream.close()
+        monkeypatch.delenv("HOME", raising=False)
+        monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    (given, _), (own, folder) = homes
+    assert (given, own) == ("/", folder)

@@ -3,6 +3,8 @@
 import asyncio
 import gzip
 import re
+import shutil
+import subprocess
 import time
 from collections import Counter
 from functools import partial
@@ -35,6 +37,8 @@ from .conftest import (
 )
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+NAMELESS = ["unshare", "--user", "--map-user=12345", "--map-group=12345"]
 
 
 async def test_a_hit_is_the_miss_with_an_id_of_its_own(front: Front, upstream: Upstream) -> None:
@@ -717,6 +721,35 @@ async def test_an_age_is_counted_from_when_the_answer_was_stored(
     finally:
         await front.stop()
     assert upstream.asked == []
+
+
+class Homeless(Front):
+    """A server whose user has neither a name nor a home, nor anything else in its environment."""
+
+    @property
+    def command(self) -> list[str]:
+        return ["env", "-i", *NAMELESS, *super().command]
+
+
+async def test_a_user_without_a_home_has_to_be_given_all_paths(upstream: Upstream, tmp_path):
+    if shutil.which("unshare") is None or subprocess.run([*NAMELESS, "true"]).returncode:
+        pytest.skip("no user namespace can be made here")
+    front = Homeless(tmp_path, alike(upstream.url))
+    try:
+        await front.start()
+        assert (await front.ask(question()))[0] == 200
+        assert (tmp_path / "disk" / "data.mdb").exists()
+    finally:
+        await front.stop()
+    assert front.process.returncode == 0
+    front.config.write_text("tracing: null")
+    for action in ("check", "serve"):
+        command = [action if part == "serve" else part for part in front.command]
+        said = subprocess.run(command, capture_output=True, text=True)
+        assert said.returncode == 2
+        for field in ("tiers.disk.path", "admin.socket", "models.smollm2-135m-instruct.source"):
+            assert f"{field}: " in said.stderr
+        assert said.stderr.count("has no home folder") == len(said.stderr.splitlines()) == 3
 
 
 async def test_what_was_stored_while_the_clock_was_ahead_is_made_anew(
