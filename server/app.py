@@ -25,7 +25,7 @@ from server.door import Door, Enter, anybody
 from server.freshness import FreshnessRules
 from server.history import History
 from server.http_request import Handler, HttpRequest, Traced
-from server.listener import address, listen, make_server
+from server.listener import addresses, listen, make_server
 from server.logs import AccessLog, LogStream, configure
 from server.metrics import Metrics
 from server.middleware import read_only, wrap
@@ -199,7 +199,7 @@ async def _serve(
         await movement.start()
         where = config.server
         listener = await listen(server, where.host, where.port, where, tls)
-        logger.info("listening on %s", address(listener, tls))
+        logger.info("listening on %s", addresses(listener, tls))
         # What is there now stays: looking it over again and again would cost 5% of all hits.
         gc.freeze()
         gc.set_threshold(*_GC_THRESHOLDS)

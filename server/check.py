@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from server.chain import encryption_key, open_shared, sealed_otherwise
-from server.config import NO_HOME, Config, ConfigError, Given, read
+from server.config import NO_HOME, Config, ConfigError, Given, is_dual, read
 from server.folders import new_engine_folder
 from server.tenants import Tenants
 from server.tls import Certificate
@@ -101,6 +101,8 @@ def _addresses(host: str, port: int) -> list[_Address]:
     """Return what `host` stands for, which is nothing where that can't be told."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        if is_dual(host):
+            found += socket.getaddrinfo("0.0.0.0", port, type=socket.SOCK_STREAM)  # noqa: S104
     except OSError:
         return []
     return [_Address(family, where) for family, _, _, _, where in found]

@@ -9,7 +9,9 @@ import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from ipaddress import IPv6Address, ip_address
 from pathlib import Path
+from socket import has_dualstack_ipv6
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args, get_origin
 
 import orjson
@@ -53,6 +55,14 @@ def is_socket_path(path: Path) -> bool:
     return len(os.fsencode(path)) <= _SOCKET_PATH_BYTES
 
 
+def is_dual(host: str) -> bool:
+    """Whether it is IPv6's «any address», which stands for IPv4's, too, where there is IPv6."""
+    try:
+        return ip_address(host) == IPv6Address("::") and has_dualstack_ipv6()
+    except ValueError:
+        return False
+
+
 NO_HOME = "this user has no home folder, and neither HOME nor XDG_CACHE_HOME is set"
 """Why there is no cache folder."""
 
@@ -86,6 +96,7 @@ class Tls(Section):
 class Listener(Section):
     """Where clients connect, and how long a stop may take.
 
+    The `host` `::` is all addresses of this machine, IPv6 and IPv4.
     `client_timeout_s` is how long a client may take to send a head, or a body that we read whole,
     and how long it may pause within one that is passed through, or in taking what it is sent.
     A request may have `max_prompts` prompts, on any route. `tls` is of the admin API's port, too.

@@ -11,7 +11,7 @@ from typing import Any
 from aiohttp import web
 from aiohttp.http_exceptions import BadHttpMessage, InvalidURLError, LineTooLong
 
-from server.config import Listener
+from server.config import Listener, is_dual
 from server.http_request import Handler, HttpRequest
 from server.responses import error_response
 from server.upstream import SERVER
@@ -111,15 +111,26 @@ async def listen(
     protocol = partial(_Protocol, server, options.client_timeout_s)
     loop = asyncio.get_running_loop()
     timeout_s = None if tls is None else options.client_timeout_s
+    where: dict[str, Any] = {"host": host, "port": port}
+    if is_dual(host):
+        where = {"sock": _of_both_families(port)}
     return await loop.create_server(
-        protocol, host, port, backlog=_BACKLOG, ssl=tls, ssl_handshake_timeout=timeout_s
+        protocol, **where, backlog=_BACKLOG, ssl=tls, ssl_handshake_timeout=timeout_s
     )
 
 
-def address(listener: asyncio.Server, tls: ssl.SSLContext | None) -> str:
-    """Return the URL at which a listener is reached."""
-    host, port = listener.sockets[0].getsockname()[:2]
-    return f"{'http' if tls is None else 'https'}://{f'[{host}]' if ':' in host else host}:{port}"
+def _of_both_families(port: int) -> socket.socket:
+    """Return a socket that is bound for IPv6 and IPv4; asyncio's own would refuse IPv4."""
+    return socket.create_server(
+        ("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG
+    )
+
+
+def addresses(listener: asyncio.Server, tls: ssl.SSLContext | None) -> str:
+    """Return the URLs at which a listener is reached."""
+    scheme = "http" if tls is None else "https"
+    found = [each.getsockname()[:2] for each in listener.sockets]
+    return ", ".join(f"{scheme}://{f'[{h}]' if ':' in h else h}:{p}" for h, p in found)
 
 
 async def listen_on(server: web.Server, bound: socket.socket, options: Listener) -> asyncio.Server:

@@ -15,7 +15,7 @@ from server.config import Config
 from server.door import Enter, anybody, holders_of
 from server.folders import say_if_new
 from server.http_request import Handler
-from server.listener import address, listen, listen_on, make_server
+from server.listener import addresses, listen, listen_on, make_server
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ async def _at_port(
             listener = await listen(server, admin.host, admin.port, config.server, tls)
         except OSError as exc:
             raise OSError(f"admin.port: can't be had: {exc}") from exc
-        logger.info("the admin API listens on %s", address(listener, tls))
+        logger.info("the admin API listens on %s", addresses(listener, tls))
         try:
             yield
         finally:

@@ -494,6 +494,11 @@ def test_check_names_what_serve_would_name_at_once(tmp_path: Path, capsys) -> No
             "{server: {port: 20001}, admin: {port: 20001, key: 0123456789abcdef}}",
             "admin.port: should be another than server.port, not 20001",
         ),
+        pytest.param(
+            "{server: {port: 20001, host: '::'}, admin: {port: 20001, key: 0123456789abcdef}}",
+            "admin.port: should be another than server.port, not 20001",
+            marks=pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6"),
+        ),
         (
             "{server: {port: 20001, host: 0.0.0.0}, models: {m: {upstreams: ['http://127.0.0.1:20001']}}}",
             "models.m.upstreams.0: should be another server than this one",
