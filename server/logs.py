@@ -1,12 +1,19 @@
-"""Logs on standard error: text on a terminal, JSON lines elsewhere."""
+"""Logs on standard error: text on a terminal, JSON lines elsewhere.
+
+Where standard error is a file, and somebody gives that another name, as logrotate does, logs go on
+in a new file of the old name.
+"""
 
 import asyncio
 import logging
+import os
+import stat
 import sys
 import threading
 import time
 from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 from queue import SimpleQueue
 from typing import BinaryIO
 
@@ -31,6 +38,7 @@ class LogStream:
 
     def __init__(self, target: BinaryIO, max_bytes: int = 8 * 1024**2) -> None:
         self._target, self._max_bytes = target, max_bytes
+        self._path = _path_of(target)
         self._queue: SimpleQueue[bytes | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._queued_bytes = self._dropped = 0
@@ -68,10 +76,39 @@ class LogStream:
     def _run(self) -> None:
         while (data := self._queue.get()) is not None:
             with suppress(OSError, ValueError):
+                self._reopen_if_moved()
                 self._target.write(data)
                 self._target.flush()
             with self._lock:
                 self._queued_bytes -= len(data)
+
+    def _reopen_if_moved(self) -> None:
+        # What can't be opened, such as in a folder that is gone, leaves the file of before.
+        with suppress(OSError):
+            if self._path is None or is_at(self._path, file := self._target.fileno()):
+                return
+            mode = stat.S_IMODE(os.fstat(file).st_mode)
+            new = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, mode)
+            # Whatever else is written to standard error goes there, too.
+            os.dup2(new, file)
+            os.close(new)
+
+
+def is_at(path: Path, file: int) -> bool:
+    """Whether an open file is still the one at `path`."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file))
+    except FileNotFoundError:
+        return False
+
+
+def _path_of(target: BinaryIO) -> Path | None:
+    """Return by which path a stream is a file, if it is one."""
+    try:
+        path = Path(f"/proc/self/fd/{target.fileno()}").readlink()
+        return path if path.is_file() and is_at(path, target.fileno()) else None
+    except (OSError, ValueError):
+        return None
 
 
 def configure(log: Log) -> LogStream:

@@ -16,6 +16,7 @@ from pathlib import Path
 import orjson
 
 from server.config import ConfigError
+from server.logs import is_at
 from server.usage import counts_in, output_tokens_in
 from tiers import Answer
 
@@ -42,7 +43,7 @@ class TraceLog:
 
     What doesn't fit into the queue, or can't be written, is missing from the trace, and how much
     that is is said in the log. At `max_bytes` the file takes the name `earlier` in place of what
-    had it, and a new one is begun.
+    had it, and a new one is begun; also when somebody else has given it another name.
 
     Args:
         path: continued if it is there.
@@ -96,6 +97,12 @@ class TraceLog:
 
     def _write_waiting(self) -> None:
         reason = "they came faster than the disk takes them"
+        with suppress(OSError):
+            # Somebody may have moved the file, or cut it short.
+            if is_at(self._path, self._file):
+                self._bytes = os.fstat(self._file).st_size
+            else:
+                self._begin()
         while self._waiting:
             lines = [self._waiting.popleft() for _ in range(min(_BATCH, len(self._waiting)))]
             try:
@@ -114,14 +121,18 @@ class TraceLog:
             # Whoever took it away has made room as well.
             with suppress(FileNotFoundError):
                 self._path.replace(earlier(self._path))
-            full, self._file = self._file, _open(self._path)
-            os.close(full)
-            self._bytes = _drop_half_line(self._file)
+            self._begin()
         written = os.write(self._file, data)
         if written < len(data):
             os.ftruncate(self._file, self._bytes)
             raise OSError(ENOSPC, "no room for all of it")
         self._bytes += written
+
+    def _begin(self) -> None:
+        """Go on in the file that has the name now; it is made if it isn't there."""
+        before, self._file = self._file, _open(self._path)
+        os.close(before)
+        self._bytes = _drop_half_line(self._file)
 
 
 def earlier(path: Path) -> Path:

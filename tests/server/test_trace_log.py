@@ -1,8 +1,10 @@
 """The trace of our own requests: simulations find in it what the server did, and no secrets."""
 
+import asyncio
 import logging
 import os
 import random
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -117,6 +119,26 @@ async def test_a_full_file_makes_room_for_a_new_one(tmp_path: Path) -> None:
     keys = [request.key for path in (earlier(file), file) for request in read(path).requests]
     assert keys == [f"key{number}" for number in range(200 - len(keys), 200)]
     assert trace.missing == 0
+
+
+async def test_goes_on_in_a_new_file_when_its_own_is_moved(tmp_path: Path) -> None:
+    file, moved = tmp_path / "t.jsonl", tmp_path / "moved.jsonl"
+    trace = TraceLog(file, 5000)
+    add(trace, 0)
+    async with asyncio.timeout(60):
+        while not file.stat().st_size:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        file.rename(moved)
+        while not file.exists():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        # Nor does one that was cut short count for what it held.
+        shutil.copy(moved, file)
+        os.truncate(file, 0)
+    add(trace, 1)
+    trace.close()
+    assert [[each.key for each in read(path).requests] for path in (moved, file)] == [
+        ["key0"], ["key1"],
+    ]  # fmt: skip
 
 
 async def test_goes_on_after_a_line_that_was_cut(tmp_path: Path) -> None:
