@@ -11,7 +11,9 @@ import random
 import re
 import resource
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from hashlib import shake_128
 from multiprocessing.connection import Connection
@@ -32,6 +34,7 @@ from tiers import (
 )  # fmt: skip
 from tiers.disk import Durability
 from tiers.disk.file import DATA, DiskFile
+from tiers.disk.opening import _ASK_TO_END, verifier
 from tiers.disk.verify import _Pages, verify
 
 from .child import Child, processes
@@ -393,6 +396,14 @@ async def test_what_is_not_lmdb_is_set_aside(tmp_path: Path) -> None:
     assert [file.read_bytes()[:14] for file in aside] == [b"not a database"]
 
 
+def stands_in(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a shell's script in place of the verifier."""
+    made = folder / "python"
+    made.write_text(f"#!/bin/sh\n{script}\n")
+    made.chmod(0o700)
+    monkeypatch.setattr("tiers.disk.opening.sys.executable", str(made))
+
+
 @pytest.mark.parametrize(
     ("program", "bound_s", "said"),
     [("kill -SEGV $$", 60.0, "ended with status -11"), ("exec sleep 600", -1e9, "took too long")],
@@ -404,16 +415,48 @@ async def test_a_verifier_that_fails_is_damage(
     await cache.set("a", b"1")
     await cache.close()
     (tmp_path / "disk" / "clean").unlink()
-    verifier = tmp_path / "python"
-    verifier.write_text(f"#!/bin/sh\nexec 1>&-\n{program}\n")
-    verifier.chmod(0o700)
-    monkeypatch.setattr("tiers.disk.opening.sys.executable", str(verifier))
+    stands_in(f"exec 1>&-\n{program}", tmp_path, monkeypatch)
     monkeypatch.setattr("tiers.disk.opening._VERIFY_S", bound_s)
     again = DiskCache(tmp_path / "disk", MIB)
     await again.opened()
     assert await again.get("a") is None
     assert said in caplog.text
     await again.close()
+
+
+@pytest.mark.parametrize("number", _ASK_TO_END)
+async def test_a_verifier_that_is_asked_to_end_proves_no_damage(
+    tmp_path: Path, monkeypatch, number: signal.Signals
+) -> None:
+    cache = DiskCache(tmp_path / "disk", MIB)
+    await cache.set("a", b"1")
+    await cache.close()
+    (tmp_path / "disk" / "clean").unlink()
+    once = f"mkdir {tmp_path}/once 2>/dev/null && kill -{number.value} $$"
+    stands_in(f'{once}\nexec {sys.executable} "$@"', tmp_path, monkeypatch)
+    again = DiskCache(tmp_path / "disk", MIB)
+    await again.opened()
+    assert (tmp_path / "once").exists()
+    assert await again.get("a") == b"1"
+    await again.close()
+
+
+@pytest.mark.parametrize("how", ["nobody reads", "SIGINT"])
+def test_a_verifier_ends_with_who_started_it(tmp_path: Path, how: str) -> None:
+    os.mkfifo(tmp_path / DATA)
+    command, env = verifier(tmp_path)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with (
+        subprocess.Popen(command, env=env, **pipes) as process,
+        # Returns once it reads there, which it would do for ever.
+        (tmp_path / DATA).open("wb"),
+    ):
+        if how == "SIGINT":
+            process.send_signal(signal.SIGINT)
+        else:
+            process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == (-signal.SIGINT if how == "SIGINT" else 1)
 
 
 def grow_and_purge(connection: Connection, folder: Path) -> None:

@@ -21,6 +21,7 @@ import fcntl
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -39,6 +40,14 @@ LOCK, MARK = "in-use.lock", "clean"
 _POLL_S = 0.1
 _VERIFY_S = 60.0
 _VERIFY_BYTES_PER_S = 5e6
+_ASK_TO_END = (
+    signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
+)  # fmt: skip
+# From the start on, SIGINT ends it without a traceback.
+_VERIFY = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "from tiers.disk.verify import main; sys.exit(main())"
+)
 _PACKAGES = Path(__file__).parents[2]
 
 
@@ -127,7 +136,9 @@ class Opening:
                     is_said = True
                     logger.warning("the disk tier can't be used yet: %s", _ELSEWHERE)
                 if self.try_exclusive() and not self._is_ready():
-                    self._make_ready()
+                    # If it was not us who ended the verifier, we look again.
+                    with contextlib.suppress(InterruptedError):
+                        self._make_ready()
                 else:
                     self._cancelled.wait(_POLL_S)
         except BaseException:
@@ -198,28 +209,27 @@ class Opening:
         Needs the exclusive lock; the other process holds it too.
 
         Raises:
-            InterruptedError: `cancel` was called.
+            InterruptedError: `cancel` was called, or the other process was asked to end.
         """
-        size = self._data.stat().st_size
         command, env = verifier(self.folder, *["--repair"] * repair)
-        self._verifier = subprocess.Popen(  # noqa: S603
-            command,
-            env=env,
-            pass_fds=[self._lock],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        if self._cancelled.is_set():
-            self._verifier.kill()
-        try:
-            said, _ = self._verifier.communicate(timeout=_VERIFY_S + size / _VERIFY_BYTES_PER_S)
-        except subprocess.TimeoutExpired:
-            self._verifier.kill()
-            said, _ = self._verifier.communicate()
-            said = json.dumps({"problem": "verifying it took too long"})
+        bound_s = _VERIFY_S + self._data.stat().st_size / _VERIFY_BYTES_PER_S
+        with subprocess.Popen(  # noqa: S603
+            command, env=env, pass_fds=[self._lock], stdout=subprocess.PIPE, text=True
+        ) as self._verifier:
+            try:
+                said = (
+                    "" if self._cancelled.is_set() else self._verifier.communicate(None, bound_s)[0]
+                )
+            except subprocess.TimeoutExpired:
+                said = json.dumps({"problem": "verifying it took too long"})
+            finally:
+                self._verifier.kill()
         status = self._verifier.returncode
         if self._cancelled.is_set():
             raise InterruptedError("closed before the file was open")
+        # Who stops a service sends a signal to each of its processes, and proves no damage.
+        if -status in _ASK_TO_END:
+            raise InterruptedError("verifying the file was interrupted")
         try:
             report: dict[str, Any] = json.loads(said)
         except ValueError:
@@ -315,5 +325,5 @@ def _identity(data: Path) -> str:
 
 def verifier(folder: Path, *options: str) -> tuple[list[str], dict[str, str]]:
     """Return the command that verifies the file in `folder`, and its environment."""
-    command = [sys.executable, "-m", "tiers.disk.verify", *options, str(folder)]
+    command = [sys.executable, "-c", _VERIFY, *options, str(folder)]
     return command, os.environ | {"PYTHONPATH": str(_PACKAGES)}

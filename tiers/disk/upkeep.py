@@ -44,8 +44,8 @@ def compact(folder: Path) -> Compacted:
     """Make the file in `folder` as small as its entries, having verified it if need be.
 
     Raises:
-        OSError: there is no file, another process has it open, it can't be read, or there is no
-            room for a copy.
+        OSError: there is no file, another process has it open, it can't be read, there is no room
+            for a copy, or it was interrupted.
         OtherFormatError: the file has another format.
         UntrustedError: it was not closed cleanly, and can't be used.
     """
@@ -66,7 +66,7 @@ def verify(folder: Path, *, repair: bool = False) -> Verified:
     """Verify the pages and records of the file in `folder`; with `repair`, drop damaged entries.
 
     Raises:
-        OSError: there is no file, or another process has it open.
+        OSError: there is no file, another process has it open, or it was interrupted.
     """
     (folder / DATA).stat()
     with _alone(folder) as opening:

@@ -8,7 +8,10 @@ of JSON: `entries` and `damaged`, or the `problem` for which the file can't be u
 
 import argparse
 import json
+import os
+import select
 import sys
+import threading
 from collections import Counter
 from dataclasses import dataclass
 from math import inf
@@ -58,6 +61,7 @@ def main() -> int:
     how.add_argument("--records", action="store_true", help="only records, of a file in use")
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()
+    threading.Thread(target=_end_with_reader, daemon=True).start()
     try:
         report = (
             verify_records(options.folder)
@@ -69,6 +73,15 @@ def main() -> int:
         return 1
     print(json.dumps({"entries": report.entries, "damaged": report.damaged}))
     return 0
+
+
+def _end_with_reader() -> None:
+    """End when nobody is left to read from the pipe that we print to; LMDB's file stays whole."""
+    closed = select.poll()
+    # Errors are told whatever is asked for.
+    closed.register(1, 0)
+    if any(events & select.POLLERR for _, events in closed.poll()):
+        os._exit(1)
 
 
 def verify(folder: Path, *, repair: bool = False) -> Report:
