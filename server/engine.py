@@ -2,6 +2,10 @@
 
 Owns the child process and the folder of its socket. Invariant: at most one child runs, and its
 guard (`server.guard`) ends it when we are gone, however we went.
+
+The folder is among temporary files, since who logs out takes `XDG_RUNTIME_DIR` along. Cleaners of
+these pass young files by, so the socket is kept young; some remove it nevertheless. Nobody can
+connect to it then, ever again, so the engine is ended and started anew.
 """
 
 import asyncio
@@ -38,6 +42,7 @@ _LOADING_S = 600
 _STOP_S = 15
 _LAST_WORDS_S = 5
 _LINE_BYTES = 8192
+_LOOK_S = 10
 # As in «(EngineCore pid=7) ERROR 11-24 …», or «(APIServer pid=1) ERROR:    …» of uvicorn.
 _LEVEL = re.compile(rb"(?:\([^)]*\) )?(DEBUG|INFO|WARNING|ERROR|CRITICAL):? ").match
 
@@ -110,8 +115,7 @@ class Engine:
         try:
             while True:
                 try:
-                    status = await self._run_once()
-                    logger.error("the engine of %s ended with status %d", self._name, status)
+                    logger.error("the engine of %s %s", self._name, await self._run_once())
                 except OSError as exc:
                     logger.error("the engine of %s could not be started: %s", self._name, exc)
                 # Loading may take minutes, so only what was ready counts as having run.
@@ -123,29 +127,46 @@ class Engine:
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    async def _run_once(self) -> int:
-        """Run vLLM to its end; returns its exit status."""
+    async def _run_once(self) -> str:
+        """Run vLLM to its end, or until nobody can connect to it; returns which it was."""
         self._was_ready_s, self._runs = 0.0, True
         try:
             async with AsyncExitStack() as stack:
                 async with self._loading:
                     process = await stack.enter_async_context(self._process())
-                    await self._loaded(process)
-                return await process.wait()
+                    is_over = asyncio.create_task(self._over(process))
+                    stack.callback(is_over.cancel)
+                    await self._loaded(is_over)
+                return await is_over
         finally:
             self._runs = False
 
-    async def _loaded(self, process: asyncio.subprocess.Process) -> None:
+    async def _loaded(self, is_over: "asyncio.Task[str]") -> None:
         """Wait until vLLM answers or has ended, but not for ever."""
-        waits = [
-            asyncio.create_task(process.wait()),
-            asyncio.create_task(self.upstream.answers.wait()),
-        ]
+        answers = asyncio.create_task(self.upstream.answers.wait())
         try:
-            await asyncio.wait(waits, timeout=_LOADING_S, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                [is_over, answers], timeout=_LOADING_S, return_when=asyncio.FIRST_COMPLETED
+            )
         finally:
-            for wait in waits:
-                wait.cancel()
+            answers.cancel()
+
+    async def _over(self, process: asyncio.subprocess.Process) -> str:
+        """Wait until vLLM has ended, or its socket is gone; returns which it was."""
+        socket, was_there = self.folder / ENGINE_SOCKET, False
+        ended = asyncio.create_task(process.wait())
+        try:
+            while not ended.done():
+                try:
+                    os.utime(socket)
+                    was_there = True
+                except FileNotFoundError:
+                    if was_there or not self.folder.exists():
+                        return f"can't be reached any more: somebody removed {socket}"
+                await asyncio.wait([ended], timeout=_LOOK_S)
+            return f"ended with status {ended.result()}"
+        finally:
+            ended.cancel()
 
     @asynccontextmanager
     async def _process(self) -> AsyncIterator[asyncio.subprocess.Process]:

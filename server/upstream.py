@@ -82,8 +82,11 @@ class Upstream:
         self.session = self._session(
             aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=timeout_s)
         )
-        # Of its own, so that it never waits for a connection that works.
-        self._probing = self._session(aiohttp.ClientTimeout(total=_PROBE_S), self._key)
+        # Of its own, so that it never waits for a connection that works. It makes a new one each
+        # time: one from before may go on where nobody can connect any more.
+        self._probing = self._session(
+            aiohttp.ClientTimeout(total=_PROBE_S), self._key, force_close=True
+        )
 
     def with_key(self, headers: Mapping[str, str]) -> Mapping[str, str]:
         """Return the headers of a request to this upstream."""
@@ -95,15 +98,20 @@ class Upstream:
         return keyed
 
     def _session(
-        self, timeout: aiohttp.ClientTimeout, headers: Mapping[str, str] | None = None
+        self,
+        timeout: aiohttp.ClientTimeout,
+        headers: Mapping[str, str] | None = None,
+        *,
+        force_close: bool = False,
     ) -> aiohttp.ClientSession:
+        options: dict[str, Any] = {"limit": 0, "force_close": force_close}
+        if not force_close:
+            options["keepalive_timeout"] = _KEEP_ALIVE_S
         connector: aiohttp.BaseConnector
         if self._socket is None:
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
+            connector = aiohttp.TCPConnector(**options)
         else:
-            connector = aiohttp.UnixConnector(
-                self._socket, limit=0, keepalive_timeout=_KEEP_ALIVE_S
-            )
+            connector = aiohttp.UnixConnector(self._socket, **options)
         return aiohttp.ClientSession(
             connector=connector, timeout=timeout, headers=headers, auto_decompress=False
         )
@@ -118,6 +126,7 @@ class Upstream:
         if ready != self.ready:
             self._ready_since = time.monotonic() if ready else None
             (self.answers.set if ready else self.answers.clear)()
+            logger.info("%s is %s", self._name, "ready" if ready else "not ready")
 
     @property
     def ready_since(self) -> float | None:
@@ -132,10 +141,7 @@ class Upstream:
     async def watch(self) -> None:
         """Keep `ready` true to whether the upstream answers, until cancelled."""
         while True:
-            before = self.ready
             self.ready, self.loading = await self._look()
-            if self.ready != before:
-                logger.info("%s is %s", self._name, "ready" if self.ready else "not ready")
             await asyncio.sleep(_PROBE_UP_S if self.ready else _PROBE_DOWN_S)
 
     async def _look(self) -> tuple[bool, bool]:

@@ -1,17 +1,25 @@
 """Where the admin API is reached: a Unix socket of this user's, and a port for who has its key."""
 
+import asyncio
 import fcntl
 import logging
 import os
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)  # fmt: skip
+from functools import partial
 from pathlib import Path
 
 from aiohttp import web
 
-from server.config import Config
+from server.config import Config, Listener
 from server.door import Enter, anybody, holders_of
 from server.folders import say_if_new
 from server.http_request import Handler
@@ -21,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 # An export can be asked for again.
 _GRACE_S = 1
+_LOOK_S = 10
 
 
 @asynccontextmanager
@@ -46,13 +55,47 @@ async def _at_socket(config: Config, handler: Handler) -> AsyncIterator[None]:
     if (path := config.admin.socket) is None:
         yield
         return
-    async with _served(config, handler) as server:
-        with _bound(path) as bound:
-            listener = await listen_on(server, bound, config.server)
-            try:
-                yield
-            finally:
-                listener.close()
+    async with _served(config, handler) as server, AsyncExitStack() as stack:
+        listening = partial(_listening, server, path, config.server)
+        await stack.enter_async_context(listening())
+        keeping = asyncio.create_task(_keep(path, stack, listening))
+        try:
+            yield
+        finally:
+            keeping.cancel()
+            await asyncio.wait([keeping])
+
+
+@asynccontextmanager
+async def _listening(server: web.Server, path: Path, options: Listener) -> AsyncIterator[None]:
+    with _bound(path) as bound:
+        listener = await listen_on(server, bound, options)
+        try:
+            yield
+        finally:
+            listener.close()
+
+
+async def _keep(
+    path: Path,
+    stack: AsyncExitStack,
+    listening: Callable[[], AbstractAsyncContextManager[None]],
+) -> None:
+    """Listen anew when somebody has removed the socket, such as a cleaner of folders."""
+    said = ""
+    while True:
+        await asyncio.sleep(_LOOK_S)
+        if await asyncio.to_thread(path.exists):
+            continue
+        await stack.aclose()
+        try:
+            await stack.enter_async_context(listening())
+            told = f"admin.socket: {path} was removed, and is made anew"
+        except OSError as exc:
+            told = str(exc)
+        if told != said:
+            logger.warning("%s", told)
+        said = told
 
 
 @asynccontextmanager
@@ -110,15 +153,23 @@ def _bound(path: Path) -> Iterator[socket.socket]:
                 bound.bind(str(path))
                 # Nobody can connect before it listens.
                 path.chmod(0o600)
+                made = path.stat()
             except OSError as exc:
                 raise _refused(exc, path) from exc
             try:
                 yield bound
             finally:
-                path.unlink(missing_ok=True)
+                _remove(path, made)
     finally:
-        beside.unlink(missing_ok=True)
+        _remove(beside, os.fstat(lock))
         os.close(lock)
+
+
+def _remove(file: Path, ours: os.stat_result) -> None:
+    """Remove a file unless another server has made one of its name since."""
+    with suppress(FileNotFoundError):
+        if os.path.samestat(ours, file.stat()):
+            file.unlink()
 
 
 def _locked(file: Path) -> int:

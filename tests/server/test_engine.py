@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
+import os
 import pwd
+import shutil
 import sys
 import tempfile
 from collections.abc import AsyncIterator
@@ -25,6 +27,12 @@ import socket, sys
 with socket.create_connection(("127.0.0.1", {port})) as test:
     test.recv(1)
 sys.exit(3)
+"""
+LISTENS = """
+import socket, sys
+listening = socket.socket(socket.AF_UNIX)
+listening.bind({socket!r})
+listening.listen()
 """
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)" + CHILD
 
@@ -222,6 +230,29 @@ async def test_what_a_dead_engine_left_behind_is_replaced(
     (engine.folder / "engine.sock").write_bytes(b"")
     async with running(engine, CHILD.format(port=children.port)), children.next():
         assert list(engine.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("removed", ["socket", "folder"])
+async def test_an_engine_that_nobody_can_reach_any_more_is_started_anew(
+    engine: Engine, children: Children, monkeypatch, caplog, removed: str
+) -> None:
+    monkeypatch.setattr(server.engine, "_LOOK_S", 0.01)
+    monkeypatch.setattr(server.engine, "_STOP_S", 1000)
+    socket = engine.folder / "engine.sock"
+    script = LISTENS.format(socket=str(socket)) + CHILD.format(port=children.port)
+    async with running(engine, script):
+        async with children.next() as child:
+            # Whoever cleans up looks for old ones.
+            os.utime(socket, (0, 0))
+            async with asyncio.timeout(60):
+                while not socket.stat().st_mtime:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            shutil.rmtree(engine.folder) if removed == "folder" else socket.unlink()
+            assert await child.read() == b""
+        async with children.next():
+            assert socket.is_socket()
+            assert engine.restarts == 1
+    assert f"the engine of m can't be reached any more: somebody removed {socket}" in said(caplog)
 
 
 async def test_last_words_are_logged(engine: Engine, sleep: Sleep, caplog, monkeypatch) -> None:

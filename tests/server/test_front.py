@@ -626,6 +626,18 @@ async def test_a_stale_answer_stands_in_for_an_engine_that_fails(
     assert (await front.ask(asked))[1] == "tierserve; fwd=stale"
 
 
+async def test_who_takes_no_new_connection_is_not_ready(tmp_path) -> None:
+    upstream = Upstream()
+    await upstream.start()
+    async with running(tmp_path, upstream) as front:
+        assert (await front.ask(question()))[0] == 200
+        for site in list(upstream._runner.sites):
+            await site.stop()
+        await front.until_ready(503)
+    assert f"{upstream.url} is not ready" in front.log.read_text()
+    await upstream.stop()
+
+
 async def test_upstreams_take_turns_and_stand_in_for_each_other(tmp_path) -> None:
     pair = [Upstream(), Upstream()]
     for each in pair:

@@ -396,6 +396,32 @@ def administering(
     return administered(load(config), lambda _: admin.answer, None)
 
 
+async def test_a_socket_that_was_removed_is_made_anew(
+    cache: Cache, config: Path, monkeypatch, caplog
+) -> None:
+    monkeypatch.setattr("server.admin.listener._LOOK_S", 0.01)
+    socket = load(config).admin.socket
+    lock = socket.with_name(f"{socket.name}.lock")
+
+    async def until(is_so: Callable[[], bool]) -> None:
+        async with asyncio.timeout(60):
+            while not is_so():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+    async with administering(config, Administration):
+        lock.unlink()
+        # As long as it can't be made.
+        lock.mkdir()
+        socket.unlink()
+        await until(lambda: "admin.socket: should be a path where a socket can be" in caplog.text)
+        lock.rmdir()
+        await until(socket.exists)
+        assert "through the server at" in (await cache(config, "stats")).told
+        assert socket.stat().st_mode & 0o777 == 0o600
+    assert caplog.text.count(f"admin.socket: {socket} was removed, and is made anew") == 1
+    assert not socket.exists()
+
+
 async def test_a_server_that_goes_on_is_waited_for(
     cache: Cache, tmp_path: Path, config: Path, monkeypatch
 ) -> None:
