@@ -5,9 +5,11 @@ import gc
 import logging
 import os
 import signal
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import partial
 from importlib.metadata import version
+from math import inf
 from typing import Any
 
 import uvloop
@@ -50,6 +52,8 @@ from tiers.disk import SealError, UntrustedError
 
 logger = logging.getLogger(__name__)
 
+# Who sends a signal to all processes of a service, and who passes on what it gets, send it twice.
+_ONE_STOP_S = 0.5
 # For answers that ended just now: a commit takes milliseconds.
 _STORE_S = 5
 # For all that is still to be written; a disk that hangs must not keep us.
@@ -113,8 +117,9 @@ async def _serve(
     models = Models(config.models)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    on_stop = _stopper(stop)
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _stopper(stop))
+        loop.add_signal_handler(number, on_stop)
     loop.add_signal_handler(signal.SIGHUP, reloads.ask)
     tls = None if certificate is None else certificate.context
     chain, movement = build(config)
@@ -262,11 +267,19 @@ def _watched(task: asyncio.Task[None], failures: list[BaseException], stop: asyn
         stop.set()
 
 
-def _stopper(stop: asyncio.Event) -> Callable[[], None]:
+def _stopper(
+    stop: asyncio.Event, clock: Callable[[], float] = time.monotonic
+) -> Callable[[], None]:
+    """Return what is done on a signal to stop; a second one ends us at once."""
+    stopped_at = inf
+
     def on_signal() -> None:
-        if stop.is_set():
+        nonlocal stopped_at
+        now = clock()
+        if now > stopped_at + _ONE_STOP_S:
             # The guard ends the engine when it notices that we are gone.
             os._exit(130)
+        stopped_at = min(stopped_at, now)
         stop.set()
 
     return on_signal

@@ -12,13 +12,16 @@ import yaml
 
 from server.admin.options import add_cache
 from server.config import Config, ConfigError, load, without_secrets
+from server.process import become_child_of_init, ignore_signals, open_standard_streams
 
 # As shells report of a program that SIGPIPE has ended.
 _PIPE_CLOSED = 128 + signal.SIGPIPE
+_INTERRUPTED = 128 + signal.SIGINT
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status (2 where the configuration is wrong)."""
+    open_standard_streams()
     parser = argparse.ArgumentParser(prog="tierserve", description="A multi-tier LLM server.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
@@ -35,6 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "version":
         print(version("tierserve"))
         return 0
+    if options.command == "serve":
+        become_child_of_init()
+        ignore_signals()
     try:
         if options.command == "keys":
             _print_key(options.tenant)
@@ -48,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
         # Whoever read has had enough; what is still buffered mustn't fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _PIPE_CLOSED
+    except KeyboardInterrupt:
+        return _INTERRUPTED
     return status
 
 

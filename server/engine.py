@@ -85,7 +85,7 @@ class Engine:
         self._max_delay_s = model.engine.restart_max_delay_s
         self._command = [
             sys.executable, "-m", "server.guard", str(self.folder),
-            sys.executable, "-m", _VLLM, "--model", weights.source,
+            sys.executable, "-m", "server.shielded", _VLLM, "--model", weights.source,
             "--served-model-name", name, *model.aliases, "--uds", socket,
             *(("--revision", weights.revision) if weights.revision else ()),
             *_flags(_QUIET | _lora(weights) | model.engine.args),
@@ -193,8 +193,9 @@ class Engine:
             if process.returncode is None:
                 # vLLM takes its own stop for a failure, with tracebacks.
                 stopping.set()
-            with suppress(ProcessLookupError):
-                process.terminate()
+            if process.stdin is not None:
+                # Its guard ends it then.
+                process.stdin.close()
             await asyncio.wait([ended], timeout=_STOP_S)
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -1,8 +1,9 @@
 """Runs the engine so that it can't outlive us: `python -m server.guard FOLDER COMMAND …`.
 
-Standard input is a pipe whose other end our parent holds. When it closes (the parent has ended,
-by kill -9 too), or the command ends, or SIGTERM comes, the whole process group is ended and the
-folder with the engine's socket removed. The group is our own: we are started as its leader.
+Standard input is a pipe whose other end our parent holds. When it closes (the parent wants that or
+has ended, by kill -9 too), or the command ends, the whole process group is ended and the folder
+with the engine's socket removed. The group is our own: we are started as its leader. Signals change
+nothing: who sends them to each process of a service means our parent, which says when to end.
 """
 
 import contextlib
@@ -13,29 +14,27 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 
 _GRACE_S = 10
+_AGAIN_S = 1
 
 
 def main() -> int:
     """Run the command to its end and return its exit status."""
     folder, *command = sys.argv[1:]
-    # The command inherits the default, since handlers don't pass through exec.
-    signal.signal(signal.SIGTERM, lambda *_: _in_background(_stop, child))
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        # The command's, too.
+        signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # The command inherits the default, since handlers don't pass through exec.
+        signal.signal(number, lambda *_: None)
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL)  # noqa: S603
-    _in_background(_watch, child)
+    threading.Thread(target=_watch, args=(child,), daemon=True).start()
     status = child.wait()
     shutil.rmtree(folder, ignore_errors=True)
     sys.stdout.flush()
     _end_group_but_us()
     return status if status >= 0 else 128 - status
-
-
-def _in_background(
-    do: "Callable[[subprocess.Popen[bytes]], None]", child: "subprocess.Popen[bytes]"
-) -> None:
-    threading.Thread(target=do, args=(child,), daemon=True).start()
 
 
 def _watch(child: "subprocess.Popen[bytes]") -> None:
@@ -46,12 +45,22 @@ def _watch(child: "subprocess.Popen[bytes]") -> None:
 
 
 def _stop(child: "subprocess.Popen[bytes]") -> None:
-    """End it gently if it can: vLLM may wait for ever for requests under way."""
-    child.terminate()
-    deadline = time.monotonic() + _GRACE_S
-    while child.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
+    """End it gently if it can: vLLM may wait for ever for requests under way.
+
+    SIGTERM doesn't reach it (`server.shielded`). While it loads it notices SIGINT only when it is
+    sent once more, which a vLLM that serves takes for the same stop.
+    """
+    began = time.monotonic()
+    child.send_signal(signal.SIGINT)
+    _wait(child, began + _AGAIN_S)
+    child.send_signal(signal.SIGINT)
+    _wait(child, began + _GRACE_S)
     child.kill()
+
+
+def _wait(child: "subprocess.Popen[bytes]", until: float) -> None:
+    while child.poll() is None and time.monotonic() < until:
+        time.sleep(0.1)
 
 
 def _end_group_but_us() -> None:

@@ -18,7 +18,6 @@ from tiers.disk import OtherFormatError, UntrustedError
 
 _PIECE_BYTES = 64 * 1024
 _ROW = "{:<64}  {:<11}  {:>9}  {:>9}  {:>9}  {:<8}  {:>5}"
-_INTERRUPTED = 130
 _NAMED = 3
 
 
@@ -44,8 +43,6 @@ def run(config: Config, options: argparse.Namespace) -> int:
         of = f"{exc.filename}: " if exc.filename else ""
         _say(f"{of}{exc.strerror or exc}")
         return 1
-    except KeyboardInterrupt:
-        return _INTERRUPTED
 
 
 async def _awaited(action: Awaitable[int]) -> int:

@@ -148,7 +148,8 @@ def alike(*urls: str) -> dict[str, dict]:
 class Front:
     """A tierserve process, and a client of it. `tiers` are more than a memory and a disk tier.
 
-    `sections` are merged into the configuration's, `headers` sent with each request.
+    `sections` are merged into the configuration's, `headers` sent with each request. A `wrapper` is
+    a command that runs the server's.
     """
 
     def __init__(
@@ -161,6 +162,7 @@ class Front:
         **tiers: dict,
     ) -> None:
         self.headers = headers
+        self.wrapper: tuple[str, ...] = ()
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "log"
@@ -185,7 +187,8 @@ class Front:
 
     @property
     def command(self) -> list[str]:
-        return [sys.executable, "-m", "server.cli", "serve", "--config", str(self.config)]
+        own = [sys.executable, "-m", "server.cli", "serve", "--config", str(self.config)]
+        return [*self.wrapper, *own]
 
     async def start(self) -> None:
         with self.log.open("ab") as log:

@@ -34,7 +34,7 @@ listening = socket.socket(socket.AF_UNIX)
 listening.bind({socket!r})
 listening.listen()
 """
-STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)" + CHILD
+STUBBORN = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)" + CHILD
 
 
 class Sleep:
@@ -272,7 +272,7 @@ async def test_what_is_said_of_a_stop_is_for_debugging(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     says = "print('ERROR ended', flush=True), sys.exit(0)"
-    script = f"import signal, sys; signal.signal(signal.SIGTERM, lambda *_: ({says}))"
+    script = f"import signal, sys; signal.signal(signal.SIGINT, lambda *_: ({says}))"
     async with running(engine, script + CHILD.format(port=children.port)):
         child = await children._came.get()
     child[1].close()

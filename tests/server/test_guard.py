@@ -1,5 +1,7 @@
 """The guard, as a real process around small programs."""
 
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -9,12 +11,38 @@ import pytest
 
 Start = Callable[..., subprocess.Popen[bytes]]
 WAITS = "print('on', flush=True); signal.pause()"
-IGNORES = "signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-CLEANS_UP = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(5)); "
+HEEDS = "signal.signal(signal.SIGINT, signal.SIG_DFL); "
+IGNORES = "signal.signal(signal.SIGINT, signal.SIG_IGN); "
+CLEANS_UP = "signal.signal(signal.SIGINT, lambda *_: sys.exit(5)); "
+HEEDS_THE_SECOND = f"""
+def once(*_): {CLEANS_UP}
+signal.signal(signal.SIGINT, once)
+print('on', flush=True)
+while True: signal.pause()
+"""
 LEAVES_ONE = f"""
 if os.fork() == 0:
     {IGNORES}{WAITS}
 os._exit(4)
+"""
+# As `systemctl stop` and `systemctl kill` may send to each process of a service.
+TO_ALL = signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
+SHIELDED = """
+import multiprocessing, os, signal, sys
+
+def go_on(connection):
+    connection.send("on")
+    connection.recv()
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(7))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(6 if child.is_alive() else 8))
+    ours, theirs = multiprocessing.Pipe()
+    child = multiprocessing.get_context(sys.argv[1]).Process(target=go_on, args=[theirs])
+    child.start()
+    print(ours.recv(), flush=True)
+    while True:
+        signal.pause()
 """
 MAIN = ("-m", "server.guard")
 AT_ONCE = "import sys; from server import guard; guard._GRACE_S = 0; sys.exit(guard.main())"
@@ -28,8 +56,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
     (folder / "engine.sock").touch()
     started = []
 
-    def starts(script: str, *, main: tuple[str, ...] = MAIN) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", "import os, signal, sys\n" + script]
+    def starts(
+        script: str, *, main: tuple[str, ...] = MAIN, command: tuple[str, ...] = ()
+    ) -> subprocess.Popen[bytes]:
+        command = command or (sys.executable, "-c", "import os, signal, sys\n" + script)
         process = subprocess.Popen(
             [sys.executable, *main, str(folder), *command],
             stdin=subprocess.PIPE,
@@ -45,13 +75,6 @@ def start(tmp_path: Path) -> Iterator[Start]:
         with process:
             process.stdin.close()
     assert not folder.exists()
-
-
-def end(guard: subprocess.Popen[bytes], how: str) -> None:
-    if how == "stdin":
-        guard.stdin.close()
-    else:
-        guard.terminate()
 
 
 def ended(process: subprocess.Popen[bytes]) -> int:
@@ -78,21 +101,35 @@ def test_the_commands_status_is_passed_on(start: Start, script: str, status: int
     assert ended(start(script)) == status
 
 
-@pytest.mark.parametrize(("script", "status"), [(WAITS, 128 + 15), (CLEANS_UP + WAITS, 5)])
-@pytest.mark.parametrize("how", ["stdin", "SIGTERM"])
-def test_the_command_is_asked_to_end(start: Start, script: str, status: int, how: str) -> None:
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [(HEEDS + WAITS, 128 + 2), (CLEANS_UP + WAITS, 5), (HEEDS_THE_SECOND, 5)],
+)
+def test_the_command_is_asked_to_end(start: Start, script: str, status: int) -> None:
     guard = start(script)
     assert guard.stdout.readline() == b"on\n"
-    end(guard, how)
+    guard.stdin.close()
     assert ended(guard) == status
 
 
-@pytest.mark.parametrize("how", ["stdin", "SIGTERM"])
-def test_a_command_that_does_not_end_is_killed(start: Start, how: str) -> None:
+def test_a_command_that_does_not_end_is_killed(start: Start) -> None:
     guard = start(IGNORES + WAITS, main=("-c", AT_ONCE))
     assert guard.stdout.readline() == b"on\n"
-    end(guard, how)
+    guard.stdin.close()
     assert ended(guard) == 128 + 9
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_a_signal_to_all_ends_none(start: Start, tmp_path: Path, monkeypatch, method: str) -> None:
+    (tmp_path / "shielded_program.py").write_text(SHIELDED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    command = (sys.executable, "-m", "server.shielded", "shielded_program", method)
+    guard = start("", command=command)
+    assert guard.stdout.readline() == b"on\n"
+    for number in TO_ALL:
+        os.killpg(guard.pid, number)
+    guard.stdin.close()
+    assert ended(guard) == 6
 
 
 def test_what_the_command_left_behind_is_killed(start: Start) -> None:
