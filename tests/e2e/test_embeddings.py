@@ -8,7 +8,7 @@ from langchain_openai import OpenAIEmbeddings
 
 from .conftest import MODEL, Server
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")

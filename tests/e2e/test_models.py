@@ -16,7 +16,7 @@ from server.weights import embedded_folder
 
 from .conftest import Server, living, prepare, serving
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.engine
 
 RANK = 8
 
@@ -58,7 +58,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
     config.write_bytes(orjson.dumps({"models": models}))
     prepare(config)
     make_adapter(folder / "poet")
-    with serving(folder, config) as made:
+    with serving(folder, config, TIERSERVE__SERVER__SHUTDOWN_GRACE_S="3600") as made:
         yield made
 
 
@@ -72,7 +72,7 @@ def ask(server: Server, model: str, text: str = "Name a river.") -> tuple[object
 
 def states(server: Server) -> dict[str, str]:
     try:
-        with urllib.request.urlopen(f"{server.url}/ready", timeout=10) as response:
+        with urllib.request.urlopen(f"{server.url}/ready") as response:
             return orjson.loads(response.read())["models"]
     except urllib.error.HTTPError as exc:
         with exc:
@@ -80,7 +80,7 @@ def states(server: Server) -> dict[str, str]:
 
 
 def test_engines_load_one_after_another(server: Server) -> None:
-    server.until(lambda: states(server)["a"] == "ready", 240)
+    server.until(lambda: states(server)["a"] == "ready")
     assert ask(server, "a")[1] == "tierserve; fwd=miss"
     server.wait_ready()
     assert states(server) == {"a": "ready", "b": "ready"}
@@ -132,10 +132,29 @@ def test_one_that_ends_leaves_the_other_serving(server: Server) -> None:
             # One may end by the end of another.
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-    server.until(lambda: states(server)["b"] != "ready", 20)
+    server.until(lambda: states(server)["b"] != "ready")
     assert states(server)["a"] == "ready"
     assert ask(server, "poet", "Name a sea.")[1] == "tierserve; fwd=miss"
     assert "hit" in ask(server, "b")[1]
     with pytest.raises(openai.InternalServerError) as caught:
         ask(server, "b", "Name a sea.")
     assert caught.value.status_code == 503
+
+
+def test_a_stream_ends_whole_when_each_process_is_asked_to_end(server: Server) -> None:
+    stream = server.client.chat.completions.create(
+        model="a",
+        messages=[{"role": "user", "content": "Count."}],
+        max_tokens=100,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    events = [next(iter(stream))]
+    sessions = server.sessions()
+    # As who stops a whole service does, and it comes through to us at once.
+    for process in [server.process, *(each for session in sessions for each in living(session))]:
+        process.terminate()
+    events += stream
+    assert events[-1].choices[0].finish_reason == "length"
+    assert server.process.wait() == 0
+    assert [each for session in sessions for each in living(session)] == []

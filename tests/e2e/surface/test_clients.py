@@ -26,7 +26,6 @@ from .requests import user
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.timeout(600),
     # LangChain dumps what OpenAI's client has parsed, without its types.
     pytest.mark.filterwarnings("ignore:Pydantic serializer warnings:UserWarning"),
 ]

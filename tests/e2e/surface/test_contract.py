@@ -15,10 +15,10 @@ from server.routes import ROUTES
 from tests.e2e.conftest import MODEL, Server
 from tests.openapi import check, operations, requests_of, send
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.engine
 
 EXAMPLES = 5
-HANGS_S = 60
+HANGS_S = 600
 # vLLM's own: it has the route whatever the model is.
 UNABLE = {("/v1/systemone", 501)}
 TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens")

@@ -23,7 +23,7 @@ from tests.e2e.conftest import MODEL, Server
 from .conftest import kept
 from .requests import BAD, COUNT, GOOD, MESSAGES, RESPONSES, Case
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.engine
 
 # Of the engine's or our own making, new for each answer.
 _IDS = re.compile(rb"(chatcmpl-tool|chatcmpl|cmpl|resp|msg|rs|fc|call|functions)[-_][0-9a-f]{12,}")
