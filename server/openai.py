@@ -115,6 +115,7 @@ class OpenAI:
             body=request.raw,
             headers=saying(forwarded(http), request.cache.control),
             cache_status="tierserve; fwd=bypass",
+            repeatable=True,
             # Who says no-store wants nothing of it to be kept.
             ended=None if control.no_store else partial(self._prefixes.note, request),
         )
@@ -278,7 +279,7 @@ class OpenAI:
         started = time.monotonic()
         upstreams = self._models.upstreams(request.model)
         async with upstreams.request(
-            "POST", request.path, data=request.body, headers=headers
+            "POST", request.path, data=request.body, headers=headers, repeatable=True
         ) as reply:
             flight.age_s = _age_s(reply.headers)
             answer, finished = await record(

@@ -68,6 +68,7 @@ async def forward(
     path: str | None = None,
     headers: Mapping[str, str] | None = None,
     cache_status: str | None = None,
+    repeatable: bool = False,
     ended: Callable[[bytes], None] | None = None,
 ) -> web.StreamResponse:
     """Pass `http` to an upstream.
@@ -79,6 +80,7 @@ async def forward(
         path: asked instead of the request's own.
         headers: with which it is asked, instead of those of the request that are an engine's.
         cache_status: added to the reply (RFC 9211).
+        repeatable: whether nothing but the reply comes of it, whatever the method.
         ended: is told the end of an answer, once all of it has been passed on.
     """
     http.outcome = ("engine", "pass")
@@ -90,6 +92,7 @@ async def forward(
             path or http.rel_url.raw_path_qs,
             data=data,
             headers=forwarded(http) if headers is None else headers,
+            repeatable=repeatable,
         ) as reply:
             response = _answering(http, reply, cache_status)
             await response.prepare(http)

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import aiohttp
@@ -21,7 +22,8 @@ logger = logging.getLogger(__name__)
 SERVER = "tierserve"
 """Our name in the header `Server`, by which we also know another of us."""
 _CONNECT_S = 5
-_PROBE_S = 10
+# Gateways may ask others before they list their models.
+_PROBE_S = 30
 # It may have to wait for those that are queued before it.
 _TOKEN_S = 60
 # Below the five seconds after which vLLM closes a connection that idles: one that is closed while
@@ -29,6 +31,8 @@ _TOKEN_S = 60
 _KEEP_ALIVE_S = 3
 _PROBE_DOWN_S = 0.5
 _PROBE_UP_S = 2.0
+# That may be sent twice (RFC 9110, section 9.2.2).
+_IDEMPOTENT = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PUT", "TRACE"})
 _Reply = TypeVar("_Reply", aiohttp.ClientResponse, aiohttp.ClientWebSocketResponse)
 
 
@@ -79,13 +83,15 @@ class Upstream:
         self.loading = False
         """Whether it isn't ready, but a tierserve that answers what its tiers hold."""
         self._socket = socket
-        self.session = self._session(
-            aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=timeout_s)
-        )
+        self._replied_at = 0.0
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=timeout_s)
+        self._session = self._new_session(timeout)
+        self.fresh = self._new_session(timeout, keep=False)
+        """Makes a connection for each request."""
         # Of its own, so that it never waits for a connection that works. It makes a new one each
         # time: one from before may go on where nobody can connect any more.
-        self._probing = self._session(
-            aiohttp.ClientTimeout(total=_PROBE_S), self._key, force_close=True
+        self._probing = self._new_session(
+            aiohttp.ClientTimeout(total=_PROBE_S), self._key, keep=False
         )
 
     def with_key(self, headers: Mapping[str, str]) -> Mapping[str, str]:
@@ -97,24 +103,60 @@ class Upstream:
         keyed.update(self._key)
         return keyed
 
-    def _session(
+    def _new_session(
         self,
         timeout: aiohttp.ClientTimeout,
         headers: Mapping[str, str] | None = None,
         *,
-        force_close: bool = False,
+        keep: bool = True,
     ) -> aiohttp.ClientSession:
-        options: dict[str, Any] = {"limit": 0, "force_close": force_close}
-        if not force_close:
-            options["keepalive_timeout"] = _KEEP_ALIVE_S
+        options: dict[str, Any] = {"limit": 0}
+        options |= {"keepalive_timeout": _KEEP_ALIVE_S} if keep else {"force_close": True}
         connector: aiohttp.BaseConnector
         if self._socket is None:
             connector = aiohttp.TCPConnector(**options)
         else:
             connector = aiohttp.UnixConnector(self._socket, **options)
+        reuse = aiohttp.TraceConfig()
+        reuse.on_connection_reuseconn.append(_note_reuse)
         return aiohttp.ClientSession(
-            connector=connector, timeout=timeout, headers=headers, auto_decompress=False
+            connector=connector,
+            timeout=timeout,
+            headers=headers,
+            auto_decompress=False,
+            trace_configs=[reuse],
         )
+
+    async def request(
+        self, method: str, path: str, data: Any, headers: Mapping[str, str], *, repeatable: bool
+    ) -> aiohttp.ClientResponse:
+        """Ask it, and return its reply as it begins.
+
+        An upstream may close a connection that idles just when a request goes out on it. One that
+        may be sent twice is then sent once more; any other goes out on a connection of its own.
+        """
+        url = URL(self.url + path, encoded=True)
+        ask = partial(
+            aiohttp.ClientSession.request,
+            method=method,
+            url=url,
+            data=data,
+            headers=self.with_key(headers),
+            allow_redirects=False,
+        )
+        if (repeatable or method in _IDEMPOTENT) and isinstance(data, bytes | None):
+            attempt = _Attempt()
+            try:
+                reply = await ask(self._session, trace_request_ctx=attempt)
+            except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError, ConnectionError) as exc:
+                if not attempt.was_too_late(exc):
+                    raise
+                reply = await ask(self.fresh)
+        else:
+            reply = await ask(self.fresh)
+        if reply.status < 500:
+            self._replied_at = time.monotonic()
+        return reply
 
     @property
     def ready(self) -> bool:
@@ -126,7 +168,6 @@ class Upstream:
         if ready != self.ready:
             self._ready_since = time.monotonic() if ready else None
             (self.answers.set if ready else self.answers.clear)()
-            logger.info("%s is %s", self._name, "ready" if ready else "not ready")
 
     @property
     def ready_since(self) -> float | None:
@@ -140,30 +181,71 @@ class Upstream:
 
     async def watch(self) -> None:
         """Keep `ready` true to whether the upstream answers, until cancelled."""
+        told = None
         while True:
-            self.ready, self.loading = await self._look()
+            self.ready, self.loading, why = await self._look()
+            if (found := (self.ready, why)) != told:
+                told = found
+                state = "ready" if self.ready else "not ready"
+                logger.info("%s is %s%s", self._name, state, why and f": {why}")
             await asyncio.sleep(_PROBE_UP_S if self.ready else _PROBE_DOWN_S)
 
-    async def _look(self) -> tuple[bool, bool]:
-        """Return whether it is ready, and whether it is loading."""
+    async def _look(self) -> tuple[bool, bool, str]:
+        """Return whether it is ready, whether it is loading, and what the log should say of it.
+
+        Whatever it says to `GET /v1/models`, it answers: it may want a key or have no such route.
+        """
+        began = time.monotonic()
         try:
             async with self._probing.get(f"{self.url}/v1/models") as response:
-                # One that wants a key answers too.
-                if response.status not in (200, 401, 403):
-                    return False, False
+                status = response.status
+                why = "" if status in (200, 401, 403) else f"GET /v1/models has status {status}"
+                if status >= 500:
+                    return False, False, why
                 if response.headers.get("Server") != SERVER:
-                    return True, False
+                    return True, False, why
             async with self._probing.get(
                 f"{self.url}/ready", params={"model": self._model}
             ) as response:
-                return response.status != 503, response.status == 503
-        except (aiohttp.ClientError, OSError, TimeoutError):
-            return False, False
+                loading = response.status == 503
+                return not loading, loading, "its own engine isn't" if loading else ""
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:
+            return False, False, f"it takes no connection ({exc.strerror or 'in time'})"
+        except TimeoutError:
+            if self._replied_at > began:
+                return True, False, ""
+            return False, False, f"GET /v1/models has no answer after {_PROBE_S} s"
+        except (aiohttp.ClientError, OSError) as exc:
+            return False, False, f"GET /v1/models fails ({type(exc).__name__})"
 
     async def close(self) -> None:
         """Close all connections."""
-        await self.session.close()
-        await self._probing.close()
+        for session in (self._session, self.fresh, self._probing):
+            await session.close()
+
+
+class _Attempt:
+    """One attempt to send a request over a connection that may have idled."""
+
+    def __init__(self) -> None:
+        self.is_reused = False
+        self._began = time.monotonic()
+
+    def was_too_late(self, exc: Exception) -> bool:
+        """Whether it failed as on a connection that had been closed before.
+
+        That shows at once; who has closed it later, or has begun to reply, has got the request.
+        """
+        has_begun = isinstance(exc, aiohttp.ServerDisconnectedError) and not isinstance(
+            exc.message, str
+        )
+        is_soon = time.monotonic() - self._began < _CONNECT_S
+        return self.is_reused and is_soon and not has_begun
+
+
+async def _note_reuse(_: aiohttp.ClientSession, context: Any, __: Any) -> None:
+    if context.trace_request_ctx is not None:
+        context.trace_request_ctx.is_reused = True
 
 
 class Upstreams:
@@ -195,9 +277,17 @@ class Upstreams:
         return any(upstream.loading for upstream in self.all)
 
     def request(
-        self, method: str, path: str, *, data: Any, headers: Mapping[str, str]
+        self,
+        method: str,
+        path: str,
+        *,
+        data: Any,
+        headers: Mapping[str, str],
+        repeatable: bool = False,
     ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         """Ask the next upstream that takes the connection; gives the reply as it begins.
+
+        `repeatable` says that nothing but an answer comes of it, so that it may be sent twice.
 
         Raises:
             UnavailableError: none answers, or they have too much to do.
@@ -206,12 +296,8 @@ class Upstreams:
         return self._ask(
             method,
             headers,
-            lambda upstream, headers: upstream.session.request(
-                method,
-                URL(upstream.url + path, encoded=True),
-                data=data,
-                headers=upstream.with_key(headers),
-                allow_redirects=False,
+            lambda upstream, headers: upstream.request(
+                method, path, data, headers, repeatable=repeatable
             ),
         )
 
@@ -227,7 +313,7 @@ class Upstreams:
         return self._ask(
             "GET",
             headers,
-            lambda upstream, headers: upstream.session.ws_connect(
+            lambda upstream, headers: upstream.fresh.ws_connect(
                 URL(upstream.url + path, encoded=True),
                 headers=upstream.with_key(headers),
                 protocols=protocols,
@@ -256,7 +342,7 @@ class Upstreams:
         try:
             async with (
                 asyncio.timeout(_TOKEN_S),
-                upstream.session.post(
+                upstream.fresh.post(
                     f"{upstream.url}/v1/completions",
                     json={"model": model, "prompt": "a", "max_tokens": 1},
                     headers=headers,
