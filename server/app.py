@@ -153,6 +153,7 @@ async def _serve(
         freshness=FreshnessRules(config.cache).of,
         nondeterministic=config.cache.nondeterministic,
         variants=config.cache.variants,
+        obeys=config.cache.obey_upstreams,
         engine_keeps=keeps_responses(
             (os.environ, *(model.engine.env for model in config.models.values()))
         ),

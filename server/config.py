@@ -150,7 +150,8 @@ class Cache(Section):
     `nondeterministic` says whether answers are kept that asked for chance: only where the request's
     `cache.mode` is `use` (`per_request`), always, or never; `variants` is how many of them are kept
     for a request, and given out in turn. `wait_for_others_s` is how long to wait for an answer that
-    another process is generating; 0 never waits.
+    another process is generating; 0 never waits. `obey_upstreams` says whether an upstream's
+    `Cache-Control` forbids to keep its answers, or bounds for how long.
     """
 
     ttl_s: PositiveSeconds = 7 * 24 * 3600
@@ -161,6 +162,7 @@ class Cache(Section):
     nondeterministic: Literal["never", "per_request", "always"] = "per_request"
     variants: Annotated[int, Field(ge=1, le=MAX_VARIANTS)] = 1
     wait_for_others_s: Annotated[float, Field(ge=0, le=3600)] = 10
+    obey_upstreams: bool = True
     max_answer_bytes: Annotated[ByteSize, Field(ge=1024)] = ByteSize(4 * 1024**2)
 
 

@@ -63,20 +63,27 @@ def control_of(value: str) -> Control:
     What isn't known is ignored. A time that can't be read stands for the strictest: an answer that
     a client did not want is worse than one that is made anew.
     """
-    said: dict[str, str] = {}
-    for name, quoted, plain in _DIRECTIVE.findall(value):
-        said.setdefault(name.lower(), quoted or plain)
+    said = directives(value)
     stale = said.get("max-stale")
     return Control(
         no_cache="no-cache" in said,
         no_store="no-store" in said,
         only_if_cached="only-if-cached" in said,
-        max_age_s=_seconds(said["max-age"], 0) if "max-age" in said else inf,
-        min_fresh_s=_seconds(said["min-fresh"], inf) if "min-fresh" in said else -inf,
+        max_age_s=seconds(said["max-age"], 0) if "max-age" in said else inf,
+        min_fresh_s=seconds(said["min-fresh"], inf) if "min-fresh" in said else -inf,
         # Without a time, any staleness will do.
-        max_stale_s=inf if stale == "" else _seconds(stale, 0) if stale is not None else None,
+        max_stale_s=inf if stale == "" else seconds(stale, 0) if stale is not None else None,
     )
 
 
-def _seconds(text: str, unreadable: float) -> float:
+def directives(value: str) -> dict[str, str]:
+    """Return the directives of a `Cache-Control` header by name; the first of a name counts."""
+    said: dict[str, str] = {}
+    for name, quoted, plain in _DIRECTIVE.findall(value):
+        said.setdefault(name.lower(), quoted or plain)
+    return said
+
+
+def seconds(text: str, unreadable: float) -> float:
+    """Return a time as a directive has it, or else `unreadable`."""
     return float(text) if text.isascii() and text.isdecimal() else unreadable

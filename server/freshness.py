@@ -1,10 +1,19 @@
-"""How long the answers of a route and a model are good for."""
+"""How long the answers of a route and a model are good for, by us and by who gave them."""
 
+import logging
 from fnmatch import fnmatchcase
 from functools import lru_cache
 
 from server.config import Cache
+from server.control import directives, seconds
 from tiers import Freshness
+
+logger = logging.getLogger(__name__)
+
+# An upstream can't be asked whether an answer is still good, as `no-cache` demands.
+_NOT_KEPT = frozenset({"no-cache", "no-store", "private"})
+# RFC 9111, section 5.2.2: nor does who shares answers give out stale ones that have an `s-maxage`.
+_NEVER_STALE = frozenset({"must-revalidate", "proxy-revalidate", "s-maxage"})
 
 
 class FreshnessRules:
@@ -24,3 +33,22 @@ class FreshnessRules:
                 pairs = zip(said, default, strict=True)
                 return Freshness(*(ours if ours is not None else theirs for ours, theirs in pairs))
         return default
+
+
+@lru_cache(256)
+def heeding(control: str, ours: Freshness) -> Freshness | None:
+    """Return how long an answer is good for whose `Cache-Control` is `control`: at most `ours`.
+
+    `None` says that it isn't to be kept. Who asks for the same while it is made shares it even so:
+    it is no older for them, and theirs by the same credentials.
+    """
+    theirs = directives(control)
+    if not _NOT_KEPT.isdisjoint(theirs):
+        # Said once, since what is found is remembered.
+        logger.info("answers aren't kept of which an upstream says Cache-Control: %s", control)
+        return None
+    age = theirs.get("s-maxage", theirs.get("max-age"))
+    ttl_s = ours.ttl_s if age is None else min(ours.ttl_s, seconds(age, 0))
+    if not _NEVER_STALE.isdisjoint(theirs):
+        return Freshness(ttl_s)
+    return ours._replace(ttl_s=ttl_s)

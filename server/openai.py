@@ -11,6 +11,7 @@ from aiohttp import hdrs, web
 
 from server import convert
 from server.control import Control, control_of
+from server.freshness import heeding
 from server.headers import keyed, of_what_is_kept, saying
 from server.http_request import HttpRequest
 from server.models import Models
@@ -58,6 +59,7 @@ class OpenAI:
         nondeterministic: whether requests that ask for chance are cached too: `never`, `always`,
             or `per_request`, where they say so.
         variants: how many answers such requests are given in turn, if they don't say.
+        obeys: whether an upstream's `Cache-Control` counts.
         engine_keeps: whether the engine keeps answers itself, under ids that it gives.
         max_prompts: that one request may have.
         prefixes: counts how the prompts begin that engines are asked.
@@ -75,13 +77,14 @@ class OpenAI:
         variants: int,
         max_prompts: int,
         prefixes: Prefixes,
+        obeys: bool = True,
         engine_keeps: bool = False,
     ) -> None:
         self._chain, self._flights, self._turns = chain, flights, turns
         self._models, self._freshness = models, freshness
         self._nondeterministic, self._engine_keeps = nondeterministic, engine_keeps
         self._variants, self._turn_of = variants, Variants()
-        self._max_prompts, self._prefixes = max_prompts, prefixes
+        self._max_prompts, self._prefixes, self._obeys = max_prompts, prefixes, obeys
 
     async def answer(self, http: HttpRequest) -> web.StreamResponse:
         """Answer from a tier, from a running flight, or from the engine.
@@ -289,13 +292,12 @@ class OpenAI:
                 flight.publish,
                 self._flights.max_bytes,
             )
+        freshness = self._kept_for(request, reply)
+        finished = finished and freshness is not None
         flight.end(answer, kept=finished)
         if finished and request.route.shape.hides_aborts:
             finished = await upstreams.goes_on(reply, request.path, request.model, headers)
-        if finished:
-            freshness = self._freshness(request.route.path, request.model)
-            if request.cache.ttl_s is not None:
-                freshness = freshness._replace(ttl_s=request.cache.ttl_s)
+        if finished and freshness is not None:
             took_s = time.monotonic() - started
             self._flights.land(request.key, flight)
             with step("store"):
@@ -308,6 +310,15 @@ class OpenAI:
                     age_s=flight.age_s,
                 )
         self._prefixes.note(request, counts_in(answer))
+
+    def _kept_for(self, request: Request, reply: aiohttp.ClientResponse) -> Freshness | None:
+        """Return how long the answer in a reply is good for; `None` if it isn't to be kept."""
+        freshness = self._freshness(request.route.path, request.model)
+        if request.cache.ttl_s is not None:
+            freshness = freshness._replace(ttl_s=request.cache.ttl_s)
+        if not self._obeys:
+            return freshness
+        return heeding(", ".join(reply.headers.getall(hdrs.CACHE_CONTROL, ())), freshness)
 
 
 async def _render(

@@ -3,9 +3,10 @@
 import asyncio
 import itertools
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import aiohttp
 import orjson
@@ -62,9 +63,14 @@ async def answer(http: web.Request) -> web.StreamResponse:
     return await stream(http, *WHOLE)
 
 
-async def stream(http: web.Request, *pieces: bytes | asyncio.Event) -> web.StreamResponse:
+async def stream(
+    http: web.Request,
+    *pieces: bytes | asyncio.Event,
+    headers: Mapping[str, str] = MappingProxyType({}),
+) -> web.StreamResponse:
     """Send pieces; where an event stands, wait for it."""
-    response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+    sse = {"Content-Type": "text/event-stream; charset=utf-8"}
+    response = web.StreamResponse(headers=sse | headers)
     await response.prepare(http)
     for piece in pieces:
         if isinstance(piece, asyncio.Event):

@@ -1,7 +1,9 @@
-"""The first rule that matches counts."""
+"""The first rule that matches counts, within what an upstream says."""
+
+import pytest
 
 from server.config import Cache
-from server.freshness import FreshnessRules
+from server.freshness import FreshnessRules, heeding
 from tiers import Freshness
 
 
@@ -20,3 +22,23 @@ def test_the_first_rule_that_matches_counts() -> None:
     assert of("/v1/completions", "large") == Freshness(3, 0, 5)
     assert of("/v1/chat/completions", "large") == Freshness(4, 0, 5)
     assert of("/v1/chat/completions", "tiny") == Freshness(4, 7, 5)
+
+
+@pytest.mark.parametrize(
+    ("control", "expected"),
+    [
+        ("", Freshness(60, 5, 7)),
+        ("public, no-transform", Freshness(60, 5, 7)),
+        ("no-store", None),
+        ("Private", None),
+        ("no-cache, max-age=60", None),
+        ("max-age=9", Freshness(9, 5, 7)),
+        ("max-age=99", Freshness(60, 5, 7)),
+        ("max-age=soon", Freshness(0, 5, 7)),
+        ("max-age=9, s-maxage=8", Freshness(8)),
+        ("must-revalidate", Freshness(60)),
+        ("max-age=9, proxy-revalidate", Freshness(9)),
+    ],
+)
+def test_an_upstream_may_shorten_it(control: str, expected: Freshness | None) -> None:
+    assert heeding(control, Freshness(60, 5, 7)) == expected

@@ -968,3 +968,41 @@ async def test_cache_control_may_stand_on_several_lines(front: Front, upstream: 
     headers = CIMultiDict([("Cache-Control", "max-age=60"), ("Cache-Control", "no-store")])
     for _ in range(2):
         assert (await front.ask(asked, headers=headers))[1] == "tierserve; fwd=bypass"
+
+
+@pytest.mark.parametrize("stream_it", [False, True])
+@pytest.mark.parametrize(
+    ("control", "then"),
+    [
+        ("no-store", "tierserve; fwd=miss"),
+        ("private", "tierserve; fwd=miss"),
+        ("public, max-age=90", r"tierserve; hit; ttl=\d\d; detail=memory"),
+    ],
+)
+async def test_an_upstream_says_how_long_its_answers_are_kept(
+    front: Front, upstream: Upstream, control: str, then: str, stream_it: bool
+) -> None:
+    async def controlled(http: web.Request) -> web.StreamResponse:
+        headers = {"Cache-Control": control}
+        if stream_it:
+            return await stream(http, *WHOLE, headers=headers)
+        return web.json_response(body(), headers=headers)
+
+    upstream.handler = controlled
+    asked = question(stream=stream_it)
+    assert (await front.ask(asked))[1] == "tierserve; fwd=miss"
+    assert re.fullmatch(then, (await front.ask_alone(asked))[1])
+
+
+async def test_what_an_upstream_says_of_caches_may_be_ignored(
+    upstream: Upstream, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def no_store(_: web.Request) -> web.StreamResponse:
+        return web.json_response(body(), headers={"Cache-Control": "no-store"})
+
+    monkeypatch.setenv("TIERSERVE__CACHE__OBEY_UPSTREAMS", "false")
+    upstream.handler = no_store
+    asked = question()
+    async with running(tmp_path, upstream) as front:
+        await front.ask(asked)
+        assert "hit" in (await front.ask_alone(asked))[1]
