@@ -116,7 +116,7 @@ def _parse(
     path: str, raw: bytes, tenant: Tenant, names: Names, headers: tuple[tuple[str, str], ...]
 ) -> Request:
     route = ROUTES[path]
-    body = _read(raw)
+    raw, body = _read(raw)
     cache, sent_as_is = CacheField(), True
     if "cache" in body:
         cache, sent_as_is = cache_field.read(body.pop("cache")), False
@@ -186,9 +186,16 @@ def _parse(
 _remembered = lru_cache(_REMEMBERED)(_parse)
 
 
-def _read(raw: bytes) -> dict[str, Any]:
+def _read(raw: bytes) -> tuple[bytes, dict[str, Any]]:
+    """Return a body in UTF-8, and what it says; engines take other encodings, and a BOM, too."""
     try:
-        body = orjson.loads(raw)
+        try:
+            body = orjson.loads(raw)
+        except ValueError:
+            if (encoding := json.detect_encoding(raw)) == "utf-8":
+                raise
+            raw = raw.decode(encoding).encode()
+            body = orjson.loads(raw)
         if _HUGE in raw.translate(_DIGITS_AS_ZEROS):
             body = json.loads(raw)
     except ValueError as exc:
@@ -197,7 +204,7 @@ def _read(raw: bytes) -> dict[str, Any]:
         raise BadRequestError("the body is nested too deeply", "body") from exc
     if not isinstance(body, dict):
         raise BadRequestError("the body should be a JSON object", "body")
-    return body
+    return raw, body
 
 
 def _canonical(

@@ -50,6 +50,12 @@ def test_same_key(change) -> None:
     assert request(orjson.dumps(reordered, option=orjson.OPT_INDENT_2)).key == request(BODY).key
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_a_body_in_another_encoding_is_read_and_sent_as_utf_8(encoding: str) -> None:
+    text = '{"model":"m","messages":[{"role":"user","content":"é"}],"temperature":0}'
+    assert request(text.encode(encoding)) == request(text.encode())
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -214,7 +220,8 @@ def test_deep_bodies_have_keys_or_are_refused() -> None:
     "raw",
     [
         b"", b"{", b"[]", b"\xff", b"1", b'{"a": NaN}', b'{"a": -Infinity}', b'{"a": 1e999}',
-        b'{"a": "\\ud800"}', b'{"a": 1}\x00', b"\xef\xbb\xbf{}", '{"a": 1}'.encode("utf-16"),
+        b'{"a": "\\ud800"}', b'{"a": 1}\x00', b"\xef\xbb\xbf{", '{"a": 1'.encode("utf-16"),
+        b"{\x00}", b"\xff\xfe{\x00\x00\xd8}\x00",
     ],
 )  # fmt: skip
 def test_refuses_what_is_not_an_object(raw: bytes) -> None:
