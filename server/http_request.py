@@ -8,6 +8,7 @@ from typing import Protocol
 
 from aiohttp import hdrs, web
 
+from server.coding import UNDONE, UnknownCodingError, undone
 from server.limits import Account
 from server.request import Request
 from server.tenants import NOBODY, Tenant
@@ -46,6 +47,12 @@ class HttpRequest(web.BaseRequest):
         """What its body is said to be, in lower case and without parameters."""
         return _media_type(self.headers.get(hdrs.CONTENT_TYPE, ""))
 
+    @property
+    def coding(self) -> str:
+        """How its body is coded (RFC 9110, section 8.4), in lower case; empty if it isn't."""
+        said = ",".join(self.headers.getall(hdrs.CONTENT_ENCODING, ())).lower().split(",")
+        return ", ".join(each for each in map(str.strip, said) if each not in ("", "identity"))
+
     async def invite_body(self) -> None:
         """Have a client go on that waits to be told so (RFC 9110, section 10.1.1)."""
         if self.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
@@ -54,13 +61,16 @@ class HttpRequest(web.BaseRequest):
             self.writer.output_size = 0
 
     async def body(self) -> bytes:
-        """Return all of the body.
+        """Return all of the body, without its coding.
 
         Raises:
             web.HTTPRequestEntityTooLarge: it is larger than `client_max_size`.
-            web.RequestPayloadError: it can't be decoded.
+            web.RequestPayloadError: it isn't as HTTP demands.
+            BadRequestError: it can't be decoded.
             SlowClientError: it does not come in time.
         """
+        if hdrs.CONTENT_ENCODING in self.headers and self.coding:
+            return await self._decoded()
         if not self.content.is_eof():
             try:
                 async with asyncio.timeout(self.client_timeout_s):
@@ -72,6 +82,20 @@ class HttpRequest(web.BaseRequest):
         if len(body) > self.client_max_size:
             raise web.HTTPRequestEntityTooLarge(self.client_max_size)
         return body
+
+    async def _decoded(self) -> bytes:
+        if (coding := self.coding) not in UNDONE:
+            raise UnknownCodingError(coding)
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self.client_timeout_s):
+                async for piece in self.pieces():
+                    body += piece
+                    if len(body) > self.client_max_size:
+                        raise web.HTTPRequestEntityTooLarge(self.client_max_size)
+        except TimeoutError as exc:
+            raise SlowClientError from exc
+        return bytes(body)
 
     async def send(self, response: web.StreamResponse, data: bytes) -> None:
         """Write to the client, as fast as it reads.
@@ -88,13 +112,15 @@ class HttpRequest(web.BaseRequest):
                 self.transport.abort()
             raise ConnectionResetError("the client does not read") from exc
 
-    async def pieces(self) -> AsyncIterator[bytes]:
-        """Yield the body as it comes.
+    def pieces(self) -> AsyncIterator[bytes]:
+        """Return the body as it comes, without its coding if that is one of `UNDONE`.
 
-        Raises:
-            web.RequestPayloadError: it can't be decoded.
-            SlowClientError: the next piece does not come in time.
+        Iterating raises what `body` does, each piece having its time.
         """
+        coding = self.coding
+        return undone(self._received(), coding) if coding in UNDONE else self._received()
+
+    async def _received(self) -> AsyncIterator[bytes]:
         while True:
             try:
                 async with asyncio.timeout(self.client_timeout_s):

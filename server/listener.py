@@ -41,6 +41,8 @@ class _Protocol(web.RequestHandler):
             loop=asyncio.get_running_loop(),
             access_log=None,  # type: ignore[arg-type]
             keepalive_timeout=_KEEP_ALIVE_S,
+            # It would take what was cut short for whole.
+            auto_decompress=False,
         )
         self._timeout_s = timeout_s
 
@@ -76,7 +78,7 @@ class _Protocol(web.RequestHandler):
         return response
 
     def log_exception(self, *args: Any, **more: Any) -> None:
-        # A body that can't be decoded has been answered, and is no failure of ours.
+        # A body that is no valid HTTP has been answered, and is no failure of ours.
         if not isinstance(more.get("exc_info"), web.RequestPayloadError):
             super().log_exception(*args, **more)
 

@@ -15,6 +15,7 @@ from aiohttp import web
 from multidict import istr
 
 from server.cache_field import BadRequestError
+from server.coding import UnknownCodingError
 from server.history import History
 from server.http_request import Handler, HttpRequest, SlowClientError
 from server.logs import AccessLog
@@ -110,13 +111,16 @@ def read_only(handler: Handler) -> Handler:
 def _said(exc: Exception) -> web.Response:
     """Return what a client gets that has made one of `_MISTAKES`."""
     if isinstance(exc, BadRequestError):
-        return error_response(exc.status, str(exc), param=exc.param)
+        refused = error_response(exc.status, str(exc), param=exc.param)
+        if isinstance(exc, UnknownCodingError):
+            refused.headers["Accept-Encoding"] = "gzip, deflate"
+        return refused
     if isinstance(exc, web.HTTPRequestEntityTooLarge):
         return error_response(413, "The body is larger than server.max_body_bytes allows.")
     if isinstance(exc, SlowClientError):
         response = error_response(408, "The body did not come within server.client_timeout_s.")
     else:
-        response = error_response(400, "The body does not have its Content-Encoding.")
+        response = error_response(400, "The body is not valid HTTP.")
     response.force_close()
     return response
 

@@ -1,12 +1,14 @@
 """Passing a request through to an engine and its reply back, unchanged and without buffering."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 
 import aiohttp
-from aiohttp import web
+from aiohttp import hdrs, web
 from multidict import CIMultiDict, istr
 from yarl import URL
 
+from server.cache_field import BadRequestError
+from server.coding import UNDONE
 from server.http_request import HttpRequest, SlowClientError
 from server.responses import failure, own_headers, unavailable
 from server.upstream import UnavailableError, Upstreams
@@ -33,8 +35,6 @@ KEYED = tuple(
 """Headers that may change an answer, and are part of its key."""
 # An answer belongs to whom these name, so no `Connection` keeps them from its engine.
 _END_TO_END = _KEYS | frozenset(map(str.lower, KEYED))
-# We have undone the first, and must be able to read what comes back.
-_CODINGS = frozenset({"content-encoding", "accept-encoding"})
 # Token counts are there.
 _END_BYTES = 1024
 
@@ -44,7 +44,9 @@ def forwarded(http: HttpRequest) -> CIMultiDict[str]:
     said = ",".join(http.headers.getall("Connection", ()))
     hop = {name.strip().lower() for name in said.split(",")} - _END_TO_END
     keys = _KEYS if http.tenant.has_key else frozenset()
-    headers = _without(http.headers, _OURS | _CODINGS | keys | hop)
+    undone = {"content-encoding"} if http.coding in UNDONE else frozenset()
+    headers = _without(http.headers, _OURS | keys | hop | undone)
+    # We must be able to read what comes back.
     headers.update({"X-Request-Id": http.id, "Accept-Encoding": "identity"})
     return headers
 
@@ -84,14 +86,21 @@ async def forward(
         ended: is told the end of an answer, once all of it has been passed on.
     """
     http.outcome = ("engine", "pass")
-    data = http.pieces() if body is None and http.body_exists else body
+    headers = forwarded(http) if headers is None else headers
+    data: AsyncIterator[bytes] | bytes | None = body
+    if body is None and http.body_exists:
+        data = http.pieces()
+        if http.coding not in UNDONE and hdrs.CONTENT_LENGTH in http.headers:
+            # Some upstreams take no uploads without.
+            headers = CIMultiDict(headers)
+            headers[hdrs.CONTENT_LENGTH] = http.headers[hdrs.CONTENT_LENGTH]
     response: web.StreamResponse | None = None
     try:
         async with upstreams.request(
             http.method,
             path or http.rel_url.raw_path_qs,
             data=data,
-            headers=forwarded(http) if headers is None else headers,
+            headers=headers,
             repeatable=repeatable,
         ) as reply:
             response = _answering(http, reply, cache_status)
@@ -146,7 +155,7 @@ async def _pass_on(
 
 def _unread(http: HttpRequest, exc: BaseException) -> Exception | None:
     """Return the client's mistake, if that was met while its body was passed on."""
-    if isinstance(exc.__cause__, SlowClientError):
+    if isinstance(exc.__cause__, BadRequestError | SlowClientError):
         return exc.__cause__
     unread = http.content.exception()
     return unread if isinstance(unread, web.RequestPayloadError) else None

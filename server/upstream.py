@@ -124,6 +124,8 @@ class Upstream:
             timeout=timeout,
             headers=headers,
             auto_decompress=False,
+            # What a client leaves out means something, too.
+            skip_auto_headers=("Accept", "Content-Type", "User-Agent"),
             trace_configs=[reuse],
         )
 

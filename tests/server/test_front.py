@@ -6,7 +6,9 @@ import re
 import shutil
 import subprocess
 import time
+import zlib
 from collections import Counter
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
 
@@ -256,14 +258,36 @@ async def test_a_cut_pass_through_is_seen_as_cut(front: Front, upstream: Upstrea
             await response.read()
 
 
+GZIPPED = gzip.compress(b"{}" * 500)
+
+
 @pytest.mark.parametrize("path", [CHAT, "/v1/others"])
+@pytest.mark.parametrize(
+    ("coding", "data"),
+    [
+        ("gzip", b"no gzip"),
+        ("x-gzip", GZIPPED[:-1]),
+        ("gzip", GZIPPED[:-20]),
+        ("gzip", GZIPPED + b"more"),
+        ("deflate", zlib.compress(b"{}")[:-1]),
+    ],
+)
 async def test_a_body_that_is_not_what_it_says_is_a_clients_mistake(
-    front: Front, upstream: Upstream, path: str
+    front: Front, upstream: Upstream, path: str, coding: str, data: bytes
 ) -> None:
-    headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
-    async with front.session.post(path, data=b"no gzip", headers=headers) as response:
+    whole: list[bytes] = []
+
+    async def read(http: web.Request) -> web.StreamResponse:
+        whole.append(await http.read())
+        return web.Response()
+
+    upstream.handler = read
+    headers = {"Content-Encoding": coding, "Content-Type": "application/json"}
+    async with front.session.post(path, data=data, headers=headers) as response:
         assert response.status == 400
-        assert (await response.json())["error"]["type"] == "BadRequestError"
+        message = (await response.json())["error"]["message"]
+        assert message == f"The body should be whole and in {coding}, as its Content-Encoding says."
+    assert whole == []
 
 
 async def test_a_redirect_does_not_lead_past_us(front: Front, upstream: Upstream) -> None:
@@ -314,9 +338,9 @@ async def test_absolute_targets_and_hop_by_hop_headers(front: Front, upstream: U
     upstream.handler = fine
     reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
     writer.write(
-        b"GET http://a.example/x//%7Ey?q HTTP/1.1\r\nHost: a.example\r\n"
+        b"POST http://a.example/x//%7Ey?q HTTP/1.1\r\nHost: a.example\r\nContent-Length: 1\r\n"
         b"Connection: X-Hop\r\nX-Hop: 1\r\nX-End: 2\r\n"
-        b"Connection: X-Other, Anthropic-Beta\r\nX-Other: 3\r\nAnthropic-Beta: b\r\n\r\n"
+        b"Connection: X-Other, Anthropic-Beta\r\nX-Other: 3\r\nAnthropic-Beta: b\r\n\r\n1"
     )
     assert (await reader.readline()).startswith(b"HTTP/1.1 200")
     writer.close()
@@ -325,6 +349,9 @@ async def test_absolute_targets_and_hop_by_hop_headers(front: Front, upstream: U
     assert not {"X-Hop", "X-Other"} & {*asked.headers}
     # The last is part of keys.
     assert (asked.headers["X-End"], asked.headers["Anthropic-Beta"]) == ("2", "b")
+    # Nor do any come that the client has not sent.
+    added = {"Accept", "Content-Type", "User-Agent"}
+    assert added.isdisjoint(asked.headers)
 
 
 @pytest.mark.parametrize("name", ["Authorization", "x-api-key"])
@@ -440,14 +467,81 @@ async def test_a_websocket_that_is_refused_or_left(front: Front, upstream: Upstr
     await asyncio.wait_for(upstream.aborted.wait(), 20)
 
 
-async def test_compressed_requests_are_understood(front: Front, upstream: Upstream) -> None:
-    asked = question()
-    headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
-    packed = gzip.compress(orjson.dumps(asked))
+def raw_deflated(data: bytes) -> bytes:
+    return zlib.compress(data)[2:-4]
+
+
+@pytest.mark.parametrize(
+    ("coding", "pack"),
+    [
+        ("gzip", gzip.compress),
+        ("X-GZip", gzip.compress),
+        ("identity, deflate", zlib.compress),
+        ("deflate", raw_deflated),
+        ("identity", bytes),
+    ],
+)
+async def test_compressed_requests_are_understood(
+    front: Front, upstream: Upstream, coding: str, pack: Callable[[bytes], bytes]
+) -> None:
+    asked = question(user=" " * 65_536)
+    headers = {"Content-Encoding": coding, "Content-Type": "application/json"}
     for path in (CHAT, "/v1/others"):
+        packed = pack(orjson.dumps(asked))
         async with front.session.post(path, data=packed, headers=headers) as response:
             assert response.status == 200
     assert "hit" in (await front.ask(asked))[1]
+    assert upstream.asked[1].headers.get("Content-Encoding", "identity") == "identity"
+
+
+@pytest.mark.parametrize("coding", ["gzip, gzip", "br", "unknown"])
+async def test_other_codings_are_refused_or_passed_on(
+    front: Front, upstream: Upstream, coding: str
+) -> None:
+    read: list[bytes] = []
+
+    async def fine(http: web.Request) -> web.StreamResponse:
+        read.append(await http.content.read())
+        return web.Response()
+
+    upstream.handler = fine
+    headers = {"Content-Encoding": coding, "Content-Type": "application/json"}
+    async with front.session.post(CHAT, data=b"coded", headers=headers) as response:
+        assert (response.status, response.headers["Accept-Encoding"]) == (415, "gzip, deflate")
+        assert coding in (await response.json())["error"]["message"]
+    # Of several models nobody has to be found by what it says.
+    headers = {"Content-Encoding": "unknown"}
+    async with front.session.post("/v1/others", data=b"coded", headers=headers) as response:
+        assert response.status == 200
+    assert (read, upstream.asked[0].headers["Content-Encoding"]) == ([b"coded"], "unknown")
+
+
+async def test_what_unpacks_to_more_than_a_body_may_have_is_refused(
+    front: Front, upstream: Upstream
+) -> None:
+    headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+    packed = gzip.compress(bytes(10_000_000))
+    async with front.session.post(CHAT, data=packed, headers=headers) as response:
+        assert response.status == 413
+
+
+@pytest.mark.parametrize("length", [True, False])
+async def test_an_upload_goes_on_with_its_length(
+    front: Front, upstream: Upstream, length: bool
+) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"12"
+        yield b"345"
+
+    async def read(http: web.Request) -> web.StreamResponse:
+        return web.Response(body=await http.read())
+
+    upstream.handler = read
+    headers = {"Content-Length": "5"} if length else {}
+    async with front.session.post("/v1/files", data=pieces(), headers=headers) as response:
+        assert await response.read() == b"12345"
+    told = upstream.asked[0].headers
+    assert ("Content-Length" in told, "Transfer-Encoding" in told) == (length, not length)
 
 
 @pytest.mark.parametrize(
