@@ -14,6 +14,8 @@ from server.request import Request
 from server.tenants import NOBODY, Tenant
 from tiers import Answer
 
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
 
 class SlowClientError(Exception):
     """The body did not come in time."""
@@ -56,7 +58,7 @@ class HttpRequest(web.BaseRequest):
     async def invite_body(self) -> None:
         """Have a client go on that waits to be told so (RFC 9110, section 10.1.1)."""
         if self.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
-            await self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            await self.writer.write(CONTINUE)
             # The response itself has not begun.
             self.writer.output_size = 0
 

@@ -8,11 +8,11 @@ import ssl
 from functools import partial
 from typing import Any
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.http_exceptions import BadHttpMessage, InvalidURLError, LineTooLong
 
 from server.config import Listener, is_dual
-from server.http_request import Handler, HttpRequest
+from server.http_request import CONTINUE, Handler, HttpRequest
 from server.responses import error_response
 from server.upstream import SERVER
 
@@ -25,6 +25,8 @@ _first_words = re.compile(
 _BACKLOG = 1024
 # Longer than clients and proxies keep connections that idle, so that they close them, and not we.
 _KEEP_ALIVE_S = 630
+# Between two looks whether a client that says nothing more is there.
+_ASK_S = 0.5
 
 
 class _Protocol(web.RequestHandler):
@@ -32,6 +34,13 @@ class _Protocol(web.RequestHandler):
 
     A connection on which no head comes is closed: a first one within `client_timeout_s`, a further
     one within the time for which it is kept open.
+
+    A client that has said all it will may wait for its answer still, as `nc -N` does, or have gone:
+    both look alike until something is sent (RFC 9293, section 3.6). So what is answered soon is
+    sent, and to who waits longer goes a `100 Continue` now and then, which clients ignore (RFC
+    9110, section 15.2.1), and which shows who has gone, so that an engine doesn't work for nobody.
+    Where none may be sent, to HTTP/1.0 and within a response, such a client counts as gone, as it
+    does over TLS, which ends in both directions at once, and over WebSockets.
     """
 
     def __init__(self, server: web.Server, timeout_s: float) -> None:
@@ -54,6 +63,40 @@ class _Protocol(web.RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         self._deadline.cancel()
         super().connection_lost(exc)
+
+    # aiohttp's returns nothing, which closes the connection.
+    def eof_received(self) -> bool:  # type: ignore[override]
+        if not self._owes_answer():
+            return False
+        # Of several requests that came at once, the last isn't known here when it is answered.
+        self._close = len(self._messages) + (self._waiter is None) == 1
+        self._deadline.cancel()
+        self._deadline = self._loop.call_later(_ASK_S, self._ask_whether_gone)
+        return True
+
+    def _owes_answer(self) -> bool:
+        """Whether all of the last request has come, and its response has not begun."""
+        if self.ssl_context is not None or self._upgraded or not self._request_count:
+            return False
+        if self._messages:
+            return self._messages[-1][1].is_eof()
+        if (http := self._current_request) is not None:
+            return http.content.is_eof() and not http.writer.output_size
+        return self._waiter is None
+
+    def _ask_whether_gone(self) -> None:
+        http, transport = self._current_request, self.transport
+        if transport is None:
+            return
+        if http is not None and not http.writer.output_size:
+            if http.version < HttpVersion11:
+                transport.close()
+                return
+            transport.write(CONTINUE)
+        elif self._waiter is not None and not self._messages:
+            transport.close()
+            return
+        self._deadline = self._loop.call_later(_ASK_S, self._ask_whether_gone)
 
     def _expect_head(self) -> None:
         if not self._request_count:

@@ -1100,3 +1100,71 @@ async def test_what_an_upstream_says_of_caches_may_be_ignored(
     async with running(tmp_path, upstream) as front:
         await front.ask(asked)
         assert "hit" in (await front.ask_alone(asked))[1]
+
+
+def sent(path: str, asked: dict | None = None, version: str = "1.1") -> bytes:
+    """A request as it is sent: a POST if there is something to ask."""
+    raw = b"" if asked is None else orjson.dumps(asked)
+    head = f"{'GET' if asked is None else 'POST'} {path} HTTP/{version}\r\nHost: a\r\n"
+    more = f"Content-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
+    return (head + more).encode() + raw
+
+
+async def half_closed(
+    front: Front, data: bytes
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+    writer.write(data)
+    writer.write_eof()
+    return reader, writer
+
+
+async def test_who_says_no_more_is_answered(front: Front, upstream: Upstream) -> None:
+    asked, streamed, chance = question(), question(stream=True), question(temperature=1)
+    for data in (
+        sent("/health"),
+        sent("/health", version="1.0"),
+        sent("/health") + sent("/ready") + sent(CHAT, asked),
+        sent(CHAT, asked),
+        sent(CHAT, streamed),
+        sent(CHAT, chance),
+        sent("/v1/others", {"a": 1}),
+    ):
+        reader, writer = await half_closed(front, data)
+        said = await asyncio.wait_for(reader.read(), 20)
+        heads = re.findall(rb"HTTP/1.[01] (\d+) ", said)
+        assert heads == [b"200"] * data.count(b" HTTP/1."), data
+        writer.close()
+    for data in (b"", b"GET", sent(CHAT, asked)[:-1]):
+        reader, writer = await half_closed(front, data)
+        assert await asyncio.wait_for(reader.read(), 20) == b""
+        writer.close()
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/others"])
+@pytest.mark.parametrize("gone", [False, True])
+async def test_who_says_no_more_and_waits_is_told_from_who_has_gone(
+    front: Front, upstream: Upstream, path: str, gone: bool
+) -> None:
+    go = asyncio.Event()
+
+    async def slow(http: web.Request) -> web.StreamResponse:
+        await go.wait()
+        return web.json_response(body())
+
+    upstream.handler = slow
+    reader, writer = await half_closed(front, sent(path, question()))
+    if gone:
+        writer.close()
+        await asyncio.wait_for(upstream.aborted.wait(), 20)
+        return
+    # Two of them, so that the first has been answered by no reset.
+    for _ in range(2):
+        said = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
+        assert said == b"HTTP/1.1 100 Continue\r\n\r\n"
+    go.set()
+    said = await asyncio.wait_for(reader.read(), 20)
+    assert b"HTTP/1.1 200 OK\r\n" in said
+    assert b'"content":"yes"' in said.replace(b'": "', b'":"')
+    assert not upstream.aborted.is_set()
+    writer.close()
