@@ -16,7 +16,7 @@ from server.headers import keyed, of_what_is_kept, saying
 from server.http_request import HttpRequest
 from server.models import Models
 from server.offload import offloaded
-from server.passthrough import forward, forwarded, returned
+from server.passthrough import UNBUFFERED, forward, forwarded, returned
 from server.prefixes import Prefixes
 from server.record import NotAnAnswerError, record
 from server.request import Request, parse
@@ -159,16 +159,18 @@ class OpenAI:
             listener, joined = self._join(http, request, hit, control)
         told = partial(_told, http, why, listener.flight, joined=joined)
         told()
+        # Once a response has begun, a stale answer can't be given instead.
+        waits = hit is not None and not control.is_about_age
         try:
             async with listener:
                 with step("flight") as flight:
                     flight.tell(joined=joined)
-                    return await self._listen(http, request, listener, told)
+                    return await self._listen(http, request, listener, told, waits=waits)
         except (NotAnAnswerError, UnavailableError, aiohttp.ClientError, OSError) as exc:
             if http.transport is None:
                 # Not the flight has failed: this client has gone.
                 raise ConnectionResetError from exc
-            if hit is not None and not control.is_about_age and self._stands_in(request, hit, exc):
+            if waits and hit is not None and self._stands_in(request, hit, exc):
                 status = f"; fwd-status={exc.status}" if isinstance(exc, NotAnAnswerError) else ""
                 return await self._render_hit(http, request, hit, f"fwd=stale{status}")
             failed = _failed(exc)
@@ -224,9 +226,18 @@ class OpenAI:
         return response
 
     async def _listen(
-        self, http: HttpRequest, request: Request, listener: Listener, told: Callable[[], str]
+        self,
+        http: HttpRequest,
+        request: Request,
+        listener: Listener,
+        told: Callable[[], str],
+        *,
+        waits: bool,
     ) -> web.StreamResponse:
         """Give out what a flight brings; `told` says how, once it has brought something.
+
+        A stream begins when the engine's does, which may be long before its first event, or with
+        that event if it `waits`.
 
         Raises:
             NotAnAnswerError, UnavailableError, aiohttp.ClientError, OSError: it failed before
@@ -243,10 +254,13 @@ class OpenAI:
         response: web.StreamResponse | None = None
         try:
             async for event in listener:
+                if waits and not event:
+                    continue
                 if response is None:
                     response = await _begin(http, told(), int(flight.age_s))
-                event = convert.counted(event, wants_usage=request.wants_usage)
-                await http.send(response, convert.fill(event, id_, created))
+                if event:
+                    event = convert.counted(event, wants_usage=request.wants_usage)
+                    await http.send(response, convert.fill(event, id_, created))
         except (NotAnAnswerError, aiohttp.ClientError, OSError) as exc:
             if response is None or http.transport is None:
                 raise
@@ -361,8 +375,8 @@ def _told(http: HttpRequest, why: str, flight: Flight, *, joined: bool) -> str:
 
 
 async def _begin(http: HttpRequest, status: str, age_s: int) -> web.StreamResponse:
-    headers = {"Cache-Status": status, "Age": str(age_s), "Content-Type": _SSE} | own_headers(http)
-    response = web.StreamResponse(headers=headers)
+    headers = {"Cache-Status": status, "Age": str(age_s), "Content-Type": _SSE}
+    response = web.StreamResponse(headers=headers | UNBUFFERED | own_headers(http))
     await response.prepare(http)
     return response
 

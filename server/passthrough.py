@@ -35,6 +35,8 @@ KEYED = tuple(
 """Headers that may change an answer, and are part of its key."""
 # An answer belongs to whom these name, so no `Connection` keeps them from its engine.
 _END_TO_END = _KEYS | frozenset(map(str.lower, KEYED))
+UNBUFFERED = {"X-Accel-Buffering": "no"}
+"""Has nginx, and those that heed the same, pass a stream on as it comes."""
 # Token counts are there.
 _END_BYTES = 1024
 
@@ -128,6 +130,8 @@ def _answering(
 ) -> web.StreamResponse:
     """Return the response that passes a reply on, without its body."""
     headers = returned(reply.headers)
+    if reply.content_type == "text/event-stream":
+        headers.update(UNBUFFERED)
     headers.update(own_headers(http))
     if location := headers.get("Location"):
         headers["Location"] = _seen_from_here(URL(location), reply.url)

@@ -36,7 +36,8 @@ async def record(
         reply: to a request that asked for `form`.
         shape: how an answer of this route looks.
         form: a body is published whole, events one by one but for the one with the token counts.
-        publish: takes templates (`server.convert`).
+        publish: takes templates (`server.convert`); of a stream first an empty one, which says that
+            it begins.
         max_bytes: of events more than this are published, but none is kept for the answer.
 
     Returns:
@@ -52,6 +53,7 @@ async def record(
         answer, finished = _body(reply, shape, await reply.read())
         await publish(answer.content)
         return answer, finished
+    await publish(b"")
     if shape is CHOICES:
         events: _Choices | _Typed = _Choices(publish, max_bytes)
     else:

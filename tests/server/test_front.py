@@ -228,6 +228,38 @@ async def test_hanging_up_ends_the_engines_work(
     assert await front.metric('tierserve_requests_total{model="m",outcome="aborted"') == before + 1
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/others"])
+async def test_a_stream_begins_when_the_engines_does(
+    front: Front, upstream: Upstream, path: str
+) -> None:
+    go = asyncio.Event()
+
+    async def slow(http: web.Request) -> web.StreamResponse:
+        return await stream(http, go, *WHOLE)
+
+    upstream.handler = slow
+    async with front.session.post(path, json=question(stream=True)) as response:
+        assert response.headers["X-Accel-Buffering"] == "no"
+        go.set()
+        assert (await response.read()).endswith(b"data: [DONE]\n\n")
+
+
+async def test_a_stream_waits_for_its_first_event_where_a_stale_answer_may_stand_in(
+    front: Front, upstream: Upstream
+) -> None:
+    async def fails(http: web.Request) -> web.StreamResponse:
+        return await stream(http, b'data: {"error":{"message":"no memory","code":500}}\n\n')
+
+    asked = question(model="sie", stream=True)
+    await front.ask(asked)
+    upstream.handler = fails
+    status, cache_status, text = await front.ask_alone(asked)
+    assert (status, b"yes" in text) == (200, True)
+    assert "fwd=stale; fwd-status=500" in cache_status
+    _, cache_status, text = await front.ask(asked, headers={"Cache-Control": "max-age=0"})
+    assert (cache_status, b"no memory" in text) == ("tierserve; fwd=stale", True)
+
+
 async def test_other_routes_pass_without_buffering(front: Front, upstream: Upstream) -> None:
     go = asyncio.Event()
 
