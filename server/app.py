@@ -23,6 +23,7 @@ from server.admin.local import Administration
 from server.admin.openapi import document as admin_document
 from server.chain import build, build_turns
 from server.config import Config, ConfigError, without_secrets
+from server.cors import allow, sharing
 from server.door import Door, Enter, anybody
 from server.freshness import FreshnessRules
 from server.history import History
@@ -187,6 +188,7 @@ async def _serve(
     owned |= _pages(Files(FRONT), overview, Document(models, described), wrapped, door)
     routes = _routes(road, models, wrapped, traced, door)
     router = _router(routes, owned, others, models, wrapped, traced, door)
+    router = sharing(config.server.allowed_origins, router, wrapped(allow, anybody))
     server = make_server(router, config.server)
     runner = web.ServerRunner(server, shutdown_timeout=config.server.shutdown_grace_s)
     failures: list[BaseException] = []

@@ -38,6 +38,7 @@ from tiers.disk import MIN_BYTES, Durability
 from tiers.movement import Write
 from tiers.policies import DEFAULT, POLICIES
 
+_has_shape_of_origin = re.compile(r"[a-z][a-z0-9+.-]*://[^/\sA-Z]+").fullmatch
 # As they end: `api_key`, `hfToken`, `Authorization`.
 _names_secret = re.compile(
     r"(?i)(key|token|password|passwd|passphrase|secret|credential|authorization|cookie)s?$"
@@ -86,6 +87,12 @@ class ConfigError(ValueError):
         self.mistakes = mistakes
 
 
+def _is_origin(text: str) -> str:
+    if text != "*" and not _has_shape_of_origin(text):
+        raise ValueError("should be as https://app.example:8443, in lower case, or *")
+    return text
+
+
 class Tls(Section):
     """PEM files of a certificate, with those that lead to its root, and of its private key."""
 
@@ -100,6 +107,8 @@ class Listener(Section):
     `client_timeout_s` is how long a client may take to send a head, or a body that we read whole,
     and how long it may pause within one that is passed through, or in taking what it is sent.
     A request may have `max_prompts` prompts, on any route. `tls` is of the admin API's port, too.
+    Pages of other sites may ask us whose origins `allowed_origins` names, as `https://app.example`,
+    or `*` all.
     """
 
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
@@ -107,6 +116,7 @@ class Listener(Section):
     max_body_bytes: Annotated[ByteSize, Field(ge=1024)] = ByteSize(10 * 1024**2)
     max_prompts: Annotated[int, Field(ge=1)] = 2048
     client_timeout_s: Annotated[float, Field(ge=0.1, le=3600)] = 60
+    allowed_origins: tuple[Annotated[str, AfterValidator(_is_origin)], ...] = ()
     shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = 30
     tls: Tls | None = None
 

@@ -38,7 +38,7 @@ class Door:
         if account is None:
             return None
         refusal = account.enter()
-        http.limits = account.headers
+        http.more_headers = {**http.more_headers, **account.headers}
         if refusal is None:
             http.account = account
             return None

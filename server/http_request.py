@@ -41,8 +41,8 @@ class HttpRequest(web.BaseRequest):
     """Who asks; set at the door."""
     account: Account | None = None
     """Where it counts as under way."""
-    limits: Mapping[str, str] = MappingProxyType({})
-    """The headers of its response that tell its tenant's limits."""
+    more_headers: Mapping[str, str] = MappingProxyType({})
+    """Of its response: its tenant's limits, and what pages of other sites may do with it."""
 
     @property
     def media_type(self) -> str:

@@ -88,8 +88,8 @@ def wrap(
                 response.told_at(http.path)
             headers = response.headers
             headers["Server"], headers["X-Request-Id"] = SERVER, id_
-            if http.limits:
-                headers.update(http.limits)
+            if http.more_headers:
+                headers.update(http.more_headers)
         return response
 
     return around

@@ -17,7 +17,8 @@ MAX_NAME_CHARACTERS = 128
 """Of a model's name; labels tell no more of it."""
 _OUR_ARGS = frozenset(
     {
-        "config", "host", "lora_modules", "model", "port", "revision", "served_model_name", "uds",
+        "allow_credentials", "allowed_headers", "allowed_methods", "allowed_origins", "config",
+        "host", "lora_modules", "model", "port", "revision", "served_model_name", "uds",
     }
 )  # fmt: skip
 # The weights must be what the keys say, for as long as the engine runs.

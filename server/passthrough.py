@@ -55,7 +55,11 @@ def forwarded(http: HttpRequest) -> CIMultiDict[str]:
 
 def returned(headers: Mapping[str, str]) -> CIMultiDict[str]:
     """Return the headers with which an engine's reply goes back to the client."""
-    return _without(headers, _OURS)
+    theirs = _without(headers, _OURS)
+    # Which pages may ask us is not an engine's to say (`server.cors`).
+    for name in [name for name in theirs if name.lower().startswith("access-control-")]:
+        theirs.popall(name, None)
+    return theirs
 
 
 def _without(headers: Mapping[str, str], names: Collection[str]) -> CIMultiDict[str]:
@@ -132,7 +136,9 @@ def _answering(
     headers = returned(reply.headers)
     if reply.content_type == "text/event-stream":
         headers.update(UNBUFFERED)
+    varies = headers.popall("Vary", [])
     headers.update(own_headers(http))
+    headers.extend(("Vary", value) for value in varies)
     if location := headers.get("Location"):
         headers["Location"] = _seen_from_here(URL(location), reply.url)
     response = web.StreamResponse(status=reply.status, headers=headers)

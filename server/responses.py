@@ -32,7 +32,7 @@ _ANTHROPICS_KINDS = {
 
 def own_headers(http: HttpRequest) -> dict[str, str]:
     """Return the headers that each response carries."""
-    return {"Server": SERVER, "X-Request-Id": http.id, **http.limits}
+    return {"Server": SERVER, "X-Request-Id": http.id, **http.more_headers}
 
 
 class Whole(web.StreamResponse):
@@ -63,8 +63,8 @@ class Whole(web.StreamResponse):
             end = "Connection: close\r\n"
         elif http.version < HttpVersion11:
             end = "Connection: keep-alive\r\n"
-        if http.limits:
-            end += "".join(f"{name}: {value}\r\n" for name, value in http.limits.items())
+        if http.more_headers:
+            end += "".join(f"{name}: {value}\r\n" for name, value in http.more_headers.items())
         head = (
             f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
             f"Cache-Status: {cache_status}\r\nAge: {age_s}\r\nETag: {etag}\r\n"

@@ -16,6 +16,7 @@ HTTP = {
     "admin/listener",
     "admin/warm",
     "app",
+    "cors",
     "destination",
     "door",
     "http_request",

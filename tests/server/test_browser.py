@@ -12,7 +12,7 @@ import yaml
 from aiohttp import web
 
 from server.keys import hashed, new_key
-from tests.server.conftest import ROLE, WHOLE, body, chunk, question, running, stream
+from tests.server.conftest import CHAT, ROLE, WHOLE, answer, body, chunk, question, running, stream
 from tests.servers import free_port
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -83,13 +83,14 @@ async def visit(chromium, request) -> AsyncIterator[Visit]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def guarded(_upstream, tmp_path_factory):
-    """A server with two tenants and an admin port."""
+    """A server with two tenants and an admin port, which pages of the upstream's may ask."""
     folder = tmp_path_factory.mktemp("browser")
     tenants = {"acme": {"keys": [hashed(KEY)]}, "globex": {"keys": [hashed(OTHER_KEY)]}}
     (folder / "tenants.yaml").write_text(yaml.safe_dump(tenants))
     port = free_port()
     sections = {
         "models": {"a-model-of-a-long-name-" * 4: {"upstreams": [_upstream.url]}},
+        "server": {"allowed_origins": [_upstream.url]},
         "tenants": {"file": "tenants.yaml"},
         "admin": {"port": port, "key": ADMIN_KEY},
     }
@@ -291,3 +292,33 @@ def _luminance(color: str) -> float:
     parts = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+_FETCH = """async ([url, key, asked]) => {
+    const response = await fetch(url, {
+        method: "POST",
+        headers: {"Authorization": `Bearer ${key}`, "Content-Type": "application/json"},
+        body: JSON.stringify(asked),
+    });
+    return [response.status, response.headers.get("Cache-Status"), await response.text()];
+}"""
+
+
+async def test_a_page_of_another_site_asks(guarded, upstream, visit) -> None:
+    async def page(_: web.Request) -> web.StreamResponse:
+        return web.Response(
+            text="<!doctype html><link rel=icon href=data:,>", content_type="text/html"
+        )
+
+    upstream.handler = page
+    await visit.page.goto(upstream.url + "/page")
+    upstream.handler = answer
+    url = guarded.url + CHAT
+    for stream_it in (False, True):
+        asked = question(stream=stream_it)
+        for how in ("fwd=miss", "hit"):
+            status, said, text = await visit.page.evaluate(_FETCH, [url, KEY, asked])
+            assert (status, said.split("; ")[1], "yes" in text) == (200, how, True)
+            await guarded.ask_alone(asked)
+    _, said, _ = await visit.page.evaluate(_FETCH, [url + "?a=1", KEY, asked])
+    assert said == "tierserve; fwd=bypass"

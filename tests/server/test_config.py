@@ -160,6 +160,15 @@ def test_what_others_set_is_not_ours(tmp_path: Path, monkeypatch) -> None:
         ("models: {m: {source: s, engine: {arg: 1}}}", "engine.arg: unknown key; did you mean arg"),
         ("models: {m: s}", r"models.m: should hold keys of adapters, aliases, .*, not 's'"),
         ("models: {1: {source: s}}", "models.1: Input should be a valid string, not 1"),
+        (
+            "models: {m: {source: s, engine: {args: {allowed_origins: ['*']}}}}",
+            "allowed_origins: set by tierserve; use section server",
+        ),
+        ("server: {allowed_origins: [app.example]}", "allowed_origins.0: should be as https://app"),
+        (
+            "server: {allowed_origins: ['https://a/']}",
+            "allowed_origins.0: should be as https://app",
+        ),
         ("models: {}", "models: Dictionary should have at least 1 item"),
         ("models: {m: {source: s}, m: {source: t}}", "m stands twice"),
         ('models: {"a\\nb": {source: s}}', "should have 1 to 128 printable characters"),

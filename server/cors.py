@@ -1,0 +1,52 @@
+"""Which pages of other sites may ask us: cross-origin resource sharing (Fetch, section 3.2).
+
+The front decides it alone and for every response alike, since an answer out of a tier can't be
+what an engine would allow; what engines say about it goes to no client (`server.passthrough`).
+Pages send keys as headers of their own; cookies and the like, which browsers send unasked, are
+never allowed.
+"""
+
+from collections.abc import Awaitable, Collection
+
+from aiohttp import hdrs, web
+
+from server.http_request import Handler, HttpRequest
+
+ANY = "*"
+# As long as any browser remembers it.
+_REMEMBERED_S = 86400
+_BY_ORIGIN = {"Vary": "Origin"}
+
+
+def sharing(origins: Collection[str], handler: Handler, preflight: Handler) -> Handler:
+    """Return `handler` for pages of these origins, too, whose questions `preflight` answers."""
+
+    def headers(origin: str | None) -> dict[str, str]:
+        allowed = {"Access-Control-Expose-Headers": "*"}
+        if ANY in origins:
+            return allowed | {"Access-Control-Allow-Origin": ANY}
+        if origin is None or origin not in origins:
+            return _BY_ORIGIN
+        return allowed | _BY_ORIGIN | {"Access-Control-Allow-Origin": origin}
+
+    def answer(http: HttpRequest) -> Awaitable[web.StreamResponse]:
+        http.more_headers = headers(http.headers.get(hdrs.ORIGIN))
+        is_preflight = (
+            http.method == "OPTIONS" and hdrs.ACCESS_CONTROL_REQUEST_METHOD in http.headers
+        )
+        if is_preflight and hdrs.ACCESS_CONTROL_ALLOW_ORIGIN in http.more_headers:
+            return preflight(http)
+        return handler(http)
+
+    return answer if origins else handler
+
+
+async def allow(http: HttpRequest) -> web.Response:
+    """Allow a page what it asks for; whether it has a key is known when it sends that."""
+    asked = http.headers
+    headers = {
+        "Access-Control-Allow-Methods": asked[hdrs.ACCESS_CONTROL_REQUEST_METHOD],
+        "Access-Control-Allow-Headers": asked.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, ""),
+        "Access-Control-Max-Age": str(_REMEMBERED_S),
+    }
+    return web.Response(status=204, headers=headers)
