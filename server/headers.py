@@ -1,8 +1,9 @@
 """The headers of requests that go on to engines.
 
 Of a request whose answer is to be kept only these do: credentials, which keep answers apart already
-(`server.tenants`), those that are part of its key, and those that change no answer. Others, such as
-cookies or languages, might change it, and would be in no key.
+(`server.tenants`), those that are part of its key unless vLLM is asked, which doesn't hear them,
+and those that change no answer. Others, such as cookies or languages, might change it, and would be
+in no key. vLLM may refuse a value of those that say where and when it works; a hit needs neither.
 """
 
 from multidict import CIMultiDict, MultiMapping

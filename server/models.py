@@ -73,13 +73,15 @@ class Model:
         """Yield the names by which clients may ask for it, and what they mean that day."""
         suffix = f" {day}" if self.is_dated else ""
         options = self.described.engine_options
+        # A middleware may hear and answer anything.
+        is_vllm = options is not None and not options.get("middleware")
         for asked, name in self.asked_as():
             yield (
                 asked,
                 Named(
                     name,
                     self._identities[name] + suffix,
-                    is_vllm=options is not None,
+                    is_vllm=is_vllm,
                     has_one_parser=options is not None and not options.get("reasoning_parser"),
                 ),
             )

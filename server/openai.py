@@ -124,12 +124,13 @@ class OpenAI:
         )
 
     def _may_keep(self, http: HttpRequest, request: Request) -> bool:
-        # The engine knows what else a query or another type of content may mean.
+        # The engine knows what else another type of content may mean, or a query: on these routes
+        # a vLLM reads none.
         return (
             request.repeatable
             and (request.deterministic or self._keeps_chance(request))
             and not (request.is_to_be_kept_there and self._engine_keeps)
-            and "?" not in http.raw_path
+            and (request.is_vllm or "?" not in http.raw_path)
             and http.media_type == _JSON
         )
 

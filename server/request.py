@@ -4,16 +4,20 @@ A key is the digest of who may share the answer (the scope), of what gives it (`
 of the route, and of the canonical request: the parsed body, in which
 
 - the fields at the top and those of each message are sorted, as are a `logit_bias`'s tokens, and
-  numbers at the top and in a `logit_bias` that are whole are integers;
+  numbers at the top and in a `logit_bias` that are whole are integers, unless they are larger than
+  floats are exact or where vLLM takes no float: then it may refuse one and take the other;
 - the model is named, the default one where the body names none;
 - what changes no answer is left out: `stream` and `stream_options`, as far as either form of the
-  answer makes the other, and what the route calls irrelevant (`server.routes`), such as `user`;
+  answer makes the other, what the route calls irrelevant (`server.routes`), such as `user`, and
+  what it doesn't hear within other fields (`server.messages`);
 - what the route calls a default is left out, since vLLM takes it for the same as absence;
 - `cache`, which is meant for us, is left out;
 
-and of the headers that may change an answer (`server.headers`).
+The query is no part of it, nor are headers: on these routes vLLM reads no query, and of headers
+those alone that say who asks, where and when it works, and what is told of that.
 
-Of an engine that we don't know (`Named.is_vllm`) nothing is left out but `cache`.
+Of an engine that we don't know (`Named.is_vllm`) nothing is left out but `cache`, headers that may
+change an answer (`server.headers`) are part of the key, and a request with a query isn't kept.
 
 Everything else is kept as it was sent: the order inside tools, JSON schemas and arguments, since
 prompts are rendered from it; values of a type that the engine refuses or judges by itself; and
@@ -24,6 +28,7 @@ is nested too deeply has no key: it is refused.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -37,11 +42,16 @@ from server.labels import labels_of
 from server.names import Named, Names
 from server.prompts import Prompts, prompts_in
 from server.routes import ROUTES, Route
-from server.shapes import CHOICES, MESSAGE
+from server.shapes import CHOICES
 from server.tenants import Tenant
 from tiers import Form, digest
 from tiers.key import scoped
 
+_INT64 = range(-(2**63), 2**63)
+# Up to here every whole number is a float.
+_EXACT = 2**53
+_STRICT = "thinking_token_budget"
+_token = re.compile(r"0|[1-9][0-9]*").fullmatch
 # orjson makes floats of integers beyond 64 bits, so two of them could share a key. They have 19
 # digits or more, which are found like this ten times as fast as by a regular expression.
 _DIGITS_AS_ZEROS = bytes.maketrans(b"123456789", b"0" * 9)
@@ -49,7 +59,12 @@ _HUGE = b"0" * 19
 _CONTINUOUS = "continuous_usage_stats"
 _HOLD_PARTS = ("content", "file", "output", "source")
 _NAME_OTHERS = ("file_id", "uuid")
-_NAME_NOTHING = frozenset({"content", "name", "role", "text", "tool_call_id", "tool_calls", "type"})
+_NAME_NOTHING = frozenset(
+    {
+        "cache_control", "content", "is_error", "name", "role", "signature", "text", "thinking",
+        "tool_call_id", "tool_calls", "tool_use_id", "type",
+    }
+)  # fmt: skip
 _CLIENTS_TOOLS = (None, "function", "custom", "namespace")
 # Together they bound the bodies that are remembered, each up to three times, to 48 MiB.
 _REMEMBERED = 1024
@@ -64,6 +79,10 @@ class Request(NamedTuple):
     """The one of the route's paths that it was asked by."""
     model: str
     """By which its engine knows it."""
+    is_vllm: bool
+    """Whether that is a vLLM as ours."""
+    id: Any
+    """What its client calls it in the body, if anything."""
     tenant: str
     """Who asks, by name."""
     labels: tuple[str, ...]
@@ -99,7 +118,7 @@ def parse(
         raw: the body as received.
         tenant: who asks.
         names: what the model that it asks for is, and what gives its answers.
-        headers: those that an engine is sent and that may change its answer.
+        headers: those that an engine is sent and that may change its answer, if we don't know it.
 
     Raises:
         BadRequestError: the body isn't a JSON object, or its field `cache` isn't as it should be.
@@ -123,8 +142,7 @@ def _parse(
     asked = body.get("model")
     named = names.find(asked)
     name = named.name
-    # Messages without a model are refused.
-    if asked != name and isinstance(asked, str if route.shape is MESSAGE else str | None):
+    if asked != name and isinstance(asked, str | None) and (asked or not route.needs_model):
         body["model"], sent_as_is = name, False
     if not sent_as_is:
         raw = _dumps(body)
@@ -140,6 +158,7 @@ def _parse(
         canonical = _canonical(
             route, body, stream=stream, wants_usage=wants_usage, apart=not named.has_one_parser
         )
+        headers = ()
     said = [part.encode(errors="surrogateescape") for header in headers for part in header]
     key = digest(
         tenant.scope, named.identity.encode(), route.path.encode(), _dumps(canonical), *said
@@ -162,6 +181,8 @@ def _parse(
         route=route,
         path=path,
         model=name,
+        is_vllm=named.is_vllm,
+        id=body.get("request_id"),
         tenant=tenant.name,
         labels=labels_of(name, tenant.name, cache.tags),
         raw=raw,
@@ -210,7 +231,7 @@ def _read(raw: bytes) -> tuple[bytes, dict[str, Any]]:
 def _canonical(
     route: Route, body: Mapping[str, Any], *, stream: bool, wants_usage: bool, apart: bool
 ) -> dict[str, Any]:
-    fields = dict(body)
+    fields = route.heard(body)
     if route.streams and isinstance(fields.get("stream"), bool | None):
         fields.pop("stream", None)
     if stream and route.shape is CHOICES and isinstance(body.get("stream_options"), dict | None):
@@ -222,7 +243,7 @@ def _canonical(
     canonical = {}
     for name in sorted(fields):
         value = _plain(name, fields[name])
-        if name in route.irrelevant and isinstance(value, route.irrelevant[name]):
+        if name in route.irrelevant and _is_ignored(value, route.irrelevant[name]):
             continue
         if name not in route.defaults or not _is_any_of(value, route.defaults[name]):
             canonical[name] = value
@@ -237,12 +258,19 @@ def _plain(name: str, value: Any) -> Any:
     if isinstance(value, str):
         return value
     if isinstance(value, float):
-        return int(value) if value.is_integer() else value
-    if isinstance(value, dict) and name == "logit_bias":
+        is_whole = value.is_integer() and abs(value) <= _EXACT and name != _STRICT
+        return int(value) if is_whole else value
+    # Of tokens that are the same number the last counts.
+    if isinstance(value, dict) and name == "logit_bias" and all(map(_token, value)):
         return {token: _plain("", bias) for token, bias in sorted(value.items())}
     if isinstance(value, list) and name == "messages":
         return [dict(sorted(m.items())) if isinstance(m, dict) else m for m in value]
     return value
+
+
+def _is_ignored(value: Any, types: type | tuple[type, ...]) -> bool:
+    # A larger integer is refused.
+    return isinstance(value, types) and (not isinstance(value, int) or value in _INT64)
 
 
 def _is_any_of(value: Any, others: tuple[Any, ...]) -> bool:
@@ -275,7 +303,9 @@ def _points_elsewhere(prompts: list[Any]) -> bool:
             if not value.keys() <= _NAME_NOTHING and _names_other(value):
                 return True
             # Not the arguments of tools, in which anything may be named.
-            rest += [value[name] for name in _HOLD_PARTS if name in value]
+            for name in _HOLD_PARTS:
+                if name in value:
+                    rest.append(value[name])
     return False
 
 

@@ -4,14 +4,17 @@ A row says what is particular to a route of vLLM's server (0.32; the classes of 
 `protocol.py` of `vllm/entrypoints/*`). All else is the same for every route.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from server import messages
 from server.shapes import CHOICES, FLAT, MESSAGE, RESPONSE, Shape
 
 Equal = dict[str, tuple[Any, ...]]
 """Fields with the values that mean the same as leaving them out."""
+Ignored = dict[str, type | tuple[type, ...]]
+"""Fields that change no answer as long as they are of these types; else they are refused."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,8 +33,9 @@ class Route:
     """What is answered alike in a body and in a stream; of anything else vLLM may leave out or
     refuse something in one of them, so there the form is part of the key. None where no form can
     be made of the other."""
-    irrelevant: Mapping[str, type | tuple[type, ...]]
-    """Fields that change no answer as long as they are of these types; else they are refused."""
+    irrelevant: Ignored
+    heard: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
+    """Returns the fields of a body without what vLLM ignores within them."""
     defaults: Equal
     """As vLLM itself takes them: where `generation_config`, a chat template, or another field may
     have a say, a default isn't equal to absence, and isn't here."""
@@ -41,6 +45,8 @@ class Route:
     """Fields that name what exists at one moment only, or in one server."""
     may_be_kept_there: bool = False
     """Whether the engine itself may keep answers, under the ids that it gives."""
+    needs_model: bool = False
+    """Whether a body without a model is refused."""
 
     @property
     def path(self) -> str:
@@ -50,7 +56,17 @@ class Route:
 
 _TEXT = (str, type(None))
 _OBJECT = (dict, type(None))
-_ID, _RANK = {"request_id": str}, {"priority": int}
+_ID: Ignored = {"request_id": str}
+_RANK: Ignored = {"priority": int}
+# Classes that don't know a field take anything for it. These say who asks, and where what is asked
+# is kept and by what it is found there; a field that asks for another answer stays in the key.
+_UNKNOWN: Ignored = dict.fromkeys(
+    (
+        "metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
+        "service_tier", "store",
+    ),
+    object,
+)  # fmt: skip
 _TRANSFERS = ("kv_transfer_params", "ec_transfer_params")
 
 
@@ -153,11 +169,12 @@ _ALIKE = frozenset(
         "logprobs", "max_completion_tokens", "max_tokens", "messages", "min_p", "min_tokens",
         "model", "n", "parallel_tool_calls", "presence_penalty", "prompt", "reasoning_effort",
         "repetition_penalty", "response_format", "seed", "skip_special_tokens", "stop",
-        "stop_token_ids", "stream_options", "structured_outputs", "temperature", "tool_choice",
+        "stop_token_ids", "structured_outputs", "temperature", "tool_choice",
         "tools", "top_k", "top_logprobs", "top_p",
     }
 )  # fmt: skip
-_ASKED_BY = _ID | _RANK | {"user": _TEXT}
+_ASKED_BY: Ignored = _ID | _RANK | {"user": _TEXT}
+_MARKED: Ignored = {"cache_control": object, "service_tier": object}
 
 _TABLE = (
     Route(
@@ -166,8 +183,7 @@ _TABLE = (
         streams=True,
         id_prefix="chatcmpl-",
         alike_in_both_forms=_ALIKE,
-        # vLLM doesn't know `metadata`, so it takes any.
-        irrelevant=_ASKED_BY | {"metadata": object, "session_id": _TEXT},
+        irrelevant=_ASKED_BY | _UNKNOWN | {"session_id": _TEXT},
         defaults=_CHAT | _null(*_TRANSFERS),
         media=("messages",),
         unrepeatable=_TRANSFERS,
@@ -178,7 +194,7 @@ _TABLE = (
         streams=True,
         id_prefix="cmpl-",
         alike_in_both_forms=_ALIKE,
-        irrelevant=_ASKED_BY | {"metadata": object, "session_id": _TEXT},
+        irrelevant=_ASKED_BY | _UNKNOWN | {"session_id": _TEXT},
         defaults=_COMPLETION | _null(*_TRANSFERS),
         unrepeatable=_TRANSFERS,
     ),
@@ -187,9 +203,15 @@ _TABLE = (
         shape=RESPONSE,
         streams=True,
         id_prefix="resp_",
-        # `metadata` and `user` come back in the answer.
+        # `metadata`, `service_tier` and `user` come back in the answer.
         irrelevant=_RANK
-        | {"prompt_cache_key": _TEXT, "session_id": _TEXT, "store": (bool, type(None))},
+        | {
+            "prompt_cache_key": _TEXT,
+            "prompt_cache_retention": object,
+            "safety_identifier": object,
+            "session_id": _TEXT,
+            "store": (bool, type(None)),
+        },
         defaults=_RESPONSE,
         media=("input", "previous_input_messages"),
         # The answer's id would be the one asked for.
@@ -209,7 +231,9 @@ _TABLE = (
         shape=MESSAGE,
         streams=True,
         id_prefix="chatcmpl-",
-        irrelevant={"metadata": _OBJECT},
+        irrelevant=_MARKED | {"metadata": _OBJECT},
+        heard=messages.heard,
+        needs_model=True,
         defaults=_MESSAGE,
         media=("messages", "system"),
         unrepeatable=(*_TRANSFERS, "container", "mcp_servers"),
@@ -218,7 +242,9 @@ _TABLE = (
         paths=("/v1/messages/count_tokens",),
         shape=FLAT,
         by_nature=True,
-        irrelevant={},
+        irrelevant=_MARKED | {"metadata": object},
+        heard=messages.heard,
+        needs_model=True,
         defaults=_null(
             "chat_template_kwargs", "output_config", "system", "thinking", "tool_choice", "tools"
         ),

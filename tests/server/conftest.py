@@ -147,8 +147,10 @@ class Upstream:
 
 
 def alike(*urls: str) -> dict[str, dict]:
-    """Models of the same upstreams; by rules of `Front`, answers of two are stale at once."""
-    return {name: {"upstreams": list(urls), "vllm": {}} for name in ("m", "n", "swr", "sie")}
+    """Models of the same upstreams: by rules of `Front`, answers of two are stale at once, and of
+    `n` nobody knows that it is a vLLM."""
+    known = {name: {"upstreams": list(urls), "vllm": {}} for name in ("m", "n", "swr", "sie")}
+    return known | {"n": {"upstreams": list(urls)}}
 
 
 class Front:

@@ -133,7 +133,7 @@ SENT = {"Cookie": "a=b", "Accept-Language": "de", "X-Odd": "1", "User-Agent": "m
 async def test_what_could_change_an_answer_goes_on_or_is_in_its_key(
     front: Front, upstream: Upstream
 ) -> None:
-    asked = question()
+    asked = question(model="n")
     await front.ask_alone(asked, headers=SENT)
     assert {name: upstream.asked[-1].headers.get(name) for name in SENT} == {
         "Cookie": None,
@@ -147,6 +147,13 @@ async def test_what_could_change_an_answer_goes_on_or_is_in_its_key(
         assert upstream.asked[-1].headers[name] == "b"
         assert "hit" in (await front.ask(asked, headers={name.upper(): "b"}))[1]
         assert "miss" in (await front.ask(asked, headers={name: "c"}))[1]
+
+
+async def test_no_header_changes_what_a_vllm_answers(front: Front, upstream: Upstream) -> None:
+    asked = question()
+    await front.ask_alone(asked, headers={"Anthropic-Beta": "a"})
+    assert upstream.asked[-1].headers["Anthropic-Beta"] == "a"
+    assert "hit" in (await front.ask(asked, headers={"Anthropic-Beta": "b", "OpenAI-Beta": "c"}))[1]
 
 
 async def test_all_goes_on_with_what_is_not_kept(front: Front, upstream: Upstream) -> None:

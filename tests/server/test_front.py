@@ -358,9 +358,17 @@ async def test_what_a_client_may_ask_of_the_tiers(
 
 async def test_a_query_is_the_engines_to_understand(front: Front, upstream: Upstream) -> None:
     for _ in range(2):
-        async with front.session.post(CHAT + "?api-version=3", json=question()) as response:
+        path = f"{CHAT}?api-version=3"
+        async with front.session.post(path, json=question(model="n")) as response:
             assert response.headers["Cache-Status"] == "tierserve; fwd=bypass"
     assert upstream.asked[0].query_string == "api-version=3"
+
+
+async def test_a_query_is_nothing_to_a_vllm(front: Front, upstream: Upstream) -> None:
+    asked = question()
+    await front.ask_alone(asked)
+    async with front.session.post(f"{CHAT}?beta=true&model=n", json=asked) as response:
+        assert "hit" in response.headers["Cache-Status"]
 
 
 async def test_absolute_targets_and_hop_by_hop_headers(front: Front, upstream: Upstream) -> None:

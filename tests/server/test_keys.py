@@ -6,7 +6,6 @@
 import json
 from typing import Any
 
-import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,11 +21,12 @@ SAID = {"messages": [{"role": "user", "content": "hi"}]}
 
 
 def request(path: str, body: dict[str, Any] | bytes) -> Request:
-    raw = body if isinstance(body, bytes) else orjson.dumps(body)
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     return parse(path, raw, tenant_of(""), MODELS)
 
 
 TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=5)
+BOTH = {"stream_options": {"continuous_usage_stats": True, "include_usage": True}}
 JSON = st.recursive(
     st.none()
     | st.booleans()
@@ -37,6 +37,7 @@ JSON = st.recursive(
     max_leaves=8,
 )
 ROUTE = ROUTES[CHAT]
+STRICT = "thinking_token_budget"
 KNOWN = sorted({*ROUTE.defaults, *ROUTE.irrelevant, *ROUTE.alike_in_both_forms, "stream"})
 NAMES = st.sampled_from(KNOWN) | TEXTS.filter(lambda name: name != "cache")
 BODIES = st.dictionaries(NAMES, JSON, max_size=6).map(
@@ -53,9 +54,9 @@ def reordered(body: dict[str, Any]) -> dict[str, Any]:
 @given(BODIES, st.booleans())
 def test_how_it_is_written_changes_nothing(body: dict[str, Any], escapes: bool) -> None:
     one = json.dumps(body).encode()
-    # Other order, other whitespace, other escapes, and 1.0 for 1.
+    # Other order, other whitespace, other escapes, and 1.0 for 1 where vLLM takes either.
     other = {
-        name: float(value) if type(value) is int and abs(value) < 2**53 else value
+        name: float(value) if name != STRICT and _is_exact(value) else value
         for name, value in reordered(body).items()
     }
     written = json.dumps(other, indent=3, ensure_ascii=escapes).encode()
@@ -70,6 +71,10 @@ def test_what_is_left_differs_where_keys_do(one: dict[str, Any], other: dict[str
         assert _relevant(one) == _relevant(other)
 
 
+def _is_exact(value: Any) -> bool:
+    return type(value) is int and abs(value) <= 2**53
+
+
 def _dumped(body: dict[str, Any]) -> bytes:
     return json.dumps(body).encode()
 
@@ -80,7 +85,8 @@ def _relevant(body: dict[str, Any]) -> str:
 
 
 def _number(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    is_whole = isinstance(value, float) and value.is_integer() and _is_exact(int(value))
+    return int(value) if is_whole else value
 
 
 @pytest.mark.parametrize(
@@ -111,6 +117,20 @@ def test_the_same_in_other_words(one: bytes, other: bytes) -> None:
         ({"tools": []}, {}),
         ({"stream": 1}, {"stream": True}),
         ({"stream": 1}, {}),
+        ({STRICT: 1}, {STRICT: 1.0}),
+        ({"max_tokens": 10**19}, {"max_tokens": 1e19}),
+        ({"priority": 2**63}, {}),
+        ({"priority": -(2**63) - 1}, {}),
+        ({"priority": 1e30}, {}),
+        ({"priority": 0.5}, {}),
+        ({"logit_bias": {"5": 1, "05": 2}}, {"logit_bias": {"05": 2, "5": 1}}),
+        ({"stream_options": {"continuous_usage_stats": True}}, {"stream": True} | BOTH),
+        ({"stream_options": {"include_usage": True}}, {}),
+        (
+            {"stream": None, "stream_options": {"x": 1}},
+            {"stream": True, "stream_options": {"x": 1}},
+        ),
+        ({"verbosity": "low"}, {}),
     ],
 )
 def test_alike_but_not_the_same(one: dict[str, Any], other: dict[str, Any]) -> None:

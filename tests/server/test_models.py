@@ -434,14 +434,18 @@ async def test_all_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 async def test_what_is_known_of_an_engine_is_part_of_what_its_names_mean() -> None:
     options = [None, {}, {"max_num_seqs": 4}, {"dtype": "float16"}, {"reasoning_parser": "qwen3"}]
+    options.append({"middleware": ["own.Middleware"]})
     models = Models(
         {
             str(number): Model(upstreams=("http://h",), vllm=vllm)
             for number, vllm in enumerate(options)
         }
     )
-    unknown, plain, many, half, reasons = (models.names().find(str(n)) for n in range(len(options)))
+    unknown, plain, many, half, reasons, wrapped = (
+        models.names().find(str(n)) for n in range(len(options))
+    )
     assert (unknown.is_vllm, unknown.has_one_parser) == (False, False)
+    assert not wrapped.is_vllm
     assert (plain.is_vllm, plain.has_one_parser) == (True, True)
     assert (reasons.is_vllm, reasons.has_one_parser) == (True, False)
     # Their bodies differ in nothing that these options change.

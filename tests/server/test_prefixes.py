@@ -67,6 +67,19 @@ def test_what_several_prompts_begin_with_is_told() -> None:
     assert (told["tokens"], told["reused_tokens"], told["reused_ratio"]) == (None, None, None)
 
 
+def test_what_vllm_drops_is_no_part_of_a_beginning() -> None:
+    counting = Counting()
+    for number in range(3):
+        header = {"type": "text", "text": f"x-anthropic-billing-header: cch={number};"}
+        system = [header, {"type": "text", "text": "Help."}]
+        marked = {"type": "text", "text": "One?", "cache_control": {"type": "ephemeral"}}
+        asked = chat({"role": "user", "content": [marked]}, "Two?"[:number], system=system)
+        counting.ask(asked, path="/v1/messages")
+    assert [
+        (told["requests"], told["preview"].count("x-anthropic")) for told in counting.told()
+    ] == [(3, 0)]
+
+
 def test_a_longer_beginning_is_told_in_place_of_one_that_says_no_more() -> None:
     counting = Counting()
     turns = [SYSTEM, "One?", {"role": "assistant", "content": "Yes."}, "Two?"]

@@ -12,6 +12,7 @@ from server.routes import keeps_responses
 from server.tenants import tenant_of
 
 CHAT = "/v1/chat/completions"
+Headers = tuple[tuple[str, str], ...]
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
 
 
@@ -33,7 +34,9 @@ def request(body, *, scope: str = "", identity: str = "i", path: str = CHAT) -> 
         {"stream": True, "stream_options": {"include_usage": True}},
         {"stream": True, "stream_options": {"continuous_usage_stats": True}},
         {"user": "u"},
-        {"metadata": {"a": 1}},
+        {"metadata": {"a": 1}, "prompt_cache_key": "k", "prompt_cache_retention": "24h"},
+        {"safety_identifier": "s", "service_tier": "flex", "store": False},
+        {"priority": -3, "request_id": "r", "session_id": "s"},
         {"temperature": 0.0},
         {"model": None},
         {"model": ""},
@@ -82,9 +85,54 @@ def test_other_key(change) -> None:
     assert request(BODY | change).key != request(BODY).key
 
 
-def of_unknown_engine(body, path: str = CHAT) -> Request:
+def of_unknown_engine(body, path: str = CHAT, headers: Headers = ()) -> Request:
     named = Named("m", "i", is_vllm=False, has_one_parser=False)
-    return parse(path, orjson.dumps(body), tenant_of(""), Names({"m": named}))
+    return parse(path, orjson.dumps(body), tenant_of(""), Names({"m": named}), headers)
+
+
+def claude_code(number: int, **more) -> dict:
+    """Return a request as Claude Code sends it, the same but for what it changes each time."""
+    marked = {"cache_control": {"type": "ephemeral"}} if number % 2 else {}
+    billing = f"x-anthropic-billing-header: cc_version=2.1.{number}; cch=0{number};"
+    result = {"type": "tool_result", "tool_use_id": "t", "is_error": bool(number)}
+    thought = {"type": "thinking", "thinking": "Hm.", "signature": f"s{number}"}
+    return {
+        "model": "m",
+        "max_tokens": 9,
+        "metadata": {"user_id": f"session_{number}"},
+        "system": [{"type": "text", "text": billing}, {"type": "text", "text": "Help."} | marked],
+        "tools": [{"name": "f", "input_schema": {"type": "object"}} | marked],
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "hi"} | marked]},
+            {"role": "assistant", "content": [thought, {"type": "tool_use", "id": "t"}]},
+            {"role": "user", "content": [result | {"content": [{"type": "text"} | marked]}]},
+        ],
+    } | more
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+def test_what_vllm_drops_of_messages_is_not_in_the_key(path: str) -> None:
+    one, other = (request(claude_code(number), path=path) for number in (1, 2))
+    assert one.key == other.key
+    assert orjson.loads(other.body) == claude_code(2)
+    keys = {of_unknown_engine(claude_code(number), path).key for number in (1, 2)}
+    assert len(keys) == 2
+    other = claude_code(2, system=[{"type": "text", "text": "x-anthropic-other: 2"}])
+    assert request(other, path=path).key != one.key
+
+
+@pytest.mark.parametrize("asked", [None, "", 0])
+def test_messages_name_a_model(asked) -> None:
+    for path in ("/v1/messages", "/v1/messages/count_tokens"):
+        body = claude_code(1) | {"model": asked}
+        assert orjson.loads(request(body, path=path).body)["model"] == asked
+
+
+def test_headers_count_where_we_do_not_know_who_hears_them() -> None:
+    betas = [(("anthropic-beta", beta),) for beta in ("a", "b")]
+    assert len({of_unknown_engine(BODY, headers=beta).key for beta in betas}) == 2
+    known = {parse(CHAT, orjson.dumps(BODY), tenant_of(""), names("i"), beta).key for beta in betas}
+    assert known == {request(BODY).key}
 
 
 @pytest.mark.parametrize(
