@@ -36,6 +36,8 @@ class Destination(NamedTuple):
     named: Named
     body: bytes | None
     """Its body as the engine may be sent it; `None` if it wasn't read."""
+    id: Any = None
+    """What its client calls it in a JSON body that was read."""
 
 
 async def destination(http: HttpRequest, names: Names, max_prompts: int) -> Destination:
@@ -81,15 +83,15 @@ def _prompted(
     named, raw, fields = _renamed(names, asked, raw, fields)
     if is_salted:
         raw, _ = isolated(raw, fields, http.tenant)
-    return Destination(named, raw)
+    return Destination(named, raw, fields.get("request_id"))
 
 
 def _in_json(names: Names, asked: str | None, raw: bytes) -> Destination:
     raw, fields = _read(raw)
     if not isinstance(fields, dict):
         return Destination(_named(names, asked), raw)
-    named, raw, _ = _renamed(names, asked, raw, fields)
-    return Destination(named, raw)
+    named, raw, fields = _renamed(names, asked, raw, fields)
+    return Destination(named, raw, fields.get("request_id"))
 
 
 def _read(raw: bytes) -> tuple[bytes, Any]:

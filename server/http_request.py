@@ -1,12 +1,14 @@
 """A request as it came in: aiohttp's, with its id and what became of it."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Protocol
 
 from aiohttp import hdrs, web
+from multidict import istr
 
 from server.coding import UNDONE, UnknownCodingError, undone
 from server.limits import Account
@@ -15,6 +17,9 @@ from server.tenants import NOBODY, Tenant
 from tiers import Answer
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+X_REQUEST_ID = istr("X-Request-Id")
+is_id = re.compile(r"[A-Za-z0-9._-]{1,128}").fullmatch
+"""Tells whether a client's id of a request can be taken; another is replaced."""
 
 
 class SlowClientError(Exception):
@@ -28,7 +33,9 @@ class HttpRequest(web.BaseRequest):
     """How long its client may pause; set by a subclass, since an argument would cost each hit."""
 
     id: str = ""
-    """The `X-Request-Id` of its response."""
+    """The `X-Request-Id` of its response: the client's own, if it has told one, or a new one."""
+    may_be_named_within: bool = False
+    """Whether its body may have an id for the engine to hear that isn't this one."""
     model: str = ""
     """Which model it is for, by the engine's name of it; none where it is for us."""
     outcome: tuple[str, str] = ("none", "own")
@@ -54,6 +61,18 @@ class HttpRequest(web.BaseRequest):
         """How its body is coded (RFC 9110, section 8.4), in lower case; empty if it isn't."""
         said = ",".join(self.headers.getall(hdrs.CONTENT_ENCODING, ())).lower().split(",")
         return ", ".join(each for each in map(str.strip, said) if each not in ("", "identity"))
+
+    def go_by(self, told: object) -> None:
+        """Take the `request_id` of a body for its id, unless a header has told one.
+
+        So does vLLM. What can't be our id is left to the engine, and `None` if nobody has looked.
+        """
+        if X_REQUEST_ID in self.headers:
+            return
+        if isinstance(told, str) and is_id(told):
+            self.id = told
+        else:
+            self.may_be_named_within = True
 
     async def invite_body(self) -> None:
         """Have a client go on that waits to be told so (RFC 9110, section 10.1.1)."""

@@ -6,18 +6,16 @@ coroutines.
 
 import itertools
 import logging
-import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
 
 from aiohttp import web
-from multidict import istr
 
 from server.cache_field import BadRequestError
 from server.coding import UnknownCodingError
 from server.history import History
-from server.http_request import Handler, HttpRequest, SlowClientError
+from server.http_request import X_REQUEST_ID, Handler, HttpRequest, SlowClientError, is_id
 from server.logs import AccessLog
 from server.metrics import Metrics
 from server.responses import ErrorResponse, error_response
@@ -38,8 +36,6 @@ _MISTAKES = (
     web.HTTPRequestEntityTooLarge,
     web.RequestPayloadError,
 )
-_X_REQUEST_ID = istr("X-Request-Id")
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}").fullmatch
 
 
 def wrap(
@@ -59,8 +55,8 @@ def wrap(
     ids = _request_ids()
 
     async def around(http: HttpRequest) -> web.StreamResponse:
-        given = http.headers.get(_X_REQUEST_ID)
-        http.id = id_ = given if given and _REQUEST_ID(given) else next(ids)
+        given = http.headers.get(X_REQUEST_ID)
+        http.id = given if given and is_id(given) else next(ids)
         started = time.perf_counter()
         status = _CLIENT_GONE
         try:
@@ -78,7 +74,7 @@ def wrap(
         except ConnectionError:
             raise
         except Exception:
-            logger.exception("a request failed", extra={"request_id": id_})
+            logger.exception("a request failed", extra={"request_id": http.id})
             response = error_response(500, "Internal error.")
             status = 500
         finally:
@@ -87,7 +83,7 @@ def wrap(
             if isinstance(response, ErrorResponse):
                 response.told_at(http.path)
             headers = response.headers
-            headers["Server"], headers["X-Request-Id"] = SERVER, id_
+            headers["Server"], headers["X-Request-Id"] = SERVER, http.id
             if http.more_headers:
                 headers.update(http.more_headers)
         return response

@@ -97,6 +97,8 @@ class OpenAI:
             names, told = self._models.names(), keyed(http.headers)
             request = await offloaded(len(raw), parse, http.path, raw, http.tenant, names, told)
         http.model = request.model
+        if request.id is not None:
+            http.go_by(request.id)
         request.prompts.check(self._max_prompts)
         if request.cache.variants is not None and not self._takes_variants(request):
             text = "cache.variants is for answers that are kept by chance; cache.mode should be use"

@@ -125,7 +125,7 @@ _REQUEST_ID = {
     "name": "X-Request-Id",
     "in": "header",
     "description": "An id of the client's for logs: 1 to 128 letters, digits, dots, dashes, "
-    "underscores; another is replaced",
+    "underscores; another is replaced. Without it, such a `request_id` of the body is the id",
     "schema": {"type": "string"},
 }
 

@@ -65,8 +65,10 @@ class Others:
         if http.method == hdrs.METH_CONNECT or not http.rel_url.raw_path_qs.startswith("/"):
             # What follows a CONNECT is no body that an engine could be sent, and `*` is no path.
             return error_response(400, "A request needs a path here, and there are no tunnels.")
-        named, body = await destination(http, self._models.names(), self._max_prompts)
+        named, body, id_ = await destination(http, self._models.names(), self._max_prompts)
         http.model = named.name
+        if id_ is not None or (body is None and http.body_exists):
+            http.go_by(id_)
         upstreams = self._models.upstreams(named.name)
         if is_asked_for(http):
             return await forward_websocket(http, upstreams)

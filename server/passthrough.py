@@ -49,7 +49,10 @@ def forwarded(http: HttpRequest) -> CIMultiDict[str]:
     undone = {"content-encoding"} if http.coding in UNDONE else frozenset()
     headers = _without(http.headers, _OURS | keys | hop | undone)
     # We must be able to read what comes back.
-    headers.update({"X-Request-Id": http.id, "Accept-Encoding": "identity"})
+    headers["Accept-Encoding"] = "identity"
+    if not http.may_be_named_within:
+        # An engine would hear this one.
+        headers["X-Request-Id"] = http.id
     return headers
 
 

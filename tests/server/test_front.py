@@ -596,6 +596,41 @@ async def test_request_ids_are_returned_and_passed_on(
     assert upstream.asked[0].headers["X-Request-Id"] == id_
 
 
+@pytest.mark.parametrize("path", [CHAT, f"{CHAT}/batch", f"{CHAT}/render", "/v1/messages/render"])
+@pytest.mark.parametrize("temperature", [0, 1])
+async def test_a_request_may_be_named_in_its_body(
+    front: Front, upstream: Upstream, path: str, temperature: int
+) -> None:
+    asked = question(model="m", temperature=temperature)
+    for told, header in (("mine", None), ("other", "its.own"), ("an odd one", None)):
+        headers = {"X-Request-Id": header} if header else {}
+        body = asked | {"request_id": told}
+        async with front.session.post(path, json=body, headers=headers) as response:
+            id_ = response.headers["X-Request-Id"]
+            told_id = (await response.json())["id"]
+        assert id_ == (header or (told if told == "mine" else id_))
+        if path == CHAT and temperature == 0:
+            # Misses and hits.
+            assert told_id == f"chatcmpl-{id_}"
+        else:
+            # What isn't taken is the engine's to hear.
+            heard = None if told == "an odd one" else id_
+            assert upstream.asked[-1].headers.get("X-Request-Id") == heard
+
+
+async def test_what_a_body_may_say_that_nobody_reads_is_the_engines(upstream, tmp_path) -> None:
+    front = Front(tmp_path, {"m": {"upstreams": [upstream.url]}})
+    await front.start()
+    try:
+        for path, options in (("/v1/render", {"json": {}}), ("/v1/load", {"data": None})):
+            async with front.session.post(path, **options) as response:
+                assert response.headers["X-Request-Id"]
+    finally:
+        await front.stop()
+    named = ["X-Request-Id" in asked.headers for asked in upstream.asked]
+    assert named == [False, True]
+
+
 async def test_answers_are_not_shared_between_credentials(front: Front, upstream: Upstream) -> None:
     asked = question()
     for credential in ("Bearer a", "Bearer b"):
