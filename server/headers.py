@@ -6,15 +6,19 @@ and those that change no answer. Others, such as cookies or languages, might cha
 in no key. vLLM may refuse a value of those that say where and when it works; a hit needs neither.
 """
 
-from multidict import CIMultiDict, MultiMapping
+from multidict import CIMultiDict, MultiMapping, istr
 
 from server.control import Control
 from server.http_request import HttpRequest
 from server.passthrough import KEYED, forwarded
 
+LOAD_FORMAT = istr("Endpoint-Load-Metrics-Format")
+LOAD = istr("Endpoint-Load-Metrics")
+"""How loaded an engine is, as a load balancer asks to be told it in such a format (ORCA)."""
 _GO_ON = frozenset(map(str.lower, KEYED)) | {
     "accept-encoding", "authorization", "cache-control", "content-type", "traceparent",
     "tracestate", "user-agent", "x-api-key", "x-request-id",
+    LOAD_FORMAT.lower(),
     # vLLM's own, which say where and when it works.
     "x-data-parallel-rank", "x-session-id", "x-vllm-priority",
 }  # fmt: skip

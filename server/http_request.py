@@ -49,7 +49,8 @@ class HttpRequest(web.BaseRequest):
     account: Account | None = None
     """Where it counts as under way."""
     more_headers: Mapping[str, str] = MappingProxyType({})
-    """Of its response: its tenant's limits, and what pages of other sites may do with it."""
+    """Of its response: its tenant's limits, its engine's load, and what pages of other sites may do
+    with it."""
 
     @property
     def media_type(self) -> str:

@@ -12,7 +12,7 @@ from aiohttp import hdrs, web
 from server import convert
 from server.control import Control, control_of
 from server.freshness import heeding
-from server.headers import keyed, of_what_is_kept, saying
+from server.headers import LOAD, LOAD_FORMAT, keyed, of_what_is_kept, saying
 from server.http_request import HttpRequest
 from server.models import Models
 from server.offload import offloaded
@@ -252,6 +252,9 @@ class OpenAI:
             async for _ in listener:
                 pass
             _note(http, request, flight)
+            if flight.load is not None and LOAD_FORMAT in http.headers:
+                # A hit tells none: it costs its engine nothing, and how that is now we don't know.
+                http.more_headers = {**http.more_headers, LOAD: flight.load}
             return await _render(http, request, _answer_of(flight), told(), int(flight.age_s))
         id_, created = _fresh(http, request)
         response: web.StreamResponse | None = None
@@ -302,6 +305,7 @@ class OpenAI:
             "POST", request.path, data=request.body, headers=headers, repeatable=True
         ) as reply:
             flight.age_s = _age_s(reply.headers)
+            flight.load = reply.headers.get(LOAD)
             answer, finished = await record(
                 reply,
                 request.route.shape,

@@ -32,6 +32,8 @@ class Flight:
         """Whether another process has generated it."""
         self.age_s = 0.0
         """How old its answer is, as whoever generates it says."""
+        self.load: str | None = None
+        """How loaded whoever generates it is, in its own words."""
         self.kept = False
         """Whether its answer is to be stored."""
         self._max_bytes = max_bytes

@@ -156,6 +156,26 @@ async def test_no_header_changes_what_a_vllm_answers(front: Front, upstream: Ups
     assert "hit" in (await front.ask(asked, headers={"Anthropic-Beta": "b", "OpenAI-Beta": "c"}))[1]
 
 
+async def test_a_load_balancer_is_told_how_an_engine_is_when_it_was_asked(
+    front: Front, upstream: Upstream
+) -> None:
+    async def loaded(http: web.Request) -> web.StreamResponse:
+        load = http.headers.get("endpoint-load-metrics-format", "none")
+        return web.json_response(body(), headers={"endpoint-load-metrics": f"{load} a=0.5"})
+
+    upstream.handler = loaded
+    for asked, expected in (
+        (question(), ["TEXT a=0.5", None]),
+        (question(temperature=1), ["TEXT a=0.5", "TEXT a=0.5"]),
+    ):
+        for load in expected:
+            async with front.post(asked, headers={"Endpoint-Load-Metrics-Format": "TEXT"}) as reply:
+                assert reply.headers.get("Endpoint-Load-Metrics") == load
+            await front.ask_alone(asked)
+    async with front.post(question()) as reply:
+        assert "Endpoint-Load-Metrics" not in reply.headers
+
+
 async def test_all_goes_on_with_what_is_not_kept(front: Front, upstream: Upstream) -> None:
     await front.ask(question(temperature=1), headers=SENT)
     assert SENT.items() <= dict(upstream.asked[-1].headers).items()
