@@ -1,11 +1,11 @@
 """Our OpenAPI document: an engine's own, corrected by what we add to its routes, and our routes.
 
-An engine that has other routes (embeddings, say) describes them itself, so this names none of it
-but the routes whose answers are kept.
+An engine describes its routes itself: which of those it has whose answers are kept depends on its
+model. Where an engine doesn't tell, or none can be asked, all of them are named.
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from server.cache_field import SCHEMA
@@ -131,7 +131,7 @@ _REQUEST_ID = {
 
 
 def document(
-    engine: Mapping[str, Any] | None,
+    engines: Sequence[Mapping[str, Any] | None],
     *,
     kept: Mapping[str, Route],
     version: str,
@@ -141,23 +141,28 @@ def document(
     """Return the document (OpenAPI 3.1).
 
     Args:
-        engine: the engine's own, if there is one.
+        engines: the documents of those that can be asked, `None` of one that tells none. Of all but
+            the first the routes alone are taken whose answers are kept.
         kept: the routes whose answers are kept, by path, all of them by POST.
         version: of us.
         has_keys: whether only who has a key is answered.
         open_metrics: whether metrics are told without.
 
     Raises:
-        ValueError: the engine's isn't a document.
+        ValueError: one of the engines' isn't a document.
     """
+    engine = next((each for each in engines if each is not None), None)
+    kept = _had(engines, kept)
     paths: dict[str, Any] = {}
     for path, method, operation in _operations(engine):
         paths.setdefault(path, {})[method] = _as_passed(
             path, method, operation, kept, has_keys=has_keys
         )
     summary = "Described by the engine, once it is ready"
-    if engine is not None:
-        summary = "The engine doesn't describe it, and may not have it"
+    if engines:
+        summary = "Another model's engine describes it"
+    if None in engines:
+        summary = "Not all engines tell what they have, so perhaps none has it"
     for path, route in kept.items():
         plain = _as_passed(path, "post", _plain(route, summary), kept, has_keys=has_keys)
         paths.setdefault(path, {}).setdefault("post", plain)
@@ -188,6 +193,16 @@ def document(
         "paths": paths,
         "components": components,
     }
+
+
+def _had(
+    engines: Sequence[Mapping[str, Any] | None], kept: Mapping[str, Route]
+) -> Mapping[str, Route]:
+    """Return the routes that one of the engines has; all, if that isn't known."""
+    told = [_mapping(engine.get("paths", {})) for engine in engines if engine is not None]
+    if not engines or len(told) < len(engines):
+        return kept
+    return {path: route for path, route in kept.items() if any(path in paths for paths in told)}
 
 
 def _operations(engine: Mapping[str, Any] | None) -> Iterator[tuple[str, str, Mapping[str, Any]]]:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import aiohttp
@@ -25,15 +25,17 @@ class Document:
     """The document of one server.
 
     Args:
-        models: the engine of the first that is ready is asked for its own.
-        make: returns ours, given the engine's, or `None` where there is none.
+        models: the engines of all that are ready are asked for theirs.
+        make: returns ours, given theirs; `None` stands for that of one that tells none.
     """
 
     def __init__(
-        self, models: Models, make: Callable[[Mapping[str, Any] | None], dict[str, Any]]
+        self,
+        models: Models,
+        make: Callable[[Sequence[Mapping[str, Any] | None]], dict[str, Any]],
     ) -> None:
         self._models, self._make = models, make
-        self._without_engine = self._as_resource(None)
+        self._without_engine = self._as_resource([])
         self._made: tuple[Hashable, Resource] = (None, self._without_engine)
         self._making: asyncio.Task[Resource] | None = None
 
@@ -42,36 +44,36 @@ class Document:
         return (await self._current()).response(http)
 
     async def _current(self) -> Resource:
-        upstreams = next((m.upstreams for m in self._models.all if m.upstreams.ready), None)
-        if upstreams is None:
+        ready = [model.upstreams for model in self._models.all if model.upstreams.ready]
+        if not ready:
             return self._without_engine
-        since = tuple(upstream.ready_since for upstream in upstreams.all)
+        since = tuple(each.ready_since for upstreams in ready for each in upstreams.all)
         if since == self._made[0]:
             return self._made[1]
         if self._making is None or self._making.done():
-            self._making = asyncio.create_task(self._made_anew(upstreams, since))
+            self._making = asyncio.create_task(self._made_anew(ready, since))
         # It is for all who wait, and outlives those who leave.
         return await asyncio.shield(self._making)
 
-    async def _made_anew(self, upstreams: Upstreams, since: Hashable) -> Resource:
+    async def _made_anew(self, ready: Sequence[Upstreams], since: Hashable) -> Resource:
         try:
-            raw = await _asked(upstreams)
+            told = [await _asked(upstreams) for upstreams in ready]
             # It takes some milliseconds.
-            made = await asyncio.to_thread(self._merged, raw)
+            made = await asyncio.to_thread(self._merged, told)
         except (UnavailableError, aiohttp.ClientError, OSError, ValueError) as exc:
             logger.warning("the engine's OpenAPI document can't be had: %s", exc)
             return self._without_engine
         self._made = since, made
         return made
 
-    def _merged(self, raw: bytes | None) -> Resource:
-        engine = None if raw is None else orjson.loads(raw)
-        if engine is not None and not isinstance(engine, dict):
+    def _merged(self, told: Sequence[bytes | None]) -> Resource:
+        engines = [None if raw is None else orjson.loads(raw) for raw in told]
+        if not all(isinstance(engine, dict | None) for engine in engines):
             raise ValueError("it is no object")
-        return self._as_resource(engine)
+        return self._as_resource(engines)
 
-    def _as_resource(self, engine: Mapping[str, Any] | None) -> Resource:
-        return Resource(orjson.dumps(self._make(engine)), "application/json")
+    def _as_resource(self, engines: Sequence[Mapping[str, Any] | None]) -> Resource:
+        return Resource(orjson.dumps(self._make(engines)), "application/json")
 
 
 async def _asked(upstreams: Upstreams) -> bytes | None:

@@ -9,7 +9,7 @@ from aiohttp import web
 from server.cache_field import SCHEMA, BadRequestError, read
 from server.openapi import document
 from server.routes import ROUTES
-from tests.server.conftest import CHAT, Upstream, answer, body, question, running
+from tests.server.conftest import CHAT, Upstream, alike, answer, body, question, running
 
 OWN = {
     "/",
@@ -43,7 +43,8 @@ def engine_document(**paths: dict) -> dict:
 
 
 def made(engine: dict | None, **options: bool) -> dict:
-    return document(engine, kept=ROUTES, version="1.2.3", **options)
+    engines = [] if engine is None else [engine]
+    return document(engines, kept=ROUTES, version="1.2.3", **options)
 
 
 def operations(told: dict) -> Iterator[tuple[str, str, dict]]:
@@ -170,15 +171,16 @@ def test_an_odd_document_is_refused(odd: dict) -> None:
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_it_is_the_engines_once_that_is_ready(tmp_path) -> None:
-    said: list[web.Response] = []
+    said: list[bytes] = []
 
     async def engine(http: web.Request) -> web.StreamResponse:
         if http.path != "/openapi.json":
             return await answer(http)
-        return said.pop()
+        return web.json_response(body=said.pop())
 
-    def says(reply: web.Response) -> None:
-        said[:] = [reply]
+    def says(told: object) -> None:
+        # Each model's engine is asked.
+        said[:] = [orjson.dumps(told)] * len(alike())
 
     async def fetched(front) -> tuple[dict, str]:
         async with front.session.get("/openapi.json") as reply:
@@ -191,10 +193,10 @@ async def test_it_is_the_engines_once_that_is_ready(tmp_path) -> None:
     await upstream.start()
     async with running(tmp_path, upstream) as front:
         # Neither of them is kept.
-        for odd in (web.json_response(body="x" * 10), web.json_response({"paths": 1})):
+        for odd in ("x" * 10, {"paths": 1}):
             says(odd)
             assert set((await fetched(front))[0]["paths"]) == OWN | set(ROUTES)
-        says(web.json_response(engine_document()))
+        says(engine_document())
         told, etag = await fetched(front)
         assert "/v1/embeddings" in told["paths"]
         # It was asked for once: there is nothing more that it says.
@@ -207,7 +209,7 @@ async def test_it_is_the_engines_once_that_is_ready(tmp_path) -> None:
         assert set(without["paths"]) == OWN | set(ROUTES)
         await upstream.start()
         await front.until_ready()
-        says(web.json_response(engine_document(**{"/new": {"get": {"responses": {}}}})))
+        says(engine_document(**{"/new": {"get": {"responses": {}}}}))
         assert "/new" in (await fetched(front))[0]["paths"]
         assert said == []
     await upstream.stop()
@@ -250,9 +252,14 @@ def test_the_field_cache_is_described_as_it_is_read() -> None:
             read(field)
 
 
-def test_routes_that_an_engine_lacks_say_so() -> None:
-    def summary(told: dict, path: str) -> str:
-        return told["paths"][path]["post"]["summary"]
+def test_routes_that_no_engine_has_are_not_told() -> None:
+    def summary(*engines: dict | None) -> str | None:
+        told = document(engines, kept=ROUTES, version="1")["paths"]
+        return told["/rerank"]["post"]["summary"] if "/rerank" in told else None
 
-    assert summary(made(None), "/rerank") == "Described by the engine, once it is ready"
-    assert "may not have it" in summary(made(engine_document()), "/rerank")
+    other = {"paths": {"/rerank": {"post": {"responses": {}}}}}
+    assert summary() == "Described by the engine, once it is ready"
+    assert summary(engine_document()) is None
+    assert summary(engine_document(), other) == "Another model's engine describes it"
+    assert "perhaps none" in summary(engine_document(), None)
+    assert set(made(engine_document())["paths"]) & set(ROUTES) == {CHAT, "/v1/embeddings"}
