@@ -7,9 +7,11 @@ vLLM brings is noticed. As in `test_convert_vllm`, they take long to import.
 """
 
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -246,6 +248,25 @@ def test_every_field_is_judged(path: str) -> None:
 def test_every_field_is_judged_where_something_is_left_out_within(name: str) -> None:
     module, _, of = name.rpartition(".")
     assert set(vllm(module, of).model_fields) == WITHIN[name]
+
+
+# What serves the routes whose answers are kept, and what surrounds it.
+SERVING = (
+    "anthropic", "generate/base", "openai/chat_completion", "openai/completion", "openai/responses",
+    "pooling", "serve/engine", "serve/middleware", "serve/tokenize", "serve/utils",
+)  # fmt: skip
+HEADERS = {
+    '"Authorization"', '"X-Request-Id"', '"X-data-parallel-rank"', '"content-type"',
+    "ENDPOINT_LOAD_METRICS_FORMAT_HEADER_LABEL", "PRIORITY_HEADER", "SESSION_ID_HEADER",
+}  # fmt: skip
+
+
+def test_no_query_is_read_and_no_other_header() -> None:
+    (entrypoints,) = import_module("vllm.entrypoints").__path__
+    files = [file for each in SERVING for file in Path(entrypoints, each).rglob("*.py")]
+    sources = "".join(file.read_text() for file in files)
+    assert not re.search(r"\.query_params|query_string|\bQuery\(", sources)
+    assert set(re.findall(r"headers(?:\.get(?:list)?\(|\[)\s*([\w\"-]+)", sources)) == HEADERS
 
 
 EDGES = (
