@@ -3,10 +3,15 @@
 The engine's JSON is kept as it came but for marks: bytes that JSON forbids unescaped (RFC 8259,
 section 7) and that therefore can't be part of an answer. They stand for what is fresh each time an
 answer is given (`server.shapes`), and around what belongs only into a stream without token counts.
+
+A form is made of the other where nothing is left to guess: of text that vLLM 0.32 tells in fields
+that are all known here. Tool calls, reasoning and whatever else says something can't be converted,
+since vLLM makes them by one parser for bodies and by another for streams.
 """
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
@@ -18,6 +23,7 @@ from tiers.answer import CREATED, ID
 
 _UNCOUNTED, _END = b"\x02", b"\x03"
 _MARKS = CHOICES.fresh
+_has_mark = re.compile(b"[%s]" % (ID + CREATED + _UNCOUNTED + _END)).search
 # Of a body, what stands before the first value that has others in it.
 _head = re.compile(rb'\s*\{(?:[^"{}\[\]]|"[^"\\]*")*').match
 _fresh_fields = tuple(
@@ -25,10 +31,17 @@ _fresh_fields = tuple(
     for name, mark in FLAT.fresh.items()
 )
 _without_uncounted = re.compile(_UNCOUNTED + b"[^" + _END + b"]*" + _END).sub
+_DATA = b"data: "
 
 
 class NotConvertibleError(ValueError):
     """The answer isn't of the shape that the other form could be made of."""
+
+
+class AsIs(bytes):
+    """What a client gets as the engine has sent it, and that is no template."""
+
+    __slots__ = ()
 
 
 def template(
@@ -57,10 +70,15 @@ def _field(name: str, value: bytes) -> bytes:
     return orjson.dumps(name) + b":" + value
 
 
-def event(parsed: dict[str, Any], shape: Shape = CHOICES, kind: bytes = b"") -> bytes:
-    """Return a server-sent event for one chunk, as a template; `kind` is its type, if any."""
-    line = b"event: " + kind + b"\n" if kind else b""
-    return line + b"data: " + template(parsed, shape.fresh, shape.within) + b"\n\n"
+def event(parsed: dict[str, Any], shape: Shape = CHOICES, lines: bytes = b"") -> bytes:
+    """Return a server-sent event for one chunk, as a template.
+
+    Raises:
+        ValueError: a mark is in the `lines` that stand before its data.
+    """
+    if lines and _has_mark(lines):
+        raise ValueError("an event has a mark in it")
+    return lines + _DATA + template(parsed, shape.fresh, shape.within) + b"\n\n"
 
 
 def flat(raw: bytes) -> bytes | None:
@@ -101,6 +119,13 @@ def counted(content: bytes, *, wants_usage: bool) -> bytes:
     return content.replace(_UNCOUNTED, b"").replace(_END, b"")
 
 
+def given(item: bytes, id_: bytes, created: int, *, wants_usage: bool) -> bytes:
+    """Return what a flight brings as a client gets it."""
+    if isinstance(item, AsIs):
+        return item
+    return fill(counted(item, wants_usage=wants_usage), id_, created)
+
+
 def rendered(answer: Answer, id_: bytes, created: int, *, wants_usage: bool, done: bytes) -> bytes:
     """Return an answer in its own form, all of it, as a client gets it; `done` ends a stream."""
     content = answer.content
@@ -122,7 +147,7 @@ def as_form(answer: Answer, form: Form) -> Answer:
     """Return the answer in that form.
 
     Raises:
-        NotConvertibleError: it can't be made of this answer.
+        NotConvertibleError: it can't be made of this answer with certainty.
     """
     if answer.form is form:
         return answer
@@ -132,101 +157,253 @@ def as_form(answer: Answer, form: Form) -> Answer:
         raise NotConvertibleError(f"can't be made {form.name}: {exc!r}") from exc
 
 
+class _Fields:
+    """The fields of one of vLLM's objects.
+
+    Args:
+        names: in vLLM's order; those with a dash are null in all that can be converted.
+    """
+
+    def __init__(self, names: str) -> None:
+        self.nulls: dict[str, Any] = dict.fromkeys(names.replace("-", "").split())
+        self._say = frozenset(names.split())
+
+    def read(self, value: Any) -> dict[str, Any]:
+        """Return an object with all its fields.
+
+        Raises:
+            NotConvertibleError: it has others, or says something in one that should be null.
+        """
+        made: dict[str, Any] = self.nulls | value
+        _expect(len(made) == len(self.nulls), "there are fields that vLLM doesn't have")
+        for name in value.keys() - self._say:
+            _expect(value[name] is None, "there is more than text")
+        return made
+
+
+_USAGE = _Fields(
+    "prompt_tokens total_tokens completion_tokens prompt_tokens_details -completion_tokens_details"
+)
+_PROMPT_TOKENS = _Fields("cached_tokens created_cache_tokens multimodal_tokens")
+_MESSAGE = _Fields("role content -refusal -annotations -audio -function_call -reasoning")
+_COUNTS = _Fields("id object created model choices usage system_fingerprint -metrics")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Kind:
+    """How a kind of completion looks in either form."""
+
+    body: _Fields
+    choice: _Fields
+    chunk: _Fields
+    part: _Fields
+    """What a chunk says of a choice."""
+    logprobs: frozenset[str]
+    objects: tuple[str, str]
+    """What bodies and chunks call themselves."""
+
+
+_CHAT = _Kind(
+    body=_Fields(
+        "id object created model choices -service_tier system_fingerprint usage -prompt_logprobs "
+        "-prompt_token_ids -prompt_text -kv_transfer_params -ec_transfer_params -metrics"
+    ),
+    choice=_Fields("index message logprobs finish_reason stop_reason -token_ids -routed_experts"),
+    chunk=_Fields(
+        "id object created model choices -usage -system_fingerprint -prompt_token_ids -prompt_text "
+        "-metrics"
+    ),
+    part=_Fields("index delta logprobs finish_reason stop_reason -token_ids"),
+    logprobs=frozenset({"content"}),
+    objects=("chat.completion", "chat.completion.chunk"),
+)
+_TEXT = _Kind(
+    body=_Fields(
+        "id object created model choices -service_tier system_fingerprint usage "
+        "-kv_transfer_params -ec_transfer_params -metrics"
+    ),
+    choice=_Fields(
+        "index text logprobs finish_reason stop_reason -token_ids -prompt_logprobs "
+        "-prompt_token_ids -routed_experts"
+    ),
+    chunk=_Fields("id object created model choices -usage -system_fingerprint -metrics"),
+    part=_Fields("index text logprobs finish_reason stop_reason -prompt_token_ids -token_ids"),
+    logprobs=frozenset({"text_offset", "token_logprobs", "tokens", "top_logprobs"}),
+    objects=("text_completion", "text_completion"),
+)
+_BY_BODY = {kind.objects[0]: kind for kind in (_CHAT, _TEXT)}
+_BY_CHUNK = {kind.objects[1]: kind for kind in (_CHAT, _TEXT)}
+_TOKEN = {"token", "logprob", "bytes", "top_logprobs"}
+# What vLLM says in a body of a token whose probability it doesn't know; in a stream it says none.
+_UNKNOWN_LOGPROB = -9999.0
+
+
+def _expect(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise NotConvertibleError(otherwise)
+
+
 def _as_body(answer: Answer) -> Answer:
-    chunks = [_parse(part) for part in answer.content.split(b"\n\n") if part]
-    usage = _parse(answer.usage.strip()) if answer.usage else {}
-    choices: dict[int, dict[str, Any]] = {}
+    *chunks, last = _chunks(answer.content + answer.usage)
+    counts = _COUNTS.read(last)
+    model, called = counts["model"], counts["object"]
+    kind = _BY_CHUNK[called]
+    choices: dict[int, _Joined] = {}
     for chunk in chunks:
-        for part in chunk["choices"]:
-            _merge(choices.setdefault(part["index"], {"index": part["index"]}), part)
-    body = chunks[0] | {"choices": [choices[index] for index in sorted(choices)]}
-    body["object"] = body["object"].removesuffix(".chunk")
-    body["system_fingerprint"] = usage.get("system_fingerprint")
-    body |= {name: usage[name] for name in ("usage", "metrics") if usage.get(name)}
+        said = kind.chunk.read(chunk)
+        _expect((said["model"], said["object"]) == (model, called), "the events differ")
+        (part,) = said["choices"]
+        if (joined := choices.get(part["index"])) is None:
+            joined = choices[part["index"]] = _Joined(kind)
+        joined.add(kind.part.read(part))
+    _expect(bool(choices) and counts["choices"] == [], "there is no choice, or one in the counts")
+    body = kind.body.nulls | {
+        "id": "",
+        "object": kind.objects[0],
+        "created": 0,
+        "model": model,
+        "choices": [choices[index].choice(index) for index in range(len(choices))],
+        "system_fingerprint": counts["system_fingerprint"],
+        "usage": _usage(counts["usage"]),
+    }
     return Answer(Form.BODY, template(body))
 
 
+class _Joined:
+    """What the chunks say of a choice, joined."""
+
+    def __init__(self, kind: _Kind) -> None:
+        self._kind = kind
+        self._role: str | None = None
+        self._texts: list[str] = []
+        self._logprobs: list[dict[str, list[Any]] | None] = []
+        self._end: tuple[str, object] | None = None
+
+    def add(self, part: dict[str, Any]) -> None:
+        _expect(self._end is None, "a choice goes on after its end")
+        reason, stop_reason = part["finish_reason"], part["stop_reason"]
+        if self._kind is _CHAT:
+            delta = part["delta"]
+            if self._role is None:
+                _expect(delta.keys() == {"role", "content"} and not delta["content"], "no role")
+                _expect(part["logprobs"] is reason is stop_reason is None, "more than a role")
+                self._role = _text(delta["role"])
+                return
+            _expect(delta.keys() <= {"content"}, "there is more than text")
+            text = delta.get("content", "")
+        else:
+            text = part["text"]
+        self._texts.append(_text(text))
+        self._logprobs.append(_logprobs(part["logprobs"], self._kind))
+        if reason is not None:
+            self._end = _text(reason), stop_reason
+        else:
+            _expect(stop_reason is None, "it stops without an end")
+
+    def choice(self, index: int) -> dict[str, Any]:
+        """Return the choice as a body has it."""
+        text = "".join(self._texts)
+        reason, stop_reason = self._end or (_text(None), None)
+        known = [said for said in self._logprobs if said is not None]
+        _expect(len(known) in (0, len(self._logprobs)), "some tokens have no logprobs")
+        made = self._kind.choice.nulls | {"index": index}
+        if self._kind is _CHAT:
+            made["message"] = _MESSAGE.nulls | {"role": self._role, "content": text}
+        else:
+            made["text"] = text
+        if known:
+            made["logprobs"] = {
+                name: [one for said in known for one in said[name]] for name in known[0]
+            }
+        return made | {"finish_reason": reason, "stop_reason": stop_reason}
+
+
 def _as_events(answer: Answer) -> Answer:
-    body = _parse(b"data: " + answer.content)
-    chat = "message" in body["choices"][0]
-    head = {
-        "id": "",
-        "object": body["object"] + (".chunk" if chat else ""),
-        "created": 0,
-        "model": body.get("model"),
-    }
-    deltas = _chat_deltas if chat else _text_deltas
-    *events, last = [
-        event(head | {"choices": [delta]}) for choice in body["choices"] for delta in deltas(choice)
-    ]
-    usage = head | {"choices": [], "usage": body.get("usage")}
-    usage |= {name: body[name] for name in ("system_fingerprint", "metrics") if body.get(name)}
+    parsed = _parse(answer.content)
+    kind = _BY_BODY[parsed["object"]]
+    body = kind.body.read(parsed)
+    head = {"id": "", "object": kind.objects[1], "created": 0, "model": _text(body["model"])}
+    choices = [kind.choice.read(choice) for choice in body["choices"]]
+    _expect([each["index"] for each in choices] == list(range(len(choices))), "choices are missing")
+    chunks = list(_chat_chunks(choices) if kind is _CHAT else _text_chunks(choices))
+    *events, last = [event(head | chunk) for chunk in chunks]
+    usage = head | {"choices": [], "usage": _without_nulls(_usage(body["usage"]))}
+    if body["system_fingerprint"] is not None:
+        usage["system_fingerprint"] = _text(body["system_fingerprint"])
     return Answer(Form.EVENTS, b"".join([*events, stamped(last, usage)]), event(usage))
 
 
-def _parse(part: bytes) -> Any:
-    plain = part.removeprefix(b"data: ").replace(_MARKS["id"], b'""').replace(CREATED, b"0")
+def _chat_chunks(choices: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    messages = [_MESSAGE.read(choice["message"]) for choice in choices]
+    for index, message in enumerate(messages):
+        delta = {"role": _text(message["role"]), "content": ""}
+        part = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        yield {"choices": [part], "prompt_token_ids": None, "prompt_text": None}
+    for choice, message in zip(choices, messages, strict=True):
+        delta = {"content": _text(message["content"])}
+        ended = _ended(choice, _CHAT, "delta", delta)
+        yield {"choices": [ended | {"token_ids": None}]}
+
+
+def _text_chunks(choices: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for choice in choices:
+        ended = _ended(choice, _TEXT, "text", _text(choice["text"]))
+        yield {"choices": [ended | {"prompt_token_ids": None, "token_ids": None}]}
+
+
+def _ended(choice: dict[str, Any], kind: _Kind, name: str, said: Any) -> dict[str, Any]:
+    return {
+        "index": choice["index"],
+        name: said,
+        "logprobs": _logprobs(choice["logprobs"], kind),
+        "finish_reason": _text(choice["finish_reason"]),
+        "stop_reason": choice["stop_reason"],
+    }
+
+
+def _logprobs(said: Any, kind: _Kind) -> dict[str, list[Any]] | None:
+    """Return what is said of tokens, if there is nothing else."""
+    if said is None:
+        return None
+    _expect(said.keys() == kind.logprobs, "logprobs are not as we know them")
+    _expect(all(isinstance(each, list) for each in said.values()), "logprobs are missing")
+    for token in said.get("content", ()):
+        _expect(token.keys() == _TOKEN, "a token is not as we know it")
+        known = token["logprob"] != _UNKNOWN_LOGPROB or token["top_logprobs"]
+        _expect(bool(known), "a token's probability is unknown")
+    return dict(said)
+
+
+def _usage(said: Any) -> dict[str, Any]:
+    """Return token counts as a body has them."""
+    usage = _USAGE.read(said)
+    _expect(None not in list(usage.values())[:3], "there are no token counts")
+    if usage["prompt_tokens_details"] is not None:
+        usage["prompt_tokens_details"] = _PROMPT_TOKENS.read(usage["prompt_tokens_details"])
+    return usage
+
+
+def _without_nulls(value: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_nulls(each) if isinstance(each, dict) else each
+        for name, each in value.items()
+        if each is not None
+    }
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise NotConvertibleError("there is no text where it should be")
+    return value
+
+
+def _chunks(events: bytes) -> list[Any]:
+    """Return what events say that have nothing but data."""
+    *parts, _ = events.split(b"\n\n")
+    _expect(all(part.startswith(_DATA) for part in parts), "an event has more than data")
+    return list(_parse(b"[" + b",".join(part[len(_DATA) :] for part in parts) + b"]"))
+
+
+def _parse(content: bytes) -> Any:
+    plain = content.replace(_MARKS["id"], b'""').replace(CREATED, b"0")
     return orjson.loads(counted(plain, wants_usage=True))
-
-
-def _text_deltas(choice: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield choice
-
-
-def _chat_deltas(choice: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    message = dict(choice["message"])
-    unsaid = {"index": choice["index"], "logprobs": None, "finish_reason": None}
-    yield unsaid | {"delta": {"role": message.pop("role"), "content": ""}}
-    content, calls = message.pop("content", None), message.pop("tool_calls", None)
-    # Such as reasoning, which comes before what was reasoned about.
-    if rest := {name: value for name, value in message.items() if value}:
-        yield unsaid | {"delta": rest}
-    if calls:
-        numbered = [{"index": number} | call for number, call in enumerate(calls)]
-        yield unsaid | {"delta": {"tool_calls": numbered}}
-    last = {name: value for name, value in choice.items() if name != "message"}
-    yield last | {"delta": {"content": content} if content else {}}
-
-
-def _merge(choice: dict[str, Any], part: dict[str, Any]) -> None:
-    """Add what a chunk says of a choice."""
-    for key, value in part.items():
-        if key == "delta":
-            _merge_message(
-                choice.setdefault("message", {"role": "assistant", "content": None}), value
-            )
-        elif key == "text":
-            choice["text"] = choice.get("text", "") + value
-        elif key == "logprobs" and value and choice.get("logprobs"):
-            for name, values in value.items():
-                choice["logprobs"][name] = (choice["logprobs"].get(name) or []) + (values or [])
-        elif key == "token_ids" and choice.get("token_ids"):
-            # The last one may say none.
-            choice["token_ids"] += value or []
-        elif value is not None or key not in choice:
-            choice[key] = value
-
-
-def _merge_message(message: dict[str, Any], delta: dict[str, Any]) -> None:
-    for key, value in delta.items():
-        if key == "tool_calls":
-            for call in value or ():
-                _merge_call(message.setdefault("tool_calls", []), call)
-        elif key != "role" and isinstance(value, str):
-            message[key] = (message.get(key) or "") + value
-        elif value:
-            message[key] = value
-
-
-def _merge_call(calls: list[dict[str, Any]], part: dict[str, Any]) -> None:
-    index = part.get("index", 0)
-    while len(calls) <= index:
-        calls.append({"id": None, "type": "function", "function": {"name": "", "arguments": ""}})
-    call = calls[index]
-    for key, value in part.items():
-        if key == "function":
-            for name, text in (value or {}).items():
-                if isinstance(text, str):
-                    call["function"][name] = call["function"].get(name, "") + text
-        elif key != "index" and value is not None:
-            call[key] = value

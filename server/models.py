@@ -11,6 +11,7 @@ from server.engine import Engine, EngineState
 from server.identity import adapted, identity, tells_time
 from server.model_config import Model as Described
 from server.names import Named, Names
+from server.routes import counts_always, tells_alike
 from server.upstream import Upstream, Upstreams
 from server.weights import Weights, locate
 
@@ -82,7 +83,8 @@ class Model:
                     name,
                     self._identities[name] + suffix,
                     is_vllm=is_vllm,
-                    has_one_parser=options is not None and not options.get("reasoning_parser"),
+                    has_one_parser=options is not None and tells_alike(options),
+                    counts_always=options is not None and counts_always(options),
                 ),
             )
 

@@ -23,6 +23,8 @@ class Named(NamedTuple):
     """Whether a vLLM answers that is as ours, so that we know what it makes of each field."""
     has_one_parser: bool = True
     """Whether it tells the same of an answer's text in a body and in a stream."""
+    counts_always: bool = False
+    """Whether each of its streams has token counts, asked for or not."""
 
 
 class Names:

@@ -173,6 +173,8 @@ class OpenAI:
             if http.transport is None:
                 # Not the flight has failed: this client has gone.
                 raise ConnectionResetError from exc
+            if _is_no_error(exc) and listener.flight.form is not request.form:
+                raise convert.NotConvertibleError("it isn't understood") from exc
             if waits and hit is not None and self._stands_in(request, hit, exc):
                 status = f"; fwd-status={exc.status}" if isinstance(exc, NotAnAnswerError) else ""
                 return await self._render_hit(http, request, hit, f"fwd=stale{status}")
@@ -265,8 +267,8 @@ class OpenAI:
                 if response is None:
                     response = await _begin(http, told(), int(flight.age_s))
                 if event:
-                    event = convert.counted(event, wants_usage=request.wants_usage)
-                    await http.send(response, convert.fill(event, id_, created))
+                    said = convert.given(event, id_, created, wants_usage=request.wants_usage)
+                    await http.send(response, said)
         except (NotAnAnswerError, aiohttp.ClientError, OSError) as exc:
             if response is None or http.transport is None:
                 raise
@@ -288,11 +290,11 @@ class OpenAI:
                 request.key, flight.origin.generation, newer_than
             ) as answer:
                 turn.end()
+                if answer is not None and answer.form is not flight.form:
+                    answer = await _converted(answer, flight.form)
                 if answer is None:
                     await self._generate(request, headers, flight)
                     return
-        if answer.form is not flight.form:
-            answer = await offloaded(len(answer.content), convert.as_form, answer, flight.form)
         flight.collapsed = True
         await flight.publish(answer.content)
         flight.end(answer, kept=True)
@@ -340,6 +342,14 @@ class OpenAI:
         if not self._obeys:
             return freshness
         return heeding(", ".join(reply.headers.getall(hdrs.CACHE_CONTROL, ())), freshness)
+
+
+async def _converted(answer: Answer, form: Form) -> Answer | None:
+    """Return another process's answer in that form, if it can be made of it."""
+    try:
+        return await offloaded(len(answer.content), convert.as_form, answer, form)
+    except convert.NotConvertibleError:
+        return None
 
 
 async def _render(
@@ -433,6 +443,11 @@ def _fresh(http: HttpRequest, request: Request) -> tuple[bytes, int]:
 def _cannot_answer(exc: Exception) -> bool:
     """Whether an engine can't answer, as opposed to won't (RFC 5861, section 4)."""
     return not isinstance(exc, NotAnAnswerError) or exc.status in (500, 502, 503, 504)
+
+
+def _is_no_error(exc: Exception) -> bool:
+    """Whether it is a reply that was only not understood."""
+    return isinstance(exc, NotAnAnswerError) and exc.status < 400
 
 
 def _failed(exc: Exception) -> web.Response:

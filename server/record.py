@@ -1,18 +1,22 @@
-"""Recording: an answer out of an engine's reply, published while it comes."""
+"""Recording: an answer out of an engine's reply, published while it comes.
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+What we don't understand is passed on as it came, and then nothing of the answer is kept.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import aiohttp
 import orjson
+from aiohttp import hdrs
 
 from server import convert
+from server.events import Event, read_events
 from server.shapes import CHOICES, FLAT, Shape, are_finished
 from tiers import Answer, Form
 
-# No engine sends an event as large; what never ends must not fill the memory.
-_EVENT_BYTES = 16 * 1024 * 1024
 _CONTENT_TYPES = {Form.BODY: "application/json", Form.EVENTS: "text/event-stream"}
+_DONE = b"[DONE]"
 
 
 class NotAnAnswerError(Exception):
@@ -36,18 +40,20 @@ async def record(
         reply: to a request that asked for `form`.
         shape: how an answer of this route looks.
         form: a body is published whole, events one by one but for the one with the token counts.
-        publish: takes templates (`server.convert`); of a stream first an empty one, which says that
-            it begins.
+        publish: takes templates, and what is no part of the answer as it came (`server.convert`);
+            of a stream first an empty one, which says that it begins.
         max_bytes: of events more than this are published, but none is kept for the answer.
 
     Returns:
-        The answer, without content if that was too large, and whether it may be stored.
+        The answer, without content if that was too large or isn't all understood, and whether it
+        may be stored.
 
     Raises:
         NotAnAnswerError: the reply isn't an answer.
-        ConnectionAbortedError: the stream was cut, or is not what engines send.
+        ConnectionAbortedError: the stream was cut.
     """
-    if reply.status != 200 or reply.content_type != _CONTENT_TYPES[form]:
+    coding = reply.headers.get(hdrs.CONTENT_ENCODING, "identity")
+    if (reply.status, reply.content_type, coding) != (200, _CONTENT_TYPES[form], "identity"):
         raise NotAnAnswerError(reply.status, reply.headers, await reply.read())
     if form is Form.BODY:
         answer, finished = _body(reply, shape, await reply.read())
@@ -58,8 +64,9 @@ async def record(
         events: _Choices | _Typed = _Choices(publish, max_bytes)
     else:
         events = _Typed(shape, publish, max_bytes)
-    async for kind, chunk in _chunks(reply, endless=not shape.done):
-        await events.add(kind, chunk)
+    async for event in read_events(reply.content.iter_any()):
+        if await events.take(event):
+            break
     return await events.end()
 
 
@@ -85,6 +92,7 @@ class _Events:
         self._publish, self._max_bytes = publish, max_bytes
         self._kept: list[bytes] = []
         self._bytes = 0
+        self._is_understood = True
 
     async def _give(self, event: bytes) -> None:
         self._bytes += len(event)
@@ -92,8 +100,15 @@ class _Events:
             self._kept.append(event)
         await self._publish(event)
 
+    async def _pass_on(self, event: Event) -> None:
+        """Publish what is no part of the answer: a comment, or what isn't understood."""
+        if event.data:
+            self._is_understood = False
+        if event.is_whole:
+            await self._publish(convert.AsIs(event.raw))
+
     def _answer(self, usage: bytes = b"", *, finished: bool) -> tuple[Answer, bool]:
-        if self._bytes > self._max_bytes:
+        if self._bytes > self._max_bytes or not self._is_understood:
             return Answer(Form.EVENTS, b"", usage), False
         return Answer(Form.EVENTS, b"".join(self._kept), usage), finished
 
@@ -107,18 +122,22 @@ class _Typed(_Events):
         super().__init__(publish, max_bytes)
         self._shape = shape
         self._finished = False
-        self._last = ""
+        self._last: Any = ""
 
-    async def add(self, kind: bytes, chunk: dict[str, Any]) -> None:
-        """Take the next event and publish it."""
-        shape, self._last = self._shape, chunk.get("type", "")
+    async def take(self, event: Event) -> bool:
+        """Take the next event and publish it; returns whether it ends the stream."""
+        shape = self._shape
         try:
+            chunk = orjson.loads(event.data)
+            self._last = chunk.get("type", "")
             if (verdict := shape.verdicts.get(self._last)) is not None:
                 self._finished = shape.is_finished(chunk[verdict])
-            event = convert.event(chunk, shape, kind)
-        except (TypeError, KeyError, AttributeError) as exc:
-            raise ConnectionAbortedError("the engine's event is not as we know it") from exc
-        await self._give(event)
+            made = convert.event(chunk, shape, event.lines)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            await self._pass_on(event)
+        else:
+            await self._give(made)
+        return False
 
     async def end(self) -> tuple[Answer, bool]:
         """Return what `record` does."""
@@ -136,78 +155,67 @@ class _Choices(_Events):
         super().__init__(publish, max_bytes)
         self._usage: dict[str, Any] = {}
         self._reasons: dict[int, object] = {}
-        # The last event says what only the token counts tell, so one that may be it is kept back.
-        self._held = b""
+        self._is_done = False
+        # The last event says what only the token counts tell, so one that may be it is kept back,
+        # and so are they, since not everybody has asked for them.
+        self._held = self._counts = b""
 
-    async def add(self, _: bytes, chunk: dict[str, Any]) -> None:
-        """Take the next event; all but the last and the one with the token counts are published."""
-        choices = chunk.get("choices")
-        if not isinstance(choices, list):
-            raise _error_in_stream(chunk)
-        if not choices and chunk.get("usage"):
-            self._usage = chunk
-            return
-        if self._held:
-            await self._give(self._held)
-            self._held = b""
-        event = convert.event(chunk)
-        if self._finishes(choices):
-            self._held = event
+    async def take(self, event: Event) -> bool:
+        """Take the next event; returns whether it ends the stream.
+
+        All but the last and the one with the token counts are published.
+
+        Raises:
+            NotAnAnswerError: it is an error.
+        """
+        if event.data.strip() == _DONE:
+            self._is_done = True
+            return True
+        try:
+            chunk = orjson.loads(event.data)
+            choices, usage = chunk.get("choices"), chunk.get("usage")
+            if chunk.get("error") and not isinstance(choices, list):
+                await self._release()
+                raise _error_in_stream(chunk)
+            is_count = choices in (None, []) and isinstance(usage, dict)
+            reasons = {} if is_count else {c["index"]: c.get("finish_reason") for c in choices}
+            made = convert.event(chunk, lines=event.lines)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            if event.data:
+                await self._release()
+            await self._pass_on(event)
+            return False
+        if self._counts or not is_count:
+            await self._release()
+        for index, reason in reasons.items():
+            self._reasons[index] = reason or self._reasons.get(index)
+        if is_count:
+            self._usage, self._counts = chunk, made
+        elif any(reasons.values()):
+            self._held = made
         else:
-            await self._give(event)
+            await self._give(made)
+        return False
+
+    async def _release(self) -> None:
+        """Publish what was kept back, since it wasn't the last."""
+        held, self._held = self._held, b""
+        counts, self._counts, self._usage = self._counts, b"", {}
+        for event in (held, counts):
+            if event:
+                await self._give(event)
 
     async def end(self) -> tuple[Answer, bool]:
         """Publish what was kept back; returns what `record` does."""
         if self._held:
             await self._give(convert.stamped(self._held, self._usage))
-        counts = convert.event(self._usage) if self._usage else b""
         reasons = [{"finish_reason": reason} for reason in self._reasons.values()]
-        return self._answer(counts, finished=are_finished(reasons))
-
-    def _finishes(self, choices: list[Any]) -> bool:
-        finishes = False
-        try:
-            for choice in choices:
-                reason = choice.get("finish_reason")
-                self._reasons[choice["index"]] = reason or self._reasons.get(choice["index"])
-                finishes = finishes or bool(reason)
-        except (TypeError, KeyError, AttributeError) as exc:
-            raise ConnectionAbortedError("the engine's event has no choices as we know") from exc
-        return finishes
-
-
-async def _chunks(
-    reply: aiohttp.ClientResponse, *, endless: bool
-) -> AsyncIterator[tuple[bytes, dict[str, Any]]]:
-    """Yield type and data of each server-sent event up to `[DONE]` (WHATWG HTML, section 9.2).
-
-    A stream that ends without one was cut, unless it is `endless`.
-    """
-    rest = b""
-    async for piece in reply.content.iter_any():
-        *parts, rest = (rest + piece).replace(b"\r\n", b"\n").split(b"\n\n")
-        if len(rest) > _EVENT_BYTES:
-            raise ConnectionAbortedError("the engine's event does not end")
-        for part in parts:
-            data, kind = _fields(part, b"data:"), _fields(part, b"event:")
-            if not data:
-                continue
-            if data == b"[DONE]":
-                return
-            try:
-                chunk = orjson.loads(data)
-            except orjson.JSONDecodeError as exc:
-                raise ConnectionAbortedError("the engine's event is not JSON") from exc
-            if not isinstance(chunk, dict):
-                raise ConnectionAbortedError("the engine's event is not an object")
-            yield kind, chunk
-    if not endless or rest.strip():
-        raise ConnectionAbortedError("the engine's stream was cut")
-
-
-def _fields(event: bytes, name: bytes) -> bytes:
-    lines = [line for line in event.split(b"\n") if line.startswith(name)]
-    return b"\n".join(line.removeprefix(name) for line in lines).strip()
+        if not self._is_done:
+            # It may say no more, or have been cut where no more than counts were to come.
+            self._is_understood = False
+            if not reasons or None in self._reasons.values():
+                raise ConnectionAbortedError("the engine's stream was cut")
+        return self._answer(self._counts, finished=are_finished(reasons))
 
 
 def _error_in_stream(chunk: dict[str, Any]) -> NotAnAnswerError:

@@ -150,7 +150,9 @@ def _parse(
     options = body.get("stream_options") if route.shape is CHOICES else None
     # An engine that we don't know is asked for them by whatever it knows.
     wants_usage = stream and (
-        not named.is_vllm or (isinstance(options, dict) and options.get("include_usage") is True)
+        not named.is_vllm
+        or named.counts_always
+        or (isinstance(options, dict) and options.get("include_usage") is True)
     )
     # It may take any field for anything.
     canonical: Mapping[str, Any] = dict(sorted(body.items()))

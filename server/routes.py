@@ -31,8 +31,8 @@ class Route:
     """Whether the same request gets the same answer without a temperature or a seed."""
     alike_in_both_forms: frozenset[str] = frozenset()
     """What is answered alike in a body and in a stream; of anything else vLLM may leave out or
-    refuse something in one of them, so there the form is part of the key. None where no form can
-    be made of the other."""
+    refuse something in one of them, or read it by another parser, so there the form is part of the
+    key. None where no form can be made of the other."""
     irrelevant: Ignored
     heard: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     """Returns the fields of a body without what vLLM ignores within them."""
@@ -167,10 +167,9 @@ _ALIKE = frozenset(
     {
         "cache_salt", "chat_template_kwargs", "frequency_penalty", "ignore_eos", "logit_bias",
         "logprobs", "max_completion_tokens", "max_tokens", "messages", "min_p", "min_tokens",
-        "model", "n", "parallel_tool_calls", "presence_penalty", "prompt", "reasoning_effort",
-        "repetition_penalty", "response_format", "seed", "skip_special_tokens", "stop",
-        "stop_token_ids", "structured_outputs", "temperature", "tool_choice",
-        "tools", "top_k", "top_logprobs", "top_p",
+        "model", "n", "presence_penalty", "prompt", "reasoning_effort", "repetition_penalty",
+        "response_format", "seed", "skip_special_tokens", "stop", "stop_token_ids",
+        "structured_outputs", "temperature", "top_k", "top_logprobs", "top_p",
     }
 )  # fmt: skip
 _ASKED_BY: Ignored = _ID | _RANK | {"user": _TEXT}
@@ -325,6 +324,31 @@ ROUTES: Mapping[str, Route] = {path: route for route in _TABLE for path in route
 """The routes by each of their paths; all are asked by POST."""
 
 _STORES = "VLLM_ENABLE_RESPONSES_API_STORE"
+# Engines with one of these tell something in one form alone, or may: `metrics` and experts, which
+# no stream has of who doesn't ask for its counts, or reasoning, which each form has read its way.
+_APART = (
+    "aux_output_config", "config", "enable_force_include_usage", "enable_per_request_metrics",
+    "enable_return_routed_experts", "reasoning_parser", "structured_outputs_config",
+    "tool_parser_plugin",
+)  # fmt: skip
+PLAIN_PARSERS = frozenset(
+    {
+        "deepseek_v3", "deepseek_v31", "hermes", "llama3_json", "llama4_json", "llama4_pythonic",
+        "phi4_mini_json", "pythonic", "qwen3_json",
+    }
+)  # fmt: skip
+"""Those of vLLM's parsers of tool calls that leave a text as it is where there are no tools."""
+
+
+def tells_alike(options: Mapping[str, Any]) -> bool:
+    """Whether a vLLM with these options tells a text alike in a body and in a stream."""
+    parser = options.get("tool_call_parser")
+    return not any(options.get(name) for name in _APART) and (not parser or parser in PLAIN_PARSERS)
+
+
+def counts_always(options: Mapping[str, Any]) -> bool:
+    """Whether a vLLM with these options tells token counts in each stream, asked for or not."""
+    return bool(options.get("enable_force_include_usage"))
 
 
 def keeps_responses(environments: Iterable[Mapping[str, str]]) -> bool:

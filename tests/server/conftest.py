@@ -23,6 +23,7 @@ from server.weights import embedded_folder
 from tests.servers import free_port
 
 CHAT = "/v1/chat/completions"
+USAGE = {"prompt_tokens": 1, "total_tokens": 2, "completion_tokens": 1}
 _number = itertools.count()
 
 
@@ -35,16 +36,15 @@ def question(**more) -> dict:
 def body(text: str = "yes", reason: str | None = "stop") -> dict:
     message = {"role": "assistant", "content": text}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
-    usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
     head = {"id": "chatcmpl-x", "object": "chat.completion", "created": 1, "model": "m"}
-    return head | {"choices": [choice], "usage": usage}
+    return head | {"choices": [choice], "usage": USAGE}
 
 
 def chunk(delta: dict | None, reason: str | None = None) -> bytes:
     """One event; with the token counts and no choice where `delta` is None."""
     made = {"id": "chatcmpl-x", "object": "chat.completion.chunk", "created": 1, "model": "m"}
     if delta is None:
-        made |= {"choices": [], "usage": {"total_tokens": 2}}
+        made |= {"choices": [], "usage": USAGE}
     else:
         made |= {"choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
     return b"data: " + orjson.dumps(made) + b"\n\n"

@@ -433,21 +433,23 @@ async def test_all_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 async def test_what_is_known_of_an_engine_is_part_of_what_its_names_mean() -> None:
-    options = [None, {}, {"max_num_seqs": 4}, {"dtype": "float16"}, {"reasoning_parser": "qwen3"}]
-    options.append({"middleware": ["own.Middleware"]})
+    options = [None, {}, {"max_num_seqs": 4}, {"dtype": "float16"}, {"reasoning_parser": "qwen3"},
+               {"enable_force_include_usage": True}, {"middleware": ["own.Middleware"]},
+               {"tool_call_parser": "hermes"}, {"tool_call_parser": "qwen3_coder"}]  # fmt: skip
     models = Models(
         {
             str(number): Model(upstreams=("http://h",), vllm=vllm)
             for number, vllm in enumerate(options)
         }
     )
-    unknown, plain, many, half, reasons, wrapped = (
-        models.names().find(str(n)) for n in range(len(options))
-    )
+    found = [models.names().find(str(number)) for number in range(len(options))]
+    unknown, plain, many, half, reasons, counts, wrapped, *calls = found
     assert (unknown.is_vllm, unknown.has_one_parser) == (False, False)
     assert not wrapped.is_vllm
     assert (plain.is_vllm, plain.has_one_parser) == (True, True)
     assert (reasons.is_vllm, reasons.has_one_parser) == (True, False)
+    assert (plain.counts_always, counts.counts_always, counts.has_one_parser) == (0, 1, 0)
+    assert [each.has_one_parser for each in calls] == [True, False]
     # Their bodies differ in nothing that these options change.
     assert plain.identity == many.identity
     assert len({each.identity for each in (unknown, plain, half, reasons)}) == 4

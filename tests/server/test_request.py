@@ -169,11 +169,27 @@ def test_an_engine_that_we_do_not_know_may_keep_answers(path, store, is_repeatab
     assert of_unknown_engine(body, path).repeatable is is_repeatable
 
 
-def test_forms_are_apart_where_parsers_may_differ() -> None:
-    named = Names({"m": Named("m", "i", has_one_parser=False)})
-    forms = [BODY, BODY | {"stream": True}, BODY | {"stream": False}]
+@pytest.mark.parametrize(
+    ("has_one_parser", "more"),
+    [
+        (False, {}),
+        (True, {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+        (True, {"tool_choice": None}),
+        (True, {"parallel_tool_calls": False}),
+        (True, {"return_token_ids": True}),
+    ],
+)
+def test_forms_are_apart_where_parsers_may_differ(has_one_parser: bool, more: dict) -> None:
+    named = Names({"m": Named("m", "i", has_one_parser=has_one_parser)})
+    forms = [BODY | more, BODY | more | {"stream": True}, BODY | more | {"stream": False}]
     body, events, said = (parse(CHAT, orjson.dumps(f), tenant_of(""), named).key for f in forms)
     assert body == said != events
+
+
+def test_an_engine_may_count_for_everybody() -> None:
+    named = Names({"m": Named("m", "i", counts_always=True)})
+    asked = parse(CHAT, orjson.dumps(BODY | {"stream": True}), tenant_of(""), named)
+    assert (asked.wants_usage, orjson.loads(asked.body)) == (True, BODY | {"stream": True})
 
 
 def test_order_inside_schemas_is_kept() -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from server.routes import ROUTES
 from tests.e2e.conftest import MODEL
 
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
@@ -120,6 +121,9 @@ _CHAT: list[dict[str, Any]] = [
     {"tools": [TOOL], "tool_choice": "none"},
     {"tools": [TOOL], "tool_choice": "required", "max_tokens": 24},
     {"tools": [TOOL], "tool_choice": FORCED, "max_tokens": 16},
+    # Cut, and told otherwise in either form.
+    {"tools": [TOOL], "tool_choice": "required", "max_tokens": 8},
+    {"tools": [TOOL], "tool_choice": FORCED, "max_tokens": 3},
     {"tools": [TOOL], "tool_choice": FORCED, "parallel_tool_calls": False, "max_tokens": 16},
     {"reasoning_effort": "low"},
     {"chat_template_kwargs": {"x": 1}},
@@ -220,17 +224,31 @@ _MESSAGES: list[dict[str, Any]] = [
     {"tools": [CLAUDE_TOOL], "tool_choice": {"type": "tool", "name": "weather"}, "max_tokens": 16},
     {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}, "max_tokens": 12},
 ]
+# Of these either form is made of the other.
+ALIKE = [
+    *(
+        make(f"Either form, {number}?", **more)
+        for make, cases in ((chat, (*_BOTH, *_CHAT)), (text, (*_BOTH[::5], *_TEXT)))
+        for number, more in enumerate(cases)
+        if more.keys() <= ROUTES[CHAT].alike_in_both_forms - {"messages", "prompt"}
+    ),
+    text(["One", "Two"]),
+]
 # Not there in a stream.
 _BODIES_ONLY = ({"prompt_logprobs": 1},)
 
 
 def _streamed(cases: list[Case]) -> list[Case]:
-    """Return the cases, and each as a stream, with a salt so that no body makes one of it."""
+    """Return the cases, and each as a stream.
+
+    But of tools a body makes none of it; there a salt sees to that.
+    """
     return [
         Case(case.path, case.body | more)
         for case in cases
-        for more in ({}, {"stream": True, "cache_salt": "s"})
         if isinstance(case.body, dict)
+        for salt in ({} if "tools" in case.body else {"cache_salt": "s"},)
+        for more in ({}, {"stream": True} | salt)
     ]
 
 

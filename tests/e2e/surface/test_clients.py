@@ -255,9 +255,15 @@ def clients(ready: Server) -> Iterator[Clients]:
 KINDS = tuple(QUESTIONS)
 Ask = Callable[[Clients, str, bool, str], Said]
 CHATS = (Clients.chat, Clients.langchain_chat, Clients.ai_sdk)
-# Their streams and bodies are one entry, and those of others are kept apart.
-ONE = [*((ask, kind) for ask in CHATS for kind in KINDS), (Clients.completions, "text")]
-APART = [(ask, kind) for ask in (Clients.responses, Clients.messages) for kind in KINDS]
+# Their streams and bodies are one entry, but for those of tools and of others.
+ONE = [
+    *((ask, kind) for ask in CHATS for kind in KINDS if kind != "tools"),
+    (Clients.completions, "text"),
+]
+APART = [
+    *((ask, "tools") for ask in CHATS),
+    *((ask, kind) for ask in (Clients.responses, Clients.messages) for kind in KINDS),
+]
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["body", "stream"])

@@ -21,7 +21,7 @@ import pytest
 from tests.e2e.conftest import MODEL, Server
 
 from .conftest import kept
-from .requests import BAD, COUNT, GOOD, MESSAGES, RESPONSES, Case
+from .requests import ALIKE, BAD, COUNT, GOOD, MESSAGES, RESPONSES, WITH_USAGE, Case
 
 pytestmark = pytest.mark.engine
 
@@ -155,6 +155,37 @@ def test_good_requests(
     assert told(miss.body) == told(direct.body)
     assert lasting(hit.body) == lasting(miss.body)
     assert "detail=memory" in hit.cache_status
+
+
+@pytest.mark.parametrize("case", ALIKE, ids=str)
+def test_hits_in_the_other_form(
+    engine: http.client.HTTPConnection, front: http.client.HTTPConnection, case: Case
+) -> None:
+    forms: list[dict[str, Any]] = [{}, WITH_USAGE]
+    expected = [whole(send(engine, Case(case.path, case.body | form)).body) for form in forms]
+    for first in (0, 1):
+        salted = [Case(case.path, case.body | form | {"cache_salt": str(first)}) for form in forms]
+        miss = send(front, salted[first])
+        hit = kept(lambda asked=salted[1 - first]: send(front, asked), attrgetter("cache_status"))
+        assert ("fwd=miss" in miss.cache_status, "hit" in hit.cache_status) == (True, True)
+        assert whole(miss.body) == expected[first]
+        assert whole(hit.body) == expected[1 - first]
+
+
+def whole(body: bytes) -> Any:
+    """Return what a reply says, with its fields and nulls, but for events of text alone."""
+    said = told(body)
+    if isinstance(said, dict):
+        return said
+    events, texts = said
+    return [event for event in events if not is_text_alone(event[1])], texts
+
+
+def is_text_alone(event: Any) -> bool:
+    if not isinstance(event, dict) or not event["choices"]:
+        return False
+    (choice,) = event["choices"]
+    return choice["finish_reason"] is None and "role" not in choice.get("delta", {})
 
 
 @pytest.mark.parametrize("case", BAD, ids=str)

@@ -1,0 +1,56 @@
+"""Server-sent events as they come (WHATWG HTML, section 9.2)."""
+
+import re
+from collections.abc import AsyncIterable, AsyncIterator
+from typing import NamedTuple
+
+# No engine sends an event as large; what never ends must not fill the memory.
+_EVENT_BYTES = 16 * 1024 * 1024
+_BOM = b"\xef\xbb\xbf"
+# An empty line after one that isn't. A line's end is never parted.
+_end = re.compile(rb"[^\r\n](?>\r\n|\r|\n){2}").search
+
+
+class Event(NamedTuple):
+    """One event, or what stands between two."""
+
+    raw: bytes
+    """As it came, with its empty line."""
+    lines: bytes
+    """All but data and comments, such as its type, each with a line's end."""
+    data: bytes
+    """Its lines of data; none where it is no event but a comment."""
+    is_whole: bool
+    """Whether its empty line came, too."""
+
+
+async def read_events(pieces: AsyncIterable[bytes]) -> AsyncIterator[Event]:
+    """Yield the events of a stream that comes in pieces.
+
+    Raises:
+        ConnectionAbortedError: one does not end.
+    """
+    rest, begins = b"", True
+    async for piece in pieces:
+        rest += piece
+        at = 0
+        while (found := _end(rest, at)) is not None:
+            raw, at = rest[at : found.end()], found.end()
+            yield _event(raw.removeprefix(_BOM) if begins else raw)
+            begins = False
+        rest = rest[at:]
+        if len(rest) > _EVENT_BYTES:
+            raise ConnectionAbortedError("the engine's event does not end")
+    if rest.strip():
+        yield _event(rest)._replace(is_whole=False)
+
+
+def _event(raw: bytes) -> Event:
+    lines, data = [], []
+    for line in raw.splitlines():
+        name, _, value = line.partition(b":")
+        if name == b"data":
+            data.append(value.removeprefix(b" "))
+        elif name:
+            lines.append(line + b"\n")
+    return Event(raw, b"".join(lines), b"\n".join(data), is_whole=True)
