@@ -54,7 +54,7 @@ class Collector:
         self._grown = asyncio.Event()
 
     async def until(self, is_there: Callable[[], bool]) -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not is_there():
                 await self._grown.wait()
 

@@ -243,7 +243,7 @@ class Front:
 
     async def ask_alone(self, asked: dict, **options) -> tuple[int, str, bytes]:
         """Ask until no flight is joined: the nearest tier holds the answer then, or none does."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while "collapsed" in (reply := await self.ask(asked, **options))[1]:
                 pass
         return reply

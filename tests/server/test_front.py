@@ -816,7 +816,7 @@ async def test_a_stop_lets_running_answers_end(upstream: Upstream, tmp_path, pat
             await front.until_ready(0)
             go.set()
             assert (await response.read()).endswith(b"data: [DONE]\n\n")
-        assert await asyncio.wait_for(front.process.wait(), 20) == 0
+        assert await asyncio.wait_for(front.process.wait(), 60) == 0
         if path == CHAT:
             await front.session.close()
             await front.start()

@@ -14,11 +14,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from hashlib import shake_128
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tiers import (
@@ -446,11 +448,10 @@ def test_a_verifier_ends_with_who_started_it(tmp_path: Path, how: str) -> None:
     os.mkfifo(tmp_path / DATA)
     command, env = verifier(tmp_path)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with (
-        subprocess.Popen(command, env=env, **pipes) as process,
-        # Returns once it reads there, which it would do for ever.
-        (tmp_path / DATA).open("wb"),
-    ):
+    with subprocess.Popen(command, env=env, **pipes) as process:
+        # It waits for who writes there, for ever, and a thread of it for the end of its reader.
+        while psutil.Process(process.pid).num_threads() < 2:
+            time.sleep(0.01)
         if how == "SIGINT":
             process.send_signal(signal.SIGINT)
         else:
