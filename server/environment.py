@@ -15,7 +15,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
-from server.yaml_loader import Loader
+from server.yaml_loader import EMPTY, Loader
 
 PREFIX = "TIERSERVE__"
 # Kubernetes sets some such as TIERSERVE_SERVER_PORT, but none with two underscores.
@@ -96,7 +96,7 @@ def _value(kind: Any, text: str) -> Any:
     if not (Any in kinds or any(map(_is_whole, kinds))):
         return text
     try:
-        value = yaml.load(text, Loader)  # noqa: S506
+        value = yaml.load(text, Loader) if text.strip() else EMPTY  # noqa: S506
     except (ValueError, RecursionError, yaml.YAMLError) as exc:
         # Without the text itself, which may hold a secret.
         why = getattr(exc, "problem", None) or getattr(exc, "context", None) or type(exc).__name__

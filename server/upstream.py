@@ -84,6 +84,7 @@ class Upstream:
         """Whether it isn't ready, but a tierserve that answers what its tiers hold."""
         self._socket = socket
         self._replied_at = 0.0
+        self._told: tuple[bool, str] | None = None
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=timeout_s)
         self._session = self._new_session(timeout)
         self.fresh = self._new_session(timeout, keep=False)
@@ -183,14 +184,20 @@ class Upstream:
 
     async def watch(self) -> None:
         """Keep `ready` true to whether the upstream answers, until cancelled."""
-        told = None
         while True:
-            self.ready, self.loading, why = await self._look()
-            if (found := (self.ready, why)) != told:
-                told = found
-                state = "ready" if self.ready else "not ready"
-                logger.info("%s is %s%s", self._name, state, why and f": {why}")
+            self._find(*await self._look())
             await asyncio.sleep(_PROBE_UP_S if self.ready else _PROBE_DOWN_S)
+
+    def takes_no_connection(self, exc: Exception) -> None:
+        """Take note that nothing reached it; it is asked again once it is back."""
+        self._find(False, False, _unconnected(exc))
+
+    def _find(self, ready: bool, loading: bool, why: str) -> None:
+        self.ready, self.loading = ready, loading
+        if (told := (ready, why)) != self._told:
+            self._told = told
+            state = "ready" if ready else "not ready"
+            logger.info("%s is %s%s", self._name, state, why and f": {why}")
 
     async def _look(self) -> tuple[bool, bool, str]:
         """Return whether it is ready, whether it is loading, and what the log should say of it.
@@ -212,7 +219,7 @@ class Upstream:
                 loading = response.status == 503
                 return not loading, loading, "its own engine isn't" if loading else ""
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:
-            return False, False, f"it takes no connection ({exc.strerror or 'in time'})"
+            return False, False, _unconnected(exc)
         except TimeoutError:
             if self._replied_at > began:
                 return True, False, ""
@@ -243,6 +250,10 @@ class _Attempt:
         )
         is_soon = time.monotonic() - self._began < _CONNECT_S
         return self.is_reused and is_soon and not has_begun
+
+
+def _unconnected(exc: Exception) -> str:
+    return f"it takes no connection ({getattr(exc, 'strerror', None) or 'in time'})"
 
 
 async def _note_reuse(_: aiohttp.ClientSession, context: Any, __: Any) -> None:
@@ -388,9 +399,9 @@ class Upstreams:
             upstream = self._pick()
             try:
                 return await ask(upstream)
-            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
-                # Nothing was sent yet; the next one is asked, and this one once it is back.
-                upstream.ready = upstream.loading = False
+            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:
+                # Nothing was sent yet, so the next one is asked.
+                upstream.takes_no_connection(exc)
 
     def _pick(self) -> Upstream:
         ready = [upstream for upstream in self.all if upstream.ready]

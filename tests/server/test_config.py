@@ -291,6 +291,10 @@ def test_a_section_with_nothing_in_it_has_its_defaults(tmp_path: Path, monkeypat
     monkeypatch.setenv("TIERSERVE__TIERS", "{disk: {}, disk: null}")
     with pytest.raises(ConfigError, match="TIERSERVE__TIERS: should be YAML or JSON: disk stands"):
         load(write(tmp_path, ""))
+    monkeypatch.delenv("TIERSERVE__TIERS")
+    monkeypatch.setenv("TIERSERVE__MODELS__M__ENGINE__ARGS__DTYPE", "")
+    with pytest.raises(ConfigError, match=r"models.m.engine.args: dtype: has no value"):
+        load(write(tmp_path, "models: {m: {source: s}}"))
 
 
 URLS = [

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from tiers import DiskCache
 from tiers.disk import Durability, check, compact
 from tiers.disk.file import DATA, DiskFile
+from tiers.disk.opening import Opening
 from tiers.disk.record import unpack_blob
 from tiers.disk.transaction import Change
 from tiers.disk.verify import verify
@@ -569,6 +570,23 @@ async def test_those_of_another_pid_namespace_wait_until_the_file_is_closed(
     # Those of one namespace don't wait.
     assert await second.set("a", b"2")
     await second.close()
+
+
+def test_who_has_died_elsewhere_is_not_waited_for(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("tiers.disk.opening._namespace", iter([1, 2, 2]).__next__)
+    first, second, third = (Opening(tmp_path, MIB, Clock()) for _ in range(3))
+    assert first.try_now()
+    assert not second.try_now()
+    assert second.waits_for_others
+    (tmp_path / DATA).write_bytes(b"not closed cleanly")
+    os.close(first._lock)
+    assert not second.try_now()
+    assert not second.waits_for_others
+    # Now it is alone, and has to verify.
+    assert not third.try_now()
+    assert not third.waits_for_others
+    for each in (second, third):
+        each.release(whole=False)
 
 
 async def test_is_private(tmp_path: Path) -> None:

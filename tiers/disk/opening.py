@@ -11,8 +11,9 @@ all who have the file open are in one PID namespace, such as one container.
 LMDB knows its users by their process and thread ids. Where these aren't unique, as between
 containers, two of one process id can't both read, and one that is killed while it waits for the
 writer's lock frees that of another thread of the same id, which then isn't alone (the kernel's
-`handle_futex_death` compares nothing but the id). So who is elsewhere waits until they have gone:
-each holds a lock of the byte of `in-use.lock`, too, whose offset is its namespace's number.
+`handle_futex_death` compares nothing but the id). So those in one namespace wait until those in
+another have closed the file: whoever has it open holds a lock of the byte of `in-use.lock`, too,
+whose offset is the namespace's number.
 """
 
 import contextlib
@@ -87,7 +88,7 @@ class Opening:
         self._max_bytes = max_bytes
         self.damaged = 0
         self.waits_for_others = False
-        """Whether the file is open in another PID namespace, until which has ended it can't be."""
+        """Whether the file is open in another PID namespace, and so can't be in ours yet."""
         self._clock = clock
         self._data = folder / DATA
         self._mark = folder / MARK
@@ -104,11 +105,11 @@ class Opening:
 
     def try_now(self) -> bool:
         """Return whether the file may be opened at once."""
-        is_alone = self.try_exclusive()
+        is_alone, is_elsewhere = self.try_exclusive(), self._is_elsewhere()
         if is_alone and not self._is_ready():
             return False
-        # A lock of ours could keep those elsewhere from being alone at their end, so look first.
-        if not self._is_elsewhere() and self._take(fcntl.LOCK_SH):
+        # A lock of ours could keep those elsewhere from being alone at their end.
+        if not is_elsewhere and self._take(fcntl.LOCK_SH):
             self._set_namespace(fcntl.F_RDLCK)
             # Changing the lock lets others in between, so look again.
             if (not is_alone or self._is_ready()) and not self._is_elsewhere():
