@@ -129,8 +129,10 @@ class _Typed(_Events):
         shape = self._shape
         try:
             chunk = orjson.loads(event.data)
-            self._last = chunk.get("type", "")
-            if (verdict := shape.verdicts.get(self._last)) is not None:
+            kind = chunk.get("type", "")
+            verdict = shape.verdicts.get(kind)
+            self._last = kind
+            if verdict is not None:
                 self._finished = shape.is_finished(chunk[verdict])
             made = convert.event(chunk, shape, event.lines)
         except (AttributeError, KeyError, TypeError, ValueError):

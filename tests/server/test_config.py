@@ -226,7 +226,7 @@ def parts(annotation: Any) -> Iterator[Any]:
 
 FIELDS = [
     (section, name, field.annotation)
-    for section in {*sections(), *sections(Record)}
+    for section in dict.fromkeys([*sections(), *sections(Record)])
     for name, field in section.model_fields.items()
 ]
 

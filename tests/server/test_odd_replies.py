@@ -195,15 +195,15 @@ async def test_a_coding_that_nobody_asked_for_is_passed_on(
             assert response.headers["Cache-Status"] == "tierserve; fwd=miss"
 
 
-async def test_a_typed_stream_with_odd_events(front: Front, upstream: Upstream) -> None:
-    odd = b"event: ping\ndata: pong\n\n"
+@pytest.mark.parametrize("odd", [b"event: ping\ndata: pong\n\n", b'data: {"type":[]}\n\n'])
+async def test_a_typed_stream_with_odd_events(front: Front, upstream: Upstream, odd: bytes) -> None:
     last = b'event: response.completed\ndata: {"type":"response.completed","response":{}}\n\n'
-    upstream.handler = sends(odd, last, DONE)
+    upstream.handler = sends(odd, last, DONE, odd)
     asked = question(stream=True, input="x")
     for _ in range(2):
         async with front.session.post("/v1/responses", json=asked) as response:
             assert response.headers["Cache-Status"] == "tierserve; fwd=miss"
-            assert await response.read() == odd + last + DONE
+            assert await response.read() == odd + last + DONE + odd
 
 
 async def test_an_engine_that_we_do_not_know_is_sent_what_came(
