@@ -15,7 +15,7 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from enum import StrEnum
 from typing import Any
@@ -64,13 +64,22 @@ class Engine:
         weights: what it loads.
         loading: held by the one engine that loads. vLLM measures how much memory is free while it
             does, which another one would falsify.
+        before_start: awaited before each start, in which it reads its files.
 
     Raises:
         ConfigError: the folder for temporary files has too long a path.
     """
 
-    def __init__(self, name: str, model: Model, weights: Weights, loading: asyncio.Lock) -> None:
-        self._name, self._loading = name, loading
+    def __init__(
+        self,
+        name: str,
+        model: Model,
+        weights: Weights,
+        loading: asyncio.Lock,
+        *,
+        before_start: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._name, self._loading, self._before_start = name, loading, before_start
         self.folder = new_engine_folder()
         socket = str(self.folder / ENGINE_SOCKET)
         self.upstream = Upstream(
@@ -133,6 +142,7 @@ class Engine:
         try:
             async with AsyncExitStack() as stack:
                 async with self._loading:
+                    await self._before_start()
                     process = await stack.enter_async_context(self._process())
                     is_over = asyncio.create_task(self._over(process))
                     stack.callback(is_over.cancel)

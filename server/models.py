@@ -1,10 +1,10 @@
 """The models: what gives each one's answers, and which one a request is for."""
 
 import asyncio
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from datetime import date
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from server.config import ConfigError
 from server.engine import Engine, EngineState
@@ -16,6 +16,14 @@ from server.upstream import Upstream, Upstreams
 from server.weights import Weights, locate
 
 
+class _Identity(NamedTuple):
+    """What gives answers, as the files say now that an engine reads when it starts."""
+
+    by_name: Mapping[str, str]
+    """Of the model and of its adapters."""
+    is_dated: bool
+
+
 class Model:
     """One model with its engine or upstreams.
 
@@ -24,13 +32,23 @@ class Model:
         described: how it is configured.
         weights: what an engine of ours is to load; `None` where somebody else runs it.
         loading: held by the one engine that loads.
+        changed: called when its names mean something else from now on.
     """
 
     def __init__(
-        self, name: str, described: Described, weights: Weights | None, loading: asyncio.Lock
+        self,
+        name: str,
+        described: Described,
+        weights: Weights | None,
+        loading: asyncio.Lock,
+        changed: Callable[[], None],
     ) -> None:
         self.name, self.described, self.weights = name, described, weights
-        self.engine = None if weights is None else Engine(name, described, weights, loading)
+        self.engine = (
+            None
+            if weights is None
+            else Engine(name, described, weights, loading, before_start=self._identify_anew)
+        )
         self.upstreams = Upstreams(
             [self.engine.upstream]
             if self.engine is not None
@@ -40,11 +58,27 @@ class Model:
             ],
             max_requests=described.max_requests,
         )
-        base = identity(described, weights)
-        self._identities = {name: base} | {
-            adapter: adapted(base, adapter, described, weights) for adapter in described.adapters
+        self._identity, self._changed = self._identify(), changed
+
+    def _identify(self) -> "_Identity":
+        base = identity(self.described, self.weights)
+        adapters = {
+            adapter: adapted(base, adapter, self.described, self.weights)
+            for adapter in self.described.adapters
         }
-        self.is_dated = tells_time(described, weights)
+        return _Identity({self.name: base} | adapters, tells_time(self.described, self.weights))
+
+    async def _identify_anew(self) -> None:
+        # Files that its options name, such as a chat template, may have changed meanwhile.
+        found = await asyncio.to_thread(self._identify)
+        if found != self._identity:
+            self._identity = found
+            self._changed()
+
+    @property
+    def is_dated(self) -> bool:
+        """Whether its answers are good for one day alone."""
+        return self._identity.is_dated
 
     @property
     def state(self) -> EngineState:
@@ -81,7 +115,7 @@ class Model:
                 asked,
                 Named(
                     name,
-                    self._identities[name] + suffix,
+                    self._identity.by_name[name] + suffix,
                     is_vllm=is_vllm,
                     has_one_parser=options is not None and tells_alike(options),
                     counts_always=options is not None and counts_always(options),
@@ -100,11 +134,16 @@ class Models:
     def __init__(self, described: Mapping[str, Described]) -> None:
         located, loading = _located(described), asyncio.Lock()
         self.all = tuple(
-            Model(name, each, located[name], loading) for name, each in described.items()
+            Model(name, each, located[name], loading, self._forget)
+            for name, each in described.items()
         )
         self._by_name = {name: model for model in self.all for _, name in model.asked_as()}
-        self._are_dated = any(model.is_dated for model in self.all)
         self._names_on = lru_cache(2)(self._names)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._are_dated = any(model.is_dated for model in self.all)
+        self._names_on.cache_clear()
 
     def names(self) -> Names:
         """Return what clients may ask for now; the same object as long as nothing changes."""

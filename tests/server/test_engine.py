@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import pwd
+import re
 import shutil
 import sys
 import tempfile
@@ -19,6 +20,7 @@ import server.upstream
 from server.config import ConfigError
 from server.engine import Engine, EngineState, _flags, _log_lines
 from server.model_config import Model
+from server.models import Models
 from server.weights import Weights
 
 # Connects to the test, and ends when the test says so.
@@ -100,10 +102,18 @@ def temporary(tmp_path_factory, monkeypatch) -> Path:
     return made
 
 
+async def nothing() -> None:
+    pass
+
+
+def supervised(name: str, model: Model, weights: Weights, loading: asyncio.Lock) -> Engine:
+    return Engine(name, model, weights, loading, before_start=nothing)
+
+
 @pytest.fixture
 async def engine(temporary: Path) -> AsyncIterator[Engine]:
     model = Model.model_validate({"source": "weights", "engine": {"restart_max_delay_s": 5}})
-    made = Engine("m", model, Weights("weights"), asyncio.Lock())
+    made = supervised("m", model, Weights("weights"), asyncio.Lock())
     yield made
     await made.upstream.close()
 
@@ -146,7 +156,7 @@ def test_args_become_vllms_options(args: dict, flags: list[str]) -> None:
 async def test_a_folder_with_too_long_a_path_is_said(monkeypatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * 90)
     with pytest.raises(ConfigError, match="TMPDIR"):
-        Engine("m", Model(source="w"), Weights("w"), asyncio.Lock())
+        supervised("m", Model(source="w"), Weights("w"), asyncio.Lock())
 
 
 async def test_delays_grow_up_to_the_maximum(engine: Engine, sleep: Sleep, caplog) -> None:
@@ -313,7 +323,7 @@ async def test_a_line_without_end_is_logged_in_pieces(caplog) -> None:
 async def test_engines_load_one_after_another(
     engine: Engine, children: Children, tmp_path: Path
 ) -> None:
-    other = Engine("other", Model(source="w"), Weights("w"), engine._loading)
+    other = supervised("other", Model(source="w"), Weights("w"), engine._loading)
     script = CHILD.format(port=children.port)
     async with running(engine, script), children.next(), running(other, script):
         await asyncio.sleep(0)
@@ -328,7 +338,7 @@ async def test_engines_load_one_after_another(
 async def test_one_that_ends_gives_its_turn_up(
     engine: Engine, children: Children, sleep: Sleep
 ) -> None:
-    other = Engine("other", Model(source="w"), Weights("w"), engine._loading)
+    other = supervised("other", Model(source="w"), Weights("w"), engine._loading)
     async with running(engine, "raise SystemExit(3)"):
         await sleep.delays.get()
         async with running(other, CHILD.format(port=children.port)), children.next():
@@ -342,7 +352,7 @@ async def test_vllm_is_told_of_names_and_adapters(temporary: Path, monkeypatch) 
         {"source": "w", "aliases": ["a"], "engine": {"args": {"max_lora_rank": 8}}}
     )
     weights = Weights("w", adapters={"a,b=c": temporary})
-    made = Engine("m", model, weights, asyncio.Lock())
+    made = supervised("m", model, weights, asyncio.Lock())
     told = " ".join(made._command)
     assert " --served-model-name m a --uds " in told
     assert " --enable-lora --lora-modules " in told
@@ -355,10 +365,35 @@ async def test_an_engine_has_a_home_where_its_user_has_none(monkeypatch) -> None
     monkeypatch.setenv("HOME", "/")
     homes = []
     for _ in range(2):
-        made = Engine("m", Model(source="s"), Weights("s"), asyncio.Lock())
+        made = supervised("m", Model(source="s"), Weights("s"), asyncio.Lock())
         homes.append((made._env["HOME"], str(made.folder)))
         await made.upstream.close()
         monkeypatch.delenv("HOME", raising=False)
         monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
     (given, _), (own, folder) = homes
     assert (given, own) == ("/", folder)
+
+
+async def test_each_start_tells_anew_what_gives_the_answers(
+    temporary: Path, tmp_path: Path, sleep: Sleep
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    template = tmp_path / "chat.jinja"
+    template.write_text("one")
+    args = {"chat_template": str(template)}
+    described = Model.model_validate({"source": str(tmp_path), "engine": {"args": args}})
+    models = Models({"m": described})
+    (model,) = models.all
+    assert model.engine is not None
+    before = models.names()
+    async with running(model.engine, "raise SystemExit(3)"):
+        await sleep.delays.get()
+        assert models.names() is before
+        template.write_text("{{ strftime_now('%d') }}")
+        assert models.names() is before
+        sleep.go_on.release()
+        await sleep.delays.get()
+        after = models.names().find("m").identity
+    assert re.search(r" \d{4}-\d\d-\d\d$", after)
+    assert after.rpartition(" ")[0] != before.find("m").identity
+    await models.close()
