@@ -42,3 +42,10 @@ async def test_an_event_without_its_end_is_told_as_such() -> None:
 async def test_what_does_not_end_is_given_up() -> None:
     with pytest.raises(ConnectionAbortedError):
         await events_of(*[b"data: " + bytes(2**20)] * 17)
+
+
+async def test_a_large_event_is_searched_for_its_end_once() -> None:
+    # In as many pieces, searched from its beginning each time, it would take minutes.
+    data = bytes(4 * 2**10)
+    (found,) = await events_of(b"data: ", *[data] * 2**11, b"\n\n")
+    assert len(found.data) == 8 * 2**20
