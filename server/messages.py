@@ -77,6 +77,6 @@ def _is_billing_header(block: dict[str, Any]) -> bool:
     return (
         isinstance(text, str)
         and text.startswith(_BILLING_HEADER)
-        and block["type"] == "text"
+        and block.get("type") == "text"
         and block.keys() <= _PLAIN
     )

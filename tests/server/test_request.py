@@ -119,6 +119,9 @@ def test_what_vllm_drops_of_messages_is_not_in_the_key(path: str) -> None:
     assert len(keys) == 2
     other = claude_code(2, system=[{"type": "text", "text": "x-anthropic-other: 2"}])
     assert request(other, path=path).key != one.key
+    # vLLM refuses a block without a type.
+    other["system"] = [{"text": "x-anthropic-billing-header: 2"}]
+    assert request(other, path=path).key != one.key
 
 
 @pytest.mark.parametrize("asked", [None, "", 0])
