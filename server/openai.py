@@ -120,7 +120,8 @@ class OpenAI:
             body=request.raw,
             headers=saying(forwarded(http), request.cache.control),
             cache_status="tierserve; fwd=bypass",
-            repeatable=True,
+            # Else it may start work in the background, or run tools there.
+            repeatable=request.repeatable,
             # Who says no-store wants nothing of it to be kept.
             ended=None if control.no_store else partial(self._prefixes.note, request),
         )

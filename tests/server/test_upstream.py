@@ -55,9 +55,16 @@ async def test_what_may_not_be_sent_twice_has_a_connection_of_its_own(
     reached: list[str] = []
     upstream.handler = once_each(reached)
     await front.ask(question())
+    search = {"input": "hi", "tools": [{"type": "web_search"}]}
+    background = {"input": "hi", "background": True}
     for _ in range(2):
-        async with front.session.post("/v1/others", json={}) as response:
-            assert response.status == 200
+        for path, asked in (
+            ("/v1/others", {}),
+            ("/v1/responses", search),
+            ("/v1/responses", background),
+        ):
+            async with front.session.post(path, json=asked) as response:
+                assert response.status == 200
         async with front.session.ws_connect("/v1/realtime") as socket:
             await socket.receive()
     assert reached == []
