@@ -11,6 +11,7 @@ from server.cache_field import BadRequestError
 
 _WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 UNDONE = frozenset(_WINDOW_BITS)
+_GZIP = b"\x1f"
 # So much at once may come out of a few bytes.
 _PIECE_BYTES = 64 * 1024
 
@@ -40,7 +41,10 @@ async def undone(pieces: AsyncIterator[bytes], coding: str) -> AsyncIterator[byt
             rest, has_more = piece, True
             while rest or has_more:
                 if stream.eof:
-                    raise zlib.error("more follows its end")
+                    if not (rest.startswith(_GZIP) and coding != "deflate"):
+                        raise zlib.error("more follows its end")
+                    # A file of gzip's may be several, one after the other (RFC 1952, section 2.2).
+                    stream = zlib.decompressobj(_WINDOW_BITS[coding])
                 content = stream.decompress(rest, _PIECE_BYTES)
                 if content:
                     yield content

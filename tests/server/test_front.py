@@ -489,6 +489,10 @@ async def test_a_websocket_that_is_refused_or_left(front: Front, upstream: Upstr
     await asyncio.wait_for(upstream.aborted.wait(), 20)
 
 
+def in_two_members(data: bytes) -> bytes:
+    return gzip.compress(data[:9]) + gzip.compress(data[9:])
+
+
 def raw_deflated(data: bytes) -> bytes:
     return zlib.compress(data)[2:-4]
 
@@ -498,6 +502,7 @@ def raw_deflated(data: bytes) -> bytes:
     [
         ("gzip", gzip.compress),
         ("X-GZip", gzip.compress),
+        ("gzip", in_two_members),
         ("identity, deflate", zlib.compress),
         ("deflate", raw_deflated),
         ("identity", bytes),
