@@ -225,9 +225,8 @@ class OpenAI:
         now = max(self._chain.clock(), entry.stored_at)
         ttl, age = floor(entry.expires_at - now), int(now - entry.stored_at)
         status = f"tierserve; {how}; ttl={ttl}; detail={hit.tier}"
-        http.found = request, entry.answer
         response = await _render(http, request, entry.answer, status, age)
-        http.saved_s = entry.took_s
+        http.found, http.saved_s = (request, entry.answer), entry.took_s
         http.outcome = (hit.tier, "hit" if hit.state is State.FRESH else "stale")
         return response
 
@@ -254,11 +253,12 @@ class OpenAI:
         if not request.form is flight.form is Form.EVENTS:
             async for _ in listener:
                 pass
-            _note(http, request, flight)
             if flight.load is not None and LOAD_FORMAT in http.headers:
                 # A hit tells none: it costs its engine nothing, and how that is now we don't know.
                 http.more_headers = {**http.more_headers, LOAD: flight.load}
-            return await _render(http, request, _answer_of(flight), told(), int(flight.age_s))
+            whole = await _render(http, request, _answer_of(flight), told(), int(flight.age_s))
+            _note(http, request, flight)
+            return whole
         id_, created = _fresh(http, request)
         response: web.StreamResponse | None = None
         try:
