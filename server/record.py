@@ -76,7 +76,7 @@ def _body(reply: aiohttp.ClientResponse, shape: Shape, raw: bytes) -> tuple[Answ
             content, finished = convert.flat(raw), True
         else:
             parsed = orjson.loads(raw)
-            finished = shape.is_finished(parsed)
+            finished = shape.is_finished(parsed) and not parsed.get("error")
             content = convert.template(parsed, shape.fresh)
     except (orjson.JSONDecodeError, TypeError, KeyError, AttributeError) as exc:
         raise NotAnAnswerError(reply.status, reply.headers, raw) from exc
@@ -176,9 +176,11 @@ class _Choices(_Events):
         try:
             chunk = orjson.loads(event.data)
             choices, usage = chunk.get("choices"), chunk.get("usage")
-            if chunk.get("error") and not isinstance(choices, list):
-                await self._release()
-                raise _error_in_stream(chunk)
+            if chunk.get("error"):
+                if not isinstance(choices, list):
+                    await self._release()
+                    raise _error_in_stream(chunk)
+                raise ValueError("an answer isn't one that has an error in it")
             is_count = choices in (None, []) and isinstance(usage, dict)
             reasons = {} if is_count else {c["index"]: c.get("finish_reason") for c in choices}
             made = convert.event(chunk, lines=event.lines)

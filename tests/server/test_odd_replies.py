@@ -72,6 +72,7 @@ async def asked_twice(front: Front, asked: dict, *, kept: bool) -> list[bytes]:
         event(choices=[{"delta": {"content": "yes"}}]),
         event(choices=[None]),
         event(choices={"index": 0}),
+        event(choices=[], error={"message": "no"}),
         b"data: \x00\x01\x02\x03\n\n",
         b"id: \x00\x01\x02\x03\n" + YES,
     ],
@@ -83,6 +84,15 @@ async def test_an_event_that_is_not_understood(
     for text in await asked_twice(front, question(**WITH_USAGE), kept=False):
         assert as_sent(text) == b"".join((ROLE, odd, YES, END, odd, COUNTS, DONE))
     assert len(upstream.asked) == 2
+
+
+async def test_a_body_with_an_error_in_it(front: Front, upstream: Upstream) -> None:
+    async def cut_off(_: web.Request) -> web.StreamResponse:
+        return web.json_response(body() | {"error": {"message": "no"}})
+
+    upstream.handler = cut_off
+    for text in await asked_twice(front, question(), kept=False):
+        assert orjson.loads(text)["error"] == {"message": "no"}
 
 
 FILTERS = [{"prompt_index": 0, "content_filter_results": {"hate": {"filtered": False}}}]
@@ -273,6 +283,10 @@ async def test_who_asks_in_the_other_form_gets_the_engines_answer(
     # Afterwards, too, whether or not the stream was kept.
     status, _, text = await front.ask(asked)
     assert (status, orjson.loads(text)["choices"]) == (200, body("no")["choices"])
+    async with front.session.get("/metrics") as response:
+        counted = re.findall(r"tierserve_output_tokens_total{.*pass.*} (.*)", await response.text())
+    # What was found was given to nobody.
+    assert set(counted) <= {"0.0"}
 
 
 @pytest.mark.parametrize("first_stream", [False, True])
