@@ -10,8 +10,10 @@ from tiers import Freshness
 
 logger = logging.getLogger(__name__)
 
-# An upstream can't be asked whether an answer is still good, as `no-cache` demands.
-_NOT_KEPT = frozenset({"no-cache", "no-store", "private"})
+# An upstream can't be asked whether an answer is still good, as `no-cache` demands. Of a stream
+# that says nothing of the answer: libraries for server-sent events put it into each.
+_NOT_KEPT = {True: frozenset({"no-store", "private"}),
+             False: frozenset({"no-cache", "no-store", "private"})}  # fmt: skip
 # RFC 9111, section 5.2.2: nor does who shares answers give out stale ones that have an `s-maxage`.
 _NEVER_STALE = frozenset({"must-revalidate", "proxy-revalidate", "s-maxage"})
 
@@ -36,14 +38,14 @@ class FreshnessRules:
 
 
 @lru_cache(256)
-def heeding(control: str, ours: Freshness) -> Freshness | None:
+def heeding(control: str, ours: Freshness, *, is_stream: bool) -> Freshness | None:
     """Return how long an answer is good for whose `Cache-Control` is `control`: at most `ours`.
 
     `None` says that it isn't to be kept. Who asks for the same while it is made shares it even so:
     it is no older for them, and theirs by the same credentials.
     """
     theirs = directives(control)
-    if not _NOT_KEPT.isdisjoint(theirs):
+    if not _NOT_KEPT[is_stream].isdisjoint(theirs):
         # Said once, since what is found is remembered.
         logger.info("answers aren't kept of which an upstream says Cache-Control: %s", control)
         return None

@@ -253,9 +253,9 @@ class OpenAI:
         if not request.form is flight.form is Form.EVENTS:
             async for _ in listener:
                 pass
-            if flight.load is not None and LOAD_FORMAT in http.headers:
+            if (load := flight.loads.get(http.headers.get(LOAD_FORMAT, ""))) is not None:
                 # A hit tells none: it costs its engine nothing, and how that is now we don't know.
-                http.more_headers = {**http.more_headers, LOAD: flight.load}
+                http.more_headers = {**http.more_headers, LOAD: load}
             whole = await _render(http, request, _answer_of(flight), told(), int(flight.age_s))
             _note(http, request, flight)
             return whole
@@ -308,7 +308,8 @@ class OpenAI:
             "POST", request.path, data=request.body, headers=headers, repeatable=True
         ) as reply:
             flight.age_s = _age_s(reply.headers)
-            flight.load = reply.headers.get(LOAD)
+            if LOAD_FORMAT in headers and LOAD in reply.headers:
+                flight.loads = {headers[LOAD_FORMAT]: reply.headers[LOAD]}
             answer, finished = await record(
                 reply,
                 request.route.shape,
@@ -342,7 +343,8 @@ class OpenAI:
             freshness = freshness._replace(ttl_s=request.cache.ttl_s)
         if not self._obeys:
             return freshness
-        return heeding(", ".join(reply.headers.getall(hdrs.CACHE_CONTROL, ())), freshness)
+        control = ", ".join(reply.headers.getall(hdrs.CACHE_CONTROL, ()))
+        return heeding(control, freshness, is_stream=request.form is Form.EVENTS)
 
 
 async def _converted(answer: Answer, form: Form) -> Answer | None:

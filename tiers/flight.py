@@ -10,7 +10,7 @@ let in, and makes the producer wait for the slowest listener.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Self
 
@@ -32,8 +32,8 @@ class Flight:
         """Whether another process has generated it."""
         self.age_s = 0.0
         """How old its answer is, as whoever generates it says."""
-        self.load: str | None = None
-        """How loaded whoever generates it is, in its own words."""
+        self.loads: Mapping[str, str] = {}
+        """How loaded whoever generates it is, by the format in which it was asked."""
         self.kept = False
         """Whether its answer is to be stored."""
         self._max_bytes = max_bytes

@@ -41,4 +41,10 @@ def test_the_first_rule_that_matches_counts() -> None:
     ],
 )
 def test_an_upstream_may_shorten_it(control: str, expected: Freshness | None) -> None:
-    assert heeding(control, Freshness(60, 5, 7)) == expected
+    assert heeding(control, Freshness(60, 5, 7), is_stream=False) == expected
+    if "no-cache" not in control:
+        assert heeding(control, Freshness(60, 5, 7), is_stream=True) == expected
+
+
+def test_of_a_stream_no_cache_says_nothing() -> None:
+    assert heeding("no-cache", Freshness(60), is_stream=True) == Freshness(60)
