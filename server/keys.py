@@ -39,23 +39,26 @@ def presented(headers: MultiMapping[str]) -> str:
     """Return the credentials of a request as a value of `Authorization`; empty if it has none.
 
     Raises:
-        BadRequestError: one of the headers stands twice, as `check_once` says.
+        BadRequestError: one of the headers stands twice.
     """
-    tokens, keys = headers.getall(AUTHORIZATION, _NONE), headers.getall(X_API_KEY, _NONE)
-    check_once(tokens, keys)
-    return tokens[0] if tokens else f"Bearer {keys[0]}" if keys else ""
+    token, key = credentials_in(headers)
+    if token is None and key is not None:
+        return f"Bearer {key}"
+    return token or ""
 
 
-def check_once(tokens: Sequence[str], keys: Sequence[str]) -> None:
-    """Check how often `Authorization` and `x-api-key` stand.
+def credentials_in(headers: MultiMapping[str]) -> tuple[str | None, str | None]:
+    """Return what `Authorization` and `x-api-key` say.
 
     Raises:
-        BadRequestError: more than once, and an engine may take another one than we do.
+        BadRequestError: one of them stands twice, of which an engine may take another than we do.
     """
-    for name, values in ((AUTHORIZATION, tokens), (X_API_KEY, keys)):
-        if len(values) > 1:
-            text = f"The header {name} should stand once, and stands {len(values)} times."
-            raise BadRequestError(text, name)
+    tokens, keys = headers.getall(AUTHORIZATION, _NONE), headers.getall(X_API_KEY, _NONE)
+    if len(tokens) > 1 or len(keys) > 1:
+        name, values = (AUTHORIZATION, tokens) if len(tokens) > 1 else (X_API_KEY, keys)
+        text = f"The header {name} should stand once, and stands {len(values)} times."
+        raise BadRequestError(text, name)
+    return tokens[0] if tokens else None, keys[0] if keys else None
 
 
 def key_in(credentials: str) -> str:

@@ -49,8 +49,9 @@ FilePath = Annotated[Path, AfterValidator(expanded)]
 class Section(BaseModel):
     """A part of the configuration, in which an unknown key is a mistake.
 
-    A section, list or mapping without a value has nothing in it, so the defaults hold; of any other
-    field, which it might turn off, that is a mistake. A boolean is no number.
+    A section, list or mapping without a value has nothing in it, which is a mistake where something
+    must be; of any other field, which it might turn off, no value is always one. A boolean is no
+    number.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

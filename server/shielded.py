@@ -2,7 +2,8 @@
 
 Who stops a service sends it to each of its processes at once, as systemd does. vLLM would break off
 what it generates, while we let answers end. It may install what handlers it likes: the signal is
-blocked, which processes inherit from who starts them. SIGINT ends it as SIGTERM would.
+blocked, which processes inherit from who starts them. SIGINT ends it as SIGTERM would. vLLM's own
+processes don't hear each other's SIGTERM either, and are killed when the time for that is over.
 """
 
 import runpy

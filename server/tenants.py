@@ -15,7 +15,7 @@ keys:
       operator: true          # may read metrics, and reach all of the engine's routes
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +26,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from server.config import ConfigError
 from server.config import Tenants as Section
-from server.keys import AUTHORIZATION, X_API_KEY, Hash, check_once, hashed, key_in
+from server.keys import Hash, credentials_in, hashed, key_in, presented
 from server.labels import TENANT
 from server.limits import Account, Limits
 from server.section import Section as Described
@@ -39,7 +39,6 @@ _ALONE = "default"
 """The tenant of `tenants.key`."""
 # Of headers that were seen already, each of which would have to be hashed again.
 _REMEMBERED = 1024
-_NONE: Sequence[str] = ()
 
 
 class Tenant:
@@ -178,15 +177,12 @@ class Tenants:
         Raises:
             BadRequestError: one of them that tells it stands twice.
         """
-        tokens, keys = headers.getall(AUTHORIZATION, _NONE), headers.getall(X_API_KEY, _NONE)
-        if len(tokens) + len(keys) > 1:
-            check_once(tokens, keys)
-        given = tokens[0] if tokens else ""
-        if keys and self.is_open:
+        if self.is_open:
             # Whatever an engine may know a client by; no header holds an end of line.
-            given = f"{given}\n{keys[0]}"
-        elif keys and not tokens:
-            given = f"Bearer {keys[0]}"
+            token, key = credentials_in(headers)
+            given = f"{token or ''}\n{key}" if key is not None else token or ""
+        else:
+            given = presented(headers)
         tenant = self._by_header.get(given)
         if tenant is None and (tenant := self._find(given)) is not None:
             if len(self._by_header) >= _REMEMBERED:

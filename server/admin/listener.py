@@ -85,10 +85,10 @@ async def _keep(
     said = ""
     while True:
         await asyncio.sleep(_LOOK_S)
-        if await asyncio.to_thread(path.exists):
-            continue
-        await stack.aclose()
         try:
+            if await asyncio.to_thread(path.exists):
+                continue
+            await stack.aclose()
             await stack.enter_async_context(listening())
             told = f"admin.socket: {path} was removed, and is made anew"
         except OSError as exc:
