@@ -19,11 +19,11 @@ class Named(NamedTuple):
     """By which the engine knows it: the name of a model, or of one of its adapters."""
     identity: str
     """What gives its answers now (`server.identity`)."""
-    is_vllm: bool = True
+    is_vllm: bool
     """Whether a vLLM answers that is as ours, so that we know what it makes of each field."""
-    has_one_parser: bool = True
+    has_one_parser: bool
     """Whether it tells the same of an answer's text in a body and in a stream."""
-    counts_always: bool = False
+    counts_always: bool
     """Whether each of its streams has token counts, asked for or not."""
 
 

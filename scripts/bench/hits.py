@@ -33,8 +33,7 @@ from aiohttp import web
 
 from server import convert
 from server.config import load
-from server.identity import identity
-from server.names import Named, Names
+from server.models import Models
 from server.request import parse
 from server.tenants import tenant_of
 from tiers import Answer, Chain, DiskCache, Form, FrequencySketch, Freshness, Tier
@@ -152,11 +151,13 @@ async def _fill(file: Path, bodies: list[bytes], answer_bytes: int) -> None:
         frequency=FrequencySketch(1),
         max_answer_bytes=config.cache.max_answer_bytes,
     )
-    names = Names({"m": Named("m", identity(config.models["m"], None))})
+    models = Models(config.models)
+    names = models.names()
     for number, body in enumerate(bodies):
         stored = Answer(Form.BODY, convert.template(orjson.loads(_answer(number, answer_bytes))))
         request = parse(ROUTE, body, tenant_of(""), names)
         await chain.store(request.key, stored, Freshness(config.cache.ttl_s))
+    await models.close()
     await chain.close()
 
 

@@ -153,6 +153,12 @@ def alike(*urls: str) -> dict[str, dict]:
     return known | {"n": {"upstreams": list(urls)}}
 
 
+def of_vllm(name: str, identity: str = "", **known: bool) -> Named:
+    """What a name means that a vLLM answers to which tells the same in both forms."""
+    known = {"is_vllm": True, "has_one_parser": True, "counts_always": False} | known
+    return Named(name, identity, **known)
+
+
 class Front:
     """A tierserve process, and a client of it. `tiers` are more than a memory and a disk tier.
 
@@ -230,7 +236,7 @@ class Front:
     def key(self, asked: dict) -> str:
         """Return the key of a chat completion."""
         models = load(self.config).models
-        names = Names({name: Named(name, identity(each, None)) for name, each in models.items()})
+        names = Names({name: of_vllm(name, identity(each, None)) for name, each in models.items()})
         return parse(CHAT, orjson.dumps(asked), tenant_of(""), names).key
 
     def post(self, asked: dict, **options):

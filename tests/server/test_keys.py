@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.names import Named, Names
+from server.names import Names
 from server.request import Request, parse
 from server.routes import ROUTES
 from server.tenants import tenant_of
+from tests.server.conftest import of_vllm
 
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
-MODELS = Names({"m": Named("m", "")})
+MODELS = Names({"m": of_vllm("m")})
 SAID = {"messages": [{"role": "user", "content": "hi"}]}
 
 

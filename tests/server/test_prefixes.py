@@ -13,14 +13,23 @@ from hypothesis import strategies as st
 
 from server.cache_field import BadRequestError
 from server.keys import hashed, new_key
-from server.names import Named, Names
+from server.names import Names
 from server.prefixes import Prefixes
 from server.request import parse
 from server.tenants import Tenant, tenant_of
-from tests.server.conftest import CHAT, WHOLE, body, chunk, question, running, stream
+from tests.server.conftest import (
+    CHAT,
+    WHOLE,
+    body,
+    chunk,
+    of_vllm,
+    question,
+    running,
+    stream,
+)
 from tests.servers import free_port
 
-NAMES = Names({"m": Named("m", "of m"), "n": Named("n", "of n")})
+NAMES = Names({"m": of_vllm("m", "of m"), "n": of_vllm("n", "of n")})
 SYSTEM = {"role": "system", "content": "You are a patient support bot. " * 8}
 TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}]
 DAY_S = 86400

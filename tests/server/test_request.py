@@ -6,10 +6,11 @@ import orjson
 import pytest
 
 from server.cache_field import BadRequestError
-from server.names import Named, Names, UnknownModelError
+from server.names import Names, UnknownModelError
 from server.request import Request, parse
 from server.routes import keeps_responses
 from server.tenants import tenant_of
+from tests.server.conftest import of_vllm
 
 CHAT = "/v1/chat/completions"
 Headers = tuple[tuple[str, str], ...]
@@ -19,7 +20,7 @@ BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "temperat
 @cache
 def names(identity: str) -> Names:
     meanings = {"m": "m", "other": "other", "alias": "m", "poet": "poet"}
-    return Names({asked: Named(name, identity) for asked, name in meanings.items()})
+    return Names({asked: of_vllm(name, identity) for asked, name in meanings.items()})
 
 
 def request(body, *, scope: str = "", identity: str = "i", path: str = CHAT) -> Request:
@@ -86,7 +87,7 @@ def test_other_key(change) -> None:
 
 
 def of_unknown_engine(body, path: str = CHAT, headers: Headers = ()) -> Request:
-    named = Named("m", "i", is_vllm=False, has_one_parser=False)
+    named = of_vllm("m", "i", is_vllm=False, has_one_parser=False)
     return parse(path, orjson.dumps(body), tenant_of(""), Names({"m": named}), headers)
 
 
@@ -183,14 +184,14 @@ def test_an_engine_that_we_do_not_know_may_keep_answers(path, store, is_repeatab
     ],
 )
 def test_forms_are_apart_where_parsers_may_differ(has_one_parser: bool, more: dict) -> None:
-    named = Names({"m": Named("m", "i", has_one_parser=has_one_parser)})
+    named = Names({"m": of_vllm("m", "i", has_one_parser=has_one_parser)})
     forms = [BODY | more, BODY | more | {"stream": True}, BODY | more | {"stream": False}]
     body, events, said = (parse(CHAT, orjson.dumps(f), tenant_of(""), named).key for f in forms)
     assert body == said != events
 
 
 def test_an_engine_may_count_for_everybody() -> None:
-    named = Names({"m": Named("m", "i", counts_always=True)})
+    named = Names({"m": of_vllm("m", "i", counts_always=True)})
     asked = parse(CHAT, orjson.dumps(BODY | {"stream": True}), tenant_of(""), named)
     assert (asked.wants_usage, orjson.loads(asked.body)) == (True, BODY | {"stream": True})
 

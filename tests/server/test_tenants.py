@@ -13,13 +13,14 @@ from server.config import ConfigError, load
 from server.config import Tenants as Section
 from server.keys import hashed, new_key
 from server.limits import Account, Limits
-from server.names import Named, Names
+from server.names import Names
 from server.request import parse
 from server.tenants import Tenants
+from tests.server.conftest import of_vllm
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
-NAMES = Names({"m": Named("m", "i")})
+NAMES = Names({"m": of_vllm("m", "i")})
 HASH = hashed("k" * 20)
 
 
