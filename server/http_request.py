@@ -119,6 +119,11 @@ class HttpRequest(web.BaseRequest):
             raise SlowClientError from exc
         return bytes(body)
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether its client has gone, or was told to."""
+        return self.transport is None or self.transport.is_closing()
+
     async def send(self, response: web.StreamResponse, data: bytes) -> None:
         """Write to the client, as fast as it reads.
 

@@ -171,7 +171,7 @@ class OpenAI:
                     flight.tell(joined=joined)
                     return await self._listen(http, request, listener, told, waits=waits)
         except (NotAnAnswerError, UnavailableError, aiohttp.ClientError, OSError) as exc:
-            if http.transport is None:
+            if http.is_gone:
                 # Not the flight has failed: this client has gone.
                 raise ConnectionResetError from exc
             if _is_no_error(exc) and listener.flight.form is not request.form:
@@ -271,7 +271,7 @@ class OpenAI:
                     said = convert.given(event, id_, created, wants_usage=request.wants_usage)
                     await http.send(response, said)
         except (NotAnAnswerError, aiohttp.ClientError, OSError) as exc:
-            if response is None or http.transport is None:
+            if response is None or http.is_gone:
                 raise
             http.outcome = ("engine", "error")
             return await _cut(response, _failed(exc), request)

@@ -124,7 +124,7 @@ async def forward(
     except (aiohttp.ClientError, OSError) as exc:
         if (unread := _unread(http, exc)) is not None:
             raise unread from exc
-        if http.transport is not None:
+        if not http.is_gone:
             http.outcome = ("engine", "error")
         if response is not None:
             # What has begun can only be cut, so that the client sees that it isn't whole.

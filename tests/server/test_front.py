@@ -1091,30 +1091,38 @@ async def test_more_than_the_engine_takes_is_sent_away(
         assert (await front.ask(question()))[0] == 200
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
 async def test_a_client_that_stops_reading_gives_its_place_up(
-    tmp_path: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch, is_stream: bool
 ) -> None:
     monkeypatch.setenv("TIERSERVE__SERVER__CLIENT_TIMEOUT_S", "0.3")
     monkeypatch.setenv("TIERSERVE__MODELS__M__MAX_REQUESTS", "1")
+    asked = orjson.dumps(question(stream=True))
+    head = b"Host: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(asked)
+    path = CHAT if is_stream else "/endless"
+    more = chunk({"content": "x" * 64 * 1024}) if is_stream else bytes(64 * 1024)
 
     async def endless(http: web.Request) -> web.StreamResponse:
-        if http.path == CHAT:
+        if not orjson.loads(await http.read()).get("stream"):
             return await answer(http)
-        response = web.StreamResponse()
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(http)
         while True:
-            await response.write(bytes(64 * 1024))
+            await response.write(more)
 
     upstream.handler = endless
     async with running(tmp_path, upstream) as front:
         _, writer = await asyncio.open_connection("127.0.0.1", front.port, limit=1024)
-        writer.write(b"GET /endless HTTP/1.1\r\nHost: x\r\n\r\n")
-        asked = question()
-        async with asyncio.timeout(20):
-            while not any(each.path == "/endless" for each in upstream.asked):
+        writer.write(b"POST " + path.encode() + b" HTTP/1.1\r\n" + head + asked)
+        async with asyncio.timeout(60):
+            while not any(each.path == path for each in upstream.asked):
                 await front.ready()
-            while (await front.post(asked)).status != 200:
-                pass
+            refused = 0
+            while (await front.ask(question()))[0] != 200:
+                refused += 1
+        # It was no fault of the engine.
+        await front.until_metric('tierserve_requests_total{model="m",outcome="aborted"', 1)
+        assert await front.metric('tierserve_requests_total{model="m",outcome="error"') == refused
         writer.close()
     upstream.handler = answer
 
