@@ -64,6 +64,8 @@ def _convert(source: Path, target: Path) -> None:
         del model.config.quantization_config
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    # Else nobody but this user could read it.
+    (target / "model.safetensors").chmod((target / "config.json").stat().st_mode)
 
 
 if __name__ == "__main__":

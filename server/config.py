@@ -30,7 +30,16 @@ from server.cipher import CipherKey
 from server.environment import choices, overridden
 from server.keys import KeyOrHash
 from server.model_config import Model, Name, clashes, embedded
-from server.section import CONFLICT, MASK, FilePath, PositiveSeconds, Seconds, Section, conflict
+from server.section import (
+    CONFLICT,
+    MASK,
+    FilePath,
+    PositiveSeconds,
+    Seconds,
+    Section,
+    conflict,
+    should,
+)  # fmt: skip
 from server.shared import check, masked
 from server.tracing_config import Tracing
 from server.yaml_loader import EMPTY, Loader
@@ -436,7 +445,7 @@ def _explain(error: Any) -> str:
     shown = f", not {given!r}" if is_shown else ""
     if error["type"] == "model_type":
         return f"{path}: should hold keys of {', '.join(_fields(error['loc']))}{shown}"
-    return f"{path}: {error['msg'].removeprefix('Value error, ')}{shown}"
+    return f"{path}: {should(error)}{shown}"
 
 
 def without_secrets(value: Any, name: str = "") -> Any:

@@ -86,6 +86,21 @@ def _is_number(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, int | float)
 
 
+# In place of pydantic's words, which are Python's.
+_SHOULD = {
+    "dict_type": "should hold names with values",
+    "string_type": "should be text, in quotes if YAML takes it for something else",
+    "too_short": "should have at least one entry",
+    "tuple_type": "should be a list",
+}
+
+
+def should(error: Any) -> str:
+    """Return what would be right, of one of the errors that pydantic tells."""
+    told: str = error["msg"].removeprefix("Value error, ")
+    return _SHOULD.get(error["type"], told)
+
+
 CONFLICT = "conflict"
 """The type of mistakes that are there whatever else is wrong."""
 

@@ -30,6 +30,7 @@ from server.keys import Hash, credentials_in, hashed, key_in, presented
 from server.labels import TENANT
 from server.limits import Account, Limits
 from server.section import Section as Described
+from server.section import should
 from server.yaml_loader import Loader
 from tiers.key import digest, scope_named
 
@@ -238,4 +239,4 @@ def _read(file: Path) -> Mapping[str, Record]:
 
 def _explain(error: Any) -> str:
     path = ".".join(("tenants.file", *(str(part) for part in error["loc"])))
-    return f"{path}: {error['msg'].removeprefix('Value error, ')}"
+    return f"{path}: {should(error)}"
