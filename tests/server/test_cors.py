@@ -119,4 +119,4 @@ async def test_without_origins_nobody_is_allowed(front: Front, upstream: Upstrea
     for path in (CHAT, CHAT, "/v1/others"):
         async with front.session.post(path, json=asked, headers={"Origin": APP}) as response:
             assert said(response)[0] is None
-            await asyncio.wait_for(response.read(), 20)
+            await asyncio.wait_for(response.read(), 60)

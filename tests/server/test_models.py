@@ -387,7 +387,7 @@ async def test_each_model_has_its_own_bound(tmp_path: Path) -> None:
     async with both(tmp_path, max_requests=1) as two:
         two.m.handler = held(go)
         waiting = asyncio.create_task(two.front.ask(question(stream=True)))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not two.m.asked:
                 await two.front.ready()
         assert (await two.front.ask(question(model="poet")))[0] == 503

@@ -302,7 +302,7 @@ async def test_a_reply_of_another_kind_is_for_who_asked_for_that_form(
     upstream.handler = page
     asked = question()
     waiting = [asyncio.create_task(front.ask(asked | {"stream": first_stream}))]
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not upstream.asked:
             await front.ready()
     waiting.append(asyncio.create_task(front.ask(asked | {"stream": not first_stream})))

@@ -345,7 +345,7 @@ async def test_an_administrator_sees_what_engines_were_asked(upstream, tmp_path)
                 assert reply.status == 400
         async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
             told = {"requests": 0}
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 # Noted once an answer is stored.
                 while told["requests"] < 4:
                     async with session.get("/prefixes", headers=bearer(ADMIN_KEY)) as reply:

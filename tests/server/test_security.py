@@ -80,7 +80,7 @@ async def raw(front: Front, head: str) -> tuple[int, bytes]:
     """Send bytes as they are; returns the status, and all that comes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
     writer.write(head.encode())
-    reply = await asyncio.wait_for(reader.read(), 30)
+    reply = await asyncio.wait_for(reader.read(), 60)
     writer.close()
     await writer.wait_closed()
     return int(reply.split(b" ", 2)[1]), reply
@@ -437,7 +437,7 @@ async def completion(_):
 
 
 async def until_status(guarded: Front, headers: dict[str, str], status: int) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while True:
             async with guarded.session.get("/v1/models", headers=headers) as reply:
                 if reply.status == status:
@@ -447,7 +447,7 @@ async def until_status(guarded: Front, headers: dict[str, str], status: int) -> 
 
 async def until_logged(guarded: Front, text: str, before: int) -> None:
     """Wait until the log has `text` more often than `before`."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while True:
             if guarded.log.read_text().count(text) > before:
                 return

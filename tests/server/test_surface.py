@@ -73,7 +73,7 @@ def json(parsed: dict):
 
 async def send(front: Front, path: str, request: dict, **options) -> tuple[str, bytes]:
     """Return Cache-Status and body of a request that joins no other."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             async with front.session.post(path, json=request, **options) as reply:
                 status, content = reply.headers["Cache-Status"], await reply.read()
@@ -217,7 +217,7 @@ async def test_what_an_engine_that_is_no_vllm_calls_whole_is_stored(
     upstream.handler, upstream.goes_on = json(response()), says(None, 404)
     request = asked()
     await send(front, RESPONSES, request)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while "hit" not in (await send(front, RESPONSES, request))[0]:
             pass
 

@@ -140,7 +140,7 @@ async def test_old_versions_of_tls_are_refused(secure: TlsFront, version) -> Non
 
 async def test_a_handshake_that_does_not_begin_is_ended(secure: TlsFront) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", secure.port)
-    assert await asyncio.wait_for(reader.read(), 30) == b""
+    assert await asyncio.wait_for(reader.read(), 60) == b""
     writer.close()
 
 
@@ -179,7 +179,7 @@ async def test_a_renewed_certificate_is_shown_without_a_restart(secure: TlsFront
     key = (secure.folder / "key.pem").read_bytes()
     certificate(secure.folder, "third")
     (secure.folder / "key.pem").write_bytes(key)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while True:
             if "server.tls: should be a certificate" in secure.log.read_text():
                 break
@@ -233,7 +233,7 @@ async def test_files_behind_links_are_found_where_these_lead_now(upstream, tmp_p
 
 
 async def until_status(front: Front, headers: dict[str, str], status: int) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while True:
             async with front.session.get("/v1/models", headers=headers, ssl=False) as reply:
                 if reply.status == status:
@@ -242,7 +242,7 @@ async def until_status(front: Front, headers: dict[str, str], status: int) -> No
 
 
 async def until_shown(front: Front, expected: bytes) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while True:
             if await certificate_shown(front) == expected:
                 return

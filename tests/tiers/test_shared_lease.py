@@ -47,7 +47,7 @@ async def leases(connect) -> AsyncIterator[Callable[..., SharedLeases]]:
 
 
 async def until_taken(leases: SharedLeases, key: str) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not await leases.take(key):  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
@@ -106,7 +106,7 @@ async def test_is_renewed_as_long_as_it_is_held(leases, connect, key: str) -> No
     await sleep.renew()
     # Were it not renewed, it would have gone before this.
     await server.add(key, b"", ttl=1)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while await server.exists(key):  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     assert not await theirs.take(key)

@@ -88,7 +88,7 @@ async def test_an_outage_costs_a_few_calls_and_one_line(clock, caplog, how: str)
     assert await tier.holds("other")
     assert far.calls == 3
     setattr(far, how, False)
-    await asyncio.wait_for(tier._breaker._recovery, 30)
+    await asyncio.wait_for(tier._breaker._recovery, 60)
     assert tier.available
     assert await content_of(tier, "k") == b"1"
     told = [record.getMessage() for record in caplog.records if record.name == "tiers.tier"]

@@ -62,7 +62,7 @@ async def key_of(admin: aiohttp.ClientSession, front: Front, **more) -> str:
     key = front.key(asked)
     await front.ask(asked)
     # An answer is given before it is on disk.
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not [row for row in await rows_of(admin, key) if len(row["tiers"]) == 2]:
             pass
     return key
@@ -154,7 +154,7 @@ async def paged(admin: aiohttp.ClientSession, tier: str) -> list[str]:
 async def test_pages_tell_of_each_entry_once(front: Front, admin) -> None:
     keys = {await key_of(admin, front) for _ in range(7)}
     for tier in ("", "memory", "disk"):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             # What waits for its commit has no place in the order yet.
             while not keys <= set(found := await paged(admin, tier)):
                 pass
@@ -315,7 +315,7 @@ async def test_an_export_that_nobody_reads_ends(
         with socket.socket(socket.AF_UNIX) as idle:
             idle.connect(str(front.socket))
             idle.sendall(b"GET /export HTTP/1.1\r\nHost: admin\r\n\r\n")
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while "the client does not read" not in front.log.read_text():
                     await front.ready()
             whole = await asyncio.to_thread(_rest, idle)
