@@ -15,6 +15,8 @@ import sys
 import threading
 import time
 
+from server.process import ignore_signals
+
 _GRACE_S = 10
 _AGAIN_S = 1
 
@@ -22,9 +24,7 @@ _AGAIN_S = 1
 def main() -> int:
     """Run the command to its end and return its exit status."""
     folder, *command = sys.argv[1:]
-    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        # The command's, too.
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()
     for number in (signal.SIGTERM, signal.SIGINT):
         # The command inherits the default, since handlers don't pass through exec.
         signal.signal(number, lambda *_: None)
