@@ -1,4 +1,4 @@
-"""How long the answers of a route and a model are good for, by us and by who gave them."""
+"""How long the answers of a route and a model are good for, by our rules and their upstream's."""
 
 import logging
 from fnmatch import fnmatchcase
@@ -10,11 +10,11 @@ from tiers import Freshness
 
 logger = logging.getLogger(__name__)
 
-# An upstream can't be asked whether an answer is still good, as `no-cache` demands. Of a stream
-# that says nothing of the answer: libraries for server-sent events put it into each.
-_NOT_KEPT = {True: frozenset({"no-store", "private"}),
-             False: frozenset({"no-cache", "no-store", "private"})}  # fmt: skip
-# RFC 9111, section 5.2.2: nor does who shares answers give out stale ones that have an `s-maxage`.
+# An upstream can't be asked whether an answer is still good, as `no-cache` demands.
+_NOT_KEPT = frozenset({"no-cache", "no-store", "private"})
+# Libraries for server-sent events put `no-cache` into each stream, whatever its answer.
+_NOT_KEPT_OF_STREAMS = _NOT_KEPT - {"no-cache"}
+# RFC 9111, section 5.2.2: a shared cache gives out no stale answer that has an `s-maxage` either.
 _NEVER_STALE = frozenset({"must-revalidate", "proxy-revalidate", "s-maxage"})
 
 
@@ -41,12 +41,12 @@ class FreshnessRules:
 def heeding(control: str, ours: Freshness, *, is_stream: bool) -> Freshness | None:
     """Return how long an answer is good for whose `Cache-Control` is `control`: at most `ours`.
 
-    `None` says that it isn't to be kept. Who asks for the same while it is made shares it even so:
-    it is no older for them, and theirs by the same credentials.
+    `None` says that it isn't to be kept. Clients that ask for the same while it is generated share
+    it even so: it is as new for them, and they have the same credentials.
     """
     theirs = directives(control)
-    if not _NOT_KEPT[is_stream].isdisjoint(theirs):
-        # Said once, since what is found is remembered.
+    if not (_NOT_KEPT_OF_STREAMS if is_stream else _NOT_KEPT).isdisjoint(theirs):
+        # Logged once, since the result is cached.
         logger.info("answers aren't kept of which an upstream says Cache-Control: %s", control)
         return None
     age = theirs.get("s-maxage", theirs.get("max-age"))
