@@ -1,7 +1,7 @@
 """Content codings of requests (RFC 9110, section 8.4.1), which engines don't undo.
 
-We undo one of `UNDONE`, as it comes and to its end: what is cut short is no body. Other codings,
-and several one upon the other, are for whoever gets the body to know.
+We undo one of `UNDONE` while the body comes, and refuse a body that is cut short. Other codings,
+and several one upon the other, are left to whoever gets the body.
 """
 
 import zlib
@@ -26,7 +26,7 @@ class UnknownCodingError(BadRequestError):
 
 
 async def undone(pieces: AsyncIterator[bytes], coding: str) -> AsyncIterator[bytes]:
-    """Yield what was coded, of which `pieces` come.
+    """Yield the content of a body in `coding` that comes in `pieces`.
 
     Raises:
         BadRequestError: it isn't in that coding, or not whole.
@@ -50,11 +50,8 @@ async def undone(pieces: AsyncIterator[bytes], coding: str) -> AsyncIterator[byt
                     yield content
                 rest = stream.unconsumed_tail or stream.unused_data
                 has_more = len(content) == _PIECE_BYTES and not stream.eof
+        if stream is not None and not stream.eof:
+            raise zlib.error("it is cut short")
     except zlib.error as exc:
-        raise BadRequestError(_not_in(coding)) from exc
-    if stream is not None and not stream.eof:
-        raise BadRequestError(_not_in(coding))
-
-
-def _not_in(coding: str) -> str:
-    return f"The body should be whole and in {coding}, as its Content-Encoding says."
+        text = f"The body should be whole and in {coding}, as its Content-Encoding says."
+        raise BadRequestError(text) from exc
