@@ -77,8 +77,8 @@ class OpenAI:
         variants: int,
         max_prompts: int,
         prefixes: Prefixes,
-        obeys: bool = True,
-        engine_keeps: bool = False,
+        obeys: bool,
+        engine_keeps: bool,
     ) -> None:
         self._chain, self._flights, self._turns = chain, flights, turns
         self._models, self._freshness = models, freshness
@@ -163,12 +163,13 @@ class OpenAI:
             listener, joined = self._join(http, request, hit, control)
         told = partial(_told, http, why, listener.flight, joined=joined)
         told()
-        # Once a response has begun, a stale answer can't be given instead.
-        waits = hit is not None and not control.is_about_age
+        stale = None if control.is_about_age else hit
         try:
             async with listener:
                 with step("flight") as flight:
                     flight.tell(joined=joined)
+                    # Once a response has begun, a stale answer can't be given instead.
+                    waits = stale is not None
                     return await self._listen(http, request, listener, told, waits=waits)
         except (NotAnAnswerError, UnavailableError, aiohttp.ClientError, OSError) as exc:
             if http.is_gone:
@@ -176,9 +177,9 @@ class OpenAI:
                 raise ConnectionResetError from exc
             if _is_no_error(exc) and listener.flight.form is not request.form:
                 raise convert.NotConvertibleError("it isn't understood") from exc
-            if waits and hit is not None and self._stands_in(request, hit, exc):
+            if stale is not None and self._stands_in(request, stale, exc):
                 status = f"; fwd-status={exc.status}" if isinstance(exc, NotAnAnswerError) else ""
-                return await self._render_hit(http, request, hit, f"fwd=stale{status}")
+                return await self._render_hit(http, request, stale, f"fwd=stale{status}")
             failed = _failed(exc)
             failed.headers["Cache-Status"] = told()
             http.outcome = ("engine", "error" if failed.status >= 400 else "pass")
@@ -254,7 +255,7 @@ class OpenAI:
             async for _ in listener:
                 pass
             if (load := flight.loads.get(http.headers.get(LOAD_FORMAT, ""))) is not None:
-                # A hit tells none: it costs its engine nothing, and how that is now we don't know.
+                # A hit has no such header: it costs the engine nothing, whose load now isn't known.
                 http.more_headers = {**http.more_headers, LOAD: load}
             whole = await _render(http, request, _answer_of(flight), told(), int(flight.age_s))
             _note(http, request, flight)
