@@ -25,12 +25,11 @@ from multidict import MultiMapping
 from pydantic import Field, TypeAdapter, ValidationError
 
 from server.config import ConfigError
-from server.config import Tenants as Section
+from server.config import Tenants as Configured
 from server.keys import Hash, credentials_in, hashed, key_in, presented
 from server.labels import TENANT
 from server.limits import Account, Limits
-from server.section import Section as Described
-from server.section import should
+from server.section import Section, should
 from server.yaml_loader import Loader
 from tiers.key import digest, scope_named
 
@@ -79,7 +78,7 @@ NOBODY = Tenant("nobody", b"\0nobody", account=Account(Limits()))
 """Whoever asks where no door is."""
 
 
-class Record(Described):
+class Record(Section):
     """A tenant as the file describes it."""
 
     keys: tuple[Hash, ...] = ()
@@ -105,7 +104,7 @@ class Tenants:
     """
 
     def __init__(
-        self, section: Section, new_account: Callable[[Limits], Account] = Account
+        self, section: Configured, new_account: Callable[[Limits], Account] = Account
     ) -> None:
         self._section, self._new_account = section, new_account
         self._by_header: dict[str, Tenant] = {}
@@ -176,7 +175,7 @@ class Tenants:
         """Return whose request these headers come with; `None` without a key that is known.
 
         Raises:
-            BadRequestError: one of them that tells it stands twice.
+            BadRequestError: a header with credentials stands twice.
         """
         if self.is_open:
             # Whatever an engine may know a client by; no header holds an end of line.
