@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from datetime import date
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from server.config import ConfigError
@@ -17,7 +17,7 @@ from server.weights import Weights, locate
 
 
 class _Identity(NamedTuple):
-    """What gives answers, as the files say now that an engine reads when it starts."""
+    """What gives answers, by the files as they were when the engine was last started."""
 
     by_name: Mapping[str, str]
     """Of the model and of its adapters."""
@@ -60,7 +60,7 @@ class Model:
         )
         self._identity, self._changed = self._identify(), changed
 
-    def _identify(self) -> "_Identity":
+    def _identify(self) -> _Identity:
         base = identity(self.described, self.weights)
         adapters = {
             adapter: adapted(base, adapter, self.described, self.weights)
@@ -108,19 +108,15 @@ class Model:
         """Yield the names by which clients may ask for it, and what they mean that day."""
         suffix = f" {day}" if self.is_dated else ""
         options = self.described.engine_options
-        # A middleware may hear and answer anything.
-        is_vllm = options is not None and not options.get("middleware")
+        named = partial(
+            Named,
+            # A middleware may read and answer anything.
+            is_vllm=options is not None and not options.get("middleware"),
+            has_one_parser=options is not None and tells_alike(options),
+            counts_always=options is not None and counts_always(options),
+        )
         for asked, name in self.asked_as():
-            yield (
-                asked,
-                Named(
-                    name,
-                    self._identity.by_name[name] + suffix,
-                    is_vllm=is_vllm,
-                    has_one_parser=options is not None and tells_alike(options),
-                    counts_always=options is not None and counts_always(options),
-                ),
-            )
+            yield asked, named(name, self._identity.by_name[name] + suffix)
 
 
 class Models:
