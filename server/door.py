@@ -38,7 +38,8 @@ class Door:
         if account is None:
             return None
         refusal = account.enter()
-        http.more_headers = {**http.more_headers, **account.headers}
+        if headers := account.headers:
+            http.more_headers = {**http.more_headers, **headers}
         if refusal is None:
             http.account = account
             return None
