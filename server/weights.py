@@ -74,9 +74,11 @@ def misplaced(name: str, model: Model) -> list[str]:
 
 
 def _misplaced(source: str, holds: str) -> str | None:
-    if source == EMBEDDED and cache_folder() is None:
-        return f"the {EMBEDDED} model can't be found: {NO_HOME}"
-    folder = _folder(source)
+    try:
+        folder = _folder(source)
+    except ConfigError as exc:
+        (why,) = exc.mistakes
+        return why
     if (folder / holds).is_file():
         return None
     if holds == _MODEL and source == EMBEDDED:
