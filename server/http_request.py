@@ -60,8 +60,13 @@ class HttpRequest(web.BaseRequest):
     @property
     def coding(self) -> str:
         """How its body is coded (RFC 9110, section 8.4), in lower case; empty if it isn't."""
-        said = ",".join(self.headers.getall(hdrs.CONTENT_ENCODING, ())).lower().split(",")
-        return ", ".join(each for each in map(str.strip, said) if each not in ("", "identity"))
+        codings = map(str.lower, self.listed(hdrs.CONTENT_ENCODING))
+        return ", ".join(coding for coding in codings if coding != "identity")
+
+    def listed(self, name: str) -> list[str]:
+        """Return the members of a header that is a list (RFC 9110, section 5.6.1)."""
+        members = ",".join(self.headers.getall(name, ())).split(",")
+        return [member for member in map(str.strip, members) if member]
 
     def go_by(self, told: object) -> None:
         """Take the `request_id` of a body for its id, unless a header has told one.

@@ -43,8 +43,7 @@ _END_BYTES = 1024
 
 def forwarded(http: HttpRequest) -> CIMultiDict[str]:
     """Return the headers with which a request goes on to an engine."""
-    said = ",".join(http.headers.getall("Connection", ()))
-    hop = {name.strip().lower() for name in said.split(",")} - _END_TO_END
+    hop = {name.lower() for name in http.listed("Connection")} - _END_TO_END
     keys = _KEYS if http.tenant.has_key else frozenset()
     undone = {"content-encoding"} if http.coding in UNDONE else frozenset()
     headers = _without(http.headers, _OURS | keys | hop | undone)

@@ -23,9 +23,7 @@ def is_asked_for(http: HttpRequest) -> bool:
 async def forward_websocket(http: HttpRequest, upstreams: Upstreams) -> web.StreamResponse:
     """Join the client and an upstream until either closes, which is told to the other."""
     http.outcome = ("engine", "pass")
-    said = ",".join(http.headers.getall("Sec-WebSocket-Protocol", ()))
-    asked = [protocol.strip() for protocol in said.split(",")]
-    protocols = tuple(filter(None, asked))
+    protocols = http.listed("Sec-WebSocket-Protocol")
     headers = forwarded(http)
     # The two connections shake hands on their own.
     for name in [name for name in headers if name.lower().startswith("sec-websocket-")]:
