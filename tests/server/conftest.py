@@ -259,6 +259,22 @@ class Front:
             lines = (await response.text()).splitlines()
         return sum(float(each.rsplit(" ", 1)[1]) for each in lines if each.startswith(line))
 
+    async def until_logged(self, text: str, times: int = 1) -> None:
+        """Wait until the log has a text so many times."""
+        async with asyncio.timeout(60):
+            while self.log.read_text().count(text) < times:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+
+    async def until_status(self, headers: dict[str, str], status: int) -> None:
+        """Wait until a client with these headers gets this status."""
+        async with asyncio.timeout(60):
+            while True:
+                # Also by whoever does not know its certificate.
+                async with self.session.get("/v1/models", headers=headers, ssl=False) as reply:
+                    if reply.status == status:
+                        return
+                await asyncio.sleep(0.05)
+
     async def until_metric(self, line: str, value: float) -> None:
         """Wait until a metric that only rises has this value."""
         async with asyncio.timeout(60):

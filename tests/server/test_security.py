@@ -436,24 +436,6 @@ async def completion(_):
     return web.json_response({"id": "cmpl-x", "created": 1, "choices": [choice]})
 
 
-async def until_status(guarded: Front, headers: dict[str, str], status: int) -> None:
-    async with asyncio.timeout(60):
-        while True:
-            async with guarded.session.get("/v1/models", headers=headers) as reply:
-                if reply.status == status:
-                    return
-            await asyncio.sleep(0.05)
-
-
-async def until_logged(guarded: Front, text: str, before: int) -> None:
-    """Wait until the log has `text` more often than `before`."""
-    async with asyncio.timeout(60):
-        while True:
-            if guarded.log.read_text().count(text) > before:
-                return
-            await asyncio.sleep(0.05)
-
-
 async def test_keys_come_and_go_while_it_runs(guarded, upstream) -> None:
     KEYS["late"] = new_key()
     async with guarded.post(question(), headers=bearer("busy")) as reply:
@@ -464,20 +446,20 @@ async def test_keys_come_and_go_while_it_runs(guarded, upstream) -> None:
     upstream.handler = held(go)
     async with guarded.post(question(stream=True), headers=bearer("acme")) as running_on:
         await running_on.content.readany()
-        await until_status(guarded, bearer("late"), 401)
+        await guarded.until_status(bearer("late"), 401)
         write(guarded.tenants, TENANTS | {"late": {}})
-        await until_status(guarded, bearer("late"), 200)
+        await guarded.until_status(bearer("late"), 200)
         without = {n: record for n, record in TENANTS.items() if n != "acme"}
         write(guarded.tenants, without)
-        await until_status(guarded, bearer("acme"), 401)
+        await guarded.until_status(bearer("acme"), 401)
         # What is under way ends as it would have.
         go.set()
         assert b"[DONE]" in await running_on.read()
-    await until_status(guarded, bearer("late"), 401)
+    await guarded.until_status(bearer("late"), 401)
     # What was counted stays.
     assert await guarded.metric('tierserve_tenant_requests_total{tenant="busy"}') == counted
     write(guarded.tenants, TENANTS)
-    await until_status(guarded, bearer("acme"), 200)
+    await guarded.until_status(bearer("acme"), 200)
 
 
 @pytest.mark.parametrize(
@@ -491,12 +473,12 @@ async def test_a_broken_file_changes_nothing(guarded, broken: str | None) -> Non
         guarded.tenants.unlink()
     else:
         guarded.tenants.write_text(broken.replace("KEY", KEYS["acme"]))
-    await until_logged(guarded, kept, before)
-    await until_status(guarded, bearer("acme"), 200)
+    await guarded.until_logged(kept, before + 1)
+    await guarded.until_status(bearer("acme"), 200)
     read = guarded.log.read_text().count("tenants.yaml again")
     write(guarded.tenants, TENANTS)
     guarded.process.send_signal(1)
-    await until_logged(guarded, "tenants.yaml again", read)
+    await guarded.until_logged("tenants.yaml again", read + 1)
 
 
 @pytest.mark.parametrize(("method", "path"), ADMIN_ROUTES)

@@ -179,11 +179,7 @@ async def test_a_renewed_certificate_is_shown_without_a_restart(secure: TlsFront
     key = (secure.folder / "key.pem").read_bytes()
     certificate(secure.folder, "third")
     (secure.folder / "key.pem").write_bytes(key)
-    async with asyncio.timeout(60):
-        while True:
-            if "server.tls: should be a certificate" in secure.log.read_text():
-                break
-            await asyncio.sleep(0.05)
+    await secure.until_logged("server.tls: should be a certificate")
     assert await certificate_shown(secure) == renewed
     secure.shown = certificate(secure.folder, "fourth")
     secure.process.send_signal(1)
@@ -225,20 +221,11 @@ async def test_files_behind_links_are_found_where_these_lead_now(upstream, tmp_p
             if number == 2:
                 front.process.send_signal(signal.SIGHUP)
             await until_shown(front, shown)
-            await until_status(front, old, 401)
-            await until_status(front, new, 200)
+            await front.until_status(old, 401)
+            await front.until_status(new, 200)
             old = new
     finally:
         await front.stop()
-
-
-async def until_status(front: Front, headers: dict[str, str], status: int) -> None:
-    async with asyncio.timeout(60):
-        while True:
-            async with front.session.get("/v1/models", headers=headers, ssl=False) as reply:
-                if reply.status == status:
-                    return
-            await asyncio.sleep(0.05)
 
 
 async def until_shown(front: Front, expected: bytes) -> None:

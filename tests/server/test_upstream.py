@@ -98,12 +98,6 @@ async def test_what_an_upstream_has_begun_to_answer_is_not_sent_again(
     assert len(upstream.asked) == (1 if sent else 2)
 
 
-async def until_logged(front: Front, text: str) -> None:
-    async with asyncio.timeout(60):
-        while text not in front.log.read_text():
-            await front.ready()
-
-
 @pytest.mark.parametrize("status", [404, 405, 429])
 async def test_whatever_answers_is_ready(tmp_path, status: int) -> None:
     async def no_list(_: web.Request) -> web.StreamResponse:
@@ -114,7 +108,7 @@ async def test_whatever_answers_is_ready(tmp_path, status: int) -> None:
     await made.start()
     async with running(tmp_path, made) as front:
         assert (await front.ask(question()))[0] == 200
-        await until_logged(front, f"{made.url} is ready: GET /v1/models has status {status}")
+        await front.until_logged(f"{made.url} is ready: GET /v1/models has status {status}")
     await made.stop()
 
 
@@ -130,7 +124,7 @@ async def test_what_is_not_ready_says_why_once(tmp_path) -> None:
     await made.start()
     async with running(tmp_path, made) as front:
         await made.stop()
-        await until_logged(front, f"{made.url} is not ready: it takes no connection")
+        await front.until_logged(f"{made.url} is not ready: it takes no connection")
         made.lists = fails
         await made.start()
         said = f"{made.url} is not ready: GET /v1/models has status 502"

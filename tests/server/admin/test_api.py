@@ -315,9 +315,7 @@ async def test_an_export_that_nobody_reads_ends(
         with socket.socket(socket.AF_UNIX) as idle:
             idle.connect(str(front.socket))
             idle.sendall(b"GET /export HTTP/1.1\r\nHost: admin\r\n\r\n")
-            async with asyncio.timeout(60):
-                while "the client does not read" not in front.log.read_text():
-                    await front.ready()
+            await front.until_logged("the client does not read")
             whole = await asyncio.to_thread(_rest, idle)
         assert b"tierserve-export" in whole
         assert b'{"entries":' not in whole
