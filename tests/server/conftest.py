@@ -2,6 +2,8 @@
 
 import asyncio
 import itertools
+import shutil
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
@@ -153,6 +155,12 @@ def alike(*urls: str) -> dict[str, dict]:
     return known | {"n": {"upstreams": list(urls)}}
 
 
+def skip_unless_runs(*wrapper: str) -> None:
+    """Skip a test where `unshare` isn't there, or may not make namespaces."""
+    if shutil.which(wrapper[0]) is None or subprocess.run([*wrapper, "true"]).returncode:
+        pytest.skip(f"can't be run here: {' '.join(wrapper)}")
+
+
 def of_vllm(name: str, identity: str = "", **known: bool) -> Named:
     """What a name means that a vLLM answers to which tells the same in both forms."""
     known = {"is_vllm": True, "has_one_parser": True, "counts_always": False} | known
@@ -166,6 +174,8 @@ class Front:
     a command that runs the server's.
     """
 
+    wrapper: tuple[str, ...] = ()
+
     def __init__(
         self,
         folder: Path,
@@ -176,7 +186,6 @@ class Front:
         **tiers: dict,
     ) -> None:
         self.headers = headers
-        self.wrapper: tuple[str, ...] = ()
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "log"

@@ -3,7 +3,6 @@
 import asyncio
 import gzip
 import re
-import shutil
 import subprocess
 import time
 import zlib
@@ -35,12 +34,13 @@ from .conftest import (
     held,
     question,
     running,
+    skip_unless_runs,
     stream,
 )
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-NAMELESS = ["unshare", "--user", "--map-user=12345", "--map-group=12345"]
+NAMELESS = ("unshare", "--user", "--map-user=12345", "--map-group=12345")
 
 
 async def test_a_hit_is_the_miss_with_an_id_of_its_own(front: Front, upstream: Upstream) -> None:
@@ -893,18 +893,11 @@ async def test_an_age_is_counted_from_when_the_answer_was_stored(
     assert upstream.asked == []
 
 
-class Homeless(Front):
-    """A server whose user has neither a name nor a home, nor anything else in its environment."""
-
-    @property
-    def command(self) -> list[str]:
-        return ["env", "-i", *NAMELESS, *super().command]
-
-
 async def test_a_user_without_a_home_has_to_be_given_all_paths(upstream: Upstream, tmp_path):
-    if shutil.which("unshare") is None or subprocess.run([*NAMELESS, "true"]).returncode:
-        pytest.skip("no user namespace can be made here")
-    front = Homeless(tmp_path, alike(upstream.url))
+    skip_unless_runs(*NAMELESS)
+    front = Front(tmp_path, alike(upstream.url))
+    # Nor is there anything else in its environment.
+    front.wrapper = ("env", "-i", *NAMELESS)
     try:
         await front.start()
         assert (await front.ask(question()))[0] == 200

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +17,7 @@ from server.config import Listener
 from server.listener import addresses, listen, make_server
 from tiers.disk.file import DATA
 
-from .conftest import Front, Upstream, alike, question, running
+from .conftest import Front, Upstream, alike, question, running, skip_unless_runs
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -137,8 +136,7 @@ async def first(upstream: Upstream, tmp_path: Path):
     """A server that was started as process 1; its `init` is that."""
     front = Front(tmp_path, alike(upstream.url))
     front.wrapper = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
-    if shutil.which("unshare") is None or subprocess.run([*front.wrapper, "true"]).returncode:
-        pytest.skip("making a PID namespace is not allowed here")
+    skip_unless_runs(*front.wrapper)
     try:
         await front.start()
         (front.init,) = psutil.Process(front.process.pid).children()

@@ -2,9 +2,7 @@
 
 import asyncio
 import os
-import shutil
 import signal
-import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -19,7 +17,17 @@ from aiohttp import web
 from server.chain import build, build_turns
 from server.config import load
 
-from .conftest import Front, Upstream, alike, answer, body, held, question, running
+from .conftest import (
+    Front,
+    Upstream,
+    alike,
+    answer,
+    body,
+    held,
+    question,
+    running,
+    skip_unless_runs,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -312,17 +320,15 @@ async def test_waits_only_for_what_can_be_seen(
         await each.close()
 
 
-UNSHARED = ["unshare", "--pid", "--fork", "--kill-child"]
+UNSHARED = ("unshare", "--pid", "--fork", "--kill-child")
 if os.geteuid():
-    UNSHARED.append("--map-root-user")
+    UNSHARED += ("--map-root-user",)
 
 
 class Contained(Front):
     """A server that is process 1 of a PID namespace of its own, as in a container."""
 
-    @property
-    def command(self) -> list[str]:
-        return [*UNSHARED, *super().command]
+    wrapper = UNSHARED
 
     async def stop(self) -> None:
         # `unshare` itself passes no signals on.
@@ -338,8 +344,7 @@ class Contained(Front):
 async def test_containers_use_one_disk_tier_in_turn(
     upstream: Upstream, tmp_path: Path, kind: type[Front]
 ) -> None:
-    if shutil.which("unshare") is None or subprocess.run([*UNSHARED, "true"]).returncode:
-        pytest.skip("no PID namespace can be made here")
+    skip_unless_runs(*UNSHARED)
     disk = {"path": str(tmp_path / "disk"), "max_bytes": "4MiB"}
     fronts = []
     for name, each in (("a", Contained), ("b", kind)):
