@@ -1,9 +1,10 @@
 """The headers of requests that go on to engines.
 
-Of a request whose answer is to be kept only these do: credentials, which keep answers apart already
-(`server.tenants`), those that are part of its key unless vLLM is asked, which doesn't hear them,
-and those that change no answer. Others, such as cookies or languages, might change it, and would be
-in no key. vLLM may refuse a value of those that say where and when it works; a hit needs neither.
+Of a request whose answer is to be kept only three kinds do: credentials, which keep answers apart
+already (`server.tenants`); those that are part of its key, unless a vLLM answers, which doesn't
+read them; and those that change no answer. Others, such as cookies or languages, might change the
+answer without being in its key. vLLM may refuse some values of the headers that say where and when
+it works; a hit doesn't depend on them.
 """
 
 from multidict import CIMultiDict, MultiMapping, istr
@@ -14,7 +15,7 @@ from server.passthrough import KEYED, forwarded
 
 LOAD_FORMAT = istr("Endpoint-Load-Metrics-Format")
 LOAD = istr("Endpoint-Load-Metrics")
-"""How loaded an engine is, as a load balancer asks to be told it in such a format (ORCA)."""
+"""An engine's report of its load (ORCA), in the format that a load balancer asks for."""
 _GO_ON = frozenset(map(str.lower, KEYED)) | {
     "accept-encoding", "authorization", "cache-control", "content-type", "traceparent",
     "tracestate", "user-agent", "x-api-key", "x-request-id",

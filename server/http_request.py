@@ -33,9 +33,9 @@ class HttpRequest(web.BaseRequest):
     """How long its client may pause; set by a subclass, since an argument would cost each hit."""
 
     id: str = ""
-    """The `X-Request-Id` of its response: the client's own, if it has told one, or a new one."""
+    """The `X-Request-Id` of its response: the client's own, if it has sent one, or a new one."""
     may_be_named_within: bool = False
-    """Whether its body may have an id for the engine to hear that isn't this one."""
+    """Whether its body may hold another id, which the engine is to take."""
     model: str = ""
     """Which model it is for, by the engine's name of it; none where it is for us."""
     outcome: tuple[str, str] = ("none", "own")
@@ -69,9 +69,9 @@ class HttpRequest(web.BaseRequest):
         return [member for member in map(str.strip, members) if member]
 
     def go_by(self, told: object) -> None:
-        """Take the `request_id` of a body for its id, unless a header has told one.
+        """Use the `request_id` of a body as the id, unless a header has one, as vLLM does.
 
-        So does vLLM. What can't be our id is left to the engine, and `None` if nobody has looked.
+        A value that can't be our id is left to the engine; `None` says that the body wasn't read.
         """
         if X_REQUEST_ID in self.headers:
             return
@@ -126,7 +126,7 @@ class HttpRequest(web.BaseRequest):
 
     @property
     def is_gone(self) -> bool:
-        """Whether its client has gone, or was told to."""
+        """Whether its client has gone, or its connection is being closed."""
         return self.transport is None or self.transport.is_closing()
 
     async def send(self, response: web.StreamResponse, data: bytes) -> None:

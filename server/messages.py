@@ -1,28 +1,28 @@
-"""Anthropic's Messages as vLLM hears them: without what it drops of their parts.
+"""Anthropic's Messages as vLLM reads them: without what it ignores within their fields.
 
 The classes of its requests (0.32; `vllm/entrypoints/anthropic/protocol.py`) take fields that they
-don't know and drop them, such as `cache_control`. `signature` and `is_error` they know, and nobody
-reads them. Of a system prompt in blocks, one that begins as Claude Code's billing header does is
-left out. Clients change all of these from call to call. What a class may refuse stays, and so does
-what a tool takes or is called with: there names are anybody's.
+don't know and drop them, such as `cache_control`. They know `signature` and `is_error`, but nothing
+reads these. Of a system prompt in blocks, vLLM drops a block that begins as Claude Code's billing
+header does. Clients change all of these from call to call. What a class may refuse stays, and so
+does what a tool takes or is called with: its names are the client's own.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 _MARKER = "cache_control"
-_UNHEARD: tuple[tuple[str, type | tuple[type, ...]], ...] = (
+_IGNORED: tuple[tuple[str, type | tuple[type, ...]], ...] = (
     (_MARKER, object),
     ("is_error", (bool, type(None))),
     ("signature", (str, type(None))),
 )
-_ANY_UNHEARD = frozenset(name for name, _ in _UNHEARD)
+_IGNORED_NAMES = frozenset(name for name, _ in _IGNORED)
 _BILLING_HEADER = "x-anthropic-billing-header"
 _PLAIN = frozenset({"type", "text", _MARKER})
 
 
 def heard(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a body without what vLLM drops of them; `body` isn't changed."""
+    """Return the fields of a body without what vLLM ignores within them; `body` isn't changed."""
     fields = dict(body)
     if isinstance(system := fields.get("system"), list):
         fields["system"] = _blocks(system, "system")
@@ -46,8 +46,8 @@ def _blocks(blocks: list[Any], role: Any) -> list[Any]:
         if isinstance(block, dict):
             if role == "system" and _is_billing_header(block):
                 continue
-            if not _ANY_UNHEARD.isdisjoint(block):
-                left = _without_unheard(block)
+            if not _IGNORED_NAMES.isdisjoint(block):
+                left = _without_ignored(block)
             # Of a tool's result in any other message vLLM takes every word.
             if role == "user" and isinstance(parts := block.get("content"), list):
                 left = left | {"content": _unmarked(parts)}
@@ -55,9 +55,9 @@ def _blocks(blocks: list[Any], role: Any) -> list[Any]:
     return made
 
 
-def _without_unheard(block: dict[str, Any]) -> dict[str, Any]:
+def _without_ignored(block: dict[str, Any]) -> dict[str, Any]:
     left = block.copy()
-    for name, types in _UNHEARD:
+    for name, types in _IGNORED:
         if name in left and isinstance(left[name], types):
             del left[name]
     return left

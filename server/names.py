@@ -20,9 +20,9 @@ class Named(NamedTuple):
     identity: str
     """What gives its answers now (`server.identity`)."""
     is_vllm: bool
-    """Whether a vLLM answers that is as ours, so that we know what it makes of each field."""
+    """Whether a vLLM of the version that we know answers, so that we know what each field does."""
     has_one_parser: bool
-    """Whether it tells the same of an answer's text in a body and in a stream."""
+    """Whether a body and a stream of it hold the same text."""
     counts_always: bool
     """Whether each of its streams has token counts, asked for or not."""
 

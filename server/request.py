@@ -4,17 +4,17 @@ A key is the digest of who may share the answer (the scope), of what gives it (`
 of the route, and of the canonical request: the parsed body, in which
 
 - the fields at the top and those of each message are sorted, as are a `logit_bias`'s tokens, and
-  numbers at the top and in a `logit_bias` that are whole are integers, unless they are larger than
-  floats are exact or where vLLM takes no float: then it may refuse one and take the other;
+  numbers at the top and in a `logit_bias` that are whole are integers, but not beyond the range in
+  which floats are exact, nor where vLLM takes no float: there it may refuse one and take the other;
 - the model is named, the default one where the body names none;
 - what changes no answer is left out: `stream` and `stream_options`, as far as either form of the
   answer makes the other, what the route calls irrelevant (`server.routes`), such as `user`, and
-  what it doesn't hear within other fields (`server.messages`);
+  what vLLM ignores within other fields (`server.messages`);
 - what the route calls a default is left out, since vLLM takes it for the same as absence;
 - `cache`, which is meant for us, is left out;
 
 The query is no part of it, nor are headers: on these routes vLLM reads no query, and of headers
-those alone that say who asks, where and when it works, and what is told of that.
+only those that say who asks, where and when it works, and in which format it reports its load.
 
 Of an engine that we don't know (`Named.is_vllm`) nothing is left out but `cache`, headers that may
 change an answer (`server.headers`) are part of the key, and a request with a query isn't kept.
@@ -50,7 +50,7 @@ from tiers.key import scoped
 _INT64 = range(-(2**63), 2**63)
 # Up to here every whole number is a float.
 _EXACT = 2**53
-_STRICT = "thinking_token_budget"
+_TAKES_NO_FLOAT = "thinking_token_budget"
 _token = re.compile(r"0|[1-9][0-9]*").fullmatch
 # orjson makes floats of integers beyond 64 bits, so two of them could share a key. They have 19
 # digits or more, which are found like this ten times as fast as by a regular expression.
@@ -80,9 +80,9 @@ class Request(NamedTuple):
     model: str
     """By which its engine knows it."""
     is_vllm: bool
-    """Whether that is a vLLM as ours."""
+    """Whether that is a vLLM of the version that we know."""
     id: Any
-    """What its client calls it in the body, if anything."""
+    """The `request_id` of the body, if there is one."""
     tenant: str
     """Who asks, by name."""
     labels: tuple[str, ...]
@@ -148,13 +148,13 @@ def _parse(
         raw = _dumps(body)
     stream = route.streams and body.get("stream") is True
     options = body.get("stream_options") if route.shape is CHOICES else None
-    # An engine that we don't know is asked for them by whatever it knows.
+    # How another engine is asked for token counts isn't known, so clients get those that it sends.
     wants_usage = stream and (
         not named.is_vllm
         or named.counts_always
         or (isinstance(options, dict) and options.get("include_usage") is True)
     )
-    # It may take any field for anything.
+    # An engine that we don't know may give any field a meaning.
     canonical: Mapping[str, Any] = dict(sorted(body.items()))
     if named.is_vllm:
         canonical = _canonical(
@@ -260,9 +260,9 @@ def _plain(name: str, value: Any) -> Any:
     if isinstance(value, str):
         return value
     if isinstance(value, float):
-        is_whole = value.is_integer() and abs(value) <= _EXACT and name != _STRICT
+        is_whole = value.is_integer() and abs(value) <= _EXACT and name != _TAKES_NO_FLOAT
         return int(value) if is_whole else value
-    # Of tokens that are the same number the last counts.
+    # Of several spellings of one token's number vLLM takes the last, so there the order counts.
     if isinstance(value, dict) and name == "logit_bias" and all(map(_token, value)):
         return {token: _plain("", bias) for token, bias in sorted(value.items())}
     if isinstance(value, list) and name == "messages":

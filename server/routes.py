@@ -58,8 +58,8 @@ _TEXT = (str, type(None))
 _OBJECT = (dict, type(None))
 _ID: Ignored = {"request_id": str}
 _RANK: Ignored = {"priority": int}
-# Classes that don't know a field take anything for it. These say who asks, and where what is asked
-# is kept and by what it is found there; a field that asks for another answer stays in the key.
+# Classes that don't know a field take any value of it. These fields say who asks, where an engine
+# keeps things, and by what it finds them; a field that asks for another answer stays in the key.
 _UNKNOWN: Ignored = dict.fromkeys(
     (
         "metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
@@ -324,8 +324,9 @@ ROUTES: Mapping[str, Route] = {path: route for route in _TABLE for path in route
 """The routes by each of their paths; all are asked by POST."""
 
 _STORES = "VLLM_ENABLE_RESPONSES_API_STORE"
-# Engines with one of these tell something in one form alone, or may: `metrics` and experts, which
-# no stream has of who doesn't ask for its counts, or reasoning, which each form has read its way.
+# With one of these options an engine may put something into one form alone: `metrics` and experts,
+# which a stream has only if it was asked for token counts, or reasoning, for which each form has a
+# parser of its own.
 _APART = (
     "aux_output_config", "config", "enable_force_include_usage", "enable_per_request_metrics",
     "enable_return_routed_experts", "reasoning_parser", "structured_outputs_config",
@@ -341,13 +342,13 @@ PLAIN_PARSERS = frozenset(
 
 
 def tells_alike(options: Mapping[str, Any]) -> bool:
-    """Whether a vLLM with these options tells a text alike in a body and in a stream."""
+    """Whether a vLLM with these options gives the same text in a body and in a stream."""
     parser = options.get("tool_call_parser")
     return not any(options.get(name) for name in _APART) and (not parser or parser in PLAIN_PARSERS)
 
 
 def counts_always(options: Mapping[str, Any]) -> bool:
-    """Whether a vLLM with these options tells token counts in each stream, asked for or not."""
+    """Whether a vLLM with these options puts token counts into each stream, asked for or not."""
     return bool(options.get("enable_force_include_usage"))
 
 
