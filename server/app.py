@@ -53,7 +53,7 @@ from tiers.disk import SealError, UntrustedError
 
 logger = logging.getLogger(__name__)
 
-# Who sends a signal to all processes of a service, and who passes on what it gets, send it twice.
+# One stop may come twice: from a service manager that signals all processes, and from our parent.
 _ONE_STOP_S = 0.5
 # For answers that ended just now: a commit takes milliseconds.
 _STORE_S = 5
@@ -112,7 +112,7 @@ async def _serve(
     trace: TraceLog | None,
     traced: Traced,
 ) -> int:
-    # At once, since what changes before it has looked is never seen.
+    # First of all, since a change before its first look is never seen.
     reloads = Reloads([tenants] if certificate is None else [tenants, certificate])
     # Before signals are waited for: it reads files, and may ask a hub.
     models = Models(config.models)

@@ -116,8 +116,8 @@ class Listener(Section):
     `client_timeout_s` is how long a client may take to send a head, or a body that we read whole,
     and how long it may pause within one that is passed through, or in taking what it is sent.
     A request may have `max_prompts` prompts, on any route. `tls` is of the admin API's port, too.
-    Pages of other sites may ask us whose origins `allowed_origins` names, as `https://app.example`,
-    or `*` all.
+    `allowed_origins` names the origins, such as `https://app.example`, whose pages may ask us from
+    a browser; `*` stands for all.
     """
 
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
@@ -358,10 +358,10 @@ def read(file: Path) -> Given:
 
 
 def _folder_of(file: Path) -> Path:
-    """Return the folder in which the file is, as links to the file itself lead there.
+    """Return the folder of a file, following links to files but not those to folders.
 
-    Links to folders stay, since files in it may be read again: Kubernetes has such a link lead to
-    another folder, and removes the one before, where a ConfigMap or a Secret changes.
+    Files in the folder may be read again: when a ConfigMap or a Secret changes, Kubernetes lets
+    such a link lead to another folder, and removes the one before.
     """
     file = file.absolute()
     while file.is_symlink():

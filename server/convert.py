@@ -4,9 +4,9 @@ The engine's JSON is kept as it came but for marks: bytes that JSON forbids unes
 section 7) and that therefore can't be part of an answer. They stand for what is fresh each time an
 answer is given (`server.shapes`), and around what belongs only into a stream without token counts.
 
-A form is made of the other where nothing is left to guess: of text that vLLM 0.32 tells in fields
-that are all known here. Tool calls, reasoning and whatever else says something can't be converted,
-since vLLM makes them by one parser for bodies and by another for streams.
+One form is made of the other only where nothing is left to guess: of text in fields of vLLM 0.32
+that are all known here. Tool calls, reasoning and anything else can't be converted, since vLLM
+makes them by one parser for bodies and by another for streams.
 """
 
 import re
@@ -39,7 +39,7 @@ class NotConvertibleError(ValueError):
 
 
 class AsIs(bytes):
-    """What a client gets as the engine has sent it, and that is no template."""
+    """What the engine has sent and clients get unchanged; it is no template."""
 
     __slots__ = ()
 
@@ -166,17 +166,17 @@ class _Fields:
 
     def __init__(self, names: str) -> None:
         self.nulls: dict[str, Any] = dict.fromkeys(names.replace("-", "").split())
-        self._say = frozenset(names.split())
+        self._may_be_set = frozenset(names.split())
 
     def read(self, value: Any) -> dict[str, Any]:
         """Return an object with all its fields.
 
         Raises:
-            NotConvertibleError: it has others, or says something in one that should be null.
+            NotConvertibleError: it has others, or a value in one that should be null.
         """
         made: dict[str, Any] = self.nulls | value
         _expect(len(made) == len(self.nulls), "there are fields that vLLM doesn't have")
-        for name in value.keys() - self._say:
+        for name in value.keys() - self._may_be_set:
             _expect(value[name] is None, "there is more than text")
         return made
 
@@ -197,10 +197,10 @@ class _Kind:
     choice: _Fields
     chunk: _Fields
     part: _Fields
-    """What a chunk says of a choice."""
+    """A choice in a chunk."""
     logprobs: frozenset[str]
     objects: tuple[str, str]
-    """What bodies and chunks call themselves."""
+    """The field `object` of bodies and of chunks."""
 
 
 _CHAT = _Kind(

@@ -1,7 +1,7 @@
 """Which pages of other sites may ask us: cross-origin resource sharing (Fetch, section 3.2).
 
-The front decides it alone and for every response alike, since an answer out of a tier can't be
-what an engine would allow; what engines say about it goes to no client (`server.passthrough`).
+The front alone decides it, and for every response alike, since a tier doesn't know what an engine
+would allow; what engines say about it goes to no client (`server.passthrough`).
 Pages send keys as headers of their own; cookies and the like, which browsers send unasked, are
 never allowed.
 """

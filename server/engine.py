@@ -3,9 +3,9 @@
 Owns the child process and the folder of its socket. Invariant: at most one child runs, and its
 guard (`server.guard`) ends it when we are gone, however we went.
 
-The folder is among temporary files, since who logs out takes `XDG_RUNTIME_DIR` along. Cleaners of
-these pass young files by, so the socket is kept young; some remove it nevertheless. Nobody can
-connect to it then, ever again, so the engine is ended and started anew.
+The folder is among temporary files, since `XDG_RUNTIME_DIR` goes when its user logs out. Cleaners
+of temporary files pass young ones by, so we keep the socket young. Where one removes it
+nevertheless, nobody can connect any more, so the engine is ended and started anew.
 """
 
 import asyncio

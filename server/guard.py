@@ -3,7 +3,7 @@
 Standard input is a pipe whose other end our parent holds. When it closes (the parent wants that or
 has ended, by kill -9 too), or the command ends, the whole process group is ended and the folder
 with the engine's socket removed. The group is our own: we are started as its leader. Signals change
-nothing: who sends them to each process of a service means our parent, which says when to end.
+nothing: a service manager sends them to each process, and our parent decides when we end.
 """
 
 import contextlib

@@ -121,9 +121,9 @@ class Model(Section):
     Either an engine of ours gives the answers, which loads `source`: `embedded`, a folder, or a
     Hugging Face name. Or `upstreams` do, that somebody else runs, and that are sent `api_key` in
     place of what clients send. Where these are vLLM 0.32, `vllm` has the options that they were
-    started with, `{}` for none: else nothing is known of what they make of a request, so it is sent
-    as it came, all of it is part of its key, and streams and bodies are kept apart. So it is with a
-    `middleware` among the options, which may hear anything.
+    started with, `{}` for none. Of other engines nothing is assumed: a request is sent as it came,
+    all of it is part of its key, and streams and bodies are kept apart. The same holds with a
+    `middleware` among the options, which may read anything.
 
     Clients may ask for it by its `aliases` too, and for its LoRA `adapters`, each a folder or a
     Hugging Face name. `version` is a label of yours that becomes part of every key: change it when

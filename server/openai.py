@@ -120,7 +120,7 @@ class OpenAI:
             body=request.raw,
             headers=saying(forwarded(http), request.cache.control),
             cache_status="tierserve; fwd=bypass",
-            # Else it may start work in the background, or run tools there.
+            # Any other may start work in the background, or run tools there.
             repeatable=request.repeatable,
             # Who says no-store wants nothing of it to be kept.
             ended=None if control.no_store else partial(self._prefixes.note, request),

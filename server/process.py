@@ -1,4 +1,4 @@
-"""What a process needs before it is anything: standard streams, and, as process 1, one to serve it.
+"""What any process needs at its start: open standard streams, and, as process 1, an init's work.
 
 Nothing here knows what the process is for.
 """

@@ -49,9 +49,9 @@ FilePath = Annotated[Path, AfterValidator(expanded)]
 class Section(BaseModel):
     """A part of the configuration, in which an unknown key is a mistake.
 
-    A section, list or mapping without a value has nothing in it, which is a mistake where something
-    must be; of any other field, which it might turn off, no value is always one. A boolean is no
-    number.
+    A section, list or mapping without a value is empty, which is a mistake where it needs an entry.
+    Any other field without a value is a mistake, since that could mean to turn it off. A boolean is
+    no number.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -31,7 +31,7 @@ _TOKEN_S = 60
 _KEEP_ALIVE_S = 3
 _PROBE_DOWN_S = 0.5
 _PROBE_UP_S = 2.0
-# That may be sent twice (RFC 9110, section 9.2.2).
+# Methods of requests that may be sent twice (RFC 9110, section 9.2.2).
 _IDEMPOTENT = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PUT", "TRACE"})
 _Reply = TypeVar("_Reply", aiohttp.ClientResponse, aiohttp.ClientWebSocketResponse)
 
@@ -89,8 +89,8 @@ class Upstream:
         self._session = self._new_session(timeout)
         self.fresh = self._new_session(timeout, keep=False)
         """Makes a connection for each request."""
-        # Of its own, so that it never waits for a connection that works. It makes a new one each
-        # time: one from before may go on where nobody can connect any more.
+        # Of its own, so that a probe never waits for a busy connection. Each probe makes a new one,
+        # since an old one may work on where nobody can connect any more.
         self._probing = self._new_session(
             aiohttp.ClientTimeout(total=_PROBE_S), self._key, keep=False
         )
@@ -125,7 +125,7 @@ class Upstream:
             timeout=timeout,
             headers=headers,
             auto_decompress=False,
-            # What a client leaves out means something, too.
+            # A header that a client leaves out may mean something, too.
             skip_auto_headers=("Accept", "Content-Type", "User-Agent"),
             trace_configs=[reuse],
         )
@@ -135,8 +135,8 @@ class Upstream:
     ) -> aiohttp.ClientResponse:
         """Ask it, and return its reply as it begins.
 
-        An upstream may close a connection that idles just when a request goes out on it. One that
-        may be sent twice is then sent once more; any other goes out on a connection of its own.
+        An upstream may close an idle connection just when a request goes out on it. A request that
+        may be sent twice is then sent once more; any other always has a connection of its own.
         """
         url = URL(self.url + path, encoded=True)
         ask = partial(
@@ -202,7 +202,7 @@ class Upstream:
     async def _look(self) -> tuple[bool, bool, str]:
         """Return whether it is ready, whether it is loading, and what the log should say of it.
 
-        Whatever it says to `GET /v1/models`, it answers: it may want a key or have no such route.
+        Any status below 500 counts as ready: an upstream may want a key, or have no such route.
         """
         began = time.monotonic()
         try:
@@ -241,9 +241,10 @@ class _Attempt:
         self._began = time.monotonic()
 
     def was_too_late(self, exc: Exception) -> bool:
-        """Whether it failed as on a connection that had been closed before.
+        """Whether it failed because the connection had been closed before.
 
-        That shows at once; who has closed it later, or has begun to reply, has got the request.
+        That shows at once; an upstream that closes it later, or has begun to reply, may have got
+        the request.
         """
         has_begun = isinstance(exc, aiohttp.ServerDisconnectedError) and not isinstance(
             exc.message, str

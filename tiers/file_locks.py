@@ -11,7 +11,7 @@ from struct import Struct
 # `struct flock` of 64-bit Linux: type, whence, start, length, process.
 _FLOCK = Struct("hhqqi4x")
 OFFSETS = 1 << 62
-"""What a file offset can be, less two bits to spare."""
+"""How many offsets a file has, less two bits to spare."""
 
 
 def set_lock(file: int, kind: int, offset: int) -> None:

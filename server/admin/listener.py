@@ -82,7 +82,7 @@ async def _keep(
     listening: Callable[[], AbstractAsyncContextManager[None]],
 ) -> None:
     """Listen anew when somebody has removed the socket, such as a cleaner of folders."""
-    said = ""
+    logged = ""
     while True:
         await asyncio.sleep(_LOOK_S)
         try:
@@ -90,12 +90,12 @@ async def _keep(
                 continue
             await stack.aclose()
             await stack.enter_async_context(listening())
-            told = f"admin.socket: {path} was removed, and is made anew"
+            found = f"admin.socket: {path} was removed, and is made anew"
         except OSError as exc:
-            told = str(exc)
-        if told != said:
-            logger.warning("%s", told)
-        said = told
+            found = str(exc)
+        if found != logged:
+            logger.warning("%s", found)
+        logged = found
 
 
 @asynccontextmanager
