@@ -16,21 +16,21 @@ ANY = "*"
 # As long as any browser remembers it.
 _REMEMBERED_S = 86400
 _BY_ORIGIN = {"Vary": "Origin"}
+_EXPOSED = {"Access-Control-Expose-Headers": "*"}
 
 
 def sharing(origins: Collection[str], handler: Handler, preflight: Handler) -> Handler:
     """Return `handler` for pages of these origins, too, whose questions `preflight` answers."""
-
-    def headers(origin: str | None) -> dict[str, str]:
-        allowed = {"Access-Control-Expose-Headers": "*"}
-        if ANY in origins:
-            return allowed | {"Access-Control-Allow-Origin": ANY}
-        if origin is None or origin not in origins:
-            return _BY_ORIGIN
-        return allowed | _BY_ORIGIN | {"Access-Control-Allow-Origin": origin}
+    of_others: dict[str, str] = _BY_ORIGIN
+    by_origin: dict[str, dict[str, str]] = {}
+    if ANY in origins:
+        of_others = _EXPOSED | {"Access-Control-Allow-Origin": ANY}
+    else:
+        for origin in origins:
+            by_origin[origin] = _EXPOSED | _BY_ORIGIN | {"Access-Control-Allow-Origin": origin}
 
     def answer(http: HttpRequest) -> Awaitable[web.StreamResponse]:
-        http.more_headers = headers(http.headers.get(hdrs.ORIGIN))
+        http.more_headers = by_origin.get(http.headers.get(hdrs.ORIGIN, ""), of_others)
         is_preflight = (
             http.method == "OPTIONS" and hdrs.ACCESS_CONTROL_REQUEST_METHOD in http.headers
         )
