@@ -1094,8 +1094,6 @@ async def test_a_client_that_stops_reading_gives_its_place_up(
 ) -> None:
     monkeypatch.setenv("TIERSERVE__SERVER__CLIENT_TIMEOUT_S", "0.3")
     monkeypatch.setenv("TIERSERVE__MODELS__M__MAX_REQUESTS", "1")
-    asked = orjson.dumps(question(stream=True))
-    head = b"Host: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(asked)
     path = CHAT if is_stream else "/endless"
     more = chunk({"content": "x" * 64 * 1024}) if is_stream else bytes(64 * 1024)
 
@@ -1110,7 +1108,7 @@ async def test_a_client_that_stops_reading_gives_its_place_up(
     upstream.handler = endless
     async with running(tmp_path, upstream) as front:
         _, writer = await asyncio.open_connection("127.0.0.1", front.port, limit=1024)
-        writer.write(b"POST " + path.encode() + b" HTTP/1.1\r\n" + head + asked)
+        writer.write(sent(path, question(stream=True)))
         async with asyncio.timeout(60):
             while not any(each.path == path for each in upstream.asked):
                 await front.ready()

@@ -148,13 +148,16 @@ async def test_who_answers_requests_may_take_its_time_to_list_models(
             given_up.set()
         raise AssertionError
 
+    async def empty(_: web.Request) -> web.StreamResponse:
+        return web.Response()
+
     async def ask() -> None:
         while True:
             (await asked.request("GET", "/x", None, {}, repeatable=True)).release()
 
     monkeypatch.setattr("server.upstream._PROBE_S", 0.2)
     monkeypatch.setattr(upstream, "lists", never)
-    upstream.handler = lambda _: answered()
+    upstream.handler = empty
     asked = Asked(upstream.url, timeout_s=60)
     with caplog.at_level(logging.INFO):
         watching = asyncio.create_task(asked.watch())
@@ -169,7 +172,3 @@ async def test_who_answers_requests_may_take_its_time_to_list_models(
         task.cancel()
     await asyncio.gather(watching, asking, return_exceptions=True)
     await asked.close()
-
-
-async def answered() -> web.StreamResponse:
-    return web.Response()
