@@ -57,11 +57,9 @@ def forwarded(http: HttpRequest) -> CIMultiDict[str]:
 
 def returned(headers: Mapping[str, str]) -> CIMultiDict[str]:
     """Return the headers with which an engine's reply goes back to the client."""
-    theirs = _without(headers, _OURS)
     # Which pages may ask us is not an engine's to say (`server.cors`).
-    for name in [name for name in theirs if name.lower().startswith("access-control-")]:
-        theirs.popall(name, None)
-    return theirs
+    sharing = {name for name in map(str.lower, headers) if name.startswith("access-control-")}
+    return _without(headers, _OURS | sharing)
 
 
 def _without(headers: Mapping[str, str], names: Collection[str]) -> CIMultiDict[str]:
