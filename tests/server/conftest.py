@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import MappingProxyType
+from typing import Self
 
 import aiohttp
 import orjson
@@ -225,6 +226,17 @@ class Front:
             self.process.terminate()
         await asyncio.wait_for(self.process.wait(), 60)
 
+    async def __aenter__(self) -> Self:
+        try:
+            await self.start()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
     async def until_ready(self, status: int = 200, model: str | None = None) -> None:
         """Wait for `/ready` to say `status`, of all models or one; 0 stands for no connection."""
         async with asyncio.timeout(60):
@@ -310,12 +322,8 @@ def prepare(cache: Path, patch: pytest.MonkeyPatch) -> None:
 @asynccontextmanager
 async def running(folder: Path, *upstreams: Upstream, **options: dict) -> AsyncIterator[Front]:
     """A server in front of `upstreams`; `options` are of `Front`."""
-    made = Front(folder, alike(*(upstream.url for upstream in upstreams)), **options)
-    try:
-        await made.start()
+    async with Front(folder, alike(*(each.url for each in upstreams)), **options) as made:
         yield made
-    finally:
-        await made.stop()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -606,14 +606,10 @@ async def test_a_request_may_be_named_in_its_body(
 
 
 async def test_what_a_body_may_say_that_nobody_reads_is_the_engines(upstream, tmp_path) -> None:
-    front = Front(tmp_path, {"m": {"upstreams": [upstream.url]}})
-    await front.start()
-    try:
+    async with Front(tmp_path, {"m": {"upstreams": [upstream.url]}}) as front:
         for path, options in (("/v1/render", {"json": {}}), ("/v1/load", {"data": None})):
             async with front.session.post(path, **options) as response:
                 assert response.headers["X-Request-Id"]
-    finally:
-        await front.stop()
     named = ["X-Request-Id" in asked.headers for asked in upstream.asked]
     assert named == [False, True]
 
@@ -877,8 +873,7 @@ async def test_an_age_is_counted_from_when_the_answer_was_stored(
     stored_at = time.time() - 1000
     front = Front(tmp_path, alike(upstream.url))
     await plant(front, asked, stored_at, 2000)
-    try:
-        await front.start()
+    async with front:
         for stream_it in (False, True):
             before = time.time()
             async with front.post(asked | {"stream": stream_it}) as response:
@@ -888,8 +883,6 @@ async def test_an_age_is_counted_from_when_the_answer_was_stored(
             after = time.time()
             assert int(before - stored_at) <= age <= int(after - stored_at)
             assert int(stored_at + 2000 - after) <= ttl <= int(stored_at + 2000 - before)
-    finally:
-        await front.stop()
     assert upstream.asked == []
 
 
@@ -898,12 +891,9 @@ async def test_a_user_without_a_home_has_to_be_given_all_paths(upstream: Upstrea
     front = Front(tmp_path, alike(upstream.url))
     # Nor is there anything else in its environment.
     front.wrapper = ("env", "-i", *NAMELESS)
-    try:
-        await front.start()
+    async with front:
         assert (await front.ask(question()))[0] == 200
         assert (tmp_path / "disk" / "data.mdb").exists()
-    finally:
-        await front.stop()
     assert front.process.returncode == 0
     front.config.write_text("tracing: null")
     for action in ("check", "serve"):
@@ -922,15 +912,12 @@ async def test_what_was_stored_while_the_clock_was_ahead_is_made_anew(
     front = Front(tmp_path, alike(upstream.url))
     for each in asked:
         await plant(front, each, time.time() + 3600, 3)
-    try:
-        await front.start()
+    async with front:
         for each, headers in zip(asked, ({}, {"Cache-Control": "max-age=1"}), strict=True):
             status, how, text = await front.ask(each, headers=headers)
             assert (status, how, b"old" in text) == (200, "tierserve; fwd=miss", False)
         _, how, text = await front.ask_alone(asked[0])
         assert ("hit; ttl=" in how, b"old" in text) == (True, False)
-    finally:
-        await front.stop()
 
 
 async def test_each_answer_leaves_a_line_with_its_id(front: Front, upstream: Upstream) -> None:

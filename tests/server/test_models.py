@@ -53,10 +53,9 @@ async def both(folder: Path, **of_m) -> AsyncIterator[Both]:
     }
     front = Front(folder, models)
     try:
-        await front.start()
-        yield Both(front, *pair)
+        async with front:
+            yield Both(front, *pair)
     finally:
-        await front.stop()
         for each in pair:
             await each.stop()
 
@@ -243,13 +242,11 @@ async def test_a_body_that_is_looked_into_has_a_bound_and_others_have_none(
     async with two.front.session.post("/v1/some/route", json=asked) as response:
         assert response.status == 413
     two.m.asked.clear()
-    front = Front(tmp_path, {"m": {"upstreams": [two.m.url]}})
-    try:
-        await front.start()
-        async with front.session.post("/v1/some/route", json=asked) as response:
-            assert response.status == 200
-    finally:
-        await front.stop()
+    async with (
+        Front(tmp_path, {"m": {"upstreams": [two.m.url]}}) as front,
+        front.session.post("/v1/some/route", json=asked) as response,
+    ):
+        assert response.status == 200
 
 
 def cards(*names: str, **more) -> web.Response:

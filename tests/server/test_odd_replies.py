@@ -226,16 +226,12 @@ async def test_an_engine_that_we_do_not_know_is_sent_what_came(
         return await (stream(http, ROLE, YES, END, DONE) if "stream" in asked else answer(http))
 
     upstream.handler = strict
-    front = Front(tmp_path, {"m": {"upstreams": [upstream.url]}})
-    try:
-        await front.start()
+    async with Front(tmp_path, {"m": {"upstreams": [upstream.url]}}) as front:
         for more in ({}, {"stream": True}):
             # None is made of the other.
             await asked_twice(front, {"messages": [], "temperature": 0} | more, kept=True)
         status, _, text = await front.ask(question(**WITH_USAGE))
         assert (status, b"no ['stream_options']" in text) == (422, True)
-    finally:
-        await front.stop()
 
 
 @pytest_asyncio.fixture(loop_scope="module")

@@ -35,13 +35,10 @@ async def test_serves_and_ends_without_standard_streams(
 ) -> None:
     front = Front(tmp_path, alike(upstream.url))
     front.wrapper = without(*closed)
-    try:
-        await front.start()
+    async with front:
         assert (await front.ask(question()))[0] == 200
         files = Path(f"/proc/{front.process.pid}/fd")
         assert {str((files / str(each)).readlink()) for each in closed} == {os.devnull}
-    finally:
-        await front.stop()
     assert front.process.returncode == 0
     assert (front.log.stat().st_size > 0) == (2 not in closed)
 

@@ -80,11 +80,8 @@ async def secure(_upstream: Upstream, tmp_path_factory) -> AsyncIterator[TlsFron
     }
     made = TlsFront(folder, alike(_upstream.url), sections=sections)
     made.admin, made.shown, made.folder = f"https://127.0.0.1:{port}", shown, folder
-    try:
-        await made.start()
+    async with made:
         yield made
-    finally:
-        await made.stop()
 
 
 async def certificate_shown(front: Front) -> bytes:
@@ -213,8 +210,7 @@ async def test_files_behind_links_are_found_where_these_lead_now(upstream, tmp_p
     front = TlsFront(tmp_path, alike(upstream.url), sections=sections)
     old, shown = mount(tmp_path, 0)
     front.config = Path(os.path.relpath(front.config))
-    try:
-        await front.start()
+    async with front:
         assert await certificate_shown(front) == shown
         for number in (1, 2):
             new, shown = mount(tmp_path, number)
@@ -224,8 +220,6 @@ async def test_files_behind_links_are_found_where_these_lead_now(upstream, tmp_p
             await front.until_status(old, 401)
             await front.until_status(new, 200)
             old = new
-    finally:
-        await front.stop()
 
 
 async def until_shown(front: Front, expected: bytes) -> None:

@@ -395,10 +395,7 @@ async def test_without_a_socket_there_is_no_admin_api(upstream: Upstream, tmp_pa
     front = Front(tmp_path, alike(upstream.url))
     config = orjson.loads(front.config.read_bytes()) | {"admin": {"socket": None}}
     front.config.write_bytes(orjson.dumps(config))
-    try:
-        await front.start()
+    async with front:
         assert not list(tmp_path.glob("*.sock*"))
         with socket.socket(socket.AF_UNIX) as probe, pytest.raises(FileNotFoundError):
             probe.connect(str(front.socket))
-    finally:
-        await front.stop()
