@@ -362,7 +362,7 @@ def _ended(choice: dict[str, Any], kind: _Kind, name: str, said: Any) -> dict[st
 
 
 def _logprobs(said: Any, kind: _Kind) -> dict[str, list[Any]] | None:
-    """Return what is said of tokens, if there is nothing else."""
+    """Return the logprobs of a choice, if there is nothing in them that we don't know."""
     if said is None:
         return None
     _expect(said.keys() == kind.logprobs, "logprobs are not as we know them")

@@ -25,7 +25,7 @@ _first_words = re.compile(
 _BACKLOG = 1024
 # Longer than clients and proxies keep connections that idle, so that they close them, and not we.
 _KEEP_ALIVE_S = 630
-# Between two looks whether a client that says nothing more is there.
+# Between two looks whether a client that has closed its direction is there.
 _ASK_S = 0.5
 
 
@@ -35,10 +35,10 @@ class _Protocol(web.RequestHandler):
     A connection on which no head comes is closed: a first one within `client_timeout_s`, a further
     one within the time for which it is kept open.
 
-    A client that has said all it will may wait for its answer still, as `nc -N` does, or have gone:
-    both look alike until something is sent (RFC 9293, section 3.6). So what is answered soon is
-    sent, and to who waits longer goes a `100 Continue` now and then, which clients ignore (RFC
-    9110, section 15.2.1), and which shows who has gone, so that an engine doesn't work for nobody.
+    A client that has closed its direction may still wait for its answer, as `nc -N` does, or have
+    gone: both look alike until something is sent (RFC 9293, section 3.6). So an answer that comes
+    soon is sent, and a client that waits longer gets a `100 Continue` now and then. Clients ignore
+    it (RFC 9110, section 15.2.1), and it shows which have gone, so that no engine works for them.
     Where none may be sent, to HTTP/1.0 and within a response, such a client counts as gone, as it
     does over TLS, which ends in both directions at once, and over WebSockets.
     """

@@ -50,7 +50,7 @@ def forwarded(http: HttpRequest) -> CIMultiDict[str]:
     # We must be able to read what comes back.
     headers["Accept-Encoding"] = "identity"
     if not http.may_be_named_within:
-        # An engine would hear this one.
+        # An engine takes this one before that of a body.
         headers["X-Request-Id"] = http.id
     return headers
 

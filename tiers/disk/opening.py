@@ -228,7 +228,7 @@ class Opening:
         status = self._verifier.returncode
         if self._cancelled.is_set():
             raise InterruptedError("closed before the file was open")
-        # Who stops a service sends a signal to each of its processes, and proves no damage.
+        # A service manager may signal each process of a service, which proves no damage.
         if -status in _ASK_TO_END:
             raise InterruptedError("verifying the file was interrupted")
         try:
