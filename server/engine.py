@@ -181,8 +181,9 @@ class Engine:
     @asynccontextmanager
     async def _process(self) -> AsyncIterator[asyncio.subprocess.Process]:
         """Start vLLM; ends it and all that it has started."""
+        # What an engine has left there that ended by itself.
+        await asyncio.to_thread(shutil.rmtree, self.folder, ignore_errors=True)
         self.folder.mkdir(mode=0o700, exist_ok=True)
-        (self.folder / ENGINE_SOCKET).unlink(missing_ok=True)
         start = asyncio.create_subprocess_exec(
             *self._command,
             stdin=asyncio.subprocess.PIPE,

@@ -1,13 +1,16 @@
 """Runs the engine so that it can't outlive us: `python -m server.guard FOLDER COMMAND …`.
 
 Standard input is a pipe whose other end our parent holds. When it closes (the parent wants that or
-has ended, by kill -9 too), or the command ends, the whole process group is ended and the folder
-with the engine's socket removed. The group is our own: we are started as its leader. Signals change
-nothing: a service manager sends them to each process, and our parent decides when we end.
+has ended, by kill -9 too), or the command ends, the whole process group is ended. The group is our
+own: we are started as its leader. When the pipe has closed, the folder with the engine's socket is
+removed; else our parent has it, who takes a folder that goes for one that somebody else removes.
+Signals change nothing: a service manager sends them to each process, and our parent decides when we
+end.
 """
 
 import contextlib
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -31,7 +34,9 @@ def main() -> int:
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL)  # noqa: S603
     threading.Thread(target=_watch, args=(child,), daemon=True).start()
     status = child.wait()
-    shutil.rmtree(folder, ignore_errors=True)
+    # Our parent never writes, so there is something to read once the pipe has closed.
+    if select.select([0], [], [], 0)[0]:
+        shutil.rmtree(folder, ignore_errors=True)
     sys.stdout.flush()
     _end_group_but_us()
     return status if status >= 0 else 128 - status
