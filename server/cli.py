@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from server.admin.options import add_cache
-from server.config import Config, ConfigError, load, without_secrets
+from server.config.schema import Config, ConfigError, load, without_secrets
 from server.process import become_child_of_init, ignore_signals, open_standard_streams
 
 # As shells report of a program that SIGPIPE has ended.
@@ -75,7 +75,7 @@ def _run(config: Config, options: argparse.Namespace) -> int:
     if options.command == "simulate":
         return _simulate(config, options)
     if options.command == "cache":
-        from server.admin.cli import run
+        from server.admin.commands import run
 
         return run(config, options)
     from server.app import serve
@@ -93,8 +93,8 @@ def _add_keys(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 def _print_key(tenant: str) -> None:
-    from server.keys import hashed, new_key
-    from server.labels import misnamed
+    from server.auth.credentials import hashed, new_key
+    from server.protocol.labels import misnamed
 
     if (should := misnamed("tenant", tenant)) is not None:
         raise ConfigError([f"TENANT: should be {should}, not {tenant!r}"])

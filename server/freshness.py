@@ -4,8 +4,8 @@ import logging
 from fnmatch import fnmatchcase
 from functools import lru_cache
 
-from server.config import Cache
-from server.control import directives, seconds
+from server.config.schema import Cache
+from server.protocol.cache_control import directives, seconds
 from tiers import Freshness
 
 logger = logging.getLogger(__name__)

@@ -1,8 +1,8 @@
 """A tier whose lookups are steps of the road."""
 
-from server.spans import step
+from server.telemetry.spans import step
 from tiers import Purges, Tier
-from tiers.answer import Entry
+from tiers.entry import Entry
 
 
 class TracedTier(Tier):

@@ -65,10 +65,10 @@ def test_dependencies_point_one_way(file: Path) -> None:
     imports = imported_by(file)
     assert not imports & {"vllm", "torch"}
     assert ("lmdb" in imports) <= (file.parent == Path("tiers/disk"))
-    assert ("cryptography" in imports) <= (file == Path("tiers/disk/seal.py"))
+    assert ("cryptography" in imports) <= (file == Path("tiers/disk/encryption.py"))
     assert bool({"redis", "aiomcache"} & imports) <= (file.parent == Path("tiers/shared"))
     assert ("aiohttp" in imports) <= (str(file.with_suffix("")).removeprefix("server/") in HTTP)
-    assert ("opentelemetry" in imports) <= (file == Path("server/tracing.py"))
+    assert ("opentelemetry" in imports) <= (file == Path("server/web/tracing.py"))
     for package, entrances in ENTRANCES.items():
         assert package not in imports or str(file).startswith(entrances)
     if file.parts[0] == "tiers":
@@ -84,5 +84,5 @@ def test_what_tiers_offers() -> None:
 
 
 def test_what_serves_without_tracing_does_not_import_it() -> None:
-    program = "import server.app, sys; sys.exit('server.tracing' in sys.modules)"
+    program = "import server.app, sys; sys.exit('server.web.tracing' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -4,19 +4,19 @@ Knows nothing of HTTP and nothing of vLLM. `Chain` is the way in; `MemoryCache` 
 are aiocache backends that also work without the rest.
 """
 
-from tiers.answer import Answer, Entry, Form, Freshness, Origin, State
 from tiers.chain import Adoption, Chain, Hit
-from tiers.copies import Copies
 from tiers.disk import DiskCache
-from tiers.flight import Flight, Flights
+from tiers.entry import Answer, Entry, Form, Freshness, Origin, State
 from tiers.frequency import FrequencySketch
 from tiers.key import digest
-from tiers.lease import FileLeases
-from tiers.memory import MemoryCache
-from tiers.movement import Demotion, Movement, Write
-from tiers.purges import PurgeError, Purges
+from tiers.memory.cache import MemoryCache
+from tiers.movement.background import Demotion, Movement, Write
+from tiers.movement.copies import Copies
+from tiers.purges.purges import PurgeError, Purges
+from tiers.singleflight.flight import Flight, Flights
+from tiers.singleflight.leases import FileLeases
+from tiers.singleflight.turns import Turns
 from tiers.tier import Tier
-from tiers.turn import Turns
 
 __all__ = [
     "Adoption",

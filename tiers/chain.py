@@ -11,13 +11,13 @@ from math import log
 from random import random
 from typing import NamedTuple
 
-from tiers.answer import Answer, Entry, Freshness, Origin, State
-from tiers.copies import Copies, Copy
+from tiers.entry import Answer, Entry, Freshness, Origin, State
 from tiers.frequency import FrequencySketch
-from tiers.movement import Write
-from tiers.promotion import Found, Promotion
-from tiers.purges import Purges
-from tiers.shared_purges import SharedPurges
+from tiers.movement.background import Write
+from tiers.movement.copies import Copies, Copy
+from tiers.movement.promotion import Found, Promotion
+from tiers.purges.purges import Purges
+from tiers.shared.purges import SharedPurges
 from tiers.tier import Tier
 
 # Promotions that wait for the disk.

@@ -13,13 +13,13 @@ from typing import Any
 
 from aiocache.base import BaseCache
 
-from tiers.answer import Entry
 from tiers.backend import ByteCache
-from tiers.calls import BusyError, Calls
-from tiers.circuit import FAILURES, CircuitBreaker
-from tiers.losses import Losses
-from tiers.memory import MemoryCache
-from tiers.purges import Purges
+from tiers.entry import Entry
+from tiers.failed_writes import Losses
+from tiers.memory.cache import MemoryCache
+from tiers.purges.purges import Purges
+from tiers.shared.calls import BusyError, Calls
+from tiers.shared.circuit import FAILURES, CircuitBreaker
 
 logger = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ from tiers import DiskCache, MemoryCache, digest
 from tiers.backend import ByteCache
 from tiers.disk import Durability
 from tiers.disk.file import DATA, DiskFile
-from tiers.disk.opening import MARK, Opening
+from tiers.disk.recovery import MARK, Opening
 from tiers.disk.transaction import Change
 from tiers.shared.memcached import MemcachedBytes
 from tiers.shared.redis import RedisBytes

@@ -31,11 +31,11 @@ import orjson
 import uvloop
 from aiohttp import web
 
-from server import convert
-from server.config import load
-from server.models import Models
-from server.request import parse
-from server.tenants import tenant_of
+from server.auth.tenants import tenant_of
+from server.config.schema import load
+from server.engine.models import Models
+from server.protocol import convert
+from server.protocol.request import parse
 from tiers import Answer, Chain, DiskCache, Form, FrequencySketch, Freshness, Tier
 
 SERVER_CORE, LOAD_CORE = 0, 1

@@ -3,7 +3,7 @@
 The first line is `{"format":"tierserve-export","version":1}`. Each line after it is an entry:
 `key`; `stored_at` and `expires_at` in Unix seconds; `took_s`, `stale_while_revalidate_s` and
 `stale_if_error_s` in seconds; `generation` and `labels`, by which it may be purged; `form`, `body`
-or `events`; `content` and `usage`, the answer as `tiers.answer` describes it, in Base64 (RFC 4648).
+or `events`; `content` and `usage`, the answer as `tiers.entry` describes it, in Base64 (RFC 4648).
 The last is `{"entries":N}`, so that an export that was cut is known by its end. Every line ends
 with `,"crc32":"HHHHHHHH"}`, the digits being the CRC-32 of all bytes of the line before that comma.
 
@@ -17,8 +17,8 @@ from zlib import crc32
 
 import orjson
 
-from server.config import Config
-from server.offload import offloaded
+from server.config.schema import Config
+from server.web.offload import offloaded
 from tiers import Answer, Entry, Form, Origin
 from tiers.disk import MAX_KEY_BYTES
 

@@ -5,20 +5,20 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
-from server import convert
 from server.admin import exports
 from server.admin.imports import Import
 from server.admin.listing import Listing
 from server.admin.operations import STOP_FIRST, AdminError, Operations, Query
 from server.admin.pace import Pace
-from server.chain import build
-from server.config import Config
-from server.labels import misnamed
-from server.shapes import CHOICES
+from server.cache import build
+from server.config.schema import Config
+from server.protocol import convert
+from server.protocol.formats import CHOICES
+from server.protocol.labels import misnamed
 from tiers import Chain, DiskCache, MemoryCache, PurgeError, Tier
 from tiers.backend import ByteCache
 from tiers.disk import check
-from tiers.purges import ALL, MAX_LABELS, label
+from tiers.purges.purges import ALL, MAX_LABELS, label
 
 # Of a name that can't be.
 _SHOWN = 64

@@ -10,10 +10,10 @@ import aiohttp
 import orjson
 
 from server.admin.operations import AdminError
-from server.config import Config
+from server.config.schema import Config
 from server.progress import shown
-from server.routes import ROUTES
-from server.tls import fingerprint
+from server.protocol.routes import ROUTES
+from server.web.tls import fingerprint
 
 _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - as clients reach it.

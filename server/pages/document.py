@@ -9,10 +9,10 @@ import aiohttp
 import orjson
 from aiohttp import web
 
-from server.http_request import HttpRequest
-from server.models import Models
+from server.engine.models import Models
+from server.engine.upstream import UnavailableError, Upstreams
 from server.pages.resource import Resource
-from server.upstream import UnavailableError, Upstreams
+from server.web.request import HttpRequest
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from aiohttp import web
 
-from server.http_request import HttpRequest
 from server.pages.resource import Resource
+from server.web.request import HttpRequest
 
 _FOLDER = Path(__file__).with_name("static")
 _TYPES = {

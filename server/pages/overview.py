@@ -10,9 +10,9 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from server.history import History
-from server.http_request import HttpRequest
-from server.models import Models
+from server.engine.models import Models
+from server.telemetry.history import History
+from server.web.request import HttpRequest
 from tiers import Chain, Tier
 from tiers.backend import ByteCache
 

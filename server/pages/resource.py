@@ -4,7 +4,7 @@ from hashlib import blake2b
 
 from aiohttp import hdrs, web
 
-from server.http_request import HttpRequest
+from server.web.request import HttpRequest
 
 
 class Resource:

@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from server.config import Config, MemoryTier
+from server.config.schema import Config, MemoryTier
 from server.simulation.simulate import Progress, memory_overhead_bytes, simulate, unshown
 from server.simulation.traces import Trace
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import orjson
 
-from server.config import Config
+from server.config.schema import Config
 from server.simulation import references
-from server.simulation.prefixes import PrefixReuse, measure
+from server.simulation.prefix_report import PrefixReuse, measure
 from server.simulation.recommend import Recommendation, recommend
 from server.simulation.references import Reference
 from server.simulation.simulate import (
@@ -19,7 +19,7 @@ from server.simulation.simulate import (
     simulate,
 )
 from server.simulation.traces import Trace
-from server.table import size, table
+from server.terminal import size, table
 
 
 @dataclass(frozen=True, slots=True)

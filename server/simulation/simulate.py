@@ -17,9 +17,8 @@ from typing import NamedTuple
 import uvloop
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from server import table
-from server.chain import build
-from server.config import Config, ConfigError, DiskTier, MemoryTier
+from server.cache import build
+from server.config.schema import Config, ConfigError, DiskTier, MemoryTier
 from server.freshness import FreshnessRules
 from server.simulation.traces import Request, Trace
 from tiers import (
@@ -160,10 +159,10 @@ def _max_bytes(
     if max_bytes >= least:
         return max_bytes
     if not is_share or max_bytes <= 0:
-        raise ConfigError([f"{option}: should be at least {table.size(least)}, not {text}"])
+        raise ConfigError([f"{option}: should be at least {terminal.size(least)}, not {text}"])
     # Who tries a small trace first hasn't chosen so small a size.
-    share = f"{text} of {trace.name} would be {table.size(max_bytes)}"
-    say(f"{option}: {share}, so it is the least that there is, {table.size(least)}")
+    share = f"{text} of {trace.name} would be {terminal.size(max_bytes)}"
+    say(f"{option}: {share}, so it is the least that there is, {terminal.size(least)}")
     return least
 
 

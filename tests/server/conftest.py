@@ -17,12 +17,12 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from server.config import load
-from server.identity import identity
-from server.names import Named, Names
-from server.request import parse
-from server.tenants import tenant_of
-from server.weights import embedded_folder
+from server.auth.tenants import tenant_of
+from server.config.schema import load
+from server.engine.identity import identity
+from server.engine.weights import embedded_folder
+from server.protocol.model_names import Named, Names
+from server.protocol.request import parse
 from tests.servers import free_port
 
 CHAT = "/v1/chat/completions"

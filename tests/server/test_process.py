@@ -13,8 +13,8 @@ import pytest
 import pytest_asyncio
 
 from server.app import _stopper
-from server.config import Listener
-from server.listener import addresses, listen, make_server
+from server.config.schema import Listener
+from server.web.listener import addresses, listen, make_server
 from tiers.disk.file import DATA
 
 from .conftest import Front, Upstream, alike, question, running, skip_unless_runs

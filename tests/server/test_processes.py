@@ -14,8 +14,8 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from server.chain import build, build_turns
-from server.config import load
+from server.cache import build, build_turns
+from server.config.schema import load
 
 from .conftest import (
     Front,

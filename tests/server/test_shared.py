@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from tests.servers import RedisServer, StoreServer
-from tiers.disk.opening import LOCK
+from tiers.disk.recovery import LOCK
 
 from .conftest import Front, Upstream, counting, held, question, running
 

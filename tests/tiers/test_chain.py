@@ -20,10 +20,10 @@ from tiers import (
     Tier,
     Write,
 )
-from tiers.answer import SKEW_S
 from tiers.backend import ByteCache
 from tiers.chain import Adoption
-from tiers.copy_queue import CopyQueue, Waiting
+from tiers.entry import SKEW_S
+from tiers.movement.queue import CopyQueue, Waiting
 
 from .conftest import Remote
 

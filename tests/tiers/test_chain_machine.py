@@ -34,9 +34,9 @@ from tiers import (
     Tier,
     Write,
 )  # fmt: skip
-from tiers.answer import SKEW_S
 from tiers.disk import Durability
-from tiers.disk.opening import MARK
+from tiers.disk.recovery import MARK
+from tiers.entry import SKEW_S
 from tiers.policies import POLICIES
 from tiers.shared.redis import RedisBytes
 

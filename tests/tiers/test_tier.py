@@ -22,12 +22,12 @@ from tiers import (
     MemoryCache,
     Tier,
 )  # fmt: skip
-from tiers.calls import BusyError, Calls
-from tiers.circuit import FAILURES, CircuitBreaker
 from tiers.disk import Durability
 from tiers.disk.file import DiskFile
-from tiers.losses import Losses
-from tiers.purges import Purges
+from tiers.failed_writes import Losses
+from tiers.purges.purges import Purges
+from tiers.shared.calls import BusyError, Calls
+from tiers.shared.circuit import FAILURES, CircuitBreaker
 
 from .conftest import Clock, Remote
 

@@ -5,10 +5,10 @@ hand.
 """
 
 from tiers.disk.cache import MIN_BYTES, DiskCache
+from tiers.disk.encryption import KEY_BYTES, SealError
 from tiers.disk.file import MAX_KEY_BYTES, OtherFormatError, Statistics
-from tiers.disk.opening import UntrustedError
-from tiers.disk.seal import KEY_BYTES, SealError
-from tiers.disk.upkeep import Compacted, Verified, check, check_key, compact
+from tiers.disk.maintenance import Compacted, Verified, check, check_key, compact
+from tiers.disk.recovery import UntrustedError
 from tiers.disk.writer import Durability
 
 __all__ = [

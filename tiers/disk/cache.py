@@ -21,6 +21,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import lmdb
 
 from tiers.backend import ByteCache
+from tiers.disk.encryption import Seal, SealError
 from tiers.disk.file import (
     MAX_KEY_BYTES,
     DiskFile,
@@ -30,8 +31,7 @@ from tiers.disk.file import (
     alike,
     reserve_bytes,
 )
-from tiers.disk.opening import Opening
-from tiers.disk.seal import Seal, SealError
+from tiers.disk.recovery import Opening
 from tiers.disk.transaction import Change, Outcome
 from tiers.disk.writer import Durability, Submission, Writer
 

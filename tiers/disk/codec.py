@@ -15,7 +15,7 @@ from zstandard import (
     train_dictionary,
 )
 
-from tiers.disk.seal import Seal
+from tiers.disk.encryption import Seal
 
 PLAIN, ZSTD, ZSTD_DICTIONARY = range(3)
 SEALED = 16

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import lmdb
 
 from tiers.disk.codec import SEALED, ZSTD_DICTIONARY, Codec
-from tiers.disk.record import (
+from tiers.disk.encryption import Seal, SealError
+from tiers.disk.record_format import (
     FORMAT,
     begins_with,
     pack_blob,
@@ -27,7 +28,6 @@ from tiers.disk.record import (
     unpack_order,
     unpack_sequence,
 )
-from tiers.disk.seal import Seal, SealError
 from tiers.disk.transaction import (
     ABOVE,
     Change,

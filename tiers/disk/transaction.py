@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Self
 import lmdb
 
 from tiers.disk.codec import Codec
-from tiers.disk.record import (
+from tiers.disk.record_format import (
     NOBODY,
     Place,
     pack,

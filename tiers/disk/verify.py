@@ -24,7 +24,7 @@ import lmdb.verify
 
 from tiers.disk.codec import ZSTD_DICTIONARY, Codec
 from tiers.disk.file import DATA, DiskFile, OtherFormatError, alike
-from tiers.disk.record import (
+from tiers.disk.record_format import (
     NOBODY,
     pack_order,
     pack_rank,

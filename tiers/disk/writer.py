@@ -20,7 +20,7 @@ from enum import Enum, StrEnum, auto
 import lmdb
 
 from tiers.disk.file import DiskFile
-from tiers.disk.opening import UntrustedError
+from tiers.disk.recovery import UntrustedError
 from tiers.disk.transaction import Change, Outcome
 
 logger = logging.getLogger(__name__)

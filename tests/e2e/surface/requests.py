@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from server.routes import ROUTES
+from server.protocol.routes import ROUTES
 from tests.e2e.conftest import MODEL
 
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"

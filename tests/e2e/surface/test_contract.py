@@ -11,7 +11,7 @@ import requests
 from schemathesis import Case
 from schemathesis.core.failures import FailureGroup
 
-from server.routes import ROUTES
+from server.protocol.routes import ROUTES
 from tests.e2e.conftest import MODEL, Server
 from tests.openapi import check, operations, requests_of, send
 

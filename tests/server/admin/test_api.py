@@ -18,7 +18,7 @@ import pytest_asyncio
 from aiohttp import web
 
 from server.admin import exports
-from server.config import ConfigError, cache_folder, load
+from server.config.schema import ConfigError, cache_folder, load
 from tests.server.conftest import (
     CHAT,
     WHOLE,

@@ -16,15 +16,15 @@ import orjson
 import pytest
 from aiohttp import web
 
-from server.admin.api import Admin
-from server.admin.listener import administered
+from server.admin.handler import Admin
 from server.admin.local import Administration
+from server.admin.sockets import administered
 from server.cli import main
-from server.config import load
+from server.config.schema import load
 from tests.server.conftest import Front, Upstream, alike, answer, body, question, running
 from tiers import Chain, DiskCache, FrequencySketch
 from tiers.disk.file import DATA
-from tiers.disk.opening import MARK
+from tiers.disk.recovery import MARK
 
 from .test_exports import entry, export
 

@@ -9,13 +9,13 @@ import orjson
 import pytest
 
 from server.cli import main
-from server.config import Cache, Config, ConfigError, MemoryTier, Tiers
+from server.config.schema import Cache, Config, ConfigError, MemoryTier, Tiers
 from server.simulation import references
-from server.simulation.prefixes import PrefixReuse, measure, reuse
+from server.simulation.prefix_report import PrefixReuse, measure, reuse
 from server.simulation.recommend import recommend
 from server.simulation.simulate import limit, memory_overhead_bytes, simulate
 from server.simulation.traces import Request, Trace, TraceError, read
-from tests.tiers.replay import SEED_EXAMPLE, count_hits, count_hits_of_optimum
+from tests.tiers.policies.replay import SEED_EXAMPLE, count_hits, count_hits_of_optimum
 from tiers import Write, digest
 from tiers.policies import POLICIES
 

@@ -1,0 +1,222 @@
+"""The chain that a configuration describes: its tiers, and what moves entries between them."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from math import inf
+from pathlib import Path
+from random import random
+
+from aiocache.base import BaseCache
+
+from server.config.folders import say_if_new
+from server.config.schema import Config, ConfigError, DiskTier, SharedTier, Tiers
+from server.config.secrets import cipher_key
+from server.config.shared_url import open_cache
+from server.traced_tier import TracedTier
+from tiers import (
+    Chain,
+    Copies,
+    Demotion,
+    DiskCache,
+    FileLeases,
+    FrequencySketch,
+    MemoryCache,
+    Movement,
+    Purges,
+    Tier,
+    Turns,
+    Write,
+)  # fmt: skip
+from tiers.disk import KEY_BYTES, Durability, SealError
+from tiers.purges.purges import MAX_BYTES
+from tiers.shared import NAME
+from tiers.shared.leases import SharedLeases
+from tiers.shared.purges import SharedPurges
+from tiers.singleflight.leases import Leases
+
+# As many keys as answers of this size fill the tiers, but not more than 4 MiB of counters.
+_ENTRY_BYTES = 1024
+_SKETCH_KEYS = 1024**2
+# Demotions that wait for the disk.
+_DEMOTION_BYTES = 16 * 1024**2
+# The table of purges is kept in the disk tier's file, and should fill but a small part of it.
+_PURGES_PART = 32
+
+
+def build(
+    config: Config,
+    *,
+    sets_aside: bool = True,
+    clock: Callable[[], float] = time.time,
+    chance: Callable[[], float] = random,
+) -> tuple[Chain, Movement]:
+    """Return the chain and its movement, which isn't started yet.
+
+    Args:
+        config: says which tiers there are, and how entries move.
+        sets_aside: whether a disk tier's file that can't be trusted gives way to a new one.
+        clock: returns Unix seconds.
+        chance: returns a number from 0 to below 1.
+
+    Raises:
+        ConfigError: the disk tier's folder, or a file that the shared tier needs, can't be used.
+        UntrustedError: the disk tier's file can't be trusted, and isn't to be set aside.
+    """
+    where, cache, farther = config.tiers, config.cache, []
+    # First, since a disk tier that is open has to be closed again.
+    tier = Tier if config.tracing is None else TracedTier
+    shared = None if where.shared is None else _shared(where.shared, tier, clock)
+    frequency = FrequencySketch(_sketch_keys(where))
+    disk = None
+    if (on_disk := where.disk) is not None and on_disk.path is not None:
+        say_if_new("tiers.disk.path", on_disk.path)
+        try:
+            disk = DiskCache(
+                on_disk.path,
+                on_disk.max_bytes,
+                sets_aside=sets_aside,
+                encryption_key=encryption_key(on_disk),
+                durability=on_disk.durability,
+                interval_s=on_disk.interval_ms / 1000,
+                compresses=on_disk.compression == "zstd",
+                worth=lambda key, size: (1 + frequency.estimate(key)) / size,
+                clock=clock,
+            )
+        except SealError as exc:
+            raise sealed_otherwise(on_disk.path, exc) from exc
+        except OSError as exc:
+            raise _no_folder(on_disk.path, exc) from exc
+        farther.append(tier(disk.NAME, disk, clock=clock))
+    copies = Copies()
+    purges = _purges(disk, clock)
+    demotion = Demotion(farther, frequency, copies, purges, max_bytes=_DEMOTION_BYTES, clock=clock)
+    tiers = farther
+    if (memory := where.memory) is not None:
+        cache_ = MemoryCache(
+            memory.max_bytes, policy=memory.policy, on_evict=demotion.offer, clock=clock
+        )
+        tiers = [tier(cache_.NAME, cache_, clock=clock), *farther]
+    shared_purges = None
+    if shared is not None:
+        tiers = [*tiers, shared]
+        shared_purges = SharedPurges(purges, shared.backend)
+    chain = Chain(
+        tiers,
+        frequency=frequency,
+        max_answer_bytes=cache.max_answer_bytes,
+        promote_after=where.promote_after,
+        copies=copies,
+        purges=purges,
+        shared_purges=shared_purges,
+        write=where.write,
+        ttl_jitter=cache.ttl_jitter,
+        clock=clock,
+        chance=chance,
+    )
+    movement = Movement(
+        tiers,
+        disk,
+        frequency,
+        demotion,
+        purges,
+        shared_purges=shared_purges,
+        write=where.write,
+        clock=clock,
+    )
+    return chain, movement
+
+
+def encryption_key(disk: DiskTier) -> bytes | None:
+    """Return the key with which the disk tier's file is encrypted, if it is.
+
+    Raises:
+        ConfigError: its file can't be read, or holds none.
+    """
+    if (file := disk.encryption_key_file) is None:
+        return None if disk.encryption_key is None else cipher_key(disk.encryption_key)
+    try:
+        return cipher_key(file.read_text(encoding="ascii"))
+    except OSError as exc:
+        text = f"tiers.disk.encryption_key_file: {file}: {exc.strerror}"
+        raise ConfigError([text]) from exc
+    except ValueError:
+        should = f"should hold {KEY_BYTES} bytes in hexadecimal or base64"
+        raise ConfigError([f"tiers.disk.encryption_key_file: {file} {should}"]) from None
+
+
+def _purges(disk: DiskCache | None, clock: Callable[[], float]) -> Purges:
+    room = inf if disk is None else disk.max_bytes // _PURGES_PART
+    return Purges(disk, max_bytes=int(min(MAX_BYTES, room)), clock=clock)
+
+
+def build_turns(config: Config, chain: Chain) -> Turns:
+    """Return the turns at generating what `chain` doesn't hold.
+
+    Raises:
+        ConfigError: the file of leases in the disk tier's folder can't be used.
+    """
+    wait_s, disk = config.cache.wait_for_others_s, config.tiers.disk
+    leases: list[Leases] = []
+    # Only where others see an answer as soon as it is stored.
+    if (
+        wait_s
+        and config.tiers.write is Write.ON_INSERT
+        and disk is not None
+        and disk.path is not None
+        and disk.durability is not Durability.INTERVAL
+    ):
+        try:
+            leases.append(FileLeases(disk.path, partial(_is_open, chain)))
+        except OSError as exc:
+            raise _no_folder(disk.path, exc) from exc
+    leases += [
+        SharedLeases(tier.backend, deadline_s=tier.deadline_s)
+        for tier in chain.tiers
+        if wait_s and tier.shared
+    ]
+    return Turns(chain, leases, wait_s=wait_s)
+
+
+def _is_open(chain: Chain) -> bool:
+    """Return whether answers that other processes store on disk are found here."""
+    backends = (tier.backend for tier in chain.tiers)
+    return all(backend.is_open for backend in backends if isinstance(backend, DiskCache))
+
+
+def _shared(config: SharedTier, tier: type[Tier], clock: Callable[[], float]) -> Tier:
+    deadline_s = config.deadline_ms / 1000
+    return tier(NAME, open_shared(config), deadline_s=deadline_s, shared=True, clock=clock)
+
+
+def open_shared(config: SharedTier) -> BaseCache:
+    """Return the shared tier's backend; it connects when it is first used.
+
+    Raises:
+        ConfigError: a file that it needs can't be used.
+    """
+    try:
+        return open_cache(config.url)
+    except OSError as exc:
+        problem = f"its TLS files can't be used: {exc.strerror or exc}"
+        raise ConfigError([f"tiers.shared.url: {problem}"]) from exc
+
+
+def sealed_otherwise(path: Path, exc: SealError) -> ConfigError:
+    """Return what is wrong with the key of the file in the folder `path`."""
+    return ConfigError([f"tiers.disk.encryption_key: the file in {path} stays as it is: {exc}"])
+
+
+def _no_folder(path: Path, exc: OSError) -> ConfigError:
+    should = f"should be a folder for us alone, not {path}: {exc.strerror or exc}"
+    return ConfigError([f"tiers.disk.path: {should}"])
+
+
+def _sketch_keys(tiers: Tiers) -> int:
+    """Return how many keys the tiers may hold, as far as the sketch's size is worth it."""
+    sizes = [tier.max_bytes for tier in (tiers.memory, tiers.disk) if tier is not None]
+    keys = min(sum(sizes) // _ENTRY_BYTES, _SKETCH_KEYS)
+    if tiers.disk is not None:
+        # The sketch itself is kept there.
+        keys = min(keys, tiers.disk.max_bytes // 256)
+    return max(keys, 1024)

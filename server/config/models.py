@@ -1,0 +1,197 @@
+"""The models' part of the configuration."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, ConfigDict, Field, PlainSerializer, model_validator
+
+from server.config.base import MASK, PositiveSeconds, Section, conflict, expanded, is_http_url
+from server.config.yaml_loader import empty_in
+
+EMBEDDED = "embedded"
+EMBEDDED_NAME = "SmolLM2-135M-Instruct"
+_TOKEN = re.compile(r"[!-~]+").fullmatch
+MAX_NAME_CHARACTERS = 128
+"""Of a model's name; labels tell no more of it."""
+_OUR_ARGS = frozenset(
+    {
+        "allow_credentials", "allowed_headers", "allowed_methods", "allowed_origins", "config",
+        "host", "lora_modules", "model", "port", "revision", "served_model_name", "uds",
+    }
+)  # fmt: skip
+# The weights must be what the keys say, for as long as the engine runs.
+RUNTIME_LORA = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+# vLLM applies an adapter of such a name to every chat message with such a part.
+_PART_KINDS = frozenset(
+    {
+        "audio", "image", "input", "output", "prompt", "refusal", "text", "thinking", "tool",
+        "video",
+    }
+)  # fmt: skip
+
+
+def _are_options(args: dict[str, Any]) -> dict[str, Any]:
+    odd = [name for name in args if not name.replace("_", "").isalnum()]
+    if odd:
+        raise ValueError(
+            f"{', '.join(odd)} should be written as vLLM's options with underscores: max_model_len"
+        )
+    if empty := [*empty_in(args)]:
+        raise ValueError(f"{', '.join(empty)}: has no value; one that takes none is true")
+    return args
+
+
+def _not_ours(args: dict[str, Any]) -> dict[str, Any]:
+    if ours := sorted(_OUR_ARGS & args.keys()):
+        raise ValueError(
+            f"{', '.join(ours)}: set by tierserve; use section server, and the model's own fields"
+        )
+    return args
+
+
+def _keeps_adapters(env: dict[str, str]) -> dict[str, str]:
+    if RUNTIME_LORA in env:
+        raise ValueError(f"should be without {RUNTIME_LORA}: adapters stay as `adapters` says")
+    return env
+
+
+def _names_of(env: dict[str, str]) -> dict[str, str]:
+    """Return what is shown of variables, any of which may hold a secret."""
+    return dict.fromkeys(env, MASK)
+
+
+class Engine(Section):
+    """vLLM as our child, with its own options `args` and its own environment variables `env`."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
+    args: Annotated[dict[str, Any], AfterValidator(_are_options), AfterValidator(_not_ours)] = (
+        Field(default_factory=dict, repr=False)
+    )
+    env: Annotated[
+        dict[str, str],
+        AfterValidator(_keeps_adapters),
+        PlainSerializer(_names_of, when_used="json"),
+    ] = Field(default_factory=dict, repr=False)
+    restart_max_delay_s: Annotated[float, Field(ge=1, le=3600)] = 60
+
+
+def _is_base(url: str) -> str:
+    if not is_http_url(url) or url.rstrip("/").endswith("/v1"):
+        raise ValueError("should be as http://host:8000, without /v1 at its end")
+    return url
+
+
+def _is_findable(source: str) -> str:
+    expanded(Path(source))
+    return source
+
+
+def _is_token(key: str) -> str:
+    if not _TOKEN(key):
+        raise ValueError("should be ASCII without spaces, as it is sent in a header")
+    return key
+
+
+def _is_name(name: str) -> str:
+    if not (0 < len(name) <= MAX_NAME_CHARACTERS and name.isprintable()):
+        raise ValueError(f"should have 1 to {MAX_NAME_CHARACTERS} printable characters")
+    return name
+
+
+def _is_no_part(name: str) -> str:
+    if name in _PART_KINDS:
+        raise ValueError(
+            f"vLLM would apply it to all messages with {name} in them, whatever model they ask for;"
+            " call it otherwise, or use vLLM's option default_mm_loras"
+        )
+    return name
+
+
+Name = Annotated[str, AfterValidator(_is_name)]
+_Source = Annotated[str, Field(min_length=1), AfterValidator(_is_findable)]
+_Token = Annotated[str, AfterValidator(_is_token)]
+
+
+class Model(Section):
+    """A model, which stands in `models` under the name by which its engine knows it.
+
+    Either an engine of ours gives the answers, which loads `source`: `embedded`, a folder, or a
+    Hugging Face name. Or `upstreams` do, that somebody else runs, and that are sent `api_key` in
+    place of what clients send. Where these are vLLM 0.32, `vllm` has the options that they were
+    started with, `{}` for none. Of other engines nothing is assumed: a request is sent as it came,
+    all of it is part of its key, and streams and bodies are kept apart. The same holds with a
+    `middleware` among the options, which may read anything.
+
+    Clients may ask for it by its `aliases` too, and for its LoRA `adapters`, each a folder or a
+    Hugging Face name. `version` is a label of yours that becomes part of every key: change it when
+    weights change where tierserve can't see them. At most `max_requests` are at an engine at once,
+    those included that wait there; more get 503.
+    """
+
+    source: _Source | None = None
+    revision: str | None = None
+    version: str = ""
+    aliases: tuple[Name, ...] = ()
+    adapters: dict[Annotated[Name, AfterValidator(_is_no_part)], _Source] = Field(
+        default_factory=dict
+    )
+    engine: Engine = Engine()
+    upstreams: tuple[Annotated[str, AfterValidator(_is_base)], ...] = ()
+    vllm: Annotated[dict[str, Any], AfterValidator(_are_options)] | None = Field(
+        default=None, repr=False
+    )
+    api_key: Annotated[_Token | None, Field(repr=False)] = None
+    max_requests: Annotated[int, Field(ge=1)] = 1024
+    timeout_s: PositiveSeconds = 600
+
+    @property
+    def engine_options(self) -> Mapping[str, Any] | None:
+        """The options of the vLLM that answers; `None` where it may be another engine."""
+        return self.vllm if self.upstreams else self.engine.args
+
+    def asked_as(self, name: str) -> Iterator[tuple[str, str]]:
+        """Yield each name by which clients may ask for it or an adapter, and the engine's own.
+
+        The engine knows it by `name`.
+        """
+        yield name, name
+        yield from ((alias, name) for alias in self.aliases)
+        yield from ((adapter, adapter) for adapter in self.adapters)
+
+    @model_validator(mode="after")
+    def _is_ours_or_not(self) -> Self:
+        if self.upstreams and (self.source is not None or self.engine != Engine()):
+            raise conflict("should have an engine of ours or upstreams, and not both")
+        if self.api_key is not None and not self.upstreams:
+            raise ValueError("api_key is for upstreams; nobody else reaches an engine of ours")
+        if self.vllm is not None and not self.upstreams:
+            raise ValueError(
+                "vllm is for upstreams; the options of an engine of ours are engine.args"
+            )
+        if self.api_key is not None and any("@" in url for url in self.upstreams):
+            raise conflict("should have an api_key or a password in upstreams, and not both")
+        if not (self.upstreams or self.source):
+            raise ValueError(
+                f"should have a source ({EMBEDDED}, a folder, or a Hugging Face name), or upstreams"
+            )
+        return self
+
+
+def embedded() -> dict[str, Model]:
+    """Return the models of a configuration that names none."""
+    return {EMBEDDED_NAME.lower(): Model(source=EMBEDDED)}
+
+
+def clashes(models: Mapping[str, Model]) -> list[str]:
+    """Return a line if there are names by which several of the models could be meant."""
+    meanings: dict[str, list[str]] = {}
+    for name, model in models.items():
+        meanings.setdefault(name, []).append("a model")
+        for kind, names in (("alias", model.aliases), ("adapter", model.adapters)):
+            for each in names:
+                meanings.setdefault(each, []).append(f"an {kind} of {name}")
+    several = [f"{n} is {' and '.join(of)}" for n, of in meanings.items() if len(of) > 1]
+    return [f"models: each name should mean one thing; {'; '.join(several)}"] if several else []

@@ -1,0 +1,142 @@
+"""The weights: where they are, and which commit of a hub's model they are.
+
+A hub's model can change under its name. So its commit is looked up once, is part of every key, and
+is what the engine is told to load. Adapters are small: a hub's are fetched before anything starts.
+"""
+
+import logging
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+from server.config.models import EMBEDDED, EMBEDDED_NAME, Model
+from server.config.schema import NO_HOME, ConfigError, cache_folder
+
+logger = logging.getLogger(__name__)
+
+_HUB_S = 5
+_MODEL, _ADAPTER = "config.json", "adapter_config.json"
+_SHOULD_HOLD = {_MODEL: f"a {_MODEL}", _ADAPTER: f"an {_ADAPTER}"}
+
+
+class Weights(NamedTuple):
+    """What an engine of ours loads."""
+
+    source: str
+    """A folder or a hub's name."""
+    revision: str | None = None
+    """The commit of the hub's model, where it is known."""
+    adapters: Mapping[str, Path] = MappingProxyType({})
+    """Folders of LoRA adapters by the adapters' names."""
+
+    @property
+    def folder(self) -> Path | None:
+        """Where they are on this machine, unless that is a hub's business."""
+        return folder if (folder := Path(self.source)).is_dir() else None
+
+
+def embedded_folder() -> Path:
+    """Return where `scripts/prepare_model.py` puts the embedded model.
+
+    Raises:
+        ConfigError: there is no cache folder.
+    """
+    if (caches := cache_folder()) is None:
+        raise ConfigError([f"the {EMBEDDED} model can't be found: {NO_HOME}"])
+    return caches / "models" / EMBEDDED_NAME
+
+
+def locate(name: str, model: Model) -> Weights:
+    """Find what the model `name` loads; asks the hub where that is a hub's.
+
+    Raises:
+        ConfigError: something isn't there, or can't be a model.
+    """
+    if mistakes := misplaced(name, model):
+        raise ConfigError(mistakes)
+    source = model.source or EMBEDDED
+    adapters = {each: _adapter(name, each, path) for each, path in model.adapters.items()}
+    if ((folder := _folder(source)) / _MODEL).is_file():
+        # An engine that is started again must load what the keys say, wherever a link leads then.
+        return Weights(str(folder.resolve()), None, adapters)
+    return Weights(source, _commit(source, model.revision), adapters)
+
+
+def misplaced(name: str, model: Model) -> list[str]:
+    """Return what is wrong with where the model `name` is loaded from; asks no hub."""
+    if find_spec("vllm") is None:
+        return [f"models.{name}: vLLM isn't installed; run scripts/setup"]
+    asked = [(f"models.{name}.source", model.source or EMBEDDED, _MODEL)]
+    asked += [(f"models.{name}.adapters.{n}", at, _ADAPTER) for n, at in model.adapters.items()]
+    return [f"{at}: {why}" for at, source, holds in asked if (why := _misplaced(source, holds))]
+
+
+def _misplaced(source: str, holds: str) -> str | None:
+    try:
+        folder = _folder(source)
+    except ConfigError as exc:
+        (why,) = exc.mistakes
+        return why
+    if (folder / holds).is_file():
+        return None
+    if holds == _MODEL and source == EMBEDDED:
+        return "the embedded model isn't prepared; run scripts/serve"
+    if _is_path(source, folder):
+        return f"{source} should be a folder with {_SHOULD_HOLD[holds]}"
+    from huggingface_hub.errors import HFValidationError
+
+    # Documented, but not in the module's list of names.
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        own = f"{EMBEDDED!r}, " if holds == _MODEL else ""
+        return f"should be {own}a folder, or a hub's name, not {source!r}"
+    return None
+
+
+def _folder(source: str) -> Path:
+    return embedded_folder() if source == EMBEDDED else Path(source).expanduser()
+
+
+def _is_path(source: str, folder: Path) -> bool:
+    return folder.is_dir() or source.startswith(("/", "~", "."))
+
+
+def _adapter(model: str, name: str, source: str) -> Path:
+    """Return the folder of an adapter; what a hub has is fetched, unless it was before."""
+    from huggingface_hub import snapshot_download
+
+    at = f"models.{model}.adapters.{name}"
+    folder = Path(source).expanduser()
+    if not _is_path(source, folder):
+        try:
+            folder = Path(snapshot_download(source))
+        except Exception as exc:
+            raise ConfigError([f"{at}: {source} can't be had from the hub: {exc}"]) from exc
+    if not (folder / _ADAPTER).is_file():
+        raise ConfigError([f"{at}: {source} should be a folder with {_SHOULD_HOLD[_ADAPTER]}"])
+    return folder.resolve()
+
+
+def _commit(name: str, revision: str | None) -> str | None:
+    """Return the commit that the hub or else the local copy has under `revision`."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        return HfApi().model_info(name, revision=revision, timeout=_HUB_S).sha
+    except Exception as exc:  # noqa: BLE001
+        # Which exceptions there are depends on the HTTP client that the hub's library uses.
+        logger.info("the hub did not tell the commit of %s (%s)", name, type(exc).__name__)
+    local = try_to_load_from_cache(name, "config.json", revision=revision)
+    if isinstance(local, str):
+        # …/snapshots/COMMIT/config.json
+        return Path(local).parent.name
+    logger.warning(
+        "the commit of %s isn't known, so keys hold only its name; set the model's version"
+        " anew when the weights change", name,
+    )  # fmt: skip
+    return revision

@@ -1,0 +1,479 @@
+"""The road of a request that may be cached: parse, lookup, single flight, engine, store, render."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from math import floor, inf
+
+import aiohttp
+from aiohttp import hdrs, web
+
+from server.config.base import CENTURY_S
+from server.engine.models import Models
+from server.engine.upstream import UnavailableError
+from server.freshness import heeding
+from server.handlers.forwarding import UNBUFFERED, forward, forwarded, returned
+from server.handlers.recording import NotAnAnswerError, record
+from server.handlers.upstream_headers import LOAD, LOAD_FORMAT, keyed, of_what_is_kept, saying
+from server.handlers.variants import Variants
+from server.protocol import convert
+from server.protocol.cache_control import Control, control_of
+from server.protocol.request import Request, parse
+from server.protocol.usage import counts_in
+from server.telemetry.prefixes import Prefixes
+from server.telemetry.spans import step
+from server.web.offload import offloaded
+from server.web.request import HttpRequest
+from server.web.responses import (
+    ErrorResponse,
+    Whole,
+    error_response,
+    failure,
+    own_headers,
+    unavailable,
+)
+from tiers import Answer, Chain, Flight, Flights, Form, Freshness, Hit, State, Turns
+from tiers.singleflight.flight import Listener
+
+logger = logging.getLogger(__name__)
+
+_NOTHING_SAID = Control()
+_ANEW = Control(no_cache=True)
+_JSON = "application/json"
+_SSE = "text/event-stream; charset=utf-8"
+_TYPED = b'{"type":"error"'
+# Above, those who wait for an answer need the engine more.
+_REFRESH_BELOW = 32
+
+
+class OpenAI:
+    """The handler of the routes whose answers are kept.
+
+    Args:
+        chain: where answers are kept.
+        flights: the generations under way.
+        turns: which of them are another process's to make.
+        models: asked on a miss.
+        freshness: tells how long the answers of a route and a model are good for.
+        nondeterministic: whether requests that ask for chance are cached too: `never`, `always`,
+            or `per_request`, where they say so.
+        variants: how many answers such requests are given in turn, if they don't say.
+        obeys: whether an upstream's `Cache-Control` counts.
+        engine_keeps: whether the engine keeps answers itself, under ids that it gives.
+        max_prompts: that one request may have.
+        prefixes: counts how the prompts begin that engines are asked.
+    """
+
+    def __init__(
+        self,
+        *,
+        chain: Chain,
+        flights: Flights,
+        turns: Turns,
+        models: Models,
+        freshness: Callable[[str, str], Freshness],
+        nondeterministic: str,
+        variants: int,
+        max_prompts: int,
+        prefixes: Prefixes,
+        obeys: bool,
+        engine_keeps: bool,
+    ) -> None:
+        self._chain, self._flights, self._turns = chain, flights, turns
+        self._models, self._freshness = models, freshness
+        self._nondeterministic, self._engine_keeps = nondeterministic, engine_keeps
+        self._variants, self._turn_of = variants, Variants()
+        self._max_prompts, self._prefixes, self._obeys = max_prompts, prefixes, obeys
+
+    async def answer(self, http: HttpRequest) -> web.StreamResponse:
+        """Answer from a tier, from a running flight, or from the engine.
+
+        Raises:
+            BadRequestError: the request can't be understood, or has too many prompts.
+        """
+        raw = await http.body()
+        with step("parse"):
+            names, told = self._models.names(), keyed(http.headers)
+            request = await offloaded(len(raw), parse, http.path, raw, http.tenant, names, told)
+        http.model = request.model
+        if request.id is not None:
+            http.go_by(request.id)
+        request.prompts.check(self._max_prompts)
+        if request.cache.variants is not None and not self._takes_variants(request):
+            text = "cache.variants is for answers that are kept by chance; cache.mode should be use"
+            return error_response(400, text, param="cache.variants")
+        control = control_of(", ".join(http.headers.getall(hdrs.CACHE_CONTROL, ())))
+        if request.cache.control != _NOTHING_SAID:
+            control = control.and_also(request.cache.control)
+        if self._may_keep(http, request) and not control.no_store:
+            try:
+                return await self._answer(http, request, control)
+            except convert.NotConvertibleError as exc:
+                logger.warning("an answer was given in one form and asked for in another: %s", exc)
+        if control.only_if_cached:
+            return _not_cached()
+        upstreams = self._models.upstreams(request.model)
+        return await forward(
+            http,
+            upstreams,
+            body=request.raw,
+            headers=saying(forwarded(http), request.cache.control),
+            cache_status="tierserve; fwd=bypass",
+            # Any other may start work in the background, or run tools there.
+            repeatable=request.repeatable,
+            # Who says no-store wants nothing of it to be kept.
+            ended=None if control.no_store else partial(self._prefixes.note, request),
+        )
+
+    def _may_keep(self, http: HttpRequest, request: Request) -> bool:
+        # The engine knows what else another type of content may mean, or a query: on these routes
+        # a vLLM reads none.
+        return (
+            request.repeatable
+            and (request.deterministic or self._keeps_chance(request))
+            and not (request.is_to_be_kept_there and self._engine_keeps)
+            and (request.is_vllm or "?" not in http.raw_path)
+            and http.media_type == _JSON
+        )
+
+    def _takes_variants(self, request: Request) -> bool:
+        return request.cache.use or self._nondeterministic == "always"
+
+    def _keeps_chance(self, request: Request) -> bool:
+        says = self._nondeterministic
+        return says == "always" or (says == "per_request" and request.cache.use)
+
+    async def _answer(
+        self, http: HttpRequest, request: Request, control: Control
+    ) -> web.StreamResponse:
+        if not request.deterministic and (count := request.cache.variants or self._variants) > 1:
+            request = request._replace(key=self._turn_of.next(request.key, count))
+        hit = None if control.no_cache else await self._chain.lookup(request.key)
+        if (landing := self._landing(request, hit, control)) is not None:
+            why, listener, joined = "miss", landing.listen(), True
+        elif hit is not None and control.takes(hit.entry, hit.state, self._chain.clock()):
+            if hit.refresh:
+                self._refresh(http, request, hit)
+            return await self._render_hit(http, request, hit, "hit")
+        elif control.only_if_cached:
+            return _not_cached()
+        else:
+            why = _why(hit, control)
+            listener, joined = self._join(http, request, hit, control)
+        told = partial(_told, http, why, listener.flight, joined=joined)
+        told()
+        stale = None if control.is_about_age else hit
+        try:
+            async with listener:
+                with step("flight") as flight:
+                    flight.tell(joined=joined)
+                    # Once a response has begun, a stale answer can't be given instead.
+                    waits = stale is not None
+                    return await self._listen(http, request, listener, told, waits=waits)
+        except (NotAnAnswerError, UnavailableError, aiohttp.ClientError, OSError) as exc:
+            if http.is_gone:
+                # Not the flight has failed: this client has gone.
+                raise ConnectionResetError from exc
+            if _is_no_error(exc) and listener.flight.form is not request.form:
+                raise convert.NotConvertibleError("it isn't understood") from exc
+            if stale is not None and self._stands_in(request, stale, exc):
+                status = f"; fwd-status={exc.status}" if isinstance(exc, NotAnAnswerError) else ""
+                return await self._render_hit(http, request, stale, f"fwd=stale{status}")
+            failed = _failed(exc)
+            failed.headers["Cache-Status"] = told()
+            http.outcome = ("engine", "error" if failed.status >= 400 else "pass")
+            return failed
+
+    def _landing(self, request: Request, hit: Hit | None, control: Control) -> Flight | None:
+        """Return the flight whose answer others were given already, and which no tier holds yet."""
+        flight = self._flights.landing(request.key)
+        if flight is None or control.no_cache or control.is_about_age:
+            return None
+        return None if hit is not None and hit.entry.answer == flight.answer else flight
+
+    def _join(
+        self, http: HttpRequest, request: Request, hit: Hit | None, control: Control
+    ) -> tuple[Listener, bool]:
+        """Listen to the flight that brings an answer; returns whether it was under way."""
+        newer_than = _newer_than(hit, control, self._chain.clock())
+        headers = of_what_is_kept(http, request.cache.control)
+        produce = partial(self._produce, request, headers, newer_than)
+        origin = self._chain.origin(request.labels)
+        # What another waits for may come out of a cache on the way, as old as that one takes.
+        says = str(control) if control.no_cache or control.is_about_age else ""
+        return self._flights.join(request.key, request.form, produce, origin, apart=says)
+
+    def _stands_in(self, request: Request, hit: Hit, exc: Exception) -> bool:
+        """Whether a stale answer may be given for one that could not be had."""
+        # It may have been purged while the engine was asked.
+        return _cannot_answer(exc) and not self._chain.purges.cover(request.key, hit.entry)
+
+    def _refresh(self, http: HttpRequest, request: Request, hit: Hit) -> None:
+        """Have a new answer made in the background, in place of the one that is given out now."""
+        if self._models.upstreams(request.model).ready and len(self._flights) < _REFRESH_BELOW:
+            # Else another cache on the way would give what it holds.
+            headers = of_what_is_kept(http, _ANEW)
+            produce = partial(self._produce, request, headers, hit.entry.stored_at)
+            origin = self._chain.origin(request.labels)
+            self._flights.launch(request.key, request.form, produce, origin)
+
+    async def _render_hit(
+        self, http: HttpRequest, request: Request, hit: Hit, how: str
+    ) -> web.StreamResponse:
+        entry = hit.entry
+        # Another machine's clock may be a little ahead.
+        now = max(self._chain.clock(), entry.stored_at)
+        ttl, age = floor(entry.expires_at - now), int(now - entry.stored_at)
+        status = f"tierserve; {how}; ttl={ttl}; detail={hit.tier}"
+        response = await _render(http, request, entry.answer, status, age)
+        http.found, http.saved_s = (request, entry.answer), entry.took_s
+        http.outcome = (hit.tier, "hit" if hit.state is State.FRESH else "stale")
+        return response
+
+    async def _listen(
+        self,
+        http: HttpRequest,
+        request: Request,
+        listener: Listener,
+        told: Callable[[], str],
+        *,
+        waits: bool,
+    ) -> web.StreamResponse:
+        """Give out what a flight brings; `told` says how, once it has brought something.
+
+        A stream begins when the engine's does, which may be long before its first event, or with
+        that event if it `waits`.
+
+        Raises:
+            NotAnAnswerError, UnavailableError, aiohttp.ClientError, OSError: it failed before
+                anything was given out.
+            NotConvertibleError: its answer can't be given in the form that was asked for.
+        """
+        flight = listener.flight
+        if not request.form is flight.form is Form.EVENTS:
+            async for _ in listener:
+                pass
+            if (load := flight.loads.get(http.headers.get(LOAD_FORMAT, ""))) is not None:
+                # A hit has no such header: it costs the engine nothing, whose load now isn't known.
+                http.more_headers = {**http.more_headers, LOAD: load}
+            whole = await _render(http, request, _answer_of(flight), told(), int(flight.age_s))
+            _note(http, request, flight)
+            return whole
+        id_, created = _fresh(http, request)
+        response: web.StreamResponse | None = None
+        try:
+            async for event in listener:
+                if waits and not event:
+                    continue
+                if response is None:
+                    response = await _begin(http, told(), int(flight.age_s))
+                if event:
+                    said = convert.given(event, id_, created, wants_usage=request.wants_usage)
+                    await http.send(response, said)
+        except (NotAnAnswerError, aiohttp.ClientError, OSError) as exc:
+            if response is None or http.is_gone:
+                raise
+            http.outcome = ("engine", "error")
+            return await _cut(response, _failed(exc), request)
+        _note(http, request, flight)
+        response = response or await _begin(http, told(), int(flight.age_s))
+        tail = _answer_of(flight).usage if request.wants_usage else b""
+        await http.send(response, convert.fill(tail, id_, created) + request.route.shape.done)
+        await response.write_eof()
+        return response
+
+    async def _produce(
+        self, request: Request, headers: Mapping[str, str], newer_than: float, flight: Flight
+    ) -> None:
+        """Publish what another process has generated, or else what an engine says."""
+        with step("turn") as turn:
+            async with self._turns.turn(
+                request.key, flight.origin.generation, newer_than
+            ) as answer:
+                turn.end()
+                if answer is not None and answer.form is not flight.form:
+                    answer = await _converted(answer, flight.form)
+                if answer is None:
+                    await self._generate(request, headers, flight)
+                    return
+        flight.collapsed = True
+        await flight.publish(answer.content)
+        flight.end(answer, kept=True)
+
+    async def _generate(self, request: Request, headers: Mapping[str, str], flight: Flight) -> None:
+        """Have an engine answer, publish what it says, and store a finished answer."""
+        started = time.monotonic()
+        upstreams = self._models.upstreams(request.model)
+        async with upstreams.request(
+            "POST", request.path, data=request.body, headers=headers, repeatable=True
+        ) as reply:
+            flight.age_s = _age_s(reply.headers)
+            if LOAD_FORMAT in headers and LOAD in reply.headers:
+                flight.loads = {headers[LOAD_FORMAT]: reply.headers[LOAD]}
+            answer, finished = await record(
+                reply,
+                request.route.shape,
+                request.form,
+                flight.publish,
+                self._flights.max_bytes,
+            )
+        freshness = self._kept_for(request, reply)
+        finished = finished and freshness is not None
+        flight.end(answer, kept=finished)
+        if finished and request.route.shape.hides_aborts:
+            finished = await upstreams.goes_on(reply, request.path, request.model, headers)
+        if finished and freshness is not None:
+            took_s = time.monotonic() - started
+            self._flights.land(request.key, flight)
+            with step("store"):
+                await self._chain.store(
+                    request.key,
+                    answer,
+                    freshness,
+                    origin=flight.origin,
+                    took_s=took_s,
+                    age_s=flight.age_s,
+                )
+        self._prefixes.note(request, counts_in(answer))
+
+    def _kept_for(self, request: Request, reply: aiohttp.ClientResponse) -> Freshness | None:
+        """Return how long the answer in a reply is good for; `None` if it isn't to be kept."""
+        freshness = self._freshness(request.route.path, request.model)
+        if request.cache.ttl_s is not None:
+            freshness = freshness._replace(ttl_s=request.cache.ttl_s)
+        if not self._obeys:
+            return freshness
+        control = ", ".join(reply.headers.getall(hdrs.CACHE_CONTROL, ()))
+        return heeding(control, freshness, is_stream=request.form is Form.EVENTS)
+
+
+async def _converted(answer: Answer, form: Form) -> Answer | None:
+    """Return another process's answer in that form, if it can be made of it."""
+    try:
+        return await offloaded(len(answer.content), convert.as_form, answer, form)
+    except convert.NotConvertibleError:
+        return None
+
+
+async def _render(
+    http: HttpRequest, request: Request, answer: Answer, status: str, age_s: int = 0
+) -> web.StreamResponse:
+    """Return a finished answer in the form that was asked for."""
+    with step("render"):
+        if answer.form is not request.form:
+            answer = await offloaded(len(answer.content), convert.as_form, answer, request.form)
+        etag = convert.etag(answer, wants_usage=request.wants_usage)
+        if hdrs.IF_NONE_MATCH in http.headers and _is_there(http, etag):
+            # By RFC 9110 it would be 412, as of a POST that changes something; this is a query.
+            headers = {"Cache-Status": status, "Age": str(age_s), "ETag": etag}
+            return web.Response(status=304, headers=headers)
+        id_, created = _fresh(http, request)
+        body = convert.rendered(
+            answer, id_, created, wants_usage=request.wants_usage, done=request.route.shape.done
+        )
+    content_type = _SSE if answer.form is Form.EVENTS else _JSON
+    return Whole(http, content_type, status, age_s, etag, body)
+
+
+def _is_there(http: HttpRequest, etag: str) -> bool:
+    """Whether the client has this answer already (RFC 9110, section 13.1.2)."""
+    has = ", ".join(http.headers.getall(hdrs.IF_NONE_MATCH))
+    return has.strip() == "*" or etag.removeprefix("W/") in has
+
+
+def _age_s(headers: Mapping[str, str]) -> float:
+    """Return how old an engine's answer is, which has one if a cache stands before the engine."""
+    age = headers.get(hdrs.AGE, "")
+    return min(float(age), CENTURY_S) if age.isascii() and age.isdecimal() else 0
+
+
+def _told(http: HttpRequest, why: str, flight: Flight, *, joined: bool) -> str:
+    """Note how a request is answered that no tier answers; returns the Cache-Status."""
+    collapsed = joined or flight.collapsed
+    http.outcome = ("engine", "collapsed" if collapsed else "miss")
+    return f"tierserve; fwd={why}{'; collapsed' if collapsed else ''}"
+
+
+async def _begin(http: HttpRequest, status: str, age_s: int) -> web.StreamResponse:
+    headers = {"Cache-Status": status, "Age": str(age_s), "Content-Type": _SSE}
+    response = web.StreamResponse(headers=headers | UNBUFFERED | own_headers(http))
+    await response.prepare(http)
+    return response
+
+
+def _answer_of(flight: Flight) -> Answer:
+    if flight.answer is None:
+        raise AssertionError("a flight that ends without an error has an answer")
+    return flight.answer
+
+
+def _why(hit: Hit | None, control: Control) -> str:
+    """Return why a request goes on to the engine (RFC 9211, section 2.2)."""
+    if control.no_cache or (hit is not None and hit.state is State.FRESH):
+        return "request"
+    return "stale" if hit is not None else "miss"
+
+
+def _newer_than(hit: Hit | None, control: Control, now: float) -> float:
+    """Return when an answer must at least have been stored (Unix s) to be as good as a new one.
+
+    `inf` asks for one of the engine's.
+    """
+    if control.no_cache:
+        return inf
+    if control.is_about_age:
+        return now
+    return 0 if hit is None else hit.entry.stored_at
+
+
+def _not_cached() -> web.Response:
+    response = error_response(504, "No tier has this answer, and only-if-cached asks for no other.")
+    response.headers["Cache-Status"] = "tierserve; detail=only-if-cached"
+    return response
+
+
+def _note(http: HttpRequest, request: Request, flight: Flight) -> None:
+    """Note what was found, if it is to be kept."""
+    if flight.kept:
+        http.found = request, _answer_of(flight)
+
+
+def _fresh(http: HttpRequest, request: Request) -> tuple[bytes, int]:
+    """Return the `id` and `created` of an answer given now."""
+    return (request.route.id_prefix + http.id).encode(), int(time.time())
+
+
+def _cannot_answer(exc: Exception) -> bool:
+    """Whether an engine can't answer, as opposed to won't (RFC 5861, section 4)."""
+    return not isinstance(exc, NotAnAnswerError) or exc.status in (500, 502, 503, 504)
+
+
+def _is_no_error(exc: Exception) -> bool:
+    """Whether it is a reply that was only not understood."""
+    return isinstance(exc, NotAnAnswerError) and exc.status < 400
+
+
+def _failed(exc: Exception) -> web.Response:
+    if isinstance(exc, NotAnAnswerError):
+        return web.Response(status=exc.status, body=exc.body, headers=returned(exc.headers))
+    return unavailable(exc) if isinstance(exc, UnavailableError) else failure(exc)
+
+
+async def _cut(
+    response: web.StreamResponse, failed: web.Response, request: Request
+) -> web.StreamResponse:
+    """End a stream that has begun: an error event, and no `[DONE]`.
+
+    Where events have names it has, too, and its data has the type that it would have of vLLM.
+    """
+    named = not request.route.shape.done
+    if isinstance(failed, ErrorResponse):
+        failed.told_at(request.path)
+    if isinstance(failed.body, bytes):
+        data = failed.body.replace(b"\n", b" ")
+        if named and not data.startswith(_TYPED):
+            data = data.replace(b"{", _TYPED + b",", 1)
+        await response.write(b"event: error\n" * named + b"data: " + data + b"\n\n")
+    await response.write_eof()
+    return response

@@ -1,0 +1,138 @@
+"""Where a request that passes through goes, and what it is sent as: its body is read once for both.
+
+It goes to the engine of the model that it names: that is the `model` of a JSON body, of a form
+(RFC 7578), or else of the query. With one model under one name there is nothing to choose. An
+engine must know the model by its own name, have no more prompts than one request may (see
+`server.protocol.prompts`), and keep tenants apart (`server.protocol.cache_salt`). A body that must be read for any of
+this is read whole, within `server.max_body_bytes`; all others are passed on as they come.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import orjson
+from aiohttp import hdrs
+
+from server.protocol.cache_field import BadRequestError
+from server.protocol.cache_salt import SALTED, isolated
+from server.protocol.model_names import Named, Names
+from server.protocol.prompts import prompts_in
+from server.web.offload import offloaded
+from server.web.request import HttpRequest
+
+_PROMPTED = SALTED | {"/v1/completions/render"}
+_FORM = "multipart/form-data"
+_boundary = re.compile(r'(?i)boundary="?([^";,]{1,70})"?').search
+_is_model = re.compile(rb'(?im)^content-disposition:\s*form-data\s*;\s*name="?model"?\s*$').search
+_BLANK = b"\r\n\r\n"
+
+
+class Destination(NamedTuple):
+    """Where a request goes."""
+
+    named: Named
+    body: bytes | None
+    """Its body as the engine may be sent it; `None` if it wasn't read."""
+    id: Any = None
+    """What its client calls it in a JSON body that was read."""
+
+
+async def destination(http: HttpRequest, names: Names, max_prompts: int) -> Destination:
+    """Return where `http` goes.
+
+    Raises:
+        UnknownModelError: it names a model that there isn't.
+        BadRequestError: its body has too many prompts, asks for what isn't its tenant's, or is too
+            odd to be changed as it must be.
+    """
+    is_form = http.media_type == _FORM
+    boundary = _boundary(http.headers[hdrs.CONTENT_TYPE]) if is_form else None
+    asked = http.query.get("model") if "?" in http.raw_path else None
+    look: Callable[[bytes], Destination]
+    if http.body_exists and http.path in _PROMPTED:
+        look = partial(_prompted, names, asked, http, max_prompts)
+    elif names.are_one or not http.body_exists:
+        return Destination(_named(names, asked), None)
+    elif http.media_type.endswith("json"):
+        look = partial(_in_json, names, asked)
+    elif boundary is not None:
+        look = partial(_in_form, names, asked, boundary[1].encode())
+    else:
+        return Destination(names.find(asked), None)
+    body = await http.body()
+    return await offloaded(len(body), look, body)
+
+
+def _named(names: Names, asked: Any) -> Named:
+    return names.first if names.are_one else names.find(asked)
+
+
+def _prompted(
+    names: Names, asked: str | None, http: HttpRequest, max_prompts: int, raw: bytes
+) -> Destination:
+    raw, fields = _read(raw)
+    is_salted = http.path in SALTED and http.tenant.salt is not None
+    if not isinstance(fields, dict):
+        if fields is None and is_salted:
+            raise BadRequestError("the body should be JSON", "body")
+        return Destination(_named(names, asked), raw)
+    prompts_in(http.path, fields).check(max_prompts)
+    named, raw, fields = _renamed(names, asked, raw, fields)
+    if is_salted:
+        raw, _ = isolated(raw, fields, http.tenant)
+    return Destination(named, raw, fields.get("request_id"))
+
+
+def _in_json(names: Names, asked: str | None, raw: bytes) -> Destination:
+    raw, fields = _read(raw)
+    if not isinstance(fields, dict):
+        return Destination(_named(names, asked), raw)
+    named, raw, fields = _renamed(names, asked, raw, fields)
+    return Destination(named, raw, fields.get("request_id"))
+
+
+def _read(raw: bytes) -> tuple[bytes, Any]:
+    """Return a body and what it says: nothing, if it isn't JSON, which is for engines to refuse."""
+    try:
+        return raw, orjson.loads(raw)
+    except ValueError:
+        pass
+    try:
+        # Engines take NaN and the like, and other encodings.
+        fields = json.loads(raw)
+        return json.dumps(fields).encode(), fields
+    except (ValueError, RecursionError):
+        return raw, None
+
+
+def _renamed(
+    names: Names, asked: str | None, raw: bytes, fields: dict[str, Any]
+) -> tuple[Named, bytes, dict[str, Any]]:
+    """Return whom a body is for, and both its forms with the model as the engine knows it."""
+    model = fields.get("model")
+    if names.are_one or not model:
+        return _named(names, asked), raw, fields
+    named = names.find(model)
+    if isinstance(model, str) and model != named.name:
+        try:
+            # The slower way keeps every number as it is.
+            fields = json.loads(raw) | {"model": named.name}
+            raw = json.dumps(fields).encode()
+        except (ValueError, RecursionError) as exc:
+            text = f"the body is nested too deeply, or has too long a number, to ask for {model}"
+            raise BadRequestError(text) from exc
+    return named, raw, fields
+
+
+def _in_form(names: Names, asked: str | None, boundary: bytes, body: bytes) -> Destination:
+    parts = body.split(b"--" + boundary)
+    for number, part in enumerate(parts):
+        head, _, value = part.partition(_BLANK)
+        if _is_model(head.replace(b"\r\n", b"\n")):
+            named = names.find(value.removesuffix(b"\r\n").decode(errors="replace"))
+            parts[number] = head + _BLANK + named.name.encode() + b"\r\n"
+            return Destination(named, (b"--" + boundary).join(parts))
+    return Destination(names.find(asked), body)

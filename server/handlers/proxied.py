@@ -1,0 +1,82 @@
+"""The routes whose answers aren't kept: a model's state, and what passes through to its engine."""
+
+import orjson
+from aiohttp import hdrs, web
+
+from server.engine.models import Models
+from server.engine.supervisor import EngineState
+from server.handlers.forwarding import forward
+from server.handlers.model_routing import destination
+from server.handlers.websocket import forward_websocket, is_asked_for
+from server.protocol.model_names import UnknownModelError
+from server.web.request import HttpRequest
+from server.web.responses import RETRY_AFTER_S, error_body, error_response
+
+
+class Others:
+    """The handlers of these routes, which all take `?model=NAME`.
+
+    Args:
+        models: one of them is asked.
+        max_prompts: that one request may have.
+    """
+
+    def __init__(self, models: Models, max_prompts: int) -> None:
+        self._models, self._max_prompts = models, max_prompts
+
+    async def ready(self, http: HttpRequest) -> web.Response:
+        """Answer 200 if every model can be asked, or the one that is meant; else 503.
+
+        The body tells the states. What the tiers hold is answered whatever they are.
+        """
+        if asked := http.query.get("model"):
+            try:
+                models = [self._models.of(self._models.names().find(asked).name)]
+            except UnknownModelError:
+                # Whoever has no key isn't told which there are.
+                return error_response(404, "There is no such model.", param="model")
+        else:
+            models = [*self._models.all]
+        states = {model.name: model.state for model in models}
+        told = {"models": states}
+        if all(state is EngineState.READY for state in states.values()):
+            return web.Response(body=orjson.dumps(told), content_type="application/json")
+        waited_for = ", ".join(n for n, state in states.items() if state is not EngineState.READY)
+        error = orjson.loads(error_body(503, f"Not ready: {waited_for}."))
+        return web.Response(
+            status=503,
+            body=orjson.dumps(error | told),
+            content_type="application/json",
+            headers={"Retry-After": str(RETRY_AFTER_S)},
+        )
+
+    async def metrics(self, http: HttpRequest) -> web.StreamResponse:
+        """Answer with vLLM's own metrics, of one model."""
+        named = self._models.names().find(http.query.get("model"))
+        return await forward(http, self._models.upstreams(named.name), path="/metrics")
+
+    async def answer(self, http: HttpRequest) -> web.StreamResponse:
+        """Pass any other request through.
+
+        Raises:
+            UnknownModelError: it names a model that there isn't.
+            BadRequestError: its body can't be sent to an engine, or has too many prompts.
+        """
+        if http.method == hdrs.METH_CONNECT or not http.rel_url.raw_path_qs.startswith("/"):
+            # What follows a CONNECT is no body that an engine could be sent, and `*` is no path.
+            return error_response(400, "A request needs a path here, and there are no tunnels.")
+        named, body, id_ = await destination(http, self._models.names(), self._max_prompts)
+        http.model = named.name
+        if id_ is not None or (body is None and http.body_exists):
+            http.go_by(id_)
+        upstreams = self._models.upstreams(named.name)
+        if is_asked_for(http):
+            return await forward_websocket(http, upstreams)
+        return await forward(http, upstreams, body=body)
+
+
+async def refuse_adapters(_: HttpRequest) -> web.Response:
+    """Refuse to change a running engine: its answers would no longer be known by what gave them."""
+    return error_response(
+        403, "Adapters are those that the configuration names; they can't be changed while it runs."
+    )

@@ -1,0 +1,231 @@
+"""Recording: an answer out of an engine's reply, published while it comes.
+
+What we don't understand is passed on as it came, and then nothing of the answer is kept.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import aiohttp
+import orjson
+from aiohttp import hdrs
+
+from server.protocol import convert
+from server.protocol.events import Event, read_events
+from server.protocol.formats import CHOICES, FLAT, Shape, are_finished
+from tiers import Answer, Form
+
+_CONTENT_TYPES = {Form.BODY: "application/json", Form.EVENTS: "text/event-stream"}
+_DONE = b"[DONE]"
+
+
+class NotAnAnswerError(Exception):
+    """The engine's reply is an error, or nothing that we know; it is passed on and never stored."""
+
+    def __init__(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        super().__init__(status)
+        self.status, self.headers, self.body = status, headers, body
+
+
+async def record(
+    reply: aiohttp.ClientResponse,
+    shape: Shape,
+    form: Form,
+    publish: Callable[[bytes], Awaitable[None]],
+    max_bytes: int,
+) -> tuple[Answer, bool]:
+    """Read a reply to its end.
+
+    Args:
+        reply: to a request that asked for `form`.
+        shape: how an answer of this route looks.
+        form: a body is published whole, events one by one but for the one with the token counts.
+        publish: takes templates, and what is no part of the answer as it came (`server.protocol.convert`);
+            of a stream first an empty one, which says that it begins.
+        max_bytes: of events more than this are published, but none is kept for the answer.
+
+    Returns:
+        The answer, without content if that was too large or isn't all understood, and whether it
+        may be stored.
+
+    Raises:
+        NotAnAnswerError: the reply isn't an answer.
+        ConnectionAbortedError: the stream was cut.
+    """
+    coding = reply.headers.get(hdrs.CONTENT_ENCODING, "identity")
+    if (reply.status, reply.content_type, coding) != (200, _CONTENT_TYPES[form], "identity"):
+        raise NotAnAnswerError(reply.status, reply.headers, await reply.read())
+    if form is Form.BODY:
+        answer, finished = _body(reply, shape, await reply.read())
+        await publish(answer.content)
+        return answer, finished
+    await publish(b"")
+    if shape is CHOICES:
+        events: _Choices | _Typed = _Choices(publish, max_bytes)
+    else:
+        events = _Typed(shape, publish, max_bytes)
+    async for event in read_events(reply.content.iter_any()):
+        if await events.take(event):
+            break
+    return await events.end()
+
+
+def _body(reply: aiohttp.ClientResponse, shape: Shape, raw: bytes) -> tuple[Answer, bool]:
+    try:
+        if shape is FLAT:
+            content, finished = convert.flat(raw), True
+        else:
+            parsed = orjson.loads(raw)
+            finished = shape.is_finished(parsed) and not parsed.get("error")
+            content = convert.template(parsed, shape.fresh)
+    except (orjson.JSONDecodeError, TypeError, KeyError, AttributeError) as exc:
+        raise NotAnAnswerError(reply.status, reply.headers, raw) from exc
+    if content is None:
+        raise NotAnAnswerError(reply.status, reply.headers, raw)
+    return Answer(Form.BODY, content), finished
+
+
+class _Events:
+    """What is kept of one stream, and published."""
+
+    def __init__(self, publish: Callable[[bytes], Awaitable[None]], max_bytes: int) -> None:
+        self._publish, self._max_bytes = publish, max_bytes
+        self._kept: list[bytes] = []
+        self._bytes = 0
+        self._is_understood = True
+
+    async def _give(self, event: bytes) -> None:
+        self._bytes += len(event)
+        if self._bytes <= self._max_bytes:
+            self._kept.append(event)
+        await self._publish(event)
+
+    async def _pass_on(self, event: Event) -> None:
+        """Publish what is no part of the answer: a comment, or what isn't understood."""
+        if event.data:
+            self._is_understood = False
+        if event.is_whole:
+            await self._publish(convert.AsIs(event.raw))
+
+    def _answer(self, usage: bytes = b"", *, finished: bool) -> tuple[Answer, bool]:
+        if self._bytes > self._max_bytes or not self._is_understood:
+            return Answer(Form.EVENTS, b"", usage), False
+        return Answer(Form.EVENTS, b"".join(self._kept), usage), finished
+
+
+class _Typed(_Events):
+    """A stream whose events have types, of which the last one says that it ends."""
+
+    def __init__(
+        self, shape: Shape, publish: Callable[[bytes], Awaitable[None]], max_bytes: int
+    ) -> None:
+        super().__init__(publish, max_bytes)
+        self._shape = shape
+        self._finished = False
+        self._last: Any = ""
+
+    async def take(self, event: Event) -> bool:
+        """Take the next event and publish it; returns whether it ends the stream."""
+        shape = self._shape
+        try:
+            chunk = orjson.loads(event.data)
+            kind = chunk.get("type", "")
+            verdict = shape.verdicts.get(kind)
+            self._last = kind
+            if verdict is not None:
+                self._finished = shape.is_finished(chunk[verdict])
+            made = convert.event(chunk, shape, event.lines)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            await self._pass_on(event)
+        else:
+            await self._give(made)
+        return False
+
+    async def end(self) -> tuple[Answer, bool]:
+        """Return what `record` does."""
+        if self._last in self._shape.last:
+            return self._answer(finished=self._finished)
+        if self._last in self._shape.failed:
+            return self._answer(finished=False)
+        raise ConnectionAbortedError("the engine's stream was cut")
+
+
+class _Choices(_Events):
+    """A stream of chat completions or completions."""
+
+    def __init__(self, publish: Callable[[bytes], Awaitable[None]], max_bytes: int) -> None:
+        super().__init__(publish, max_bytes)
+        self._usage: dict[str, Any] = {}
+        self._reasons: dict[int, object] = {}
+        self._is_done = False
+        # The last event says what only the token counts tell, so one that may be it is kept back,
+        # and so are they, since not everybody has asked for them.
+        self._held = self._counts = b""
+
+    async def take(self, event: Event) -> bool:
+        """Take the next event; returns whether it ends the stream.
+
+        All but the last and the one with the token counts are published.
+
+        Raises:
+            NotAnAnswerError: it is an error.
+        """
+        if event.data.strip() == _DONE:
+            self._is_done = True
+            return True
+        try:
+            chunk = orjson.loads(event.data)
+            choices, usage = chunk.get("choices"), chunk.get("usage")
+            if chunk.get("error"):
+                if not isinstance(choices, list):
+                    await self._release()
+                    raise _error_in_stream(chunk)
+                raise ValueError("an answer isn't one that has an error in it")
+            is_count = choices in (None, []) and isinstance(usage, dict)
+            reasons = {} if is_count else {c["index"]: c.get("finish_reason") for c in choices}
+            made = convert.event(chunk, lines=event.lines)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            if event.data:
+                await self._release()
+            await self._pass_on(event)
+            return False
+        if self._counts or not is_count:
+            await self._release()
+        for index, reason in reasons.items():
+            self._reasons[index] = reason or self._reasons.get(index)
+        if is_count:
+            self._usage, self._counts = chunk, made
+        elif any(reasons.values()):
+            self._held = made
+        else:
+            await self._give(made)
+        return False
+
+    async def _release(self) -> None:
+        """Publish what was kept back, since it wasn't the last."""
+        held, self._held = self._held, b""
+        counts, self._counts, self._usage = self._counts, b"", {}
+        for event in (held, counts):
+            if event:
+                await self._give(event)
+
+    async def end(self) -> tuple[Answer, bool]:
+        """Publish what was kept back; returns what `record` does."""
+        if self._held:
+            await self._give(convert.stamped(self._held, self._usage))
+        reasons = [{"finish_reason": reason} for reason in self._reasons.values()]
+        if not self._is_done:
+            # It may say no more, or have been cut where no more than counts were to come.
+            self._is_understood = False
+            if not reasons or None in self._reasons.values():
+                raise ConnectionAbortedError("the engine's stream was cut")
+        return self._answer(self._counts, finished=are_finished(reasons))
+
+
+def _error_in_stream(chunk: dict[str, Any]) -> NotAnAnswerError:
+    """Return the error that an engine reports after it has begun to stream."""
+    error = chunk.get("error")
+    code = error.get("code") if isinstance(error, dict) else None
+    status = code if isinstance(code, int) and 400 <= code <= 599 else 502
+    headers = {"Content-Type": "application/json"}
+    return NotAnAnswerError(status, headers, orjson.dumps(chunk))

@@ -1,0 +1,74 @@
+"""Passing a WebSocket (RFC 6455) through to an engine, message by message."""
+
+import asyncio
+
+import aiohttp
+from aiohttp import web
+
+from server.engine.upstream import UnavailableError, Upstreams
+from server.handlers.forwarding import forwarded
+from server.web.request import HttpRequest
+from server.web.responses import failure, own_headers, unavailable
+
+# As uvicorn's own limit, under which vLLM runs.
+_MESSAGE_BYTES = 16 * 1024**2
+_Socket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
+
+
+def is_asked_for(http: HttpRequest) -> bool:
+    """Whether the client wants to go on as a WebSocket."""
+    return http.headers.get("Upgrade", "").lower() == "websocket"
+
+
+async def forward_websocket(http: HttpRequest, upstreams: Upstreams) -> web.StreamResponse:
+    """Join the client and an upstream until either closes, which is told to the other."""
+    http.outcome = ("engine", "pass")
+    protocols = http.listed("Sec-WebSocket-Protocol")
+    headers = forwarded(http)
+    # The two connections shake hands on their own.
+    for name in [name for name in headers if name.lower().startswith("sec-websocket-")]:
+        del headers[name]
+    client = None
+    try:
+        async with upstreams.websocket(
+            http.rel_url.raw_path_qs, headers, protocols, max_bytes=_MESSAGE_BYTES
+        ) as engine:
+            chosen = (engine.protocol,) if engine.protocol else ()
+            client = web.WebSocketResponse(protocols=chosen, max_msg_size=_MESSAGE_BYTES)
+            client.headers.update(own_headers(http))
+            await client.prepare(http)
+            await _join(client, engine)
+            return client
+    except UnavailableError as exc:
+        http.outcome = ("engine", "error")
+        return unavailable(exc)
+    except aiohttp.WSServerHandshakeError as exc:
+        return web.Response(status=exc.status)
+    except (aiohttp.ClientError, OSError) as exc:
+        if client is not None:
+            # Not the engine has failed: this client has gone.
+            raise ConnectionResetError from exc
+        http.outcome = ("engine", "error")
+        return failure(exc)
+
+
+async def _join(*pair: _Socket) -> None:
+    pumps = [asyncio.create_task(_pump(*each)) for each in (pair, pair[::-1])]
+    try:
+        await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for pump in pumps:
+            pump.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def _pump(source: _Socket, sink: _Socket) -> None:
+    """Pass messages on until the source closes, and then close the sink alike."""
+    async for message in source:
+        if message.type is aiohttp.WSMsgType.TEXT:
+            await sink.send_str(message.data)
+        elif message.type is aiohttp.WSMsgType.BINARY:
+            await sink.send_bytes(message.data)
+    code = source.close_code
+    # 1005 and 1006 say that there was no code, and can't be sent (section 7.4.1).
+    await sink.close(code=code if code and code not in (1005, 1006) else 1000)

@@ -1,0 +1,1 @@
+"""What requests and answers mean: pure functions over bytes, without HTTP."""

@@ -1,0 +1,110 @@
+"""The door: whose request it is, and whether it may come in.
+
+Its methods are given a request and return why it may not, as a response, or `None` if it may; they
+are for `server.middleware.wrap`.
+"""
+
+from collections.abc import Callable
+from hmac import compare_digest
+
+from aiohttp import web
+
+from server.auth.credentials import hashed, key_in, presented
+from server.auth.tenants import Tenants
+from server.protocol.surface import is_for_tenants
+from server.web.request import HttpRequest
+from server.web.responses import error_response
+
+Enter = Callable[[HttpRequest], web.Response | None]
+
+
+class Door:
+    """The door of all routes that answer requests.
+
+    Args:
+        tenants: who may come in.
+    """
+
+    def __init__(self, tenants: Tenants) -> None:
+        self._tenants = tenants
+        self.turned_away = 0
+        """Requests without a key that is known."""
+
+    def tenants(self, http: HttpRequest) -> web.Response | None:
+        """Let in whoever has a key, within the tenant's limits."""
+        if (refused := self.known(http)) is not None:
+            return refused
+        account = http.tenant.account
+        if account is None:
+            return None
+        refusal = account.enter()
+        if headers := account.headers:
+            http.more_headers = {**http.more_headers, **headers}
+        if refusal is None:
+            http.account = account
+            return None
+        http.outcome = ("none", "refused")
+        return error_response(
+            429,
+            refusal.text,
+            kind="requests",
+            code="rate_limit_exceeded",
+            retry_after_s=refusal.retry_after_s,
+        )
+
+    def known(self, http: HttpRequest) -> web.Response | None:
+        """Let in whoever has a key, without counting it: for what costs no engine anything."""
+        tenant = self._tenants.of(http.headers)
+        if tenant is None:
+            self.turned_away += 1
+            return unauthorized(http)
+        http.tenant = tenant
+        return None
+
+    def operators(self, http: HttpRequest) -> web.Response | None:
+        """Let in whoever has an operator's key."""
+        return self.tenants(http) or (None if http.tenant.operator else _forbidden())
+
+    def to_ask(self, path: str) -> Enter:
+        """Return what lets in whoever may ask an engine for `path`."""
+        return self.tenants if is_for_tenants(path) else self.operators
+
+    def by_path(self, http: HttpRequest) -> web.Response | None:
+        """Let in whoever may ask an engine for the request's path."""
+        return self.to_ask(http.path)(http)
+
+
+def anybody(_: HttpRequest) -> None:
+    """Let anybody in."""
+
+
+def holders_of(key_hash: str) -> Enter:
+    """Return what lets in whoever has the key with this hash."""
+
+    def enter(http: HttpRequest) -> web.Response | None:
+        key = key_in(presented(http.headers))
+        # Whoever has hashed an empty variable has let nobody in.
+        is_known = bool(key) and compare_digest(hashed(key), key_hash)
+        return None if is_known else unauthorized(http)
+
+    return enter
+
+
+def unauthorized(http: HttpRequest) -> web.Response:
+    """Return what a request without a key that is known gets, which doesn't repeat the key."""
+    http.outcome = ("none", "refused")
+    if presented(http.headers):
+        text = "Incorrect API key provided."
+    else:
+        text = (
+            "You didn't provide an API key. You need to provide your API key in an Authorization "
+            "header using Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."
+        )
+    refused = error_response(401, text, kind="invalid_request_error", code="invalid_api_key")
+    refused.headers["WWW-Authenticate"] = "Bearer"
+    return refused
+
+
+def _forbidden() -> web.Response:
+    text = "This key does not allow that; it takes an operator's."
+    return error_response(403, text, kind="invalid_request_error", code="insufficient_permissions")

@@ -1,0 +1,180 @@
+"""A request as it came in: aiohttp's, with its id and what became of it."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Protocol
+
+from aiohttp import hdrs, web
+from multidict import istr
+
+from server.auth.limits import Account
+from server.auth.tenants import NOBODY, Tenant
+from server.protocol.content_coding import UNDONE, UnknownCodingError, undone
+from server.protocol.request import Request
+from tiers import Answer
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+X_REQUEST_ID = istr("X-Request-Id")
+is_id = re.compile(r"[A-Za-z0-9._-]{1,128}").fullmatch
+"""Tells whether a client's id of a request can be taken; another is replaced."""
+
+
+class SlowClientError(Exception):
+    """The body did not come in time."""
+
+
+class HttpRequest(web.BaseRequest):
+    """One HTTP request."""
+
+    client_timeout_s: float
+    """How long its client may pause; set by a subclass, since an argument would cost each hit."""
+
+    id: str = ""
+    """The `X-Request-Id` of its response: the client's own, if it has sent one, or a new one."""
+    may_be_named_within: bool = False
+    """Whether its body may hold another id, which the engine is to take."""
+    model: str = ""
+    """Which model it is for, by the engine's name of it; none where it is for us."""
+    outcome: tuple[str, str] = ("none", "own")
+    """Which tier answered, and how."""
+    found: tuple[Request, Answer] | None = None
+    """Where the answer may be kept: what was asked for, and the answer."""
+    saved_s: float = 0
+    """The seconds that it once took to generate the answer which a tier had."""
+    tenant: Tenant = NOBODY
+    """Who asks; set at the door."""
+    account: Account | None = None
+    """Where it counts as under way."""
+    more_headers: Mapping[str, str] = MappingProxyType({})
+    """Of its response: its tenant's limits, its engine's load, and what pages of other sites may do
+    with it."""
+
+    @property
+    def media_type(self) -> str:
+        """What its body is said to be, in lower case and without parameters."""
+        return _media_type(self.headers.get(hdrs.CONTENT_TYPE, ""))
+
+    @property
+    def coding(self) -> str:
+        """How its body is coded (RFC 9110, section 8.4), in lower case; empty if it isn't."""
+        codings = map(str.lower, self.listed(hdrs.CONTENT_ENCODING))
+        return ", ".join(coding for coding in codings if coding != "identity")
+
+    def listed(self, name: str) -> list[str]:
+        """Return the members of a header that is a list (RFC 9110, section 5.6.1)."""
+        members = ",".join(self.headers.getall(name, ())).split(",")
+        return [member for member in map(str.strip, members) if member]
+
+    def go_by(self, told: object) -> None:
+        """Use the `request_id` of a body as the id, unless a header has one, as vLLM does.
+
+        A value that can't be our id is left to the engine; `None` says that the body wasn't read.
+        """
+        if X_REQUEST_ID in self.headers:
+            return
+        if isinstance(told, str) and is_id(told):
+            self.id = told
+        else:
+            self.may_be_named_within = True
+
+    async def invite_body(self) -> None:
+        """Have a client go on that waits to be told so (RFC 9110, section 10.1.1)."""
+        if self.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
+            await self.writer.write(CONTINUE)
+            # The response itself has not begun.
+            self.writer.output_size = 0
+
+    async def body(self) -> bytes:
+        """Return all of the body, without its coding.
+
+        Raises:
+            web.HTTPRequestEntityTooLarge: it is larger than `client_max_size`.
+            web.RequestPayloadError: it isn't as HTTP demands.
+            BadRequestError: it can't be decoded.
+            SlowClientError: it does not come in time.
+        """
+        if hdrs.CONTENT_ENCODING in self.headers and self.coding:
+            return await self._decoded()
+        if not self.content.is_eof():
+            try:
+                async with asyncio.timeout(self.client_timeout_s):
+                    return await self.read()
+            except TimeoutError as exc:
+                raise SlowClientError from exc
+        # Most bodies are there when their handler starts: `read` would take twice as long.
+        body = self.content.read_nowait()
+        if len(body) > self.client_max_size:
+            raise web.HTTPRequestEntityTooLarge(self.client_max_size)
+        return body
+
+    async def _decoded(self) -> bytes:
+        if (coding := self.coding) not in UNDONE:
+            raise UnknownCodingError(coding)
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self.client_timeout_s):
+                async for piece in self.pieces():
+                    body += piece
+                    if len(body) > self.client_max_size:
+                        raise web.HTTPRequestEntityTooLarge(self.client_max_size)
+        except TimeoutError as exc:
+            raise SlowClientError from exc
+        return bytes(body)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether its client has gone, or its connection is being closed."""
+        return self.transport is None or self.transport.is_closing()
+
+    async def send(self, response: web.StreamResponse, data: bytes) -> None:
+        """Write to the client, as fast as it reads.
+
+        Raises:
+            ConnectionResetError: it has gone, or does not read any more.
+        """
+        try:
+            async with asyncio.timeout(self.client_timeout_s):
+                await response.write(data)
+        except TimeoutError as exc:
+            if self.transport is not None:
+                # What it has not taken would stay in memory.
+                self.transport.abort()
+            raise ConnectionResetError("the client does not read") from exc
+
+    def pieces(self) -> AsyncIterator[bytes]:
+        """Return the body as it comes, without its coding if that is one of `UNDONE`.
+
+        Iterating raises what `body` does, each piece having its time.
+        """
+        coding = self.coding
+        return undone(self._received(), coding) if coding in UNDONE else self._received()
+
+    async def _received(self) -> AsyncIterator[bytes]:
+        while True:
+            try:
+                async with asyncio.timeout(self.client_timeout_s):
+                    piece = await self.content.readany()
+            except TimeoutError as exc:
+                raise SlowClientError from exc
+            if not piece:
+                return
+            yield piece
+
+
+@lru_cache(256)
+def _media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()
+
+
+Handler = Callable[[HttpRequest], Awaitable[web.StreamResponse]]
+"""What answers a request."""
+
+
+class Traced(Protocol):
+    """Returns a handler that has a span for each request, if requests are traced."""
+
+    def __call__(self, handler: Handler, route: str | None = None, /) -> Handler:
+        """Take a handler, and the path of its route if it has but one."""

@@ -1,0 +1,158 @@
+"""What responses have in common: headers of ours, errors, the quick way out.
+
+Errors are in OpenAI's shape, by vLLM's conventions (`code` is the HTTP status), and become
+Anthropic's where its API is asked.
+"""
+
+from http import HTTPStatus
+from typing import Self
+
+import orjson
+from aiohttp import HttpVersion11, web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.helpers import rfc822_formatted_time
+
+from server.engine.upstream import SERVER, UnavailableError
+from server.web.request import HttpRequest
+
+RETRY_AFTER_S = 5
+_ANTHROPICS = "/v1/messages"
+# As its documentation has them; other statuses are told by their class.
+_ANTHROPICS_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def own_headers(http: HttpRequest) -> dict[str, str]:
+    """Return the headers that each response carries."""
+    return {"Server": SERVER, "X-Request-Id": http.id, **http.more_headers}
+
+
+class Whole(web.StreamResponse):
+    """A 200 with all of its body, written in one piece with its head.
+
+    aiohttp's `Response` takes a fifth of a hit longer, even to be made, so this has only what
+    aiohttp asks a response for at the end. Answers GET and POST, and has `own_headers`.
+
+    Args:
+        http: what is answered.
+        content_type, cache_status, age_s, etag: values of headers.
+        body: all of it.
+    """
+
+    def __init__(
+        self,
+        http: HttpRequest,
+        content_type: str,
+        cache_status: str,
+        age_s: int,
+        etag: str,
+        body: bytes,
+    ) -> None:
+        self._writer = http.writer
+        self._keeps_alive = http.keep_alive
+        end = ""
+        if not self._keeps_alive:
+            end = "Connection: close\r\n"
+        elif http.version < HttpVersion11:
+            end = "Connection: keep-alive\r\n"
+        if http.more_headers:
+            end += "".join(f"{name}: {value}\r\n" for name, value in http.more_headers.items())
+        head = (
+            f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
+            f"Cache-Status: {cache_status}\r\nAge: {age_s}\r\nETag: {etag}\r\n"
+            f"X-Request-Id: {http.id}\r\n"
+            f"Server: {SERVER}\r\nDate: {rfc822_formatted_time()}\r\n{end}\r\n"
+        )
+        self._whole = head.encode() + body
+
+    @property
+    def status(self) -> int:
+        return 200
+
+    @property
+    def prepared(self) -> bool:
+        return True
+
+    @property
+    def keep_alive(self) -> bool:
+        return self._keeps_alive
+
+    async def prepare(self, _: web.BaseRequest) -> AbstractStreamWriter:
+        return self._writer
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        await self._writer.write_eof(self._whole + data)
+
+
+def error_body(
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    kind: str | None = None,
+    code: str | None = None,
+) -> bytes:
+    """Return the JSON body of an error; `kind` and `code` where OpenAI has some of its own."""
+    if kind is None:
+        kind = HTTPStatus(status).phrase.title().replace(" ", "").replace("-", "")
+        kind = kind.removesuffix("Error") + "Error"
+    error = {"message": message, "type": kind, "param": param, "code": code or status}
+    return orjson.dumps({"error": error})
+
+
+def is_anthropics(path: str) -> bool:
+    """Whether a path is of Anthropic's API."""
+    return path == _ANTHROPICS or path.startswith(f"{_ANTHROPICS}/")
+
+
+class ErrorResponse(web.Response):
+    """An error of ours."""
+
+    def __init__(self, status: int, message: str, body: bytes, headers: dict[str, str]) -> None:
+        super().__init__(status=status, body=body, content_type="application/json", headers=headers)
+        self._message = message
+
+    def told_at(self, path: str) -> Self:
+        """Return it in the shape of the API that `path` is of."""
+        if is_anthropics(path):
+            kind = _ANTHROPICS_KINDS.get(self.status)
+            if kind is None:
+                kind = "invalid_request_error" if self.status < 500 else "api_error"
+            error = {"type": kind, "message": self._message}
+            self.body = orjson.dumps({"type": "error", "error": error})
+        return self
+
+
+def error_response(
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    kind: str | None = None,
+    code: str | None = None,
+    retry_after_s: int | None = None,
+) -> ErrorResponse:
+    """Return an error as a response."""
+    headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
+    body = error_body(status, message, param=param, kind=kind, code=code)
+    return ErrorResponse(status, message, body, headers)
+
+
+def failure(exc: Exception) -> ErrorResponse:
+    """Return what a client gets whose engine failed with `exc`."""
+    if isinstance(exc, TimeoutError):
+        return error_response(504, "The engine did not answer in time.")
+    return error_response(502, "The engine ended before its answer was complete.")
+
+
+def unavailable(exc: UnavailableError) -> ErrorResponse:
+    """Return what a miss gets that no engine takes."""
+    return error_response(503, str(exc), retry_after_s=RETRY_AFTER_S)

@@ -1,0 +1,85 @@
+"""TLS of the listening sockets: 1.2 or newer, and the certificate read again when it changes."""
+
+import re
+import ssl
+from hashlib import sha256
+from pathlib import Path
+
+from server.config.schema import ConfigError, Tls
+
+_first_in = re.compile("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL).search
+
+
+class Certificate:
+    """A certificate with its key, as connections that begin are shown it.
+
+    Args:
+        files: where they are.
+
+    Raises:
+        ConfigError: they can't be read, or don't belong together.
+    """
+
+    def __init__(self, files: Tls) -> None:
+        self._tls = files
+        self._shown = self.read()
+        self.context = self.read()
+        """What the listening sockets are given once and for all."""
+        self.context.sni_callback = self._show
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What is read again when it changes."""
+        return self._tls.certificate_file, self._tls.key_file
+
+    def read(self) -> ssl.SSLContext:
+        """Return what the files hold now.
+
+        Raises:
+            ConfigError: they can't be read, or don't belong together.
+        """
+        made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        made.minimum_version = ssl.TLSVersion.TLSv1_2
+        made.set_alpn_protocols(["http/1.1"])
+        self._load(made)
+        return made
+
+    def use(self, read: ssl.SSLContext) -> None:
+        """Show what `read` returned from now on."""
+        self._shown = read
+
+    def _show(self, connection: ssl.SSLObject, _name: str | None, _: ssl.SSLContext) -> None:
+        # Called whether the client has named a host or not.
+        connection.context = self._shown
+
+    def _load(self, context: ssl.SSLContext) -> None:
+        certificate, key = self._tls.certificate_file, self._tls.key_file
+        unread = []
+        for name, file in (("certificate_file", certificate), ("key_file", key)):
+            try:
+                file.read_bytes()
+            except OSError as exc:
+                unread.append(f"server.tls.{name}: {file}: {exc.strerror}")
+        if unread:
+            raise ConfigError(unread)
+        try:
+            # Without a password it would ask for one at the terminal.
+            context.load_cert_chain(certificate, key, password="")
+        except OSError as exc:
+            # Of which those of TLS are some.
+            why = exc.reason if isinstance(exc, ssl.SSLError) else exc.strerror
+            should = "should be a certificate and its key in PEM, the key without a password"
+            raise ConfigError([f"server.tls: {should}: {why or exc}"]) from exc
+
+
+def fingerprint(files: Tls) -> bytes:
+    """Return the SHA-256 of the certificate itself.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: there is none in its file.
+    """
+    found = _first_in(files.certificate_file.read_text(encoding="ascii"))
+    if found is None:
+        raise ValueError(f"{files.certificate_file} should hold a certificate in PEM")
+    return sha256(ssl.PEM_cert_to_DER_cert(found[0])).digest()

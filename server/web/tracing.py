@@ -1,0 +1,267 @@
+"""Tracing: requests and their steps as OpenTelemetry spans, sent to a collector by OTLP.
+
+A request has a server span, the child of its client's if there is one. Attributes are named by
+OpenTelemetry's semantic conventions for HTTP and for generative AI, and `tierserve.*` beside them;
+none holds a prompt, an answer, or a header. What the collector doesn't take is dropped, and no
+request waits for it. Imported only where tracing is on, since it needs the extra `tracing`.
+"""
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from importlib.metadata import version
+from urllib.parse import urlsplit
+
+from aiohttp import web
+from multidict import CIMultiDict
+from opentelemetry.context import Context
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from server.config.tracing import Tracing as Options
+from server.protocol.usage import input_tokens, output_tokens
+from server.telemetry.spans import UNTRACED, EngineRequest, Step, current
+from server.web.request import Handler, HttpRequest
+
+logger = logging.getLogger(__name__)
+
+# Those of some thousand requests; more are dropped, as the SDK does.
+_QUEUED_SPANS = 8192
+_BATCH_SPANS = 512
+_EVERY_MS = 1000
+_EXPORT_S = 5
+# For what is still to be sent; a collector that hangs must not keep us.
+_CLOSE_S = 2
+_METHODS = frozenset(
+    {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"}
+)
+_OPERATIONS = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "text_completion",
+    "/v1/embeddings": "embeddings",
+    "/v1/messages": "chat",
+    "/v1/responses": "chat",
+}
+_CONTEXT = TraceContextTextMapPropagator()
+_PARENT, _STATE = "traceparent", "tracestate"
+
+
+class Tracing:
+    """Traces requests.
+
+    Args:
+        options: where spans go, and which part of the requests is traced.
+    """
+
+    def __init__(self, options: Options) -> None:
+        # Clients could fill our log by headers that aren't right, and a collector by being down.
+        logging.getLogger("opentelemetry").setLevel(logging.ERROR)
+        logging.getLogger("opentelemetry.exporter").setLevel(logging.CRITICAL)
+        # This says, three times a minute at most, that spans come faster than they are sent.
+        logging.getLogger("opentelemetry.sdk._shared_internal").setLevel(logging.WARNING)
+        named = Resource({"service.name": "tierserve", "service.version": version("tierserve")})
+        self._provider = TracerProvider(
+            resource=named.merge(OTELResourceDetector().detect()),
+            sampler=ParentBased(TraceIdRatioBased(options.sample_ratio)),
+            shutdown_on_exit=False,
+        )
+        exporter = _Exporter(_exporter(options), options.endpoint)
+        self._provider.add_span_processor(
+            BatchSpanProcessor(
+                exporter,
+                max_queue_size=_QUEUED_SPANS,
+                max_export_batch_size=_BATCH_SPANS,
+                schedule_delay_millis=_EVERY_MS,
+            )
+        )
+        self._tracer = self._provider.get_tracer("tierserve")
+
+    def traced(self, handler: Handler, route: str | None = None) -> Handler:
+        """Return `handler` with a span for each request; `route` is its path, if it has but one."""
+
+        async def around(http: HttpRequest) -> web.StreamResponse:
+            method = http.method if http.method in _METHODS else "_OTHER"
+            span = self._tracer.start_span(
+                f"{method} {route}" if route else method, _parent(http), SpanKind.SERVER
+            )
+            token = current.set(_Trace(self._tracer, span))
+            try:
+                response = await handler(http)
+                if span.is_recording():
+                    _tell_status(span, response.status)
+            except BaseException as exc:
+                _tell_failure(span, exc)
+                raise
+            finally:
+                current.reset(token)
+                if span.is_recording():
+                    _tell_request(span, http, method, route)
+                    span.end()
+            return response
+
+        return around
+
+    def close(self) -> None:
+        """Send what is still to be sent, but don't wait long for it."""
+        closing = threading.Thread(target=self._provider.shutdown, name="tracing", daemon=True)
+        closing.start()
+        closing.join(_CLOSE_S)
+
+
+class _Trace:
+    """The trace of one request, whose server span is `span`."""
+
+    def __init__(self, tracer: Tracer, span: Span) -> None:
+        self._tracer, self._span = tracer, span
+
+    @cached_property
+    def _context(self) -> Context:
+        return set_span_in_context(self._span, Context())
+
+    def step(self, name: str) -> Step:
+        if not self._span.get_span_context().trace_flags.sampled:
+            return UNTRACED
+        return _Step(self._tracer.start_span(name, self._context))
+
+    def engine_request(self, method: str) -> EngineRequest:
+        # Whether it is sampled or not, since the engine should do likewise.
+        span = self._tracer.start_span("engine", self._context, SpanKind.CLIENT)
+        span.set_attribute("http.request.method", method)
+        return _EngineRequest(span)
+
+
+class _Step(Step):
+    __slots__ = ("_span",)
+
+    def __init__(self, span: Span) -> None:
+        self._span = span
+
+    def __exit__(self, *exc: object) -> None:
+        if isinstance(exc[1], BaseException):
+            _tell_failure(self._span, exc[1])
+        self.end()
+
+    def tell(self, **attributes: str | int | bool) -> None:
+        for name, value in attributes.items():
+            self._span.set_attribute(f"tierserve.{name}", value)
+
+    def end(self) -> None:
+        if self._span.is_recording():
+            self._span.end()
+
+
+class _EngineRequest(_Step, EngineRequest):
+    __slots__ = ()
+
+    def handed_on(self, headers: Mapping[str, str]) -> Mapping[str, str]:
+        ours: dict[str, str] = {}
+        _CONTEXT.inject(ours, set_span_in_context(self._span, Context()))
+        handed = CIMultiDict(headers)
+        for name in (_PARENT, _STATE):
+            handed.popall(name, None)
+        handed.update(ours)
+        return handed
+
+    def replied(self, status: int, host: str | None, port: int | None) -> None:
+        self._span.set_attribute("http.response.status_code", status)
+        if host is not None and port is not None:
+            self._span.set_attributes({"server.address": host, "server.port": port})
+        if status >= 400:
+            self._span.set_attribute("error.type", str(status))
+            self._span.set_status(Status(StatusCode.ERROR))
+
+
+class _Exporter(SpanExporter):
+    """An exporter whose failures are said once, until it succeeds again."""
+
+    def __init__(self, exporter: SpanExporter, to: str) -> None:
+        self._exporter, self._to = exporter, to
+        self._is_failing = False
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        result = self._exporter.export(spans)
+        is_failing = result is not SpanExportResult.SUCCESS
+        if is_failing and not self._is_failing:
+            logger.warning("spans can't be sent to %s, and are dropped until they can", self._to)
+        elif self._is_failing and not is_failing:
+            logger.warning("spans are sent to %s again", self._to)
+        self._is_failing = is_failing
+        return result
+
+    def shutdown(self) -> None:
+        self._exporter.shutdown()
+
+    def force_flush(self, timeout_millis: int = 30_000) -> bool:
+        return self._exporter.force_flush(timeout_millis)
+
+
+def _exporter(options: Options) -> SpanExporter:
+    # Each takes a while to import, and the other isn't needed.
+    if options.protocol == "grpc":
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as Grpc
+
+        return Grpc(options.endpoint, timeout=_EXPORT_S)
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as Http
+
+    has_path = urlsplit(options.endpoint).path.strip("/")
+    url = options.endpoint if has_path else options.endpoint.rstrip("/") + "/v1/traces"
+    return Http(url, timeout=_EXPORT_S)
+
+
+def _parent(http: HttpRequest) -> Context:
+    """Return the client's context, or an empty one where its headers tell none that is right."""
+    if _PARENT not in http.headers:
+        return Context()
+    # That of two can't be told which is meant (W3C Trace Context, section 3.2).
+    given = {name: http.headers.getall(name, []) for name in (_PARENT, _STATE)}
+    return _CONTEXT.extract(given, Context()) if len(given[_PARENT]) == 1 else Context()
+
+
+def _tell_status(span: Span, status: int) -> None:
+    span.set_attribute("http.response.status_code", status)
+    if status >= 500:
+        span.set_attribute("error.type", str(status))
+        span.set_status(Status(StatusCode.ERROR))
+
+
+def _tell_failure(span: Span, exc: BaseException) -> None:
+    # By its type alone: its text may quote what was asked.
+    span.set_attribute("error.type", type(exc).__qualname__)
+    if isinstance(exc, Exception):
+        span.set_status(Status(StatusCode.ERROR))
+
+
+def _tell_request(span: Span, http: HttpRequest, method: str, route: str | None) -> None:
+    tier, outcome = http.outcome
+    attributes: dict[str, str | int] = {
+        "http.request.method": method,
+        "network.protocol.version": f"{http.version.major}.{http.version.minor}",
+        "tierserve.outcome": outcome,
+        "tierserve.request_id": http.id,
+        "tierserve.tier": tier,
+        "url.path": _text(http.path),
+        "url.scheme": http.scheme,
+    }
+    if route is not None:
+        attributes["http.route"] = route
+    if operation := _OPERATIONS.get(route or ""):
+        attributes["gen_ai.operation.name"] = operation
+    if http.model:
+        attributes["gen_ai.request.model"] = http.model
+    if http.found is not None:
+        request, answer = http.found
+        attributes["tierserve.key"] = request.key
+        for name, count in (("input", input_tokens(answer)), ("output", output_tokens(answer))):
+            if count is not None:
+                attributes[f"gen_ai.usage.{name}_tokens"] = count
+    span.set_attributes(attributes)
+
+
+def _text(text: str) -> str:
+    """Return text without halves of surrogate pairs, which would spoil a whole batch."""
+    return text.encode(errors="backslashreplace").decode()

@@ -1,0 +1,142 @@
+"""The guard, as a real process around small programs."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+Start = Callable[..., subprocess.Popen[bytes]]
+WAITS = "print('on', flush=True); signal.pause()"
+HEEDS = "signal.signal(signal.SIGINT, signal.SIG_DFL); "
+IGNORES = "signal.signal(signal.SIGINT, signal.SIG_IGN); "
+CLEANS_UP = "signal.signal(signal.SIGINT, lambda *_: sys.exit(5)); "
+HEEDS_THE_SECOND = f"""
+def once(*_): {CLEANS_UP}
+signal.signal(signal.SIGINT, once)
+print('on', flush=True)
+while True: signal.pause()
+"""
+LEAVES_ONE = f"""
+if os.fork() == 0:
+    {IGNORES}{WAITS}
+os._exit(4)
+"""
+# As `systemctl stop` and `systemctl kill` may send to each process of a service.
+TO_ALL = signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
+SHIELDED = """
+import contextlib, multiprocessing, os, signal, sys
+
+def go_on(connection):
+    connection.send("on")
+    # Its parent may end before it is killed.
+    with contextlib.suppress(EOFError):
+        connection.recv()
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(7))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(6 if child.is_alive() else 8))
+    ours, theirs = multiprocessing.Pipe()
+    child = multiprocessing.get_context(sys.argv[1]).Process(target=go_on, args=[theirs])
+    child.start()
+    print(ours.recv(), flush=True)
+    while True:
+        signal.pause()
+"""
+MAIN = ("-m", "server.engine.guard")
+AT_ONCE = "import sys; from server import guard; guard._GRACE_S = 0; sys.exit(guard.main())"
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start a guard of a Python script, as the engine does."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "engine.sock").touch()
+    started = []
+
+    def starts(
+        script: str, *, main: tuple[str, ...] = MAIN, command: tuple[str, ...] = ()
+    ) -> subprocess.Popen[bytes]:
+        command = command or (sys.executable, "-c", "import os, signal, sys\n" + script)
+        process = subprocess.Popen(
+            [sys.executable, *main, str(folder), *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield starts
+    # It is the parent's for as long as there is one.
+    is_parents = not any(process.stdin.closed for process in started)
+    for process in started:
+        with process:
+            process.stdin.close()
+    assert folder.exists() is is_parents
+
+
+def ended(process: subprocess.Popen[bytes]) -> int:
+    """Return the exit status, once all that hold the output have ended."""
+    said = process.stdout.read()
+    process.wait(60)
+    assert b"Fatal Python error" not in said
+    assert b"Traceback" not in said
+    return process.returncode
+
+
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [
+        ("", 0),
+        ("sys.exit(3)", 3),
+        # Our standard input is not the command's.
+        ("sys.exit(len(sys.stdin.read()))", 0),
+        ("os.kill(os.getpid(), signal.SIGTERM)", 128 + 15),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 128 + 9),
+    ],
+)
+def test_the_commands_status_is_passed_on(start: Start, script: str, status: int) -> None:
+    assert ended(start(script)) == status
+
+
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [(HEEDS + WAITS, 128 + 2), (CLEANS_UP + WAITS, 5), (HEEDS_THE_SECOND, 5)],
+)
+def test_the_command_is_asked_to_end(start: Start, script: str, status: int) -> None:
+    guard = start(script)
+    assert guard.stdout.readline() == b"on\n"
+    guard.stdin.close()
+    assert ended(guard) == status
+
+
+def test_a_command_that_does_not_end_is_killed(start: Start) -> None:
+    guard = start(IGNORES + WAITS, main=("-c", AT_ONCE))
+    assert guard.stdout.readline() == b"on\n"
+    guard.stdin.close()
+    assert ended(guard) == 128 + 9
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_a_signal_to_all_ends_none(start: Start, tmp_path: Path, monkeypatch, method: str) -> None:
+    (tmp_path / "shielded_program.py").write_text(SHIELDED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    command = (sys.executable, "-m", "server.engine.shielded", "shielded_program", method)
+    guard = start("", command=command)
+    assert guard.stdout.readline() == b"on\n"
+    for number in TO_ALL:
+        os.killpg(guard.pid, number)
+    guard.stdin.close()
+    assert ended(guard) == 6
+
+
+def test_what_the_command_left_behind_is_killed(start: Start) -> None:
+    guard = start(LEAVES_ONE)
+    # The output ends only when the one that was left has ended too.
+    assert ended(guard) == 4

@@ -1,0 +1,70 @@
+"""What clients say about caching, and what they take."""
+
+from math import inf
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.protocol.cache_control import Control, control_of
+from tiers import Answer, Entry, Form, State
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("", Control()),
+        ("no-cache", Control(no_cache=True)),
+        ("No-Store , ONLY-IF-CACHED", Control(no_store=True, only_if_cached=True)),
+        ("max-age=60", Control(max_age_s=60)),
+        ('max-age="60",min-fresh = 5', Control(max_age_s=60, min_fresh_s=5)),
+        ("max-stale", Control(max_stale_s=inf)),
+        ("max-stale=30, max-stale=90", Control(max_stale_s=30)),
+        ("max-age=-1", Control(max_age_s=0)),
+        ("max-age=", Control(max_age_s=0)),
+        ("min-fresh=soon", Control(min_fresh_s=inf)),
+        ("max-stale=soon", Control(max_stale_s=0)),
+        ('private="no-cache", x-no-store=1', Control()),
+        (',,=;"', Control()),
+    ],
+)
+def test_directives(value: str, expected: Control) -> None:
+    assert control_of(value) == expected
+
+
+@given(st.text())
+def test_any_text_is_read(value: str) -> None:
+    assert isinstance(control_of(value), Control)
+
+
+FRESH, STALE, FALLBACK = 50, 130, 180
+
+
+@pytest.mark.parametrize(
+    ("value", "takes"),
+    [
+        ("", {FRESH, STALE}),
+        ("no-cache", set()),
+        ("max-age=50", {FRESH}),
+        ("max-age=49", set()),
+        ("max-age=1000", {FRESH}),
+        ("max-age=49, max-stale=1", {FRESH}),
+        ("min-fresh=50", {FRESH}),
+        ("min-fresh=51", set()),
+        ("min-fresh=0", {FRESH}),
+        ("max-stale", {FRESH, STALE, FALLBACK}),
+        ("max-stale=29", {FRESH}),
+        ("max-stale=0", {FRESH}),
+        ("max-stale=30", {FRESH, STALE}),
+        ("max-stale=80", {FRESH, STALE, FALLBACK}),
+        ("max-age=100, max-stale=80", {FRESH, STALE, FALLBACK}),
+        ("max-age=100, max-stale=30", {FRESH, STALE}),
+    ],
+)
+def test_what_is_taken(value: str, takes: set[int]) -> None:
+    # Stored at 0, fresh until 100, given while a new one is made until 150.
+    entry = Entry(Answer(Form.BODY, b""), 0, 100, 0, 50, 1000)
+    control = control_of(value)
+    ages = {age for age in (FRESH, STALE, FALLBACK) if control.takes(entry, entry.state(age), age)}
+    assert ages == takes
+    assert entry.state(FALLBACK) is State.FALLBACK

@@ -1,0 +1,155 @@
+"""The memory tier's backend: entries in this process, bounded in bytes; a policy says who leaves.
+
+Owns the entries. Invariants: `usage.bytes` is the sum of what the entries cost and, with what the
+policy takes in any case, never exceeds `max_bytes` after a call; the policy knows exactly the keys
+that are in.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+from tiers.backend import ByteCache
+from tiers.key import scope_of
+from tiers.memory.shares import Shares
+from tiers.policies import DEFAULT, POLICIES, Policy
+
+_OVERHEAD_BYTES = sys.getsizeof("k" * 64) + sys.getsizeof(b"") + sys.getsizeof((0, 0)) + 24 + 100
+"""Key, object headers, expiry and a share of the dictionary; the policy's own comes on top."""
+
+OnEvict = Callable[[str, bytes, float | None], None]
+"""Told key, value and expiry (Unix seconds, or `None`) of an entry that left for room."""
+
+
+class MemoryCache(ByteCache):
+    """An in-process cache of at most `max_bytes`, keys and overhead included.
+
+    A value that alone is larger than the cache is refused rather than emptying the cache for it.
+    The policy decides but for the scopes' shares (`tiers.key`).
+
+    Args:
+        max_bytes: what all entries together may take.
+        policy: the name of a policy in `POLICIES`, or one made for at most `max_bytes`.
+        on_evict: called for each entry that left because of room, after it left; not for what was
+            removed, replaced or had expired. It must not raise.
+        clock: returns Unix seconds.
+        namespace: aiocache's prefix of keys.
+
+    Raises:
+        ValueError: the policy is unknown, or made for more.
+    """
+
+    NAME = "memory"
+
+    def __init__(
+        self,
+        max_bytes: int,
+        *,
+        policy: str | Policy = DEFAULT,
+        on_evict: OnEvict | None = None,
+        clock: Callable[[], float] = time.time,
+        namespace: str | None = None,
+    ) -> None:
+        super().__init__(clock=clock, namespace=namespace)
+        if isinstance(policy, str):
+            if policy not in POLICIES:
+                raise ValueError(f"unknown policy {policy!r}; there are {', '.join(POLICIES)}")
+            policy = POLICIES[policy].within(max_bytes)
+        elif policy.max_bytes > max_bytes:
+            raise ValueError(f"the policy is made for {policy.max_bytes} bytes, not {max_bytes}")
+        self.max_bytes = max_bytes
+        self.policy = policy
+        self.on_evict = on_evict
+        self.overhead_bytes = _OVERHEAD_BYTES + policy.OVERHEAD_BYTES
+        """What an entry costs beside its value, and beside its share if its key has a scope."""
+        self._shares = Shares()
+        self._entries: dict[str, tuple[bytes, float | None]] = {}
+
+    def read(self, key: str) -> bytes | None:
+        found = self._entries.get(key)
+        if found is None:
+            return None
+        value, expires_at = found
+        if expires_at is not None and expires_at <= self.clock():
+            self._drop(key)
+            self.usage.expirations += 1
+            return None
+        self.policy.access(key)
+        if self._shares.held:
+            self._shares.access(key)
+        return value
+
+    async def write(self, key: str, value: bytes, expires_at: float | None) -> bool:
+        self._drop(key)
+        cost = self._cost(key, value)
+        if cost > self.policy.max_bytes:
+            self.usage.refused += 1
+            return False
+        self._entries[key] = (value, expires_at)
+        self.policy.insert(key, cost)
+        self._shares.insert(key, cost)
+        self.usage.bytes += cost
+        self.usage.entries += 1
+        while self.usage.bytes > self.policy.max_bytes:
+            self._evict()
+        return key in self._entries
+
+    async def touch(self, key: str, expires_at: float | None) -> bool:
+        value = self.read(key)
+        if value is None:
+            return False
+        self._entries[key] = (value, expires_at)
+        return True
+
+    async def remove(self, key: str) -> bool:
+        return self._drop(key)
+
+    def keys(self) -> Iterable[str]:
+        return list(self._entries)
+
+    def peek(self, key: str) -> tuple[bytes, float | None] | None:
+        found = self._entries.get(key)
+        alive = found is not None and (found[1] is None or found[1] > self.clock())
+        return found if alive else None
+
+    def victim(self, value_bytes: int) -> str | None:
+        share_bytes = Shares.OVERHEAD_BYTES if self._shares.held else 0
+        cost = value_bytes + self.overhead_bytes + share_bytes
+        if self.usage.bytes + cost <= self.policy.max_bytes:
+            return None
+        victim = self.policy.victim()
+        return self._shares.instead_of(victim) or victim
+
+    def entries(self) -> Iterator[tuple[str, bytes, float | None]]:
+        return iter([(key, *entry) for key, entry in self._entries.items()])
+
+    def _evict(self) -> None:
+        key = self._shares.instead_of(self.policy.victim()) if self._shares.held else None
+        if key is None:
+            key = self.policy.evict()
+        else:
+            self.policy.remove(key)
+        value, expires_at = self._forget(key)
+        self.usage.evictions += 1
+        expired = expires_at is not None and expires_at <= self.clock()
+        if self.on_evict is not None and not expired:
+            self.on_evict(key, value, expires_at)
+
+    def _drop(self, key: str) -> bool:
+        if key not in self._entries:
+            return False
+        self.policy.remove(key)
+        self._forget(key)
+        return True
+
+    def _forget(self, key: str) -> tuple[bytes, float | None]:
+        entry = self._entries.pop(key)
+        cost = self._cost(key, entry[0])
+        self._shares.remove(key, cost)
+        self.usage.bytes -= cost
+        self.usage.entries -= 1
+        return entry
+
+    def _cost(self, key: str, value: bytes) -> int:
+        share_bytes = Shares.OVERHEAD_BYTES if scope_of(key) else 0
+        return len(value) + self.overhead_bytes + share_bytes

@@ -1,0 +1,218 @@
+"""Movement between tiers beside requests: demotion, and what is remembered over a restart.
+
+Promotion is in `tiers.movement.promotion`, since a hit leads to it. Two things are remembered in the disk
+tier: how often each key was asked for and, by the order in which entries would leave, which are the
+hottest.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from enum import StrEnum
+from functools import partial
+
+from tiers.disk import DiskCache
+from tiers.frequency import FrequencySketch
+from tiers.movement.copies import Copies
+from tiers.movement.queue import CopyQueue, Waiting, write_all
+from tiers.purges.purges import Purges
+from tiers.shared.purges import SharedPurges
+from tiers.tier import Tier
+
+logger = logging.getLogger(__name__)
+
+_SKETCH = "frequency"
+_SAVE_EVERY_S = 300
+_REFILL_AT_ONCE = 16
+_REFILL_AT_ONCE_BYTES = 1024**2
+
+
+class Write(StrEnum):
+    """When entries reach the farther tiers."""
+
+    ON_INSERT = "on_insert"
+    """At once: nothing is lost."""
+    ON_EVICT = "on_evict"
+    """When the nearest tier evicts them, and at the end: fewer writes, lost by kill -9."""
+
+
+class Demotion:
+    """Writes what a tier evicts to farther tiers, unless it is there, too cold, or of no use.
+
+    Args:
+        to: the farther tiers.
+        frequency: a key of which it knows nothing any more is too cold.
+        copies: the chain's, so that a store outdates what waits here.
+        purges: the chain's.
+        max_bytes: of the queue; what doesn't fit is dropped and counted.
+        clock: returns Unix seconds.
+    """
+
+    def __init__(
+        self,
+        to: Sequence[Tier],
+        frequency: FrequencySketch,
+        copies: Copies,
+        purges: Purges,
+        *,
+        max_bytes: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._to, self._frequency, self._copies = tuple(to), frequency, copies
+        self._purges, self._clock = purges, clock
+        self._queue = CopyQueue(max_bytes)
+
+    @property
+    def dropped(self) -> int:
+        """How many found no room in the queue."""
+        return self._queue.dropped
+
+    def offer(self, key: str, value: bytes, expires_at: float | None) -> None:
+        """Take what was evicted; never waits."""
+        if expires_at is not None and self._frequency.estimate(key) > 0:
+            self._queue.offer(self._waiting(key, value, expires_at))
+
+    async def write_all(self, entries: Iterable[tuple[str, bytes, float | None]]) -> None:
+        """Write entries that were not evicted, many at once."""
+        await write_all(
+            self._waiting(key, value, expires_at)
+            for key, value, expires_at in entries
+            if expires_at is not None
+        )
+
+    async def finish(self) -> None:
+        """Write what is left in the queue."""
+        await self._queue.finish()
+
+    def _waiting(self, key: str, value: bytes, expires_at: float) -> Waiting:
+        write = partial(self._demote, key, value, expires_at)
+        return Waiting(self._copies.take(key), len(value), write)
+
+    async def _demote(self, key: str, value: bytes, expires_at: float) -> None:
+        if self._purges.refuse_encoded(key, value):
+            return
+        for tier in self._to:
+            left_s = expires_at - self._clock()
+            if left_s > 0 and not await tier.holds(key):
+                demoted = await tier.put(key, value, left_s)
+                tier.counts.demotions += demoted
+
+
+class Movement:
+    """What goes on beside requests while a chain is in use.
+
+    Args:
+        tiers: the chain's.
+        disk: the backend of one of them, which remembers.
+        frequency: the chain's.
+        demotion: from the nearest tier.
+        purges: the chain's.
+        shared_purges: keeps them and other machines' alike, if there is a shared tier.
+        write: when it is `ON_EVICT`, the nearest tier is written to the others at the end.
+        clock: returns Unix seconds.
+    """
+
+    def __init__(
+        self,
+        tiers: Sequence[Tier],
+        disk: DiskCache | None,
+        frequency: FrequencySketch,
+        demotion: Demotion,
+        purges: Purges,
+        *,
+        shared_purges: SharedPurges | None = None,
+        write: Write,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._nearest = tiers[0] if tiers else None
+        self._disk, self._frequency, self._demotion = disk, frequency, demotion
+        self._purges, self._write, self._clock = purges, write, clock
+        self._shared_purges = shared_purges
+        self._tasks: list[asyncio.Task[None]] = []
+        self.remembered = asyncio.Event()
+        """Set when what was remembered has been taken over, as far as it could be."""
+
+    @property
+    def dropped(self) -> int:
+        """How many demotions found no room in the queue."""
+        return self._demotion.dropped
+
+    async def start(self) -> None:
+        """Take over what others have purged, and in the background what was remembered."""
+        if self._shared_purges is not None:
+            # What was purged while we were away must not be given out now.
+            await self._shared_purges.sync()
+            self._tasks.append(asyncio.create_task(self._shared_purges.run()))
+        if self._disk is not None:
+            self._tasks.append(asyncio.create_task(self._run(self._disk)))
+
+    async def recall(self) -> None:
+        """Take over how often each key was asked for, from the disk tier's file, if it is open."""
+        if self._disk is not None and (saved := self._disk.load(_SKETCH)) is not None:
+            try:
+                for _ in self._frequency.restoring(saved):
+                    # Requests go first.
+                    await asyncio.sleep(0)
+            except ValueError as exc:
+                logger.info("frequencies start anew: %s", exc)
+
+    async def settle(self) -> None:
+        """Finish the demotions that are under way."""
+        await self._demotion.finish()
+
+    async def close(self) -> None:
+        """Finish demotions and save what is to be remembered; the tiers must still be open."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.settle()
+        if self._write is Write.ON_EVICT and self._nearest is not None:
+            # The end may come before all is written. Of entries that are alike, the newest first.
+            entries = reversed(list(self._nearest.entries()))
+            hottest = sorted(entries, key=lambda entry: -self._frequency.estimate(entry[0]))
+            await self._demotion.write_all(hottest)
+        # What hasn't been taken over must not be lost, and a file that isn't open can't be written.
+        if self._disk is not None and self.remembered.is_set():
+            await self._save(self._disk)
+
+    async def _run(self, disk: DiskCache) -> None:
+        try:
+            await disk.opened()
+        except OSError:
+            # The tier has said so itself.
+            self.remembered.set()
+            return
+        await self._remember(disk)
+        while True:
+            await asyncio.sleep(_SAVE_EVERY_S)
+            await self._save(disk)
+
+    async def _remember(self, disk: DiskCache) -> None:
+        await self.recall()
+        if self._nearest is not None and self._nearest.backend is not disk:
+            await _refill(self._nearest, disk, self._purges, self._clock)
+        self.remembered.set()
+
+    async def _save(self, disk: DiskCache) -> None:
+        if not await disk.save(_SKETCH, self._frequency.dump()):
+            logger.warning("the frequencies could not be saved")
+
+
+async def _refill(
+    nearest: Tier, disk: DiskCache, purges: Purges, clock: Callable[[], float]
+) -> None:
+    """Copy the hottest entries into the nearest tier, hottest first, until that is full."""
+    number = read_bytes = 0
+    for key, value, expires_at in disk.hottest():
+        left_s = 0 if expires_at is None else expires_at - clock()
+        if left_s > 0 and not await nearest.holds(key) and not purges.refuse_encoded(key, value):
+            if nearest.victim(len(value)) is not None:
+                return
+            await nearest.put(key, value, left_s)
+        number += 1
+        read_bytes += len(value)
+        if number >= _REFILL_AT_ONCE or read_bytes >= _REFILL_AT_ONCE_BYTES:
+            # Requests go first.
+            number = read_bytes = 0
+            await asyncio.sleep(0)

@@ -1,0 +1,1 @@
+"""Purges: what may not be given out any more."""

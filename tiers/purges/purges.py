@@ -1,0 +1,388 @@
+"""Purges: what may not be given out any more, of all tiers and processes, without looking for it.
+
+A purge gives a label a number, which is higher than all before it: the time in microseconds, or
+one more than the last number where the clock lags. An entry carries its labels and a generation,
+the last number that was known when its making began; it is purged if one of its labels has a
+higher number. So a purge takes the same time for one entry and for millions, an answer that was
+being made meanwhile is purged too, and clocks that jump do no harm: only the order counts
+(Lamport, «Time, Clocks, and the Ordering of Events in a Distributed System», 1978).
+
+The numbers are kept in the disk tier's file, which processes may share. Invariants: a number in
+that file is higher than all that were there before; an entry is given out only by a table that was
+the file's no longer than `FRESH_S` ago.
+"""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from math import inf
+from struct import Struct, error, pack, unpack_from
+from types import MappingProxyType
+from typing import Any, Self
+
+from tiers.disk import MAX_KEY_BYTES, DiskCache
+from tiers.entry import Entry, Origin
+
+logger = logging.getLogger(__name__)
+
+ALL = "all"
+"""The label of every entry."""
+KEY = "key"
+KINDS = (KEY, "model", "tenant", "tag")
+"""What stands before the colon of any other label."""
+MAX_BYTES = 700_000
+"""Of a table, such as 9,000 purged keys. Memcached takes no more, in base64."""
+MAX_LABELS = 1000
+"""Of one purge: they are to fill but a part of the table, and to be written in milliseconds."""
+FRESH_S = 0.02
+
+_NAME = "purges"
+_NAME_CHARACTERS = 128
+_SETTLE_S = FRESH_S + 0.005  # An event loop's timers may fire a little early.
+_DEADLINE_S = 5.0
+_BEYOND_US = 10**6 * 86400 * 365
+"""Further than any number that was lost can have been ahead of the clock."""
+_FORMAT = 1
+_HEAD = Struct("<B8sI")
+"""Format, eight bytes that no other table has, and the number of labels."""
+_NUMBER_BYTES = 8
+_NOTHING: Mapping[str, int] = MappingProxyType({})
+
+
+class PurgeError(Exception):
+    """A purge holds in this process, but perhaps not in others, nor after a restart.
+
+    If the process ends before what failed has been made up for, entries may be given out again:
+    those on disk, where the disk tier could not store the purge; and those of a shared tier that
+    was not told, until the disk tier's file is open again, which takes its time after a kill. So
+    whoever gets this should purge again.
+    """
+
+
+def label(kind: str, name: str) -> str:
+    """Return the label of what is called `name`; names that differ in odd characters may share it.
+
+    Args:
+        kind: one of `KINDS`.
+        name: its unprintable characters, and those after the first 128, are left out, but not of a
+            key, which is to be purged alone.
+    """
+    if kind == KEY:
+        return f"{kind}:{name}"
+    return f"{kind}:{''.join(filter(str.isprintable, name[:_NAME_CHARACTERS]))}"
+
+
+class PurgeTable:
+    """Labels and their numbers, which are above 0. Never changed once made.
+
+    A table that would outgrow `max_bytes` purges everything instead, and forgets the labels.
+    """
+
+    __slots__ = ("_max_bytes", "_numbers", "latest")
+
+    def __init__(
+        self, numbers: Mapping[str, int] = _NOTHING, *, max_bytes: int = MAX_BYTES
+    ) -> None:
+        of_all = numbers.get(ALL, 0)
+        kept = {label: number for label, number in numbers.items() if number > of_all}
+        self.latest = max(kept.values(), default=of_all)
+        """The highest number, or 0."""
+        if of_all:
+            kept[ALL] = of_all
+        if _bytes(kept) > max_bytes:
+            self.latest += 1
+            kept = {ALL: self.latest}
+        self._numbers, self._max_bytes = kept, max_bytes
+
+    def purges(self, key: str, generation: int, labels: bytes) -> bool:
+        """Return whether an entry is purged, by its key, its generation, and its packed labels."""
+        if generation >= self.latest:
+            return False
+        number_of = self._numbers.get
+        if number_of(ALL, 0) > generation or number_of(f"key:{key}", 0) > generation:
+            return True
+        # A generator would cost half a microsecond more.
+        for each in labels.decode().split("\n"):  # noqa: SIM110
+            if number_of(each, 0) > generation:
+                return True
+        return False
+
+    def stamped(self, clock_us: int, *labels: str) -> Self:
+        """Return a table in which `labels` have the highest number, one for all of them."""
+        number = max(clock_us, self.latest + 1)
+        news = dict.fromkeys(labels, number)
+        return type(self)(self._numbers | news, max_bytes=self._max_bytes)
+
+    def merged(self, other: Self) -> Self:
+        """Return a table of all labels, each with its higher number. The order doesn't matter."""
+        mine = self._numbers
+        news = {label: n for label, n in other._numbers.items() if n > mine.get(label, 0)}
+        return type(self)(mine | news, max_bytes=self._max_bytes) if news else self
+
+    def pack(self) -> bytes:
+        """Return bytes that begin like no others, in `HEAD_BYTES`."""
+        count = len(self._numbers)
+        head = _HEAD.pack(_FORMAT, os.urandom(8), count)
+        numbers = pack(f"<{count}Q", *self._numbers.values())
+        return head + numbers + "\n".join(self._numbers).encode()
+
+    @classmethod
+    def unpack(cls, data: bytes, *, max_bytes: int = MAX_BYTES) -> Self:
+        """Read what `pack` wrote.
+
+        Raises:
+            ValueError: the bytes are damaged or of another format.
+        """
+        try:
+            version, _, count = _HEAD.unpack_from(data)
+            if version != _FORMAT:
+                raise ValueError("the purges are of another format")
+            numbers = unpack_from(f"<{count}Q", data, _HEAD.size)
+        except error as exc:
+            raise ValueError("the purges are cut short") from exc
+        names_at = _HEAD.size + count * _NUMBER_BYTES
+        names = data[names_at:].decode().split("\n") if count else []
+        return cls(dict(zip(names, numbers, strict=True)), max_bytes=max_bytes)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PurgeTable) and self._numbers == other._numbers
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._numbers.items()))
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+
+HEAD_BYTES = _HEAD.size
+
+
+class Purges:
+    """What is purged, as this process knows it.
+
+    Args:
+        disk: keeps the table for other processes and for later; the chain's disk tier.
+        max_bytes: of the table.
+        clock: returns Unix seconds.
+        monotonic: returns seconds, by which the age of what is known is told.
+        deadline_s: how long a purge may wait for the disk.
+    """
+
+    def __init__(
+        self,
+        disk: DiskCache | None = None,
+        *,
+        max_bytes: int = MAX_BYTES,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+        deadline_s: float = _DEADLINE_S,
+    ) -> None:
+        self.table = PurgeTable(max_bytes=max_bytes)
+        self.lacks_shared = False
+        """Whether other machines have purges that weren't taken over yet, as far as is known."""
+        self._disk, self._max_bytes, self._deadline_s = disk, max_bytes, deadline_s
+        self._clock, self._monotonic = clock, monotonic
+        self._look_at = inf if disk is None else -inf
+        self._head = b""
+        self._is_blind = self._is_damaged = False
+        # Their numbers are given when they are committed, so until then nothing is newer.
+        self._under_way: list[frozenset[str]] = []
+        self._tasks: set[asyncio.Task[bool]] = set()
+
+    def origin(self, labels: Iterable[str] = ()) -> Origin:
+        """Return what an answer is to be stored with whose making begins now.
+
+        Raises:
+            ValueError: a label can't be one.
+        """
+        if self._monotonic() >= self._look_at:
+            self._look()
+        return Origin.of(self.table.latest, labels)
+
+    def cover(self, key: str, entry: Entry | Origin) -> bool:
+        """Return whether what was stored under `key`, or is being made for it, is purged."""
+        if self._monotonic() >= self._look_at:
+            self._look()
+        if entry.generation >= self.table.latest and not self._under_way and not self._is_blind:
+            # As nearly always.
+            return False
+        return self._is_blind or self._cover_as_known(key, entry)
+
+    def refuse(self, key: str, origin: Origin) -> bool:
+        """Return whether what has that origin isn't worth storing, since it is known to be purged.
+
+        Where the file can't be read it may be purged and stored: `cover` tells once it is found.
+        """
+        if self._monotonic() >= self._look_at:
+            self._look()
+        return self._cover_as_known(key, origin)
+
+    def refuse_encoded(self, key: str, value: bytes) -> bool:
+        """Return the same of an encoded entry, as far as it can be read."""
+        try:
+            return self.refuse(key, Entry.origin_of(value))
+        except ValueError:
+            return False
+
+    async def purge(self, *labels: str) -> None:
+        """Purge all entries with one of `labels`: `all`, or such as `model:m` (see `KINDS`).
+
+        Returns when that is on the disk, and all processes on this file know it. It is one step:
+        none of the labels is purged without the others.
+
+        Raises:
+            ValueError: one can't be a label, or they are more than `MAX_LABELS`.
+            PurgeError: it could not be written in time; it will be with the next that can.
+        """
+        check_labels(labels)
+        if self._disk is None:
+            self.table = self.table.stamped(self._clock_us(), *labels)
+            return
+        purged = frozenset(labels)
+        self._under_way.append(purged)
+        try:
+            if not await self._in_time(self._commit(self._disk, labels)):
+                self.table = self.table.stamped(self._clock_us(), *labels)
+                raise PurgeError(
+                    "the disk tier could not store the purge in time; it holds in this process"
+                )
+        finally:
+            self._under_way.remove(purged)
+        await asyncio.sleep(_SETTLE_S)
+
+    def stamped(self, labels: Sequence[str]) -> PurgeTable:
+        """Return the table with a purge that doesn't hold yet: `adopt` it once others have it."""
+        return self.table.stamped(self._clock_us(), *labels)
+
+    def read(self, packed: bytes) -> PurgeTable:
+        """Return a packed table; one by which everything is purged if it is damaged."""
+        try:
+            return PurgeTable.unpack(packed, max_bytes=self._max_bytes)
+        except ValueError:
+            return self.table.stamped(self._clock_us() + _BEYOND_US, ALL)
+
+    async def adopt(self, table: PurgeTable, *, awaits_opening: bool = True) -> None:
+        """Take over purges that were made elsewhere, at once, and keep them.
+
+        Unless it `awaits_opening`, they are kept in the background where the disk tier isn't open
+        yet, which may take minutes.
+
+        Raises:
+            PurgeError: they could not be written in time; they will be with the next that can.
+        """
+        merged, disk = self.table.merged(table), self._disk
+        if merged is self.table:
+            return
+        self.table = merged
+        if disk is None:
+            return
+        if not awaits_opening and not disk.is_open:
+            # What waits there already will write the table as it is then.
+            if not self._tasks:
+                self._keep(self._commit(disk))
+        elif not await self._in_time(self._commit(disk)):
+            raise PurgeError("the disk tier could not store purges in time")
+
+    async def close(self) -> None:
+        """Wait for what is being written; the disk tier must still be open."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=self._deadline_s)
+
+    def _cover_as_known(self, key: str, entry: Entry | Origin) -> bool:
+        if self._under_way:
+            own = {ALL, f"key:{key}", *entry.labels}
+            if not all(map(own.isdisjoint, self._under_way)):
+                return True
+        return self.table.purges(key, entry.generation, entry.packed_labels)
+
+    def _look(self) -> None:
+        """Take over what is in the file, if it has changed."""
+        disk = self._disk
+        if disk is None or not disk.is_open:
+            # Look again soon, since entries may be read as soon as it is open.
+            return
+        now = self._monotonic()
+        try:
+            blob = disk.reload(_NAME, self._head)
+            if blob is not None:
+                self._take(blob)
+        except OSError:
+            # Rather a miss than an entry that was purged elsewhere.
+            self._is_blind = True
+            return
+        except ValueError as exc:
+            self._distrust(disk, exc)
+        self._is_blind = False
+        self._look_at = now + FRESH_S
+
+    def _take(self, blob: bytes) -> None:
+        self.table = self.table.merged(PurgeTable.unpack(blob, max_bytes=self._max_bytes))
+        self._head = blob[:HEAD_BYTES]
+        self._is_damaged = False
+
+    def _distrust(self, disk: DiskCache, exc: ValueError) -> None:
+        if self._is_damaged:
+            return
+        self._is_damaged = True
+        logger.error("everything is purged, since what was purged can't be read: %s", exc)
+        self.table = self.table.stamped(self._clock_us() + _BEYOND_US, ALL)
+        self._keep(self._commit(disk))
+
+    async def _commit(self, disk: DiskCache, labels: Sequence[str] = ()) -> bool:
+        """Merge the table with the file's, and purge `labels`. Returns whether it is on disk."""
+        made = b""
+
+        def change(blob: bytes | None) -> bytes:
+            # In the writer's thread, and once more if there was no room.
+            nonlocal made
+            merged = self.table
+            if blob is not None:
+                merged = self.read(blob).merged(merged)
+            if labels:
+                merged = merged.stamped(self._clock_us(), *labels)
+            made = merged.pack()
+            return made
+
+        is_kept = await disk.update(_NAME, change)
+        if is_kept:
+            self._take(made)
+        return is_kept
+
+    async def _in_time(self, commit: Coroutine[Any, Any, bool]) -> bool:
+        """Return whether it succeeds before the deadline. It goes on if it needs longer."""
+        task = self._keep(commit)
+        await asyncio.wait([task], timeout=self._deadline_s)
+        return task.done() and task.result()
+
+    def _keep(self, commit: Coroutine[Any, Any, bool]) -> asyncio.Task[bool]:
+        task = asyncio.create_task(commit)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _clock_us(self) -> int:
+        return int(self._clock() * 1e6)
+
+
+def check_labels(labels: Sequence[str]) -> None:
+    """Raise `ValueError`, which says what would be right, unless `labels` can be purged at once."""
+    if not 0 < len(labels) <= MAX_LABELS:
+        raise ValueError(f"a purge should have from 1 to {MAX_LABELS} labels, not {len(labels)}")
+    for each in labels:
+        _check_label(each)
+
+
+def _check_label(label: str) -> None:
+    kind, colon, name = label.partition(":")
+    if label != ALL and not (kind in KINDS and colon and name and label.isprintable()):
+        kinds = ", ".join(f"{kind}:…" for kind in KINDS)
+        said = f"a label should be {ALL} or one of {kinds}, in printable characters"
+        raise ValueError(f"{said}, not {label[:_NAME_CHARACTERS]!r}")
+    if kind == KEY and len(name.encode()) > MAX_KEY_BYTES:
+        raise ValueError(f"a key should have at most {MAX_KEY_BYTES} bytes")
+
+
+def _bytes(numbers: Mapping[str, int]) -> int:
+    return len("\n".join(numbers).encode()) + len(numbers) * _NUMBER_BYTES
