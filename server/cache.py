@@ -1,19 +1,23 @@
 """The chain that a configuration describes: its tiers, and what moves entries between them."""
 
+import logging
 import time
 from collections.abc import Callable
-from functools import partial
+from fnmatch import fnmatchcase
+from functools import lru_cache, partial
 from math import inf
 from pathlib import Path
 from random import random
+from urllib.parse import urlsplit
 
 from aiocache.base import BaseCache
 
+from server.config.base import ConfigError
 from server.config.folders import say_if_new
-from server.config.schema import Config, ConfigError, DiskTier, SharedTier, Tiers
+from server.config.schema import Cache, Config, DiskTier, SharedTier, Tiers
 from server.config.secrets import cipher_key
-from server.config.shared_url import open_cache
-from server.traced_tier import TracedTier
+from server.config.shared_url import _MEMCACHED_PORT
+from server.telemetry.spans import step
 from tiers import (
     Chain,
     Copies,
@@ -21,6 +25,7 @@ from tiers import (
     DiskCache,
     FileLeases,
     FrequencySketch,
+    Freshness,
     MemoryCache,
     Movement,
     Purges,
@@ -29,7 +34,8 @@ from tiers import (
     Write,
 )  # fmt: skip
 from tiers.disk import KEY_BYTES, Durability, SealError
-from tiers.purges.purges import MAX_BYTES
+from tiers.entry import Entry
+from tiers.purges.table import MAX_BYTES
 from tiers.shared import NAME
 from tiers.shared.leases import SharedLeases
 from tiers.shared.purges import SharedPurges
@@ -220,3 +226,53 @@ def _sketch_keys(tiers: Tiers) -> int:
         # The sketch itself is kept there.
         keys = min(keys, tiers.disk.max_bytes // 256)
     return max(keys, 1024)
+
+
+def open_cache(url: str) -> BaseCache:
+    """Return the backend for a URL that is right; it connects when it is first used."""
+    parts = urlsplit(url)
+    # Imported here, since each needs an extra.
+    if parts.scheme == "memcached":
+        from tiers.shared.memcached import MemcachedBytes
+
+        return MemcachedBytes(parts.hostname or "", parts.port or _MEMCACHED_PORT)
+    from tiers.shared.redis import RedisBytes
+
+    return RedisBytes(url)
+
+
+logger = logging.getLogger(__name__)
+
+
+class FreshnessRules:
+    """The rules of the configuration, of which the first that matches counts."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+        # Of routes there are few, of names as many as the engine has.
+        self.of = lru_cache(1024)(self._of)
+
+    def _of(self, route: str, model: str) -> Freshness:
+        cache = self._cache
+        default = Freshness(cache.ttl_s, cache.stale_while_revalidate_s, cache.stale_if_error_s)
+        for rule in cache.rules:
+            if fnmatchcase(route, rule.route) and fnmatchcase(model, rule.model):
+                said = (rule.ttl_s, rule.stale_while_revalidate_s, rule.stale_if_error_s)
+                pairs = zip(said, default, strict=True)
+                return Freshness(*(ours if ours is not None else theirs for ours, theirs in pairs))
+        return default
+
+
+class TracedTier(Tier):
+    """Stands in for a tier where requests are traced, so that elsewhere a hit pays nothing."""
+
+    async def get(
+        self, key: str, purges: Purges, *, counted: bool = True
+    ) -> tuple[bytes, Entry] | None:
+        if not counted:
+            # Who waits for another process looks many times; the step is the wait.
+            return await super().get(key, purges, counted=False)
+        with step(f"lookup {self.name}") as looking:
+            found = await super().get(key, purges)
+            looking.tell(tier=self.name, found=found is not None)
+            return found

@@ -15,8 +15,10 @@ from urllib.parse import urlsplit
 
 from server.auth.tenants import Tenants
 from server.cache import encryption_key, open_shared, sealed_otherwise
-from server.config.folders import new_engine_folder
-from server.config.schema import NO_HOME, Config, ConfigError, Given, is_dual, read
+from server.config.base import ConfigError
+from server.config.folders import NO_HOME, new_engine_folder
+from server.config.load import Given, read
+from server.config.schema import Config, is_dual
 from server.engine.weights import misplaced
 from server.web.tls import Certificate
 from tiers.disk import SealError, check_key

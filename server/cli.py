@@ -11,7 +11,9 @@ from pathlib import Path
 import yaml
 
 from server.admin.options import add_cache
-from server.config.schema import Config, ConfigError, load, without_secrets
+from server.config.base import ConfigError
+from server.config.load import load, without_secrets
+from server.config.schema import Config
 from server.process import become_child_of_init, ignore_signals, open_standard_streams
 
 # As shells report of a program that SIGPIPE has ended.
@@ -93,7 +95,7 @@ def _add_keys(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 def _print_key(tenant: str) -> None:
-    from server.auth.credentials import hashed, new_key
+    from server.config.secrets import hashed, new_key
     from server.protocol.labels import misnamed
 
     if (should := misnamed("tenant", tenant)) is not None:
@@ -121,10 +123,10 @@ def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _simulate(config: Config, options: argparse.Namespace) -> int:
-    from server.progress import shown
     from server.simulation.report import as_json, as_text, notes, report
     from server.simulation.simulate import limit
     from server.simulation.traces import TraceError, read
+    from server.terminal import shown
 
     if options.plot is not None:
         _check_plot(options.plot)

@@ -1,6 +1,8 @@
 """Tables of text, and sizes as people read them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
+from typing import TypeVar
 
 from pydantic import ByteSize
 
@@ -20,3 +22,23 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         ).rstrip()
         for row in (head, *rows)
     ]
+
+
+_Request = TypeVar("_Request")
+
+
+def shown(
+    requests: Iterable[_Request], name: str, *, total: int | None = None
+) -> Iterable[_Request]:
+    """Pass requests on and show how far it is, unless all is over in a moment.
+
+    `total` is how many there are, where they don't know it.
+    """
+    if find_spec("tqdm") is None:
+        return requests
+    from tqdm import tqdm
+
+    bar: Iterable[_Request] = tqdm(
+        requests, desc=name, total=total, unit=" requests", delay=1, disable=None, leave=False
+    )
+    return bar

@@ -10,8 +10,9 @@ from tiers.entry import Answer, Entry, Form, Freshness, Origin, State
 from tiers.frequency import FrequencySketch
 from tiers.key import digest
 from tiers.memory.cache import MemoryCache
-from tiers.movement.background import Demotion, Movement, Write
+from tiers.movement.background import Movement
 from tiers.movement.copies import Copies
+from tiers.movement.demotion import Demotion, Write
 from tiers.purges.purges import PurgeError, Purges
 from tiers.singleflight.flight import Flight, Flights
 from tiers.singleflight.leases import FileLeases

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from tiers.entry import Answer, Entry, Freshness, Origin, State
 from tiers.frequency import FrequencySketch
-from tiers.movement.background import Write
 from tiers.movement.copies import Copies, Copy
+from tiers.movement.demotion import Write
 from tiers.movement.promotion import Found, Promotion
 from tiers.purges.purges import Purges
 from tiers.shared.purges import SharedPurges

@@ -12,9 +12,6 @@ from math import isfinite
 from struct import Struct, error
 from typing import NamedTuple, Self
 
-ID = b"\x00"
-CREATED = b"\x01"
-
 # Each hit decodes an entry: `NamedTuple`'s own way to make it takes twice as long.
 _new = tuple.__new__
 
@@ -61,7 +58,7 @@ class Origin(NamedTuple):
     """What `tiers.purges.purges` must know of how an answer came to be."""
 
     generation: int = 0
-    """The last purge that was known when its making began, as `tiers.purges.purges` numbers them."""
+    """The last purge that was known when its making began, as `tiers.purges` numbers them."""
     packed_labels: bytes = b""
 
     @classmethod

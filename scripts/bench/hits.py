@@ -32,9 +32,9 @@ import uvloop
 from aiohttp import web
 
 from server.auth.tenants import tenant_of
-from server.config.schema import load
+from server.config.load import load
 from server.engine.models import Models
-from server.protocol import convert
+from server.protocol import template
 from server.protocol.request import parse
 from tiers import Answer, Chain, DiskCache, Form, FrequencySketch, Freshness, Tier
 
@@ -154,7 +154,7 @@ async def _fill(file: Path, bodies: list[bytes], answer_bytes: int) -> None:
     models = Models(config.models)
     names = models.names()
     for number, body in enumerate(bodies):
-        stored = Answer(Form.BODY, convert.template(orjson.loads(_answer(number, answer_bytes))))
+        stored = Answer(Form.BODY, template.template(orjson.loads(_answer(number, answer_bytes))))
         request = parse(ROUTE, body, tenant_of(""), names)
         await chain.store(request.key, stored, Freshness(config.cache.ttl_s))
     await models.close()

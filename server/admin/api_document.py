@@ -7,7 +7,7 @@ from server.admin.operations import MAX_PAGE
 from server.pages.openapi import ERROR
 from server.protocol.labels import A_TAG, MAX_TAG_CHARACTERS, TENANT
 from tiers.key import KEY_PATTERN
-from tiers.purges.purges import ALL, KEY, KINDS, MAX_LABELS
+from tiers.purges.table import ALL, KEY, KINDS, MAX_LABELS
 
 
 def _list(items: Mapping[str, Any]) -> dict[str, Any]:

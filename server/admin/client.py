@@ -14,7 +14,7 @@ from yarl import URL
 
 from server.admin.lines import split
 from server.admin.operations import AdminError, Operations, Query
-from tiers.purges.purges import ALL
+from tiers.purges.table import ALL
 
 _CONNECT_S = 10
 _SILENT_S = 60.0

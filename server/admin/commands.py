@@ -12,7 +12,8 @@ from typing import Any
 import orjson
 
 from server.admin.operations import MAX_PAGE, AdminError, Operations, Query
-from server.config.schema import NO_HOME, Config
+from server.config.folders import NO_HOME
+from server.config.schema import Config
 from server.terminal import size, table
 from tiers.disk import OtherFormatError, UntrustedError
 
@@ -115,7 +116,7 @@ async def _get(config: Config, options: argparse.Namespace) -> int:
 
 
 async def _purge(config: Config, options: argparse.Namespace) -> int:
-    from tiers.purges.purges import ALL, KINDS
+    from tiers.purges.table import ALL, KINDS
 
     kind, names = ALL, []
     for each in KINDS:

@@ -35,7 +35,7 @@ from server.web.offload import offloaded
 from server.web.request import HttpRequest
 from server.web.responses import error_response, own_headers
 from tiers.disk import MAX_KEY_BYTES
-from tiers.purges.purges import ALL, KEY, KINDS
+from tiers.purges.table import ALL, KEY, KINDS
 
 logger = logging.getLogger(__name__)
 

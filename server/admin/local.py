@@ -12,13 +12,13 @@ from server.admin.operations import STOP_FIRST, AdminError, Operations, Query
 from server.admin.pace import Pace
 from server.cache import build
 from server.config.schema import Config
-from server.protocol import convert
+from server.protocol import template
 from server.protocol.formats import CHOICES
 from server.protocol.labels import misnamed
 from tiers import Chain, DiskCache, MemoryCache, PurgeError, Tier
 from tiers.backend import ByteCache
 from tiers.disk import check
-from tiers.purges.purges import ALL, MAX_LABELS, label
+from tiers.purges.table import ALL, MAX_LABELS, label
 
 # Of a name that can't be.
 _SHOWN = 64
@@ -49,7 +49,7 @@ class Administration(Operations):
             raise AdminError(404, "There is no entry under this key.", param="key")
         # Events that have types end by themselves.
         done = b"" if entry.answer.content.startswith(b"event:") else CHOICES.done
-        content = convert.rendered(entry.answer, b"", 0, wants_usage=False, done=done)
+        content = template.rendered(entry.answer, b"", 0, wants_usage=False, done=done)
         return self._listing.row(key, entry) | {
             "stored_at": entry.stored_at,
             "expires_at": entry.expires_at,

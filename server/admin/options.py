@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from tiers.purges.purges import KINDS, MAX_LABELS
+from tiers.purges.table import KINDS, MAX_LABELS
 
 
 def add_cache(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

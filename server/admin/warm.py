@@ -11,8 +11,8 @@ import orjson
 
 from server.admin.operations import AdminError
 from server.config.schema import Config
-from server.progress import shown
 from server.protocol.routes import ROUTES
+from server.terminal import shown
 from server.web.tls import fingerprint
 
 _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"

@@ -24,11 +24,11 @@ import yaml
 from multidict import MultiMapping
 from pydantic import Field, TypeAdapter, ValidationError
 
-from server.auth.credentials import Hash, credentials_in, hashed, key_in, presented
+from server.auth.credentials import credentials_in, key_in, presented
 from server.auth.limits import Account, Limits
-from server.config.base import Section, should
-from server.config.schema import ConfigError
+from server.config.base import ConfigError, Section, should
 from server.config.schema import Tenants as Configured
+from server.config.secrets import Hash, hashed
 from server.config.yaml_loader import Loader
 from server.protocol.labels import TENANT
 from tiers.key import digest, scope_named

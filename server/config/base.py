@@ -15,7 +15,7 @@ from pydantic import (
     ValidationInfo,
     field_validator,
     model_validator,
-)
+)  # fmt: skip
 from pydantic_core import PydanticCustomError
 
 from server.config.environment import choices
@@ -117,3 +117,15 @@ def is_http_url(text: str) -> bool:
         return _has_shape(text) is not None and bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False
+
+
+class ConfigError(ValueError):
+    """The configuration can't be used. `mistakes` has one line for each thing that is wrong."""
+
+    def __init__(self, mistakes: list[str]) -> None:
+        super().__init__("\n".join(mistakes))
+        self.mistakes = mistakes
+
+
+SERVER = "tierserve"
+"""Our name in the header `Server`, by which we also know another of us."""

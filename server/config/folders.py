@@ -1,12 +1,15 @@
 """Folders that are made: those that the configuration names, and each engine's own."""
 
 import logging
+import os
 import secrets
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from server.config.schema import ConfigError, cache_folder, is_socket_path
+from server.config.base import (
+    ConfigError,
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -49,3 +52,27 @@ def new_engine_folder() -> Path:
     if not is_socket_path(folder / ENGINE_SOCKET):
         raise ConfigError([f"TMPDIR: should be shorter, for a socket in it, not {folder.parent}"])
     return folder
+
+
+_SOCKET_PATH_BYTES = 107
+"""Of Linux's sockaddr_un, without the final zero."""
+
+
+def is_socket_path(path: Path) -> bool:
+    """Whether the path is short enough for a socket."""
+    return len(os.fsencode(path)) <= _SOCKET_PATH_BYTES
+
+
+NO_HOME = "this user has no home folder, and neither HOME nor XDG_CACHE_HOME is set"
+"""Why there is no cache folder."""
+
+
+def cache_folder() -> Path | None:
+    """Return the folder for what can be made again: models and, by default, the disk tier.
+
+    There is none where this user has no home, as in a container whose user has no name.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    with suppress(RuntimeError):
+        return Path(base).expanduser() / "tierserve"
+    return None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from server.config.schema import ConfigError
+from server.config.base import ConfigError
 
 logger = logging.getLogger(__name__)
 

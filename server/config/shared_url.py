@@ -7,8 +7,6 @@ import re
 from importlib.util import find_spec
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
-from aiocache.base import BaseCache
-
 _MEMCACHED_PORT = 11211
 _PACKAGES = {"redis": "redis", "rediss": "redis", "unix": "redis", "memcached": "aiomcache"}
 _EXTRAS = {"redis": "redis", "aiomcache": "memcached"}
@@ -47,19 +45,6 @@ def masked(url: str) -> str:
     # Somebody may have forgotten the scheme.
     without_user = re.sub(r"^(\w+://)?.*@", r"\1***@", url, flags=re.DOTALL)
     return re.sub(r"(://[^?]*)\?.*", r"\1?***", without_user, flags=re.DOTALL)
-
-
-def open_cache(url: str) -> BaseCache:
-    """Return the backend for a URL that is right; it connects when it is first used."""
-    parts = urlsplit(url)
-    # Imported here, since each needs an extra.
-    if parts.scheme == "memcached":
-        from tiers.shared.memcached import MemcachedBytes
-
-        return MemcachedBytes(parts.hostname or "", parts.port or _MEMCACHED_PORT)
-    from tiers.shared.redis import RedisBytes
-
-    return RedisBytes(url)
 
 
 def _is_right(parts: SplitResult) -> bool:

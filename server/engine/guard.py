@@ -52,8 +52,8 @@ def _watch(child: "subprocess.Popen[bytes]") -> None:
 def _stop(child: "subprocess.Popen[bytes]") -> None:
     """End it gently if it can: vLLM may wait for ever for requests under way.
 
-    SIGTERM doesn't reach it (`server.engine.shielded`). While it loads it notices SIGINT only when it is
-    sent once more, which a vLLM that serves takes for the same stop.
+    SIGTERM doesn't reach it (`server.engine.shielded`). While it loads it notices SIGINT only when
+    it is sent once more, which a vLLM that serves takes for the same stop.
     """
     began = time.monotonic()
     child.send_signal(signal.SIGINT)

@@ -6,8 +6,8 @@ from datetime import date
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
+from server.config.base import ConfigError
 from server.config.models import Model as Described
-from server.config.schema import ConfigError
 from server.engine.identity import adapted, identity, tells_time
 from server.engine.supervisor import Engine, EngineState
 from server.engine.upstream import Upstream, Upstreams

@@ -24,9 +24,8 @@ from uuid import UUID
 import orjson
 
 from server.config.environment import PREFIX
-from server.config.folders import ENGINE_SOCKET, has_home, new_engine_folder
+from server.config.folders import ENGINE_SOCKET, has_home, is_socket_path, new_engine_folder
 from server.config.models import RUNTIME_LORA, Model
-from server.config.schema import is_socket_path
 from server.engine.upstream import Upstream
 from server.engine.weights import Weights
 

@@ -15,12 +15,11 @@ from aiohttp import hdrs
 from multidict import CIMultiDict
 from yarl import URL
 
+from server.config.base import SERVER
 from server.telemetry.spans import engine_request
 
 logger = logging.getLogger(__name__)
 
-SERVER = "tierserve"
-"""Our name in the header `Server`, by which we also know another of us."""
 _CONNECT_S = 5
 # Gateways may ask others before they list their models.
 _PROBE_S = 30

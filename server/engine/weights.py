@@ -11,8 +11,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+from server.config.base import ConfigError
+from server.config.folders import NO_HOME, cache_folder
 from server.config.models import EMBEDDED, EMBEDDED_NAME, Model
-from server.config.schema import NO_HOME, ConfigError, cache_folder
 
 logger = logging.getLogger(__name__)
 

@@ -12,27 +12,26 @@ from aiohttp import hdrs, web
 from server.config.base import CENTURY_S
 from server.engine.models import Models
 from server.engine.upstream import UnavailableError
-from server.freshness import heeding
-from server.handlers.forwarding import UNBUFFERED, forward, forwarded, returned
+from server.handlers.forwarding import forward
 from server.handlers.recording import NotAnAnswerError, record
-from server.handlers.upstream_headers import LOAD, LOAD_FORMAT, keyed, of_what_is_kept, saying
+from server.handlers.rendering import _JSON, _begin, _cut, _failed, _fresh, _not_cached, _render
+from server.handlers.upstream_headers import (
+    LOAD,
+    LOAD_FORMAT,
+    forwarded,
+    of_what_is_kept,
+    saying,
+)
 from server.handlers.variants import Variants
-from server.protocol import convert
-from server.protocol.cache_control import Control, control_of
-from server.protocol.request import Request, parse
+from server.protocol import convert, template
+from server.protocol.cache_control import Control, control_of, heeding
+from server.protocol.request import Request, keyed, parse
 from server.protocol.usage import counts_in
 from server.telemetry.prefixes import Prefixes
 from server.telemetry.spans import step
 from server.web.offload import offloaded
 from server.web.request import HttpRequest
-from server.web.responses import (
-    ErrorResponse,
-    Whole,
-    error_response,
-    failure,
-    own_headers,
-    unavailable,
-)
+from server.web.responses import error_response
 from tiers import Answer, Chain, Flight, Flights, Form, Freshness, Hit, State, Turns
 from tiers.singleflight.flight import Listener
 
@@ -40,9 +39,6 @@ logger = logging.getLogger(__name__)
 
 _NOTHING_SAID = Control()
 _ANEW = Control(no_cache=True)
-_JSON = "application/json"
-_SSE = "text/event-stream; charset=utf-8"
-_TYPED = b'{"type":"error"'
 # Above, those who wait for an answer need the engine more.
 _REFRESH_BELOW = 32
 
@@ -269,7 +265,7 @@ class OpenAI:
                 if response is None:
                     response = await _begin(http, told(), int(flight.age_s))
                 if event:
-                    said = convert.given(event, id_, created, wants_usage=request.wants_usage)
+                    said = template.given(event, id_, created, wants_usage=request.wants_usage)
                     await http.send(response, said)
         except (NotAnAnswerError, aiohttp.ClientError, OSError) as exc:
             if response is None or http.is_gone:
@@ -279,7 +275,7 @@ class OpenAI:
         _note(http, request, flight)
         response = response or await _begin(http, told(), int(flight.age_s))
         tail = _answer_of(flight).usage if request.wants_usage else b""
-        await http.send(response, convert.fill(tail, id_, created) + request.route.shape.done)
+        await http.send(response, template.fill(tail, id_, created) + request.route.shape.done)
         await response.write_eof()
         return response
 
@@ -356,32 +352,6 @@ async def _converted(answer: Answer, form: Form) -> Answer | None:
         return None
 
 
-async def _render(
-    http: HttpRequest, request: Request, answer: Answer, status: str, age_s: int = 0
-) -> web.StreamResponse:
-    """Return a finished answer in the form that was asked for."""
-    with step("render"):
-        if answer.form is not request.form:
-            answer = await offloaded(len(answer.content), convert.as_form, answer, request.form)
-        etag = convert.etag(answer, wants_usage=request.wants_usage)
-        if hdrs.IF_NONE_MATCH in http.headers and _is_there(http, etag):
-            # By RFC 9110 it would be 412, as of a POST that changes something; this is a query.
-            headers = {"Cache-Status": status, "Age": str(age_s), "ETag": etag}
-            return web.Response(status=304, headers=headers)
-        id_, created = _fresh(http, request)
-        body = convert.rendered(
-            answer, id_, created, wants_usage=request.wants_usage, done=request.route.shape.done
-        )
-    content_type = _SSE if answer.form is Form.EVENTS else _JSON
-    return Whole(http, content_type, status, age_s, etag, body)
-
-
-def _is_there(http: HttpRequest, etag: str) -> bool:
-    """Whether the client has this answer already (RFC 9110, section 13.1.2)."""
-    has = ", ".join(http.headers.getall(hdrs.IF_NONE_MATCH))
-    return has.strip() == "*" or etag.removeprefix("W/") in has
-
-
 def _age_s(headers: Mapping[str, str]) -> float:
     """Return how old an engine's answer is, which has one if a cache stands before the engine."""
     age = headers.get(hdrs.AGE, "")
@@ -393,13 +363,6 @@ def _told(http: HttpRequest, why: str, flight: Flight, *, joined: bool) -> str:
     collapsed = joined or flight.collapsed
     http.outcome = ("engine", "collapsed" if collapsed else "miss")
     return f"tierserve; fwd={why}{'; collapsed' if collapsed else ''}"
-
-
-async def _begin(http: HttpRequest, status: str, age_s: int) -> web.StreamResponse:
-    headers = {"Cache-Status": status, "Age": str(age_s), "Content-Type": _SSE}
-    response = web.StreamResponse(headers=headers | UNBUFFERED | own_headers(http))
-    await response.prepare(http)
-    return response
 
 
 def _answer_of(flight: Flight) -> Answer:
@@ -427,21 +390,10 @@ def _newer_than(hit: Hit | None, control: Control, now: float) -> float:
     return 0 if hit is None else hit.entry.stored_at
 
 
-def _not_cached() -> web.Response:
-    response = error_response(504, "No tier has this answer, and only-if-cached asks for no other.")
-    response.headers["Cache-Status"] = "tierserve; detail=only-if-cached"
-    return response
-
-
 def _note(http: HttpRequest, request: Request, flight: Flight) -> None:
     """Note what was found, if it is to be kept."""
     if flight.kept:
         http.found = request, _answer_of(flight)
-
-
-def _fresh(http: HttpRequest, request: Request) -> tuple[bytes, int]:
-    """Return the `id` and `created` of an answer given now."""
-    return (request.route.id_prefix + http.id).encode(), int(time.time())
 
 
 def _cannot_answer(exc: Exception) -> bool:
@@ -452,28 +404,3 @@ def _cannot_answer(exc: Exception) -> bool:
 def _is_no_error(exc: Exception) -> bool:
     """Whether it is a reply that was only not understood."""
     return isinstance(exc, NotAnAnswerError) and exc.status < 400
-
-
-def _failed(exc: Exception) -> web.Response:
-    if isinstance(exc, NotAnAnswerError):
-        return web.Response(status=exc.status, body=exc.body, headers=returned(exc.headers))
-    return unavailable(exc) if isinstance(exc, UnavailableError) else failure(exc)
-
-
-async def _cut(
-    response: web.StreamResponse, failed: web.Response, request: Request
-) -> web.StreamResponse:
-    """End a stream that has begun: an error event, and no `[DONE]`.
-
-    Where events have names it has, too, and its data has the type that it would have of vLLM.
-    """
-    named = not request.route.shape.done
-    if isinstance(failed, ErrorResponse):
-        failed.told_at(request.path)
-    if isinstance(failed.body, bytes):
-        data = failed.body.replace(b"\n", b" ")
-        if named and not data.startswith(_TYPED):
-            data = data.replace(b"{", _TYPED + b",", 1)
-        await response.write(b"event: error\n" * named + b"data: " + data + b"\n\n")
-    await response.write_eof()
-    return response

@@ -1,71 +1,22 @@
 """Passing a request through to an engine and its reply back, unchanged and without buffering."""
 
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 
 import aiohttp
 from aiohttp import hdrs, web
-from multidict import CIMultiDict, istr
+from multidict import CIMultiDict
 from yarl import URL
 
 from server.engine.upstream import UnavailableError, Upstreams
-from server.protocol.cache_field import BadRequestError
+from server.handlers.errors import failure, unavailable
+from server.handlers.upstream_headers import UNBUFFERED, forwarded, returned
 from server.protocol.content_coding import UNDONE
+from server.protocol.errors import BadRequestError
 from server.web.request import HttpRequest, SlowClientError
-from server.web.responses import failure, own_headers, unavailable
+from server.web.responses import own_headers
 
-# Of one connection only (RFC 9110, section 7.6.1), or set anew by us.
-_OURS = frozenset(
-    {
-        "connection", "content-length", "expect", "host", "keep-alive", "proxy-authenticate",
-        "proxy-authorization", "server", "te", "trailer", "transfer-encoding", "upgrade",
-        "x-request-id",
-    }
-)  # fmt: skip
-# Which of us a client is, no engine has to know.
-_KEYS = frozenset({"authorization", "x-api-key"})
-KEYED = tuple(
-    map(
-        istr,
-        (
-            "anthropic-beta", "anthropic-version", "openai-beta", "openai-organization",
-            "openai-project",
-        ),
-    )
-)  # fmt: skip
-"""Headers that may change an answer, and are part of its key."""
-# An answer belongs to whom these name, so no `Connection` keeps them from its engine.
-_END_TO_END = _KEYS | frozenset(map(str.lower, KEYED))
-UNBUFFERED = {"X-Accel-Buffering": "no"}
-"""Has nginx, and those that heed the same, pass a stream on as it comes."""
 # Token counts are there.
 _END_BYTES = 1024
-
-
-def forwarded(http: HttpRequest) -> CIMultiDict[str]:
-    """Return the headers with which a request goes on to an engine."""
-    hop = {name.lower() for name in http.listed("Connection")} - _END_TO_END
-    keys = _KEYS if http.tenant.has_key else frozenset()
-    undone = {"content-encoding"} if http.coding in UNDONE else frozenset()
-    headers = _without(http.headers, _OURS | keys | hop | undone)
-    # We must be able to read what comes back.
-    headers["Accept-Encoding"] = "identity"
-    if not http.may_be_named_within:
-        # An engine takes this one before that of a body.
-        headers["X-Request-Id"] = http.id
-    return headers
-
-
-def returned(headers: Mapping[str, str]) -> CIMultiDict[str]:
-    """Return the headers with which an engine's reply goes back to the client."""
-    # Which pages may ask us is not an engine's to say (`server.web.cors`).
-    sharing = {name for name in map(str.lower, headers) if name.startswith("access-control-")}
-    return _without(headers, _OURS | sharing)
-
-
-def _without(headers: Mapping[str, str], names: Collection[str]) -> CIMultiDict[str]:
-    return CIMultiDict(
-        (name, value) for name, value in headers.items() if name.lower() not in names
-    )
 
 
 async def forward(

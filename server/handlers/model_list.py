@@ -14,7 +14,7 @@ from aiohttp import web
 
 from server.engine.models import Model, Models
 from server.engine.upstream import UnavailableError
-from server.handlers.forwarding import forwarded
+from server.handlers.upstream_headers import forwarded
 from server.web.request import HttpRequest
 from server.web.responses import error_response
 

@@ -1,10 +1,11 @@
 """Where a request that passes through goes, and what it is sent as: its body is read once for both.
 
-It goes to the engine of the model that it names: that is the `model` of a JSON body, of a form
-(RFC 7578), or else of the query. With one model under one name there is nothing to choose. An
-engine must know the model by its own name, have no more prompts than one request may (see
-`server.protocol.prompts`), and keep tenants apart (`server.protocol.cache_salt`). A body that must be read for any of
-this is read whole, within `server.max_body_bytes`; all others are passed on as they come.
+It goes to the engine of the model that it names: that is the `model` of a JSON body, of a form (RFC
+7578), or else of the query. With one model under one name there is nothing to choose. An engine
+must know the model by its own name, have no more prompts than one request may (see
+`server.protocol.prompts`), and keep tenants apart (`server.protocol.cache_salt`). A body that must
+be read for any of this is read whole, within `server.max_body_bytes`; all others are passed on as
+they come.
 """
 
 import json
@@ -16,8 +17,8 @@ from typing import Any, NamedTuple
 import orjson
 from aiohttp import hdrs
 
-from server.protocol.cache_field import BadRequestError
 from server.protocol.cache_salt import SALTED, isolated
+from server.protocol.errors import BadRequestError
 from server.protocol.model_names import Named, Names
 from server.protocol.prompts import prompts_in
 from server.web.offload import offloaded

@@ -10,7 +10,7 @@ import aiohttp
 import orjson
 from aiohttp import hdrs
 
-from server.protocol import convert
+from server.protocol import template
 from server.protocol.events import Event, read_events
 from server.protocol.formats import CHOICES, FLAT, Shape, are_finished
 from tiers import Answer, Form
@@ -40,8 +40,8 @@ async def record(
         reply: to a request that asked for `form`.
         shape: how an answer of this route looks.
         form: a body is published whole, events one by one but for the one with the token counts.
-        publish: takes templates, and what is no part of the answer as it came (`server.protocol.convert`);
-            of a stream first an empty one, which says that it begins.
+        publish: takes templates, and what is no part of the answer as it came
+            (`server.protocol.convert`); of a stream first an empty one, which says that it begins.
         max_bytes: of events more than this are published, but none is kept for the answer.
 
     Returns:
@@ -73,11 +73,11 @@ async def record(
 def _body(reply: aiohttp.ClientResponse, shape: Shape, raw: bytes) -> tuple[Answer, bool]:
     try:
         if shape is FLAT:
-            content, finished = convert.flat(raw), True
+            content, finished = template.flat(raw), True
         else:
             parsed = orjson.loads(raw)
             finished = shape.is_finished(parsed) and not parsed.get("error")
-            content = convert.template(parsed, shape.fresh)
+            content = template.template(parsed, shape.fresh)
     except (orjson.JSONDecodeError, TypeError, KeyError, AttributeError) as exc:
         raise NotAnAnswerError(reply.status, reply.headers, raw) from exc
     if content is None:
@@ -105,7 +105,7 @@ class _Events:
         if event.data:
             self._is_understood = False
         if event.is_whole:
-            await self._publish(convert.AsIs(event.raw))
+            await self._publish(template.AsIs(event.raw))
 
     def _answer(self, usage: bytes = b"", *, finished: bool) -> tuple[Answer, bool]:
         if self._bytes > self._max_bytes or not self._is_understood:
@@ -134,7 +134,7 @@ class _Typed(_Events):
             self._last = kind
             if verdict is not None:
                 self._finished = shape.is_finished(chunk[verdict])
-            made = convert.event(chunk, shape, event.lines)
+            made = template.event(chunk, shape, event.lines)
         except (AttributeError, KeyError, TypeError, ValueError):
             await self._pass_on(event)
         else:
@@ -183,7 +183,7 @@ class _Choices(_Events):
                 raise ValueError("an answer isn't one that has an error in it")
             is_count = choices in (None, []) and isinstance(usage, dict)
             reasons = {} if is_count else {c["index"]: c.get("finish_reason") for c in choices}
-            made = convert.event(chunk, lines=event.lines)
+            made = template.event(chunk, lines=event.lines)
         except (AttributeError, KeyError, TypeError, ValueError):
             if event.data:
                 await self._release()
@@ -212,7 +212,7 @@ class _Choices(_Events):
     async def end(self) -> tuple[Answer, bool]:
         """Publish what was kept back; returns what `record` does."""
         if self._held:
-            await self._give(convert.stamped(self._held, self._usage))
+            await self._give(template.stamped(self._held, self._usage))
         reasons = [{"finish_reason": reason} for reason in self._reasons.values()]
         if not self._is_done:
             # It may say no more, or have been cut where no more than counts were to come.

@@ -1,16 +1,19 @@
 """The headers of requests that go on to engines.
 
 Of a request whose answer is to be kept only three kinds do: credentials, which keep answers apart
-already (`server.auth.tenants`); those that are part of its key, unless a vLLM answers, which doesn't
-read them; and those that change no answer. Others, such as cookies or languages, might change the
-answer without being in its key. vLLM may refuse some values of the headers that say where and when
-it works; a hit doesn't depend on them.
+already (`server.auth.tenants`); those that are part of its key, unless a vLLM answers, which
+doesn't read them; and those that change no answer. Others, such as cookies or languages, might
+change the answer without being in its key. vLLM may refuse some values of the headers that say
+where and when it works; a hit doesn't depend on them.
 """
 
-from multidict import CIMultiDict, MultiMapping, istr
+from collections.abc import Collection, Mapping
 
-from server.handlers.forwarding import KEYED, forwarded
+from multidict import CIMultiDict, istr
+
 from server.protocol.cache_control import Control
+from server.protocol.content_coding import UNDONE
+from server.protocol.request import KEYED
 from server.web.request import HttpRequest
 
 LOAD_FORMAT = istr("Endpoint-Load-Metrics-Format")
@@ -23,16 +26,6 @@ _GO_ON = frozenset(map(str.lower, KEYED)) | {
     # vLLM's own, which say where and when it works.
     "x-data-parallel-rank", "x-session-id", "x-vllm-priority",
 }  # fmt: skip
-
-
-def keyed(headers: MultiMapping[str]) -> tuple[tuple[str, str], ...]:
-    """Return which of the headers are part of a key, with their values."""
-    said: tuple[tuple[str, str], ...] = ()
-    for name in KEYED:
-        if name in headers:
-            # Whether an engine joins several, or takes the first, we don't know.
-            said += tuple((name, value) for value in headers.getall(name))
-    return said
 
 
 def of_what_is_kept(http: HttpRequest, also: Control) -> CIMultiDict[str]:
@@ -51,3 +44,52 @@ def saying(headers: CIMultiDict[str], also: Control) -> CIMultiDict[str]:
     for directive in also.directives:
         headers.add("Cache-Control", directive)
     return headers
+
+
+# Of one connection only (RFC 9110, section 7.6.1), or set anew by us.
+_OURS = frozenset(
+    {
+        "connection", "content-length", "expect", "host", "keep-alive", "proxy-authenticate",
+        "proxy-authorization", "server", "te", "trailer", "transfer-encoding", "upgrade",
+        "x-request-id",
+    }
+)  # fmt: skip
+
+
+# Which of us a client is, no engine has to know.
+_KEYS = frozenset({"authorization", "x-api-key"})
+
+
+# An answer belongs to whom these name, so no `Connection` keeps them from its engine.
+_END_TO_END = _KEYS | frozenset(map(str.lower, KEYED))
+
+
+UNBUFFERED = {"X-Accel-Buffering": "no"}
+"""Has nginx, and those that heed the same, pass a stream on as it comes."""
+
+
+def forwarded(http: HttpRequest) -> CIMultiDict[str]:
+    """Return the headers with which a request goes on to an engine."""
+    hop = {name.lower() for name in http.listed("Connection")} - _END_TO_END
+    keys = _KEYS if http.tenant.has_key else frozenset()
+    undone = {"content-encoding"} if http.coding in UNDONE else frozenset()
+    headers = _without(http.headers, _OURS | keys | hop | undone)
+    # We must be able to read what comes back.
+    headers["Accept-Encoding"] = "identity"
+    if not http.may_be_named_within:
+        # An engine takes this one before that of a body.
+        headers["X-Request-Id"] = http.id
+    return headers
+
+
+def returned(headers: Mapping[str, str]) -> CIMultiDict[str]:
+    """Return the headers with which an engine's reply goes back to the client."""
+    # Which pages may ask us is not an engine's to say (`server.web.cors`).
+    sharing = {name for name in map(str.lower, headers) if name.startswith("access-control-")}
+    return _without(headers, _OURS | sharing)
+
+
+def _without(headers: Mapping[str, str], names: Collection[str]) -> CIMultiDict[str]:
+    return CIMultiDict(
+        (name, value) for name, value in headers.items() if name.lower() not in names
+    )

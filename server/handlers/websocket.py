@@ -6,9 +6,10 @@ import aiohttp
 from aiohttp import web
 
 from server.engine.upstream import UnavailableError, Upstreams
-from server.handlers.forwarding import forwarded
+from server.handlers.errors import failure, unavailable
+from server.handlers.upstream_headers import forwarded
 from server.web.request import HttpRequest
-from server.web.responses import failure, own_headers, unavailable
+from server.web.responses import own_headers
 
 # As uvicorn's own limit, under which vLLM runs.
 _MESSAGE_BYTES = 16 * 1024**2

@@ -5,7 +5,13 @@ from functools import lru_cache
 from math import inf
 from typing import NamedTuple, Self
 
-from tiers import Entry, State
+from server.cache import logger
+from tiers import (
+    Entry,
+    Freshness,
+    State,
+)  # fmt: skip
+from tiers.entry import Entry
 
 _DIRECTIVE = re.compile(r'([!#$%&\'*+.^_`|~0-9A-Za-z-]+)(?:\s*=\s*(?:"([^"]*)"|([^\s",]*)))?')
 
@@ -87,3 +93,34 @@ def directives(value: str) -> dict[str, str]:
 def seconds(text: str, unreadable: float) -> float:
     """Return a time as a directive has it, or else `unreadable`."""
     return float(text) if text.isascii() and text.isdecimal() else unreadable
+
+
+# An upstream can't be asked whether an answer is still good, as `no-cache` demands.
+_NOT_KEPT = frozenset({"no-cache", "no-store", "private"})
+
+
+# Libraries for server-sent events put `no-cache` into each stream, whatever its answer.
+_NOT_KEPT_OF_STREAMS = _NOT_KEPT - {"no-cache"}
+
+
+# RFC 9111, section 5.2.2: a shared cache gives out no stale answer that has an `s-maxage` either.
+_NEVER_STALE = frozenset({"must-revalidate", "proxy-revalidate", "s-maxage"})
+
+
+@lru_cache(256)
+def heeding(control: str, ours: Freshness, *, is_stream: bool) -> Freshness | None:
+    """Return how long an answer is good for whose `Cache-Control` is `control`: at most `ours`.
+
+    `None` says that it isn't to be kept. Clients that ask for the same while it is generated share
+    it even so: it is as new for them, and they have the same credentials.
+    """
+    theirs = directives(control)
+    if not (_NOT_KEPT_OF_STREAMS if is_stream else _NOT_KEPT).isdisjoint(theirs):
+        # Logged once, since the result is cached.
+        logger.info("answers aren't kept of which an upstream says Cache-Control: %s", control)
+        return None
+    age = theirs.get("s-maxage", theirs.get("max-age"))
+    ttl_s = ours.ttl_s if age is None else min(ours.ttl_s, seconds(age, 0))
+    if not _NEVER_STALE.isdisjoint(theirs):
+        return Freshness(ttl_s)
+    return ours._replace(ttl_s=ttl_s)

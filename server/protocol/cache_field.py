@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from server.config.base import CENTURY_S
+from server.config.schema import MAX_VARIANTS
 from server.protocol.cache_control import Control
+from server.protocol.errors import BadRequestError
 from server.protocol.labels import A_TAG, MAX_TAG_CHARACTERS, MAX_TAGS, is_tag
 
-MAX_VARIANTS = 64
 _USE = "use"
 _MODES = {
     "default": Control(),
@@ -24,17 +25,6 @@ _MODES = {
     "no-store": Control(no_store=True),
     "only-if-cached": Control(only_if_cached=True),
 }
-
-
-class BadRequestError(ValueError):
-    """The body can't be understood; the text says why, and `param` which field is meant."""
-
-    status = 400
-    """Of the response."""
-
-    def __init__(self, problem: str, param: str | None = None) -> None:
-        super().__init__(problem)
-        self.param = param
 
 
 class CacheField(NamedTuple):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from server.auth.tenants import Tenant
-from server.protocol.cache_field import BadRequestError
+from server.protocol.errors import BadRequestError
 from tiers import digest
 
 SALTED = frozenset(

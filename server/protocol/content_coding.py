@@ -7,7 +7,7 @@ and several one upon the other, are left to whoever gets the body.
 import zlib
 from collections.abc import AsyncIterator
 
-from server.protocol.cache_field import BadRequestError
+from server.protocol.errors import BadRequestError
 
 _WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 UNDONE = frozenset(_WINDOW_BITS)

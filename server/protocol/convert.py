@@ -2,145 +2,27 @@
 
 The engine's JSON is kept as it came but for marks: bytes that JSON forbids unescaped (RFC 8259,
 section 7) and that therefore can't be part of an answer. They stand for what is fresh each time an
-answer is given (`server.protocol.formats`), and around what belongs only into a stream without token counts.
+answer is given (`server.protocol.formats`), and around what belongs only into a stream without
+token counts.
 
 One form is made of the other only where nothing is left to guess: of text in fields of vLLM 0.32
 that are all known here. Tool calls, reasoning and anything else can't be converted, since vLLM
 makes them by one parser for bodies and by another for streams.
 """
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any
 
 import orjson
 
-from server.protocol.formats import CHOICES, FLAT, Shape
+from server.protocol.formats import CREATED
+from server.protocol.template import _DATA, _MARKS, counted, event, stamped, template
 from tiers import Answer, Form
-from tiers.entry import CREATED, ID
-
-_UNCOUNTED, _END = b"\x02", b"\x03"
-_MARKS = CHOICES.fresh
-_has_mark = re.compile(b"[%s]" % (ID + CREATED + _UNCOUNTED + _END)).search
-# Of a body, what stands before the first value that has others in it.
-_head = re.compile(rb'\s*\{(?:[^"{}\[\]]|"[^"\\]*")*').match
-_fresh_fields = tuple(
-    (re.compile(rb'("%s"\s*:\s*)("[^"\\]*"|\d+)' % name.encode()), mark)
-    for name, mark in FLAT.fresh.items()
-)
-_without_uncounted = re.compile(_UNCOUNTED + b"[^" + _END + b"]*" + _END).sub
-_DATA = b"data: "
 
 
 class NotConvertibleError(ValueError):
     """The answer isn't of the shape that the other form could be made of."""
-
-
-class AsIs(bytes):
-    """What the engine has sent and clients get unchanged; it is no template."""
-
-    __slots__ = ()
-
-
-def template(
-    parsed: dict[str, Any], marks: Mapping[str, bytes] = _MARKS, within: str | None = None
-) -> bytes:
-    """Return JSON in which marks stand for the values of some fields.
-
-    Args:
-        parsed: the JSON.
-        marks: by the names of the fields.
-        within: the field whose value has these fields, if not the whole of it.
-    """
-    if within is None:
-        fields = [_field(name, marks.get(name) or orjson.dumps(v)) for name, v in parsed.items()]
-    else:
-        fields = [
-            _field(
-                name, template(v, marks) if name == within and v is not None else orjson.dumps(v)
-            )
-            for name, v in parsed.items()
-        ]
-    return b"{" + b",".join(fields) + b"}"
-
-
-def _field(name: str, value: bytes) -> bytes:
-    return orjson.dumps(name) + b":" + value
-
-
-def event(parsed: dict[str, Any], shape: Shape = CHOICES, lines: bytes = b"") -> bytes:
-    """Return a server-sent event for one chunk, as a template.
-
-    Raises:
-        ValueError: a mark is in the `lines` that stand before its data.
-    """
-    if lines and _has_mark(lines):
-        raise ValueError("an event has a mark in it")
-    return lines + _DATA + template(parsed, shape.fresh, shape.within) + b"\n\n"
-
-
-def flat(raw: bytes) -> bytes | None:
-    """Return a body as a template that is read only where it begins.
-
-    `None` if it isn't an object, or is an error.
-    """
-    found = _head(raw)
-    if found is None or ID in raw or CREATED in raw:
-        return None
-    head = found[0]
-    if b'"error"' in head:
-        return None
-    for field, mark in _fresh_fields:
-        head = field.sub(rb"\g<1>" + mark, head, count=1)
-    return head + raw[found.end() :]
-
-
-def stamped(last: bytes, usage: dict[str, Any]) -> bytes:
-    """Return the last event with what vLLM puts there where no token counts follow."""
-    if not usage.get("system_fingerprint"):
-        return last
-    stamp = b',"system_fingerprint":' + orjson.dumps(usage["system_fingerprint"])
-    return last.removesuffix(b"}\n\n") + _UNCOUNTED + stamp + _END + b"}\n\n"
-
-
-def fill(content: bytes, id_: bytes, created: int) -> bytes:
-    """Return a template with a fresh `id` and `created` (Unix s) in place of the marks."""
-    return content.replace(ID, id_).replace(CREATED, b"%d" % created)
-
-
-def counted(content: bytes, *, wants_usage: bool) -> bytes:
-    """Return events as they are where token counts follow, or where none do."""
-    if _UNCOUNTED not in content:
-        return content
-    if wants_usage:
-        return _without_uncounted(b"", content)
-    return content.replace(_UNCOUNTED, b"").replace(_END, b"")
-
-
-def given(item: bytes, id_: bytes, created: int, *, wants_usage: bool) -> bytes:
-    """Return what a flight brings as a client gets it."""
-    if isinstance(item, AsIs):
-        return item
-    return fill(counted(item, wants_usage=wants_usage), id_, created)
-
-
-def rendered(answer: Answer, id_: bytes, created: int, *, wants_usage: bool, done: bytes) -> bytes:
-    """Return an answer in its own form, all of it, as a client gets it; `done` ends a stream."""
-    content = answer.content
-    if answer.form is Form.EVENTS:
-        usage = answer.usage if wants_usage else b""
-        content = counted(content, wants_usage=wants_usage) + usage + done
-    return fill(content, id_, created)
-
-
-def etag(answer: Answer, *, wants_usage: bool) -> str:
-    """Return the tag of an answer in its own form: the same for all that differ in marks alone."""
-    tag = blake2b(answer.content, digest_size=8)
-    if wants_usage:
-        tag.update(answer.usage)
-    return f'W/"{tag.hexdigest()}"'
 
 
 def as_form(answer: Answer, form: Form) -> Answer:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tiers.entry import CREATED, ID
+ID = b"\x00"
+CREATED = b"\x01"
 
 _FRESH_ID = b'"' + ID + b'"'
 _UNFINISHED = (None, "abort", "error")

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from tiers.key import is_key
-from tiers.purges.purges import KEY, label
+from tiers.purges.table import KEY, label
 
 TENANT = "[A-Za-z0-9._-]{1,64}"
 """The names of tenants."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from server.protocol.cache_field import BadRequestError
+from server.protocol.errors import BadRequestError
 
 
 class UnknownModelError(BadRequestError):

@@ -7,7 +7,7 @@ prompts (`server.max_prompts`).
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from server.protocol.cache_field import BadRequestError
+from server.protocol.errors import BadRequestError
 
 # Lists of texts or tokens; of a conversation, whose messages are objects, it is but one prompt.
 _TEXTS = ("images", "input", "messages", "prompt", "prompt_embeds", "texts")

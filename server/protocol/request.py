@@ -1,15 +1,15 @@
 """A request that may be cached: what it asks for, and the key of its answer.
 
-A key is the digest of who may share the answer (the scope), of what gives it (`server.engine.identity`),
-of the route, and of the canonical request: the parsed body, in which
+A key is the digest of who may share the answer (the scope), of what gives it
+(`server.engine.identity`), of the route, and of the canonical request: the parsed body, in which
 
 - the fields at the top and those of each message are sorted, as are a `logit_bias`'s tokens, and
   numbers at the top and in a `logit_bias` that are whole are integers, but not beyond the range in
   which floats are exact, nor where vLLM takes no float: there it may refuse one and take the other;
 - the model is named, the default one where the body names none;
 - what changes no answer is left out: `stream` and `stream_options`, as far as either form of the
-  answer makes the other, what the route calls irrelevant (`server.protocol.routes`), such as `user`, and
-  what vLLM ignores within other fields (`server.protocol.messages`);
+  answer makes the other, what the route calls irrelevant (`server.protocol.routes`), such as
+  `user`, and what vLLM ignores within other fields (`server.protocol.messages`);
 - what the route calls a default is left out, since vLLM takes it for the same as absence;
 - `cache`, which is meant for us, is left out;
 
@@ -17,7 +17,8 @@ The query is no part of it, nor are headers: on these routes vLLM reads no query
 only those that say who asks, where and when it works, and in which format it reports its load.
 
 Of an engine that we don't know (`Named.is_vllm`) nothing is left out but `cache`, headers that may
-change an answer (`server.handlers.upstream_headers`) are part of the key, and a request with a query isn't kept.
+change an answer (`server.handlers.upstream_headers`) are part of the key, and a request with a
+query isn't kept.
 
 Everything else is kept as it was sent: the order inside tools, JSON schemas and arguments, since
 prompts are rendered from it; values of a type that the engine refuses or judges by itself; and
@@ -34,11 +35,13 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import orjson
+from multidict import MultiMapping, istr
 
 from server.auth.tenants import Tenant
 from server.protocol import cache_field
-from server.protocol.cache_field import BadRequestError, CacheField
+from server.protocol.cache_field import CacheField
 from server.protocol.cache_salt import SALTED, isolated
+from server.protocol.errors import BadRequestError
 from server.protocol.formats import CHOICES
 from server.protocol.labels import labels_of
 from server.protocol.model_names import Named, Names
@@ -364,3 +367,25 @@ def _is_seed(value: Any) -> bool:
 
 def _is_zero(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value == 0
+
+
+def keyed(headers: MultiMapping[str]) -> tuple[tuple[str, str], ...]:
+    """Return which of the headers are part of a key, with their values."""
+    said: tuple[tuple[str, str], ...] = ()
+    for name in KEYED:
+        if name in headers:
+            # Whether an engine joins several, or takes the first, we don't know.
+            said += tuple((name, value) for value in headers.getall(name))
+    return said
+
+
+KEYED = tuple(
+    map(
+        istr,
+        (
+            "anthropic-beta", "anthropic-version", "openai-beta", "openai-organization",
+            "openai-project",
+        ),
+    )
+)  # fmt: skip
+"""Headers that may change an answer, and are part of its key."""

@@ -17,9 +17,10 @@ from typing import NamedTuple
 import uvloop
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from server.cache import build
-from server.config.schema import Config, ConfigError, DiskTier, MemoryTier
-from server.freshness import FreshnessRules
+from server import terminal
+from server.cache import FreshnessRules, build
+from server.config.base import ConfigError
+from server.config.schema import Config, DiskTier, MemoryTier
 from server.simulation.traces import Request, Trace
 from tiers import (
     Answer,

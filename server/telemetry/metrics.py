@@ -13,8 +13,9 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from server.auth.collector import _Tenants
 from server.auth.limits import Account
-from server.engine.supervisor import EngineState
+from server.engine.collector import ModelState, _Models
 from tiers import Chain
 from tiers.backend import ByteCache
 from tiers.singleflight.turns import Waits
@@ -22,11 +23,6 @@ from tiers.singleflight.turns import Waits
 _BOUNDS_S = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300,
 )  # fmt: skip
-
-
-ModelState = tuple[str, EngineState, int, int]
-"""Of a model: its name, what can be expected of its engine, how often that was restarted, and how
-many requests are there now."""
 
 
 class Metrics:
@@ -126,29 +122,6 @@ class _Requests(Collector):
         return requests, seconds, tokens, saved
 
 
-class _Models(Collector):
-    def __init__(self, models: Callable[[], Iterable[ModelState]]) -> None:
-        self._models = models
-
-    def collect(self) -> Iterable[Metric]:
-        gauge = GaugeMetricFamily(
-            "tierserve_engine_state", "1 for the state that a model's engine is in",
-            labels=("model", "state"),
-        )  # fmt: skip
-        restarts = CounterMetricFamily(
-            "tierserve_engine_restarts", "Starts after the first", labels=("model",)
-        )
-        asked = GaugeMetricFamily(
-            "tierserve_engine_requests", "Requests at the engine now", labels=("model",)
-        )
-        for model, now, starts, requests in self._models():
-            for state in EngineState:
-                gauge.add_metric((model, state), state == now)
-            restarts.add_metric((model,), starts)
-            asked.add_metric((model,), requests)
-        return gauge, restarts, asked
-
-
 class _Turns(Collector):
     def __init__(self, waits: Waits) -> None:
         self._waits = waits
@@ -163,32 +136,6 @@ class _Turns(Collector):
         waiting = GaugeMetricFamily("tierserve_flights_waiting", "Flights that wait now")
         waiting.add_metric((), self._waits.waiting)
         return waits, waiting
-
-
-class _Tenants(Collector):
-    def __init__(
-        self, accounts: Callable[[], Mapping[str, Account]], turned_away: Callable[[], int]
-    ) -> None:
-        self._accounts, self._turned_away = accounts, turned_away
-
-    def collect(self) -> Iterable[Metric]:
-        requests = CounterMetricFamily(
-            "tierserve_tenant_requests", "Requests of tenants with a key", labels=("tenant",)
-        )
-        refused = CounterMetricFamily(
-            "tierserve_tenant_refused", "Requests beyond a limit", labels=("tenant", "limit")
-        )
-        active = GaugeMetricFamily(
-            "tierserve_tenant_active", "Requests under way", labels=("tenant",)
-        )
-        for name, account in self._accounts().items():
-            requests.add_metric((name,), account.requests)
-            active.add_metric((name,), account.active)
-            for limit, count in account.refused.items():
-                refused.add_metric((name, limit), count)
-        away = CounterMetricFamily("tierserve_turned_away", "Requests without a key that is known")
-        away.add_metric((), self._turned_away())
-        return requests, refused, active, away
 
 
 class _Tiers(Collector):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import orjson
 
-from server.config.schema import ConfigError
+from server.config.base import ConfigError
 from server.protocol.usage import counts_in, output_tokens_in
 from server.telemetry.logs import is_at
 from tiers import Answer

@@ -9,8 +9,9 @@ from hmac import compare_digest
 
 from aiohttp import web
 
-from server.auth.credentials import hashed, key_in, presented
+from server.auth.credentials import key_in, presented
 from server.auth.tenants import Tenants
+from server.config.secrets import hashed
 from server.protocol.surface import is_for_tenants
 from server.web.request import HttpRequest
 from server.web.responses import error_response

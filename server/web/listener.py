@@ -11,8 +11,8 @@ from typing import Any
 from aiohttp import HttpVersion11, web
 from aiohttp.http_exceptions import BadHttpMessage, InvalidURLError, LineTooLong
 
+from server.config.base import SERVER
 from server.config.schema import Listener, is_dual
-from server.engine.upstream import SERVER
 from server.web.request import CONTINUE, Handler, HttpRequest
 from server.web.responses import error_response
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 
 from aiohttp import web
 
-from server.engine.upstream import SERVER
-from server.protocol.cache_field import BadRequestError
+from server.config.base import SERVER
 from server.protocol.content_coding import UnknownCodingError
+from server.protocol.errors import BadRequestError
 from server.protocol.usage import output_tokens
 from server.telemetry.history import History
 from server.telemetry.logs import AccessLog

@@ -12,7 +12,7 @@ from aiohttp import HttpVersion11, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.helpers import rfc822_formatted_time
 
-from server.engine.upstream import SERVER, UnavailableError
+from server.config.base import SERVER
 from server.web.request import HttpRequest
 
 RETRY_AFTER_S = 5
@@ -144,15 +144,3 @@ def error_response(
     headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
     body = error_body(status, message, param=param, kind=kind, code=code)
     return ErrorResponse(status, message, body, headers)
-
-
-def failure(exc: Exception) -> ErrorResponse:
-    """Return what a client gets whose engine failed with `exc`."""
-    if isinstance(exc, TimeoutError):
-        return error_response(504, "The engine did not answer in time.")
-    return error_response(502, "The engine ended before its answer was complete.")
-
-
-def unavailable(exc: UnavailableError) -> ErrorResponse:
-    """Return what a miss gets that no engine takes."""
-    return error_response(503, str(exc), retry_after_s=RETRY_AFTER_S)

@@ -5,7 +5,8 @@ import ssl
 from hashlib import sha256
 from pathlib import Path
 
-from server.config.schema import ConfigError, Tls
+from server.config.base import ConfigError
+from server.config.schema import Tls
 
 _first_in = re.compile("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL).search
 

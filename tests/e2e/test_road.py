@@ -12,7 +12,7 @@ import openai
 import psutil
 import pytest
 
-from server.auth.credentials import hashed
+from server.config.secrets import hashed
 
 from .conftest import MODEL, Server, living
 

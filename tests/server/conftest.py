@@ -18,7 +18,7 @@ import pytest_asyncio
 from aiohttp import web
 
 from server.auth.tenants import tenant_of
-from server.config.schema import load
+from server.config.load import load
 from server.engine.identity import identity
 from server.engine.weights import embedded_folder
 from server.protocol.model_names import Named, Names

@@ -2,8 +2,9 @@
 
 import pytest
 
+from server.cache import FreshnessRules
 from server.config.schema import Cache
-from server.freshness import FreshnessRules, heeding
+from server.protocol.cache_control import heeding
 from tiers import Freshness
 
 

@@ -15,7 +15,7 @@ import pytest_asyncio
 from aiohttp import web
 
 from server.cache import build, build_turns
-from server.config.schema import load
+from server.config.load import load
 
 from .conftest import (
     Front,

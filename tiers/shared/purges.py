@@ -1,10 +1,10 @@
 """Purges that many machines share, through one value in a server of theirs.
 
-The value is the table of `tiers.purges.purges`, in base64 since aiocache's Redis backend compares text.
-It is read again and again, merged, and given what it lacks; a server that has lost it gets it back.
-It is only ever replaced by who has read it (compare-and-set), so a number is given once. Until it
-has been read, nothing of a shared tier is given out. A process that stood still for so long that it
-may have missed a purge looks before it answers.
+The value is the table of `tiers.purges.purges`, in base64 since aiocache's Redis backend compares
+text. It is read again and again, merged, and given what it lacks; a server that has lost it gets it
+back. It is only ever replaced by who has read it (compare-and-set), so a number is given once.
+Until it has been read, nothing of a shared tier is given out. A process that stood still for so
+long that it may have missed a purge looks before it answers.
 """
 
 import asyncio
@@ -17,7 +17,8 @@ from math import inf
 from aiocache.base import BaseCache
 from aiocache.lock import OptimisticLock, OptimisticLockError
 
-from tiers.purges.purges import PurgeError, Purges, PurgeTable, check_labels
+from tiers.purges.purges import PurgeError, Purges
+from tiers.purges.table import PurgeTable, check_labels
 from tiers.shared.calls import in_time
 
 logger = logging.getLogger(__name__)

@@ -69,8 +69,8 @@ class Turns:
     ) -> AsyncIterator[Answer | None]:
         """Wait for the turn at `key`, which lasts as long as the context.
 
-        Only those of the same `generation` (see `tiers.purges.purges`) wait for each other: what is purged
-        meanwhile is nobody's answer any more.
+        Only those of the same `generation` (see `tiers.purges.purges`) wait for each other: what is
+        purged meanwhile is nobody's answer any more.
 
         Gives the answer that another process has stored meanwhile, after `newer_than` (Unix s);
         `None` asks for one to be generated, and stored before the context ends. With `inf` no

@@ -18,7 +18,9 @@ import pytest_asyncio
 from aiohttp import web
 
 from server.admin import exports
-from server.config.schema import ConfigError, cache_folder, load
+from server.config.base import ConfigError
+from server.config.folders import cache_folder
+from server.config.load import load
 from tests.server.conftest import (
     CHAT,
     WHOLE,

@@ -20,7 +20,7 @@ from server.admin.handler import Admin
 from server.admin.local import Administration
 from server.admin.sockets import administered
 from server.cli import main
-from server.config.schema import load
+from server.config.load import load
 from tests.server.conftest import Front, Upstream, alike, answer, body, question, running
 from tiers import Chain, DiskCache, FrequencySketch
 from tiers.disk.file import DATA

@@ -15,7 +15,7 @@ from server.admin.local import Administration
 from server.admin.operations import AdminError
 from tests.tiers.conftest import Clock
 from tiers import Answer, Chain, DiskCache, Entry, Form, FrequencySketch, MemoryCache, Tier
-from tiers.purges.purges import label
+from tiers.purges.table import label
 
 NOW = Clock().now
 TIMES = st.floats(min_value=0, max_value=NOW)

@@ -17,7 +17,7 @@ import yaml
 from aiohttp import web
 from multidict import CIMultiDict
 
-from server.auth.credentials import hashed, new_key
+from server.config.secrets import hashed, new_key
 from tests.server.conftest import CHAT, Front, Upstream, alike, body, held, question, running
 from tests.servers import free_port
 

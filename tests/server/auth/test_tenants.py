@@ -7,13 +7,14 @@ import pytest
 import yaml
 from multidict import CIMultiDict
 
-from server.auth.credentials import hashed, new_key
 from server.auth.limits import Account, Limits
 from server.auth.tenants import Tenants
 from server.cli import main
-from server.config.schema import ConfigError, load
+from server.config.base import ConfigError
+from server.config.load import load
 from server.config.schema import Tenants as Section
-from server.protocol.cache_field import BadRequestError
+from server.config.secrets import hashed, new_key
+from server.protocol.errors import BadRequestError
 from server.protocol.model_names import Names
 from server.protocol.request import parse
 from tests.server.conftest import of_vllm

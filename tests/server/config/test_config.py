@@ -16,9 +16,10 @@ from pydantic import ValidationError
 from server.auth.tenants import Record
 from server.cache import build
 from server.cli import main
-from server.config.base import Section
+from server.config.base import ConfigError, Section
 from server.config.environment import choices
-from server.config.schema import Config, ConfigError, SharedTier, Tiers, load
+from server.config.load import load
+from server.config.schema import Config, SharedTier, Tiers
 from server.config.yaml_loader import EMPTY
 from tests.server.conftest import prepare
 from tiers.disk import MIN_BYTES, DiskCache

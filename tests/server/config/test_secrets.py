@@ -11,7 +11,8 @@ import pytest
 
 from server.cache import build
 from server.cli import main
-from server.config.schema import ConfigError, load
+from server.config.base import ConfigError
+from server.config.load import load
 from tests.server.conftest import Front, Upstream, alike, question
 
 KEY = os.urandom(32)

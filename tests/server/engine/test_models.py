@@ -14,8 +14,8 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
+from server.config.base import ConfigError
 from server.config.models import Model
-from server.config.schema import ConfigError
 from server.engine.models import Models
 
 from .conftest import CHAT, Front, Upstream, answer, held, nothing_listed, question

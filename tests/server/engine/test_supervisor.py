@@ -17,8 +17,8 @@ import pytest
 
 import server.engine.supervisor
 import server.engine.upstream
+from server.config.base import ConfigError
 from server.config.models import Model
-from server.config.schema import ConfigError
 from server.engine.models import Models
 from server.engine.supervisor import Engine, EngineState, _flags, _log_lines
 from server.engine.weights import Weights

@@ -7,8 +7,8 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
+from server.config.base import ConfigError
 from server.config.models import Model
-from server.config.schema import ConfigError
 from server.engine.identity import adapted, fingerprint, identity, tells_time
 from server.engine.weights import Weights, locate
 

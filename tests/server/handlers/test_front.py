@@ -17,8 +17,8 @@ import pytest
 from aiohttp import web
 from multidict import CIMultiDict
 
-from server.config.schema import load
-from server.protocol import convert
+from server.config.load import load
+from server.protocol import template
 from tiers import Answer, Chain, DiskCache, Form, FrequencySketch, Freshness, Tier
 
 from .conftest import (
@@ -862,7 +862,7 @@ async def plant(front: Front, asked: dict, stored_at: float, ttl_s: float) -> No
         max_answer_bytes=10_000,
         clock=clock,
     )
-    answer = Answer(Form.BODY, convert.template(body("old")))
+    answer = Answer(Form.BODY, template.template(body("old")))
     assert await chain.store(front.key(asked), answer, Freshness(ttl_s))
     await chain.close()
 

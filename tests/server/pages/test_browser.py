@@ -11,7 +11,7 @@ import pytest_asyncio
 import yaml
 from aiohttp import web
 
-from server.auth.credentials import hashed, new_key
+from server.config.secrets import hashed, new_key
 from tests.server.conftest import CHAT, ROLE, WHOLE, answer, body, chunk, question, running, stream
 from tests.servers import free_port
 

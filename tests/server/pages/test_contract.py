@@ -14,7 +14,7 @@ import requests
 from aiohttp import web
 from schemathesis import Case, Response
 
-from server.auth.credentials import hashed, new_key
+from server.config.secrets import hashed, new_key
 from server.protocol.routes import ROUTES, Route
 from tests.openapi import RIGHT, check, operations, requests_of, send
 

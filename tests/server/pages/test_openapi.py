@@ -7,7 +7,8 @@ import pytest
 from aiohttp import web
 
 from server.pages.openapi import document
-from server.protocol.cache_field import SCHEMA, BadRequestError, read
+from server.protocol.cache_field import SCHEMA, read
+from server.protocol.errors import BadRequestError
 from server.protocol.routes import ROUTES
 from tests.server.conftest import CHAT, Upstream, alike, answer, body, question, running
 

@@ -8,7 +8,7 @@ import pytest_asyncio
 import yaml
 
 import server.pages
-from server.auth.credentials import hashed, new_key
+from server.config.secrets import hashed, new_key
 from tests.server.conftest import question, running
 from tests.servers import free_port
 

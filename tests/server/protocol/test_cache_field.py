@@ -7,7 +7,8 @@ import pytest
 from aiohttp import web
 
 from server.protocol.cache_control import Control
-from server.protocol.cache_field import BadRequestError, CacheField, read
+from server.protocol.cache_field import CacheField, read
+from server.protocol.errors import BadRequestError
 from tests.server.conftest import Front, Upstream, body, counting, question
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -5,7 +5,7 @@ from functools import partial
 import orjson
 import pytest
 
-from server.protocol import convert
+from server.protocol import convert, template
 from server.protocol.formats import are_finished
 from tiers import Answer, Form
 
@@ -25,18 +25,18 @@ END = {"index": 0, "delta": {}, "finish_reason": "stop"}
 def body_of(message=SAYS, /, *, choice=None, **more) -> Answer:
     made = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
     parsed = HEAD | {"choices": [made | (choice or {})], "usage": USAGE} | more
-    return Answer(Form.BODY, convert.template(parsed))
+    return Answer(Form.BODY, template.template(parsed))
 
 
 def events_of(*choices: dict, counts=COUNTS, head=CHUNK, **more) -> Answer:
     chunks = [head | {"choices": [choice]} | more for choice in choices]
     return Answer(
-        Form.EVENTS, b"".join(map(convert.event, chunks)), convert.event(head | counts | more)
+        Form.EVENTS, b"".join(map(template.event, chunks)), template.event(head | counts | more)
     )
 
 
 def rendered(content: bytes) -> bytes:
-    return convert.fill(content, b"new", 7)
+    return template.fill(content, b"new", 7)
 
 
 def body_made_of(answer: Answer) -> dict:
@@ -64,13 +64,13 @@ def test_a_body_survives_becoming_events(text: str) -> None:
 def test_only_the_outer_id_and_created_are_fresh() -> None:
     inner = {"role": "assistant", "content": '"id":"x","created":1', "tool_calls": [CALL]}
     parsed = HEAD | {"choices": [{"message": inner}]}
-    made = orjson.loads(rendered(convert.template(parsed)))
+    made = orjson.loads(rendered(template.template(parsed)))
     assert made == parsed | {"id": "new", "created": 7}
 
 
 def test_what_looks_like_a_mark_in_a_text_is_none() -> None:
     content = b'{"id":"\x00","created":\x01,"x":"\\u0000"}'
-    assert convert.fill(content, b"abc", 5) == b'{"id":"abc","created":5,"x":"\\u0000"}'
+    assert template.fill(content, b"abc", 5) == b'{"id":"abc","created":5,"x":"\\u0000"}'
 
 
 def test_text_completions_join() -> None:
@@ -110,7 +110,7 @@ chat = partial(events_of, ROLE)
     "answer",
     [
         Answer(Form.EVENTS, b""),
-        Answer(Form.EVENTS, b"", convert.event(CHUNK | COUNTS)),
+        Answer(Form.EVENTS, b"", template.event(CHUNK | COUNTS)),
         # No role, none with its text, or two.
         events_of(HI, END),
         events_of(ROLE | {"delta": SAYS}, END),
@@ -125,12 +125,12 @@ chat = partial(events_of, ROLE)
         events_of({name: ROLE[name] for name in ("delta",)}, END),
         Answer(
             Form.EVENTS,
-            convert.event(CHUNK | {"choices": [ROLE, ROLE | {"index": 1}]}),
-            convert.event(CHUNK | COUNTS),
+            template.event(CHUNK | {"choices": [ROLE, ROLE | {"index": 1}]}),
+            template.event(CHUNK | COUNTS),
         ),
         # As Azure begins a stream.
         events_of()._replace(
-            content=convert.event(CHUNK | {"choices": [], "model": ""}) + chat(END).content
+            content=template.event(CHUNK | {"choices": [], "model": ""}) + chat(END).content
         ),
         # What is more than text.
         chat(says(tool_calls=[{"index": 0, "id": "call_a", "function": {"name": "f"}}]), END),
@@ -191,7 +191,7 @@ def test_what_has_no_other_form_is_said(answer: Answer) -> None:
 def test_the_fingerprint_is_where_vllm_puts_it() -> None:
     events = convert.as_form(body_of(system_fingerprint="fp"), Form.EVENTS)
     for wants_usage in (False, True):
-        content = convert.counted(events.content, wants_usage=wants_usage)
+        content = template.counted(events.content, wants_usage=wants_usage)
         chunks = [orjson.loads(rendered(part)[6:]) for part in content.split(b"\n\n") if part]
         fingerprints = [chunk.get("system_fingerprint") for chunk in chunks]
         assert fingerprints == [None, None if wants_usage else "fp"]

@@ -1,9 +1,9 @@
 """The canonical request against vLLM's own classes: what can change an answer changes the key.
 
 For each field of a request's class some values are made that the class takes, and each has to have
-a key of its own, unless `server.protocol.routes` calls the field irrelevant or the value one that stands for
-absence. Which these are is compared with the classes, too, so that a field or a default that a new
-vLLM brings is noticed. As in `test_convert_vllm`, they take long to import.
+a key of its own, unless `server.protocol.routes` calls the field irrelevant or the value one that
+stands for absence. Which these are is compared with the classes, too, so that a field or a default
+that a new vLLM brings is noticed. As in `test_convert_vllm`, they take long to import.
 """
 
 import json

@@ -6,7 +6,7 @@ import orjson
 import pytest
 
 from server.auth.tenants import tenant_of
-from server.protocol.cache_field import BadRequestError
+from server.protocol.errors import BadRequestError
 from server.protocol.model_names import Names, UnknownModelError
 from server.protocol.request import Request, parse
 from server.protocol.routes import keeps_responses

@@ -9,7 +9,8 @@ import orjson
 import pytest
 
 from server.cli import main
-from server.config.schema import Cache, Config, ConfigError, MemoryTier, Tiers
+from server.config.base import ConfigError
+from server.config.schema import Cache, Config, MemoryTier, Tiers
 from server.simulation import references
 from server.simulation.prefix_report import PrefixReuse, measure, reuse
 from server.simulation.recommend import recommend

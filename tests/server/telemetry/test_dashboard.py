@@ -14,7 +14,7 @@ import pytest_asyncio
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.auth.credentials import new_key
+from server.config.secrets import new_key
 from tests.server.conftest import Front, question, running
 from tests.servers import RedisServer
 

@@ -4,7 +4,7 @@ from socket import socket
 
 import pytest
 
-from server.config.shared_url import open_cache
+from server.cache import open_cache
 from server.engine.supervisor import EngineState
 from server.telemetry.metrics import _BOUNDS_S, Metrics
 from tiers import Chain, DiskCache, FrequencySketch, MemoryCache, Purges, Tier

@@ -11,9 +11,9 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.auth.credentials import hashed, new_key
 from server.auth.tenants import Tenant, tenant_of
-from server.protocol.cache_field import BadRequestError
+from server.config.secrets import hashed, new_key
+from server.protocol.errors import BadRequestError
 from server.protocol.model_names import Names
 from server.protocol.request import parse
 from server.telemetry.prefixes import Prefixes

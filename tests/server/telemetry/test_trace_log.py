@@ -12,7 +12,7 @@ import orjson
 import pytest
 from aiohttp import web
 
-from server.config.schema import ConfigError
+from server.config.base import ConfigError
 from server.simulation.traces import Request, read
 from server.telemetry.trace_log import TraceLog, earlier
 from tiers import Answer, Form

@@ -8,7 +8,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from server.auth.credentials import hashed, new_key
+from server.config.secrets import hashed, new_key
 
 from .conftest import CHAT, Front, Upstream, running, stream
 from .test_surface import MESSAGES, message, message_events

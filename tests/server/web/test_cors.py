@@ -7,7 +7,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from server.auth.credentials import hashed, new_key
+from server.config.secrets import hashed, new_key
 
 from .conftest import CHAT, ROLE, Front, Upstream, answer, question, running, stream
 

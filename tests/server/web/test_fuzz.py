@@ -18,7 +18,7 @@ from aiohttp import web
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.auth.credentials import hashed, new_key
+from server.config.secrets import hashed, new_key
 from server.protocol.routes import ROUTES
 
 from .conftest import CHAT, Front, Upstream, answer, question, running

@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from server.auth.credentials import hashed, new_key
 from server.cli import main
+from server.config.secrets import hashed, new_key
 from tests.server.conftest import CHAT, Front, Upstream, alike, question
 from tests.servers import free_port
 

@@ -22,7 +22,7 @@ from tiers import (
     Tier,
 )  # fmt: skip
 from tiers.disk.recovery import LOCK
-from tiers.purges.purges import ALL, MAX_BYTES, MAX_LABELS, PurgeTable, label
+from tiers.purges.table import ALL, MAX_BYTES, MAX_LABELS, PurgeTable, label
 from tiers.singleflight.flight import Flight, Flights
 
 ANSWER = Answer(Form.BODY, b"{}")

@@ -1,0 +1,103 @@
+"""Which handler answers which request."""
+
+from collections.abc import Awaitable, Callable, Mapping
+
+from aiohttp import web
+from prometheus_client import generate_latest
+
+from server.admin.handler import Admin
+from server.engine.models import Models
+from server.handlers.cached import OpenAI
+from server.handlers.model_list import PATH as MODELS
+from server.handlers.model_list import ModelList, is_one_model
+from server.handlers.proxied import Others, refuse_adapters
+from server.pages.document import Document
+from server.pages.files import ADMIN, Files
+from server.pages.overview import Overview
+from server.protocol.routes import ROUTES
+from server.protocol.surface import ADAPTER_PATHS
+from server.telemetry.metrics import Metrics
+from server.web.access import Door, Enter, anybody
+from server.web.middleware import read_only
+from server.web.request import Handler, HttpRequest, Traced
+
+_Wrapped = Callable[[Handler, Enter], Handler]
+
+
+_Routes = dict[tuple[str, str], Handler]
+
+
+def _owned(
+    others: Others, wrapped: _Wrapped, metrics: Metrics, readers: Enter
+) -> dict[str, Handler]:
+    """Return the handlers of our own paths for machines; `readers` may read metrics."""
+
+    async def health(_: HttpRequest) -> web.Response:
+        return web.Response()
+
+    async def own_metrics(_: HttpRequest) -> web.Response:
+        text = generate_latest(metrics.registry)
+        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
+
+    return {
+        "/health": wrapped(read_only(health), anybody),
+        "/ready": wrapped(read_only(others.ready), anybody),
+        "/metrics": wrapped(read_only(own_metrics), readers),
+        "/metrics/engine": wrapped(read_only(others.metrics), readers),
+    }
+
+
+def _pages(
+    files: Files, overview: Overview, about: Document, wrapped: _Wrapped, door: Door
+) -> dict[str, Handler]:
+    """Return the handlers of what browsers ask for."""
+    return dict.fromkeys(files.paths, wrapped(read_only(files.answer), anybody)) | {
+        "/openapi.json": wrapped(read_only(about.answer), door.known),
+        "/overview": wrapped(read_only(overview.answer), door.known),
+    }
+
+
+def _routes(road: OpenAI, models: Models, wrapped: _Wrapped, traced: Traced, door: Door) -> _Routes:
+    """Return the handlers of an engine's routes that aren't passed through."""
+    routes = {
+        ("POST", path): traced(wrapped(road.answer, door.to_ask(path)), path) for path in ROUTES
+    }
+    routes |= {("POST", path): wrapped(refuse_adapters, door.tenants) for path in ADAPTER_PATHS}
+    routes["GET", MODELS] = wrapped(ModelList(models).all, door.tenants)
+    return routes
+
+
+def _router(
+    routes: _Routes,
+    owned: Mapping[str, Handler],
+    others: Others,
+    models: Models,
+    wrapped: _Wrapped,
+    traced: Traced,
+    door: Door,
+) -> Handler:
+    """Return the handler of all requests; `owned` are ours, whatever the method."""
+    one = wrapped(ModelList(models).one, door.tenants)
+    rest = traced(wrapped(others.answer, door.by_path))
+
+    def route(http: HttpRequest) -> Awaitable[web.StreamResponse]:
+        # Most paths are found as they were sent, which spares making URLs of them.
+        handler = routes.get((http.method, http.raw_path)) or routes.get((http.method, http.path))
+        if handler is None:
+            is_one = http.method == "GET" and is_one_model(http.path)
+            handler = owned.get(http.path) or (one if is_one else rest)
+        return handler(http)
+
+    return route
+
+
+def _admin_door(admin: Admin, wrapped: _Wrapped) -> Callable[[Enter], Handler]:
+    """Return what makes the admin listeners' handlers: the pages' files need no key."""
+    files = Files(ADMIN)
+    open_to_all = wrapped(read_only(files.answer), anybody)
+
+    def handler(enter: Enter) -> Handler:
+        api = wrapped(admin.answer, enter)
+        return lambda http: (open_to_all if http.path in files else api)(http)
+
+    return handler
