@@ -40,7 +40,7 @@ from server.telemetry.logs import AccessLog, LogStream, configure
 from server.telemetry.metrics import Metrics
 from server.telemetry.prefixes import Prefixes
 from server.telemetry.trace_log import TraceLog
-from server.web.access import Door, Enter, anybody
+from server.web.access import AccessControl, Enter, anybody
 from server.web.cors import allow, sharing
 from server.web.listener import addresses, listen, make_server
 from server.web.middleware import wrap
@@ -125,7 +125,7 @@ async def _serve(
         # Else the disk tier's file would have to be verified.
         await chain.close()
         raise
-    door = Door(tenants)
+    door = AccessControl(tenants)
     flights = Flights(max_bytes=4 * config.cache.max_answer_bytes, purged=chain.purges.cover)
     metrics = Metrics(
         chain,

@@ -1,6 +1,5 @@
 """The chain that a configuration describes: its tiers, and what moves entries between them."""
 
-import logging
 import time
 from collections.abc import Callable
 from fnmatch import fnmatchcase
@@ -239,9 +238,6 @@ def open_cache(url: str) -> BaseCache:
     from tiers.shared.redis import RedisBytes
 
     return RedisBytes(url)
-
-
-logger = logging.getLogger(__name__)
 
 
 class FreshnessRules:

@@ -17,7 +17,7 @@ from server.pages.overview import Overview
 from server.protocol.routes import ROUTES
 from server.protocol.surface import ADAPTER_PATHS
 from server.telemetry.metrics import Metrics
-from server.web.access import Door, Enter, anybody
+from server.web.access import AccessControl, Enter, anybody
 from server.web.middleware import read_only
 from server.web.request import Handler, HttpRequest, Traced
 
@@ -48,7 +48,7 @@ def _owned(
 
 
 def _pages(
-    files: Files, overview: Overview, about: Document, wrapped: _Wrapped, door: Door
+    files: Files, overview: Overview, about: Document, wrapped: _Wrapped, door: AccessControl
 ) -> dict[str, Handler]:
     """Return the handlers of what browsers ask for."""
     return dict.fromkeys(files.paths, wrapped(read_only(files.answer), anybody)) | {
@@ -57,7 +57,7 @@ def _pages(
     }
 
 
-def _routes(road: OpenAI, models: Models, wrapped: _Wrapped, traced: Traced, door: Door) -> _Routes:
+def _routes(road: OpenAI, models: Models, wrapped: _Wrapped, traced: Traced, door: AccessControl) -> _Routes:
     """Return the handlers of an engine's routes that aren't passed through."""
     routes = {
         ("POST", path): traced(wrapped(road.answer, door.to_ask(path)), path) for path in ROUTES
@@ -74,7 +74,7 @@ def _router(
     models: Models,
     wrapped: _Wrapped,
     traced: Traced,
-    door: Door,
+    door: AccessControl,
 ) -> Handler:
     """Return the handler of all requests; `owned` are ours, whatever the method."""
     one = wrapped(ModelList(models).one, door.tenants)

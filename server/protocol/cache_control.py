@@ -1,17 +1,14 @@
 """What a client says about caching: the request's `Cache-Control` (RFC 9111, section 5.2.1)."""
 
+import logging
 import re
 from functools import lru_cache
 from math import inf
 from typing import NamedTuple, Self
 
-from server.cache import logger
-from tiers import (
-    Entry,
-    Freshness,
-    State,
-)  # fmt: skip
-from tiers.entry import Entry
+from tiers import Entry, Freshness, State
+
+logger = logging.getLogger(__name__)
 
 _DIRECTIVE = re.compile(r'([!#$%&\'*+.^_`|~0-9A-Za-z-]+)(?:\s*=\s*(?:"([^"]*)"|([^\s",]*)))?')
 

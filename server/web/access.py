@@ -19,7 +19,7 @@ from server.web.responses import error_response
 Enter = Callable[[HttpRequest], web.Response | None]
 
 
-class Door:
+class AccessControl:
     """The door of all routes that answer requests.
 
     Args:
