@@ -23,31 +23,31 @@ from server.admin.sockets import administered
 from server.auth.tenants import Tenants
 from server.cache import FreshnessRules, build, build_turns
 from server.config.base import ConfigError
-from server.config.load import without_secrets
+from server.config.load import redact
 from server.config.reload import Reloads
 from server.config.schema import Config
 from server.engine.models import Models
-from server.handlers.cached import OpenAI
-from server.handlers.proxied import Others
+from server.handlers.cached import CachedRoutes
+from server.handlers.proxied import ProxiedRoutes
 from server.pages.document import Document
 from server.pages.files import FRONT, Files
 from server.pages.openapi import document
 from server.pages.overview import Overview
-from server.protocol.routes import ROUTES, keeps_responses
+from server.protocol.routes import ROUTES, engine_keeps_responses
 from server.router import _admin_door, _owned, _pages, _router, _routes
 from server.telemetry.history import History
 from server.telemetry.logs import AccessLog, LogStream, configure
 from server.telemetry.metrics import Metrics
 from server.telemetry.prefixes import Prefixes
 from server.telemetry.trace_log import TraceLog
-from server.web.access import AccessControl, Enter, anybody
-from server.web.cors import allow, sharing
+from server.web.access import AccessCheck, AccessControl, allow_anyone
+from server.web.cors import answer_preflight, with_cors
 from server.web.listener import addresses, listen, make_server
 from server.web.middleware import wrap
 from server.web.request import Handler, Traced
 from server.web.tls import Certificate
-from tiers import Chain, DiskCache, Flights, Movement
-from tiers.disk import SealError, UntrustedError
+from tiers import BackgroundWork, Chain, DiskCache, SingleFlight
+from tiers.disk import EncryptionKeyError, UntrustedError
 
 logger = logging.getLogger(__name__)
 
@@ -126,22 +126,24 @@ async def _serve(
         await chain.close()
         raise
     door = AccessControl(tenants)
-    flights = Flights(max_bytes=4 * config.cache.max_answer_bytes, purged=chain.purges.cover)
+    flights = SingleFlight(
+        max_bytes=4 * config.cache.max_answer_bytes, purged=chain.purges.is_purged
+    )
     metrics = Metrics(
         chain,
         models=lambda: [
             (model.name, model.state, model.restarts, model.upstreams.asked) for model in models.all
         ],
         dropped=lambda: movement.dropped,
-        waits=turns.waits,
-        accounts=lambda: tenants.accounts,
-        turned_away=lambda: door.turned_away,
+        waits=turns.stats,
+        accounts=lambda: tenants.limiters,
+        turned_away=lambda: door.unauthorized,
     )
     history = History()
     overview = Overview(chain=chain, history=history, models=models, version=version("tierserve"))
     prefixes = Prefixes()
     access = AccessLog(config.log, log)
-    road = OpenAI(
+    road = CachedRoutes(
         chain=chain,
         flights=flights,
         turns=turns,
@@ -150,7 +152,7 @@ async def _serve(
         nondeterministic=config.cache.nondeterministic,
         variants=config.cache.variants,
         obeys=config.cache.obey_upstreams,
-        engine_keeps=keeps_responses(
+        engine_keeps=engine_keeps_responses(
             (os.environ, *(model.engine.env for model in config.models.values()))
         ),
         max_prompts=config.server.max_prompts,
@@ -161,13 +163,13 @@ async def _serve(
         max_line_bytes=max_line_bytes(config),
         server={
             "/overview": overview.of_all,
-            "/prefixes": prefixes.told,
-            "/config": lambda: without_secrets(config.model_dump(mode="json")),
+            "/prefixes": prefixes.report,
+            "/config": lambda: redact(config.model_dump(mode="json")),
             "/openapi.json": partial(admin_document, version("tierserve")),
         },
     )
 
-    def wrapped(handler: Handler, enter: Enter) -> Handler:
+    def wrapped(handler: Handler, enter: AccessCheck) -> Handler:
         return wrap(handler, metrics, history, access, trace, enter=enter)
 
     described = partial(
@@ -177,13 +179,15 @@ async def _serve(
         has_keys=not tenants.is_open,
         open_metrics=config.tenants.open_metrics,
     )
-    readers = anybody if config.tenants.open_metrics else door.operators
-    others = Others(models, config.server.max_prompts)
+    readers = allow_anyone if config.tenants.open_metrics else door.require_operator
+    others = ProxiedRoutes(models, config.server.max_prompts)
     owned = _owned(others, wrapped, metrics, readers)
     owned |= _pages(Files(FRONT), overview, Document(models, described), wrapped, door)
     routes = _routes(road, models, wrapped, traced, door)
     router = _router(routes, owned, others, models, wrapped, traced, door)
-    router = sharing(config.server.allowed_origins, router, wrapped(allow, anybody))
+    router = with_cors(
+        config.server.allowed_origins, router, wrapped(answer_preflight, allow_anyone)
+    )
     server = make_server(router, config.server)
     runner = web.ServerRunner(server, shutdown_timeout=config.server.shutdown_grace_s)
     failures: list[BaseException] = []
@@ -216,7 +220,7 @@ async def _serve(
     finally:
         # Running answers end or are cut within the grace; what they leave is to be stored.
         await runner.cleanup()
-        await flights.finish(_STORE_S)
+        await flights.drain(_STORE_S)
         await turns.close()
         stored = await _closed(movement, chain)
         for task in tasks:
@@ -239,14 +243,14 @@ async def _unsealed(chain: Chain) -> None:
         if isinstance(tier.backend, DiskCache):
             try:
                 await tier.backend.opened()
-            except SealError:
+            except EncryptionKeyError:
                 raise
             except (OSError, UntrustedError):
                 # Said in the log; what goes on does so without that tier.
                 return
 
 
-async def _closed(movement: Movement, chain: Chain) -> bool:
+async def _closed(movement: BackgroundWork, chain: Chain) -> bool:
     try:
         async with asyncio.timeout(_CLOSE_S):
             await movement.close()

@@ -12,27 +12,27 @@ from urllib.parse import urlsplit
 from aiocache.base import BaseCache
 
 from server.config.base import ConfigError
-from server.config.folders import say_if_new
-from server.config.schema import Cache, Config, DiskTier, SharedTier, Tiers
-from server.config.secrets import cipher_key
+from server.config.folders import log_if_new
+from server.config.schema import CacheConfig, Config, DiskTierConfig, SharedTierConfig, TiersConfig
+from server.config.secrets import parse_cipher_key
 from server.config.shared_url import _MEMCACHED_PORT
 from server.telemetry.spans import step
 from tiers import (
+    BackgroundWork,
     Chain,
-    Copies,
     Demotion,
     DiskCache,
     FileLeases,
     FrequencySketch,
     Freshness,
+    GenerationLock,
     MemoryCache,
-    Movement,
     Purges,
     Tier,
-    Turns,
-    Write,
+    Transfers,
+    WritePolicy,
 )  # fmt: skip
-from tiers.disk import KEY_BYTES, Durability, SealError
+from tiers.disk import KEY_BYTES, Durability, EncryptionKeyError
 from tiers.entry import Entry
 from tiers.purges.table import MAX_BYTES
 from tiers.shared import NAME
@@ -55,7 +55,7 @@ def build(
     sets_aside: bool = True,
     clock: Callable[[], float] = time.time,
     chance: Callable[[], float] = random,
-) -> tuple[Chain, Movement]:
+) -> tuple[Chain, BackgroundWork]:
     """Return the chain and its movement, which isn't started yet.
 
     Args:
@@ -75,7 +75,7 @@ def build(
     frequency = FrequencySketch(_sketch_keys(where))
     disk = None
     if (on_disk := where.disk) is not None and on_disk.path is not None:
-        say_if_new("tiers.disk.path", on_disk.path)
+        log_if_new("tiers.disk.path", on_disk.path)
         try:
             disk = DiskCache(
                 on_disk.path,
@@ -88,12 +88,12 @@ def build(
                 worth=lambda key, size: (1 + frequency.estimate(key)) / size,
                 clock=clock,
             )
-        except SealError as exc:
+        except EncryptionKeyError as exc:
             raise sealed_otherwise(on_disk.path, exc) from exc
         except OSError as exc:
             raise _no_folder(on_disk.path, exc) from exc
         farther.append(tier(disk.NAME, disk, clock=clock))
-    copies = Copies()
+    copies = Transfers()
     purges = _purges(disk, clock)
     demotion = Demotion(farther, frequency, copies, purges, max_bytes=_DEMOTION_BYTES, clock=clock)
     tiers = farther
@@ -119,7 +119,7 @@ def build(
         clock=clock,
         chance=chance,
     )
-    movement = Movement(
+    movement = BackgroundWork(
         tiers,
         disk,
         frequency,
@@ -132,16 +132,16 @@ def build(
     return chain, movement
 
 
-def encryption_key(disk: DiskTier) -> bytes | None:
+def encryption_key(disk: DiskTierConfig) -> bytes | None:
     """Return the key with which the disk tier's file is encrypted, if it is.
 
     Raises:
         ConfigError: its file can't be read, or holds none.
     """
     if (file := disk.encryption_key_file) is None:
-        return None if disk.encryption_key is None else cipher_key(disk.encryption_key)
+        return None if disk.encryption_key is None else parse_cipher_key(disk.encryption_key)
     try:
-        return cipher_key(file.read_text(encoding="ascii"))
+        return parse_cipher_key(file.read_text(encoding="ascii"))
     except OSError as exc:
         text = f"tiers.disk.encryption_key_file: {file}: {exc.strerror}"
         raise ConfigError([text]) from exc
@@ -155,7 +155,7 @@ def _purges(disk: DiskCache | None, clock: Callable[[], float]) -> Purges:
     return Purges(disk, max_bytes=int(min(MAX_BYTES, room)), clock=clock)
 
 
-def build_turns(config: Config, chain: Chain) -> Turns:
+def build_turns(config: Config, chain: Chain) -> GenerationLock:
     """Return the turns at generating what `chain` doesn't hold.
 
     Raises:
@@ -166,7 +166,7 @@ def build_turns(config: Config, chain: Chain) -> Turns:
     # Only where others see an answer as soon as it is stored.
     if (
         wait_s
-        and config.tiers.write is Write.ON_INSERT
+        and config.tiers.write is WritePolicy.ON_INSERT
         and disk is not None
         and disk.path is not None
         and disk.durability is not Durability.INTERVAL
@@ -180,7 +180,7 @@ def build_turns(config: Config, chain: Chain) -> Turns:
         for tier in chain.tiers
         if wait_s and tier.shared
     ]
-    return Turns(chain, leases, wait_s=wait_s)
+    return GenerationLock(chain, leases, wait_s=wait_s)
 
 
 def _is_open(chain: Chain) -> bool:
@@ -189,12 +189,12 @@ def _is_open(chain: Chain) -> bool:
     return all(backend.is_open for backend in backends if isinstance(backend, DiskCache))
 
 
-def _shared(config: SharedTier, tier: type[Tier], clock: Callable[[], float]) -> Tier:
+def _shared(config: SharedTierConfig, tier: type[Tier], clock: Callable[[], float]) -> Tier:
     deadline_s = config.deadline_ms / 1000
     return tier(NAME, open_shared(config), deadline_s=deadline_s, shared=True, clock=clock)
 
 
-def open_shared(config: SharedTier) -> BaseCache:
+def open_shared(config: SharedTierConfig) -> BaseCache:
     """Return the shared tier's backend; it connects when it is first used.
 
     Raises:
@@ -207,7 +207,7 @@ def open_shared(config: SharedTier) -> BaseCache:
         raise ConfigError([f"tiers.shared.url: {problem}"]) from exc
 
 
-def sealed_otherwise(path: Path, exc: SealError) -> ConfigError:
+def sealed_otherwise(path: Path, exc: EncryptionKeyError) -> ConfigError:
     """Return what is wrong with the key of the file in the folder `path`."""
     return ConfigError([f"tiers.disk.encryption_key: the file in {path} stays as it is: {exc}"])
 
@@ -217,7 +217,7 @@ def _no_folder(path: Path, exc: OSError) -> ConfigError:
     return ConfigError([f"tiers.disk.path: {should}"])
 
 
-def _sketch_keys(tiers: Tiers) -> int:
+def _sketch_keys(tiers: TiersConfig) -> int:
     """Return how many keys the tiers may hold, as far as the sketch's size is worth it."""
     sizes = [tier.max_bytes for tier in (tiers.memory, tiers.disk) if tier is not None]
     keys = min(sum(sizes) // _ENTRY_BYTES, _SKETCH_KEYS)
@@ -243,7 +243,7 @@ def open_cache(url: str) -> BaseCache:
 class FreshnessRules:
     """The rules of the configuration, of which the first that matches counts."""
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: CacheConfig) -> None:
         self._cache = cache
         # Of routes there are few, of names as many as the engine has.
         self.of = lru_cache(1024)(self._of)
@@ -270,5 +270,5 @@ class TracedTier(Tier):
             return await super().get(key, purges, counted=False)
         with step(f"lookup {self.name}") as looking:
             found = await super().get(key, purges)
-            looking.tell(tier=self.name, found=found is not None)
+            looking.set_attributes(tier=self.name, found=found is not None)
             return found

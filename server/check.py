@@ -17,11 +17,11 @@ from server.auth.tenants import Tenants
 from server.cache import encryption_key, open_shared, sealed_otherwise
 from server.config.base import ConfigError
 from server.config.folders import NO_HOME, new_engine_folder
-from server.config.load import Given, read
+from server.config.load import LoadResult, load_partially
 from server.config.schema import Config, is_dual
 from server.engine.weights import misplaced
 from server.web.tls import Certificate
-from tiers.disk import SealError, check_key
+from tiers.disk import EncryptionKeyError, check_key
 
 _PORTS = {"http": 80, "https": 443}
 
@@ -41,8 +41,8 @@ def load_checked(file: Path) -> Config:
     Raises:
         ConfigError: the file can't be read, or something is wrong; it names all that is.
     """
-    given = read(file)
-    wrong = [f"{path}{end}" for path in given.left_out for end in (".", ":")]
+    given = load_partially(file)
+    wrong = [f"{path}{end}" for path in given.invalid_paths for end in (".", ":")]
     # Of what was left out, the default isn't what was meant.
     missing = [each for each in _missing(given) if not each.startswith(tuple(wrong))]
     if mistakes := given.mistakes + missing:
@@ -50,12 +50,12 @@ def load_checked(file: Path) -> Config:
     return given.config
 
 
-def _missing(given: Given) -> Iterator[str]:
+def _missing(given: LoadResult) -> Iterator[str]:
     config = given.config
     yield from _told_by(lambda: Tenants(config.tenants))
     if (tls := config.server.tls) is not None:
         yield from _told_by(lambda: Certificate(tls))
-    if not {"server.host", "server.port"} & {*given.left_out}:
+    if not {"server.host", "server.port"} & {*given.invalid_paths}:
         yield from _of_addresses(config)
     for name, model in config.models.items():
         if not model.upstreams:
@@ -151,7 +151,7 @@ def _of_tiers(config: Config) -> Iterator[str]:
             check_key(disk.path, encryption_key(disk))
         except ConfigError as exc:
             yield from exc.mistakes
-        except SealError as exc:
+        except EncryptionKeyError as exc:
             yield from sealed_otherwise(disk.path, exc).mistakes
     if (shared := tiers.shared) is not None:
         yield from _told_by(lambda: open_shared(shared))

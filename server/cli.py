@@ -12,7 +12,7 @@ import yaml
 
 from server.admin.options import add_cache
 from server.config.base import ConfigError
-from server.config.load import load, without_secrets
+from server.config.load import load, redact
 from server.config.schema import Config
 from server.process import become_child_of_init, ignore_signals, open_standard_streams
 
@@ -95,15 +95,15 @@ def _add_keys(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 def _print_key(tenant: str) -> None:
-    from server.config.secrets import hashed, new_key
-    from server.protocol.labels import misnamed
+    from server.config.secrets import hash_key, new_key
+    from server.protocol.labels import label_problem
 
-    if (should := misnamed("tenant", tenant)) is not None:
+    if (should := label_problem("tenant", tenant)) is not None:
         raise ConfigError([f"TENANT: should be {should}, not {tenant!r}"])
     key = new_key()
     # Apart from the lines for the file, so that these can be appended to it.
     print(f"The tenant's key, which nothing shows again: {key}", file=sys.stderr)
-    print(yaml.safe_dump({tenant: {"keys": [hashed(key)]}}), end="")
+    print(yaml.safe_dump({tenant: {"keys": [hash_key(key)]}}), end="")
 
 
 def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -126,7 +126,7 @@ def _simulate(config: Config, options: argparse.Namespace) -> int:
     from server.simulation.report import as_json, as_text, notes, report
     from server.simulation.simulate import limit
     from server.simulation.traces import TraceError, read
-    from server.terminal import shown
+    from server.terminal import progress
 
     if options.plot is not None:
         _check_plot(options.plot)
@@ -137,7 +137,7 @@ def _simulate(config: Config, options: argparse.Namespace) -> int:
     configs = [limit(config, trace, options.memory, options.disk, _say) for trace in traces]
     reports, plots = [], []
     for trace, limited in zip(traces, configs, strict=True):
-        told, replay = report(limited, trace, shown, recommends=options.recommend)
+        told, replay = report(limited, trace, progress, recommends=options.recommend)
         reports.append(told)
         plots.append((trace, replay, told.recommendation))
         if not options.json:
@@ -171,7 +171,7 @@ def _check_plot(file: Path) -> None:
 
 
 def _as_yaml(config: Config) -> str:
-    shown = without_secrets(config.model_dump(mode="json"))
+    shown = redact(config.model_dump(mode="json"))
     text: str = yaml.safe_dump(shown, sort_keys=False)
     return text
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 from pydantic import ByteSize
 
 
-def size(count: int) -> str:
+def human_size(count: int) -> str:
     """Return a size in bytes as people read it."""
     return ByteSize(count).human_readable()
 
@@ -27,7 +27,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 _Request = TypeVar("_Request")
 
 
-def shown(
+def progress(
     requests: Iterable[_Request], name: str, *, total: int | None = None
 ) -> Iterable[_Request]:
     """Pass requests on and show how far it is, unless all is over in a moment.

@@ -4,44 +4,44 @@ Knows nothing of HTTP and nothing of vLLM. `Chain` is the way in; `MemoryCache` 
 are aiocache backends that also work without the rest.
 """
 
-from tiers.chain import Adoption, Chain, Hit
+from tiers.chain import Chain, Hit, ImportResult
 from tiers.disk import DiskCache
-from tiers.entry import Answer, Entry, Form, Freshness, Origin, State
+from tiers.entry import Answer, Entry, Form, Freshness, Provenance, State
 from tiers.frequency import FrequencySketch
 from tiers.key import digest
 from tiers.memory.cache import MemoryCache
-from tiers.movement.background import Movement
-from tiers.movement.copies import Copies
-from tiers.movement.demotion import Demotion, Write
+from tiers.movement.background import BackgroundWork
+from tiers.movement.copies import Transfers
+from tiers.movement.demotion import Demotion, WritePolicy
 from tiers.purges.purges import PurgeError, Purges
-from tiers.singleflight.flight import Flight, Flights
+from tiers.singleflight.flight import Flight, SingleFlight
 from tiers.singleflight.leases import FileLeases
-from tiers.singleflight.turns import Turns
+from tiers.singleflight.turns import GenerationLock
 from tiers.tier import Tier
 
 __all__ = [
-    "Adoption",
     "Answer",
+    "BackgroundWork",
     "Chain",
-    "Copies",
     "Demotion",
     "DiskCache",
     "Entry",
     "FileLeases",
     "Flight",
-    "Flights",
     "Form",
     "FrequencySketch",
     "Freshness",
+    "GenerationLock",
     "Hit",
+    "ImportResult",
     "MemoryCache",
-    "Movement",
-    "Origin",
+    "Provenance",
     "PurgeError",
     "Purges",
+    "SingleFlight",
     "State",
     "Tier",
-    "Turns",
-    "Write",
+    "Transfers",
+    "WritePolicy",
     "digest",
 ]

@@ -11,11 +11,11 @@ from math import log
 from random import random
 from typing import NamedTuple
 
-from tiers.entry import Answer, Entry, Freshness, Origin, State
+from tiers.entry import Answer, Entry, Freshness, Provenance, State
 from tiers.frequency import FrequencySketch
-from tiers.movement.copies import Copies, Copy
-from tiers.movement.demotion import Write
-from tiers.movement.promotion import Found, Promotion
+from tiers.movement.copies import Transfer, Transfers
+from tiers.movement.demotion import WritePolicy
+from tiers.movement.promotion import FarHit, Promotion
 from tiers.purges.purges import Purges
 from tiers.shared.purges import SharedPurges
 from tiers.tier import Tier
@@ -42,7 +42,7 @@ class _Seen(NamedTuple):
     state: State
 
 
-class Adoption(StrEnum):
+class ImportResult(StrEnum):
     """What became of an entry that was made elsewhere."""
 
     STORED = "stored"
@@ -81,10 +81,10 @@ class Chain:
         frequency: FrequencySketch,
         max_answer_bytes: int,
         promote_after: int = 2,
-        copies: Copies | None = None,
+        copies: Transfers | None = None,
         purges: Purges | None = None,
         shared_purges: SharedPurges | None = None,
-        write: Write = Write.ON_INSERT,
+        write: WritePolicy = WritePolicy.ON_INSERT,
         ttl_jitter: float = 0,
         clock: Callable[[], float] = time.time,
         chance: Callable[[], float] = random,
@@ -97,7 +97,7 @@ class Chain:
         self._promotion = Promotion(
             frequency, promote_after=promote_after, max_bytes=_PROMOTION_BYTES, clock=clock
         )
-        self._copies = Copies() if copies is None else copies
+        self._copies = Transfers() if copies is None else copies
         self.purges = Purges(clock=clock) if purges is None else purges
         self._shared_purges = shared_purges
         self.purged = 0
@@ -140,16 +140,18 @@ class Chain:
         if best is None:
             return None
         depth, _, entry, state = best
-        refresh = state is State.STALE or self._is_refreshed_early(entry, self.clock())
+        refresh = state is State.STALE_WHILE_REVALIDATE or self._is_refreshed_early(
+            entry, self.clock()
+        )
         return Hit(entry, self.tiers[depth].name, state, refresh)
 
-    async def newer(self, key: str, than: float) -> Answer | None:
+    async def find_newer(self, key: str, than: float) -> Answer | None:
         """Return the fresh answer under `key` that another process stored after `than` (Unix s).
 
         Doesn't count as asking for it. It replaces what nearer tiers hold under `key`.
         """
         await self._know_purges()
-        with self._copies.take(key) as copy:
+        with self._copies.begin(key) as copy:
             for depth, tier in enumerate(self.tiers):
                 found = await tier.get(key, self.purges, counted=False)
                 if found is None:
@@ -164,12 +166,12 @@ class Chain:
                     return entry.answer
         return None
 
-    def origin(self, labels: Iterable[str] = ()) -> Origin:
+    def provenance(self, labels: Iterable[str] = ()) -> Provenance:
         """Return what `store` must be told of an answer whose making begins now.
 
         `labels` are those by which it may be purged, such as `model:m`, beside its key.
         """
-        return self.purges.origin(labels)
+        return self.purges.provenance(labels)
 
     async def store(
         self,
@@ -177,8 +179,8 @@ class Chain:
         answer: Answer,
         freshness: Freshness,
         *,
-        origin: Origin | None = None,
-        took_s: float = 0,
+        provenance: Provenance | None = None,
+        generation_s: float = 0,
         age_s: float = 0,
     ) -> bool:
         """Store a finished answer. Returns whether any tier holds it.
@@ -189,8 +191,8 @@ class Chain:
         """
         if len(answer.content) + len(answer.usage) > self.max_answer_bytes:
             return False
-        origin = self.origin() if origin is None else origin
-        if self.purges.refuse(key, origin):
+        provenance = self.provenance() if provenance is None else provenance
+        if self.purges.is_known_purged(key, provenance):
             return False
         now = self.clock()
         made = now - age_s
@@ -199,10 +201,10 @@ class Chain:
             answer,
             made,
             made + ttl_s,
-            took_s,
+            generation_s,
             freshness.stale_while_revalidate_s,
             freshness.stale_if_error_s,
-            *origin,
+            *provenance,
         )
         value = entry.encode()
         left_s = entry.kept_until - now
@@ -210,9 +212,9 @@ class Chain:
             return False
         async with self._copies.storing(key):
             stored = False
-            if self._write is Write.ON_EVICT:
+            if self._write is WritePolicy.ON_EVICT:
                 stored = await self._store_nearest(key, value, left_s)
-            for tier in self._shared if self._write is Write.ON_EVICT else self.tiers:
+            for tier in self._shared if self._write is WritePolicy.ON_EVICT else self.tiers:
                 stored = await tier.put(key, value, left_s) or stored
             return stored
 
@@ -225,10 +227,10 @@ class Chain:
         await self._know_purges()
         best: Entry | None = None
         for tier in self.tiers:
-            if tier.shared and self.purges.lacks_shared:
+            if tier.shared and self.purges.shared_unknown:
                 continue
             entry = await tier.peek(key)
-            if entry is None or self.purges.cover(key, entry):
+            if entry is None or self.purges.is_purged(key, entry):
                 continue
             state = entry.state(self.clock())
             if state is not State.EXPIRED and (best is None or entry.stored_at > best.stored_at):
@@ -237,36 +239,36 @@ class Chain:
                 break
         return best
 
-    async def adopt(self, key: str, entry: Entry, into: Sequence[Tier]) -> Adoption:
+    async def import_entry(self, key: str, entry: Entry, into: Sequence[Tier]) -> ImportResult:
         """Store an entry that was made elsewhere, unless one is held that is as new.
 
         It is purged by what was purged here after its making began, by its own clock.
         """
         if len(entry.answer.content) + len(entry.answer.usage) > self.max_answer_bytes:
-            return Adoption.REFUSED
-        began_us = int((entry.stored_at - entry.took_s) * 1e6)
-        known = self.origin().generation
-        entry = entry._replace(generation=min(max(entry.generation, began_us), known))
-        if self.purges.cover(key, entry):
-            return Adoption.PURGED
+            return ImportResult.REFUSED
+        began_us = int((entry.stored_at - entry.generation_s) * 1e6)
+        known = self.provenance().purge_epoch
+        entry = entry._replace(purge_epoch=min(max(entry.purge_epoch, began_us), known))
+        if self.purges.is_purged(key, entry):
+            return ImportResult.PURGED
         value, stored, is_held = entry.encode(), False, False
         async with self._copies.storing(key):
             # A farther tier may hold a newer entry than a nearer one.
             async for held in self._held(key):
                 # The purges that an entry has outlived are another matter in each place.
-                is_same = held._replace(generation=entry.generation) == entry
+                is_same = held._replace(purge_epoch=entry.purge_epoch) == entry
                 if held.stored_at >= entry.stored_at and not is_same:
-                    return Adoption.OLDER
+                    return ImportResult.OLDER
                 is_held = is_held or is_same
             if is_held:
-                return Adoption.UNCHANGED
+                return ImportResult.UNCHANGED
             for tier in self.tiers:
                 left_s = entry.kept_until - self.clock()
                 if tier not in into or left_s <= 0:
                     await tier.remove(key)
                 else:
                     stored = await tier.put(key, value, left_s) or stored
-        return Adoption.STORED if stored else Adoption.REFUSED
+        return ImportResult.STORED if stored else ImportResult.REFUSED
 
     async def purge(self, *labels: str) -> None:
         """Purge all entries with one of `labels`: `all`, or such as `key:…` (`tiers.purges.KINDS`).
@@ -282,13 +284,13 @@ class Chain:
         self.purged += 1
         await (self._shared_purges or self.purges).purge(*labels)
 
-    async def settle(self) -> None:
+    async def drain(self) -> None:
         """Finish the promotions that are under way."""
         await self._promotion.finish()
 
     async def close(self) -> None:
         """Finish promotions, then flush and close the tiers, nearest first."""
-        await self.settle()
+        await self.drain()
         await self.purges.close()
         for tier in self.tiers:
             await tier.close()
@@ -302,7 +304,7 @@ class Chain:
         """Yield what the tiers hold under `key` and may give out, nearest first."""
         for tier in self.tiers:
             entry = await tier.peek(key)
-            if entry is None or self.purges.cover(key, entry):
+            if entry is None or self.purges.is_purged(key, entry):
                 continue
             if entry.state(self.clock()) is not State.EXPIRED:
                 yield entry
@@ -326,7 +328,7 @@ class Chain:
 
     async def _look_farther(self, key: str, best: _Seen | None, asked: int) -> _Seen | None:
         """Ask the tiers behind the nearest, in which `best` was seen, and promote what is found."""
-        copy: Copy | None = self._copies.take(key)
+        copy: Transfer | None = self._copies.begin(key)
         older_in = [] if best is None else [self.tiers[0]]
         try:
             for depth in range(1, len(self.tiers)):
@@ -339,7 +341,7 @@ class Chain:
                     break
                 older_in.append(self.tiers[depth])
             if copy is not None and best is not None and best.depth > 0:
-                found = Found(key, best.value, best.entry, asked, older_in)
+                found = FarHit(key, best.value, best.entry, asked, older_in)
                 taken, copy = copy, None
                 await self._promotion.promote(taken, found, self.tiers[: best.depth])
             return best
@@ -355,4 +357,6 @@ class Chain:
         """
         left_s = entry.expires_at - now
         # The logarithm is beyond 40 once in 10^17 times.
-        return 0 < left_s < 40 * entry.took_s and left_s < -entry.took_s * log(1 - self._chance())
+        return 0 < left_s < 40 * entry.generation_s and left_s < -entry.generation_s * log(
+            1 - self._chance()
+        )

@@ -54,10 +54,10 @@ class Freshness(NamedTuple):
     """After the ttl: given out where no new answer can be had."""
 
 
-class Origin(NamedTuple):
+class Provenance(NamedTuple):
     """What `tiers.purges.purges` must know of how an answer came to be."""
 
-    generation: int = 0
+    purge_epoch: int = 0
     """The last purge that was known when its making began, as `tiers.purges` numbers them."""
     packed_labels: bytes = b""
 
@@ -83,9 +83,9 @@ class State(IntEnum):
     """What an entry may be used for."""
 
     FRESH = 0
-    STALE = 1
+    STALE_WHILE_REVALIDATE = 1
     """May be given out if a new answer is made meanwhile."""
-    FALLBACK = 2
+    STALE_IF_ERROR = 2
     """May be given out where no new answer can be had."""
     EXPIRED = 3
 
@@ -97,22 +97,22 @@ class Entry(NamedTuple):
     stored_at: float
     expires_at: float
     """When it stops being fresh."""
-    took_s: float = 0
+    generation_s: float = 0
     """Seconds that it took to generate."""
     stale_while_revalidate_s: float = 0
     stale_if_error_s: float = 0
-    generation: int = 0
+    purge_epoch: int = 0
     packed_labels: bytes = b""
 
     @property
-    def origin(self) -> Origin:
+    def provenance(self) -> Provenance:
         """How it came to be."""
-        return Origin(self.generation, self.packed_labels)
+        return Provenance(self.purge_epoch, self.packed_labels)
 
     @property
     def labels(self) -> tuple[str, ...]:
         """By what it may be purged, beside its key."""
-        return self.origin.labels
+        return self.provenance.labels
 
     @property
     def kept_until(self) -> float:
@@ -129,8 +129,8 @@ class Entry(NamedTuple):
         if now < self.expires_at:
             return State.FRESH if self.stored_at <= now + SKEW_S else State.EXPIRED
         if now < self.expires_at + self.stale_while_revalidate_s:
-            return State.STALE
-        return State.FALLBACK if now < self.kept_until else State.EXPIRED
+            return State.STALE_WHILE_REVALIDATE
+        return State.STALE_IF_ERROR if now < self.kept_until else State.EXPIRED
 
     def encode(self) -> bytes:
         """Return the bytes that tiers store."""
@@ -139,7 +139,7 @@ class Entry(NamedTuple):
         return b"".join((head, labels, answer.usage, answer.content))
 
     @staticmethod
-    def origin_of(data: bytes) -> Origin:
+    def provenance_of(data: bytes) -> Provenance:
         """Read the origin alone of what `encode` wrote.
 
         Raises:
@@ -148,7 +148,7 @@ class Entry(NamedTuple):
         if len(data) < _HEADER.size or data[0] != _VERSION:
             raise ValueError("entry is of another format version or cut short")
         *_, generation, labels_bytes, _ = _HEADER.unpack_from(data)
-        return Origin(generation, data[_HEADER.size : _HEADER.size + labels_bytes])
+        return Provenance(generation, data[_HEADER.size : _HEADER.size + labels_bytes])
 
     @classmethod
     def decode(cls, data: bytes) -> Self:
@@ -179,7 +179,7 @@ class Entry(NamedTuple):
         """
         entry = cls.decode(data)
         entry.packed_labels.decode()
-        times = (entry.stored_at, entry.expires_at, entry.took_s, entry.kept_until)
+        times = (entry.stored_at, entry.expires_at, entry.generation_s, entry.kept_until)
         lasts = (entry.stale_while_revalidate_s, entry.stale_if_error_s)
         if not all(map(isfinite, (*times, *lasts))):
             raise ValueError("entry has a time that isn't finite")

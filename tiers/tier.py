@@ -15,10 +15,10 @@ from aiocache.base import BaseCache
 
 from tiers.backend import ByteCache
 from tiers.entry import Entry
-from tiers.failed_writes import Losses
+from tiers.failed_writes import FailedWrites
 from tiers.memory.cache import MemoryCache
 from tiers.purges.purges import Purges
-from tiers.shared.calls import BusyError, Calls
+from tiers.shared.calls import Bulkhead, BusyError
 from tiers.shared.circuit import FAILURES, CircuitBreaker
 
 logger = logging.getLogger(__name__)
@@ -79,11 +79,11 @@ class Tier:
         # Our own backends answer at once; aiocache's layers cost more than such a read.
         self._near = backend if isinstance(backend, ByteCache) else None
         self._decode = Entry.decode_untrusted if self._near is None else Entry.decode
-        self._reads = Calls(_READS, deadline_s)
-        self._writes = Calls(_WRITES, self._write_s)
-        self._probes = Calls(1, deadline_s)
+        self._reads = Bulkhead(_READS, deadline_s)
+        self._writes = Bulkhead(_WRITES, self._write_s)
+        self._probes = Bulkhead(1, deadline_s)
         self._breaker = CircuitBreaker(self._probe, self._answers_again)
-        self._losses = Losses()
+        self._losses = FailedWrites()
         self._failing: dict[str, int] = {}
         self.counts = Counts()
 
@@ -108,7 +108,7 @@ class Tier:
             value: bytes | None
             if self._near is not None:
                 value = self._near.read(key)
-            elif self._breaker.is_open or (self.shared and purges.lacks_shared):
+            elif self._breaker.is_open or (self.shared and purges.shared_unknown):
                 # What may have been purged elsewhere can't be told from the rest.
                 value = None
             else:
@@ -125,8 +125,8 @@ class Tier:
                 # Of another version of ours, or damaged; the next answer replaces it.
                 logger.debug("the %s tier holds what can't be read: %s", self.name, exc)
             else:
-                is_lost = self._losses.any and self._losses.hides(key, entry.stored_at)
-                if not is_lost and not purges.cover(key, entry):
+                is_lost = self._losses.has_any and self._losses.may_be_stale(key, entry.stored_at)
+                if not is_lost and not purges.is_purged(key, entry):
                     self.counts.hits += counted
                     return value, entry
         self.counts.misses += counted
@@ -142,7 +142,9 @@ class Tier:
             else:
                 value = await self._read(key) if self.available else None
             entry = None if value is None else self._decode(value)
-            return None if entry is None or self._losses.hides(key, entry.stored_at) else entry
+            return (
+                None if entry is None or self._losses.may_be_stale(key, entry.stored_at) else entry
+            )
         except ValueError:
             # Of another version of ours, or damaged.
             return None
@@ -162,7 +164,7 @@ class Tier:
             self._failed("write", exc)
         finally:
             if may_be_older:
-                self._losses.note(key, self._stored_at(value))
+                self._losses.add(key, self._stored_at(value))
             elif key in self._losses:
                 self._settle(key, self._stored_at(value))
         self.counts.stores += stored
@@ -180,7 +182,7 @@ class Tier:
             self._failed("remove", exc)
         finally:
             if not removed:
-                self._losses.note(key, self._clock())
+                self._losses.add(key, self._clock())
             elif key in self._losses:
                 self._settle(key, self._clock())
 
@@ -223,14 +225,14 @@ class Tier:
         value: bytes | None
         if self.deadline_s:
             read = partial(self.backend.get, key, timeout=self._write_s)
-            value = await self._reads.make(read)
+            value = await self._reads.run(read)
         else:
             value = await self.backend.get(key)
         self._breaker.succeeded()
         return value
 
     async def _write(self, action: str, write: Callable[[], Coroutine[Any, Any, object]]) -> bool:
-        done = bool(await (self._writes.make(write) if self.deadline_s else write()))
+        done = bool(await (self._writes.run(write) if self.deadline_s else write()))
         self._breaker.succeeded()
         self._failing.pop(action, None)
         return done
@@ -250,10 +252,10 @@ class Tier:
     def _settle(self, key: str, stored_at: float) -> None:
         """Note that a write has succeeded where an earlier one hadn't."""
         if self._near is not None:
-            self._losses.forget(key)
+            self._losses.discard(key)
         else:
             # What failed may still be on its way there.
-            self._losses.note(key, stored_at)
+            self._losses.add(key, stored_at)
 
     def _stored_at(self, value: bytes) -> float:
         try:
@@ -266,7 +268,7 @@ class Tier:
         exists = partial(self.backend.exists, _PROBED, timeout=_WRITE_S)
         await exists()
         if self.deadline_s:
-            await self._probes.make(exists)
+            await self._probes.run(exists)
 
     def _answers_again(self) -> None:
         logger.warning("the %s tier answers again", self.name)

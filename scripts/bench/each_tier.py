@@ -33,7 +33,7 @@ from tiers import DiskCache, MemoryCache, digest
 from tiers.backend import ByteCache
 from tiers.disk import Durability
 from tiers.disk.file import DATA, DiskFile
-from tiers.disk.recovery import MARK, Opening
+from tiers.disk.recovery import MARK, Recovery
 from tiers.disk.transaction import Change
 from tiers.shared.memcached import MemcachedBytes
 from tiers.shared.redis import RedisBytes
@@ -230,7 +230,7 @@ async def _opening(folder: Path) -> float:
 def _fill(folder: Path, entries: int) -> int:
     """Make a file that was closed cleanly; return the bytes of its answers."""
     answers = [_answer(number) for number in range(2000)]
-    opening = Opening(folder, 64 * GIB, time.time)
+    opening = Recovery(folder, 64 * GIB, time.time)
     opening.try_exclusive()
     file = DiskFile(folder, 64 * GIB, sync=False)
     raw_bytes, expires_at = 0, time.time() + 86400

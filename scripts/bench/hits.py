@@ -31,11 +31,11 @@ import orjson
 import uvloop
 from aiohttp import web
 
-from server.auth.tenants import tenant_of
+from server.auth.tenants import open_tenant
 from server.config.load import load
 from server.engine.models import Models
 from server.protocol import template
-from server.protocol.request import parse
+from server.protocol.request import parse_request
 from tiers import Answer, Chain, DiskCache, Form, FrequencySketch, Freshness, Tier
 
 SERVER_CORE, LOAD_CORE = 0, 1
@@ -154,8 +154,10 @@ async def _fill(file: Path, bodies: list[bytes], answer_bytes: int) -> None:
     models = Models(config.models)
     names = models.names()
     for number, body in enumerate(bodies):
-        stored = Answer(Form.BODY, template.template(orjson.loads(_answer(number, answer_bytes))))
-        request = parse(ROUTE, body, tenant_of(""), names)
+        stored = Answer(
+            Form.BODY, template.json_template(orjson.loads(_answer(number, answer_bytes)))
+        )
+        request = parse_request(ROUTE, body, open_tenant(""), names)
         await chain.store(request.key, stored, Freshness(config.cache.ttl_s))
     await models.close()
     await chain.close()

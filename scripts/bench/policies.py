@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from server.simulation import references
 from server.simulation.references import ONLINE, OPTIMUM
-from server.simulation.traces import BLOCK_TOKENS, TOKEN_BYTES, Request, Trace, read
+from server.simulation.traces import BLOCK_TOKENS, TOKEN_BYTES, Trace, TraceRequest, read
 from tiers import digest
 from tiers.policies import DEFAULT, POLICIES
 
@@ -73,7 +73,7 @@ def replayed(path: Path) -> Iterator[tuple[str, Trace]]:
         yield trace.name, trace
         return
     yield f"{trace.name[:18]} answers", trace
-    requests = [Request(str(block), BLOCK_TOKENS * TOKEN_BYTES) for block in blocks]
+    requests = [TraceRequest(str(block), BLOCK_TOKENS * TOKEN_BYTES) for block in blocks]
     yield f"{trace.name[:18]} blocks", Trace(trace.name, requests)
 
 

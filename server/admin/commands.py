@@ -14,7 +14,7 @@ import orjson
 from server.admin.operations import MAX_PAGE, AdminError, Operations, Query
 from server.config.folders import NO_HOME
 from server.config.schema import Config
-from server.terminal import size, table
+from server.terminal import human_size, table
 from tiers.disk import OtherFormatError, UntrustedError
 
 _PIECE_BYTES = 64 * 1024
@@ -64,7 +64,7 @@ async def _stats(config: Config, options: argparse.Namespace) -> int:
             name.replace("_", " "),
             *(
                 "" if (value := each.get(name)) is None
-                else size(value) if "bytes" in name
+                else human_size(value) if "bytes" in name
                 else f"{value:,}"
                 for each in flat
             ),
@@ -204,7 +204,7 @@ async def _compact(config: Config, _: argparse.Namespace) -> int:
             before, after = told["before"], told["after"]
         else:
             before, after = compact(_file(config))
-    print(f"{size(before)} before, {size(after)} after")
+    print(f"{human_size(before)} before, {human_size(after)} after")
     return 0
 
 

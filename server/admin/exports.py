@@ -18,8 +18,8 @@ from zlib import crc32
 import orjson
 
 from server.config.schema import Config
-from server.web.offload import offloaded
-from tiers import Answer, Entry, Form, Origin
+from server.web.offload import offload
+from tiers import Answer, Entry, Form, Provenance
 from tiers.disk import MAX_KEY_BYTES
 
 NAME, VERSION = "tierserve-export", 1
@@ -58,7 +58,7 @@ def entry_line(key: str, entry: Entry) -> bytes:
         {
             "key": key,
             **{name: getattr(entry, name) for name in _TIMES},
-            "generation": entry.generation,
+            "generation": entry.purge_epoch,
             "labels": entry.labels,
             "form": _NAMES[entry.answer.form],
             "content": _in_base64(entry.answer.content),
@@ -69,7 +69,7 @@ def entry_line(key: str, entry: Entry) -> bytes:
 
 async def entry_line_of(key: str, entry: Entry) -> bytes:
     """Return the same without stopping others for long, however large the answer is."""
-    return await offloaded(len(entry.answer.content), entry_line, key, entry)
+    return await offload(len(entry.answer.content), entry_line, key, entry)
 
 
 def last_line(entries: int) -> bytes:
@@ -107,7 +107,7 @@ def read(line: bytes) -> Keyed | int:
             _of_base64(said["usage"]),
         )
         times: list[Any] = [float(said[name]) for name in _TIMES]
-        origin = Origin.of(said["generation"], said["labels"])
+        origin = Provenance.of(said["generation"], said["labels"])
     except (AttributeError, KeyError, TypeError, ValueError) as exc:
         raise ValueError(f"has no entry that could be read: {exc!r}") from exc
     key = said.get("key")
@@ -115,7 +115,7 @@ def read(line: bytes) -> Keyed | int:
         raise ValueError(f"should have a key of 1 to {MAX_KEY_BYTES} bytes")
     if not all(isfinite(time) and time >= 0 for time in times):
         raise ValueError("has times that can't be")
-    if not isinstance(origin.generation, int) or not 0 <= origin.generation < 1 << 64:
+    if not isinstance(origin.purge_epoch, int) or not 0 <= origin.purge_epoch < 1 << 64:
         raise ValueError("has a generation that can't be")
     entry = Entry(answer, *times)
     return Keyed(key, entry._replace(**origin._asdict()))
@@ -123,7 +123,7 @@ def read(line: bytes) -> Keyed | int:
 
 async def read_of(line: bytes) -> Keyed | int:
     """Read the same without stopping others for long, however large the answer is."""
-    return await offloaded(len(line), read, line)
+    return await offload(len(line), read, line)
 
 
 def _in_base64(data: bytes) -> str:

@@ -31,9 +31,9 @@ from aiohttp import hdrs, web
 
 from server.admin.lines import split
 from server.admin.operations import MAX_PAGE, AdminError, Operations, Query
-from server.web.offload import offloaded
+from server.web.offload import offload
 from server.web.request import HttpRequest
-from server.web.responses import error_response, own_headers
+from server.web.responses import error_response, server_headers
 from tiers.disk import MAX_KEY_BYTES
 from tiers.purges.table import ALL, KEY, KINDS
 
@@ -96,7 +96,7 @@ class Admin:
         if isinstance(done, web.StreamResponse):
             return done
         return web.Response(
-            body=await offloaded(len(done.get("content", "")), _json, done),
+            body=await offload(len(done.get("content", "")), _json, done),
             content_type="application/json",
             headers={hdrs.CACHE_CONTROL: "no-store"},
         )
@@ -126,18 +126,18 @@ class Admin:
         return web.Response(status=204)
 
     async def _purge(self, http: HttpRequest) -> Any:
-        return {"purged": await self._operations.purge(*_named(await http.body()))}
+        return {"purged": await self._operations.purge(*_named(await http.read_body()))}
 
     async def _export(self, http: HttpRequest) -> web.StreamResponse:
         lines = self._operations.export()
         # What can't be done at all is said before the response begins.
         first = await anext(lines)
-        response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: LINES} | own_headers(http))
+        response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: LINES} | server_headers(http))
         await response.prepare(http)
-        await http.send(response, first)
+        await http.write(response, first)
         try:
             async for line in lines:
-                await http.send(response, line)
+                await http.write(response, line)
         except OSError as exc:
             logger.error("an export ended early: %s", exc)
             raise ConnectionResetError from exc
@@ -145,7 +145,7 @@ class Admin:
         return response
 
     async def _import(self, http: HttpRequest) -> Any:
-        return await self._operations.take(split(http.pieces(), self._max_line_bytes))
+        return await self._operations.take(split(http.iter_body(), self._max_line_bytes))
 
 
 def _json(told: dict[str, Any]) -> bytes:

@@ -7,7 +7,7 @@ from typing import Any
 from server.admin import exports
 from server.admin.operations import AdminError
 from server.admin.pace import Pace
-from tiers import Adoption, Chain, DiskCache, MemoryCache, State
+from tiers import Chain, DiskCache, ImportResult, MemoryCache, State
 
 # Stored at once, as the disk tier commits together what comes together.
 _BATCH, _BATCH_BYTES = 64, 8 * 1024**2
@@ -87,5 +87,5 @@ class Import:
             while disk.queued_bytes > _QUEUED_BYTES:  # noqa: ASYNC110 - commits take their time.
                 await asyncio.sleep(_DRAIN_S)
 
-    async def _adopt(self, found: exports.Keyed) -> Adoption:
-        return await self._chain.adopt(*found, self._into)
+    async def _adopt(self, found: exports.Keyed) -> ImportResult:
+        return await self._chain.import_entry(*found, self._into)

@@ -57,7 +57,7 @@ class Listing:
 
     def is_alive(self, key: str, entry: Entry) -> bool:
         """Return whether an entry may still be given out."""
-        is_purged = self._chain.purges.cover(key, entry)
+        is_purged = self._chain.purges.is_purged(key, entry)
         return not is_purged and entry.state(self._chain.clock()) is not State.EXPIRED
 
     def row(self, key: str, entry: Entry, of: ByteCache | None = None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from server.cache import build
 from server.config.schema import Config
 from server.protocol import template
 from server.protocol.formats import CHOICES
-from server.protocol.labels import misnamed
+from server.protocol.labels import label_problem
 from tiers import Chain, DiskCache, MemoryCache, PurgeError, Tier
 from tiers.backend import ByteCache
 from tiers.disk import check
@@ -49,12 +49,12 @@ class Administration(Operations):
             raise AdminError(404, "There is no entry under this key.", param="key")
         # Events that have types end by themselves.
         done = b"" if entry.answer.content.startswith(b"event:") else CHOICES.done
-        content = template.rendered(entry.answer, b"", 0, wants_usage=False, done=done)
+        content = template.render(entry.answer, b"", 0, wants_usage=False, done=done)
         return self._listing.row(key, entry) | {
             "stored_at": entry.stored_at,
             "expires_at": entry.expires_at,
             "kept_until": entry.kept_until,
-            "took_s": entry.took_s,
+            "took_s": entry.generation_s,
             "form": entry.answer.form.name.lower(),
             "content": content.decode(errors="replace"),
         }
@@ -64,7 +64,7 @@ class Administration(Operations):
             problem = f"{kind} should have from 1 to {MAX_LABELS} names at once, not {len(names)}"
             raise AdminError(400, f"{problem}; nothing was purged.", param=kind)
         for name in names:
-            if (should := misnamed(kind, name)) is not None:
+            if (should := label_problem(kind, name)) is not None:
                 problem = f"{kind} should be {should}, not {name[:_SHOWN]!r}; nothing was purged."
                 raise AdminError(400, problem, param=kind)
         labels = [ALL] if kind == ALL else [label(kind, name) for name in names]
@@ -122,7 +122,7 @@ async def offline(config: Config) -> AsyncIterator[Administration]:
         for tier in chain.tiers:
             if isinstance(tier.backend, DiskCache):
                 await tier.backend.opened()
-        await movement.recall()
+        await movement.load_sketch()
         # Nothing is in this process's memory.
         tiers = [tier for tier in chain.tiers if not isinstance(tier.backend, MemoryCache)]
         yield Administration(chain, tiers)

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from aiohttp import web
 
-from server.config.folders import say_if_new
-from server.config.schema import Config, Listener
-from server.web.access import Enter, anybody, holders_of
-from server.web.listener import addresses, listen, listen_on, make_server
+from server.config.folders import log_if_new
+from server.config.schema import Config, ServerConfig
+from server.web.access import AccessCheck, allow_anyone, require_key
+from server.web.listener import addresses, listen, listen_unix, make_server
 from server.web.request import Handler
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ _LOOK_S = 10
 
 @asynccontextmanager
 async def administered(
-    config: Config, wrapped: Callable[[Enter], Handler], tls: ssl.SSLContext | None
+    config: Config, wrapped: Callable[[AccessCheck], Handler], tls: ssl.SSLContext | None
 ) -> AsyncIterator[None]:
     """Have the admin API answer meanwhile where that is configured.
 
@@ -46,7 +46,7 @@ async def administered(
     Raises:
         OSError: the socket or the port can't be had.
     """
-    async with _at_socket(config, wrapped(anybody)), _at_port(config, wrapped, tls):
+    async with _at_socket(config, wrapped(allow_anyone)), _at_port(config, wrapped, tls):
         yield
 
 
@@ -67,9 +67,9 @@ async def _at_socket(config: Config, handler: Handler) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def _listening(server: web.Server, path: Path, options: Listener) -> AsyncIterator[None]:
+async def _listening(server: web.Server, path: Path, options: ServerConfig) -> AsyncIterator[None]:
     with _bound(path) as bound:
-        listener = await listen_on(server, bound, options)
+        listener = await listen_unix(server, bound, options)
         try:
             yield
         finally:
@@ -100,13 +100,13 @@ async def _keep(
 
 @asynccontextmanager
 async def _at_port(
-    config: Config, wrapped: Callable[[Enter], Handler], tls: ssl.SSLContext | None
+    config: Config, wrapped: Callable[[AccessCheck], Handler], tls: ssl.SSLContext | None
 ) -> AsyncIterator[None]:
     admin = config.admin
     if admin.port is None or admin.key is None:
         yield
         return
-    async with _served(config, wrapped(holders_of(admin.key))) as server:
+    async with _served(config, wrapped(require_key(admin.key))) as server:
         try:
             listener = await listen(server, admin.host, admin.port, config.server, tls)
         except OSError as exc:
@@ -137,7 +137,7 @@ def _bound(path: Path) -> Iterator[socket.socket]:
     is replaced: who has the socket holds a lock on a file beside it, which ends with its process,
     and is removed after, too.
     """
-    say_if_new("admin.socket", path.parent)
+    log_if_new("admin.socket", path.parent)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = _locked(beside := path.with_name(f"{path.name}.lock"))

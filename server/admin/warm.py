@@ -12,7 +12,7 @@ import orjson
 from server.admin.operations import AdminError
 from server.config.schema import Config
 from server.protocol.routes import ROUTES
-from server.terminal import shown
+from server.terminal import progress
 from server.web.tls import fingerprint
 
 _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -93,7 +93,7 @@ async def warm(config: Config, file: Path, concurrency: int, say: Callable[[str]
                 say(f"{file}:{asked.line}: {problem}")
 
         async with asyncio.TaskGroup() as group:
-            for asked in shown(_requests(file), "warm", total=total):
+            for asked in progress(_requests(file), "warm", total=total):
                 await free.acquire()
                 group.create_task(send(asked))
     return Warmed(**counts)

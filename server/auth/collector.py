@@ -9,12 +9,12 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from server.auth.limits import Account
+from server.auth.limits import RateLimiter
 
 
 class _Tenants(Collector):
     def __init__(
-        self, accounts: Callable[[], Mapping[str, Account]], turned_away: Callable[[], int]
+        self, accounts: Callable[[], Mapping[str, RateLimiter]], turned_away: Callable[[], int]
     ) -> None:
         self._accounts, self._turned_away = accounts, turned_away
 

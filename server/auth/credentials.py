@@ -16,7 +16,7 @@ X_API_KEY = istr("x-api-key")
 _NONE: Sequence[str] = ()
 
 
-def presented(headers: MultiMapping[str]) -> str:
+def presented_credentials(headers: MultiMapping[str]) -> str:
     """Return the credentials of a request as a value of `Authorization`; empty if it has none.
 
     Raises:
@@ -42,7 +42,7 @@ def credentials_in(headers: MultiMapping[str]) -> tuple[str | None, str | None]:
     return tokens[0] if tokens else None, keys[0] if keys else None
 
 
-def key_in(credentials: str) -> str:
+def bearer_key(credentials: str) -> str:
     """Return the key in what `presented` returned; empty if it holds none (RFC 6750)."""
     scheme, _, key = credentials.partition(" ")
     return key.strip() if scheme.lower() == "bearer" else ""

@@ -25,7 +25,7 @@ class Limits(NamedTuple):
     """Under way at once."""
 
 
-class Refusal(NamedTuple):
+class RateLimited(NamedTuple):
     """Why a request may not be made now, for its client, and in how many seconds it may."""
 
     text: str
@@ -67,7 +67,7 @@ class _Bucket:
         }
 
 
-class Account:
+class RateLimiter:
     """What one tenant has asked, kept while its keys and limits change.
 
     Args:
@@ -83,9 +83,9 @@ class Account:
         self.active = self.requests = 0
         self.refused = {"requests_per_minute": 0, "max_requests": 0}
         self.history = History()
-        self.limit(limits)
+        self.set_limits(limits)
 
-    def limit(self, limits: Limits) -> None:
+    def set_limits(self, limits: Limits) -> None:
         """Go on with these limits."""
         self._most, per_minute = limits.max_requests, limits.requests_per_minute
         if per_minute is None:
@@ -93,20 +93,20 @@ class Account:
         elif self._bucket is None or self._bucket.per_minute != per_minute:
             self._bucket = _Bucket(per_minute, self._clock)
 
-    def enter(self) -> Refusal | None:
+    def acquire(self) -> RateLimited | None:
         """Count a request that begins, or return why it may not; `leave` has to follow one."""
         if self._most is not None and self.active >= self._most:
             self.refused["max_requests"] += 1
-            return Refusal(f"At most {self._most} requests may be under way at once.", 1)
+            return RateLimited(f"At most {self._most} requests may be under way at once.", 1)
         if (bucket := self._bucket) is not None and (wait_s := bucket.take()):
             self.refused["requests_per_minute"] += 1
             text = f"At most {bucket.per_minute} requests per minute are allowed."
-            return Refusal(text, _up(wait_s))
+            return RateLimited(text, _up(wait_s))
         self.active += 1
         self.requests += 1
         return None
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Count a request that has ended."""
         self.active -= 1
 

@@ -24,11 +24,11 @@ import yaml
 from multidict import MultiMapping
 from pydantic import Field, TypeAdapter, ValidationError
 
-from server.auth.credentials import credentials_in, key_in, presented
-from server.auth.limits import Account, Limits
-from server.config.base import ConfigError, Section, should
-from server.config.schema import Tenants as Configured
-from server.config.secrets import Hash, hashed
+from server.auth.credentials import bearer_key, credentials_in, presented_credentials
+from server.auth.limits import Limits, RateLimiter
+from server.config.base import ConfigError, Section, expected
+from server.config.schema import TenantsConfig as Configured
+from server.config.secrets import Hash, hash_key
 from server.config.yaml_loader import Loader
 from server.protocol.labels import TENANT
 from tiers.key import digest, scope_named
@@ -53,7 +53,7 @@ class Tenant:
         account: what it has asked; `None` where that isn't counted.
     """
 
-    __slots__ = ("account", "name", "operator", "salt", "scope", "share")
+    __slots__ = ("limiter", "name", "operator", "salt", "scope", "share_scope")
 
     def __init__(
         self,
@@ -63,22 +63,22 @@ class Tenant:
         share: str = "",
         salt: str | None = None,
         operator: bool = False,
-        account: Account | None = None,
+        account: RateLimiter | None = None,
     ) -> None:
-        self.name, self.scope, self.share, self.salt = name, scope, share, salt
-        self.operator, self.account = operator, account
+        self.name, self.scope, self.share_scope, self.salt = name, scope, share, salt
+        self.operator, self.limiter = operator, account
 
     @property
     def has_key(self) -> bool:
         """Whether its key is one of ours, and no engine's business."""
-        return self.account is not None
+        return self.limiter is not None
 
 
-NOBODY = Tenant("nobody", b"\0nobody", account=Account(Limits()))
+NOBODY = Tenant("nobody", b"\0nobody", account=RateLimiter(Limits()))
 """Whoever asks where no door is."""
 
 
-class Record(Section):
+class TenantRecord(Section):
     """A tenant as the file describes it."""
 
     keys: tuple[Hash, ...] = ()
@@ -89,7 +89,7 @@ class Record(Section):
 
 
 _Name = Annotated[str, Field(pattern=f"^{TENANT}$")]
-_records = TypeAdapter(Annotated[dict[_Name, Record], Field(min_length=1)])
+_records = TypeAdapter(Annotated[dict[_Name, TenantRecord], Field(min_length=1)])
 
 
 class Tenants:
@@ -104,12 +104,12 @@ class Tenants:
     """
 
     def __init__(
-        self, section: Configured, new_account: Callable[[Limits], Account] = Account
+        self, section: Configured, new_account: Callable[[Limits], RateLimiter] = RateLimiter
     ) -> None:
         self._section, self._new_account = section, new_account
         self._by_header: dict[str, Tenant] = {}
         self._by_hash: dict[str, Tenant] = {}
-        self.accounts: dict[str, Account] = {}
+        self.limiters: dict[str, RateLimiter] = {}
         self.is_open = section.file is None and section.key is None
         self.use(self.read())
 
@@ -118,7 +118,7 @@ class Tenants:
         """What is read again when it changes."""
         return () if self._section.file is None else (self._section.file,)
 
-    def read(self) -> Mapping[str, Record]:
+    def read(self) -> Mapping[str, TenantRecord]:
         """Return the tenants that are configured now. May take long, and be called in a thread.
 
         Raises:
@@ -128,20 +128,20 @@ class Tenants:
             return _read(file)
         if (key := self._section.key) is not None:
             # There is nobody else whom it could harm.
-            return {_ALONE: Record(keys=(key,), operator=True)}
+            return {_ALONE: TenantRecord(keys=(key,), operator=True)}
         return {}
 
-    def use(self, records: Mapping[str, Record]) -> None:
+    def use(self, records: Mapping[str, TenantRecord]) -> None:
         """Let these in from now on. What is under way goes on."""
-        accounts: dict[str, Account] = {}
+        accounts: dict[str, RateLimiter] = {}
         by_hash: dict[str, Tenant] = {}
         salts = self._salts(records)
         for name, record in records.items():
             limits = Limits(record.requests_per_minute, record.max_requests)
-            account = self.accounts.get(name)
+            account = self.limiters.get(name)
             if account is None:
                 account = self._new_account(limits)
-            account.limit(limits)
+            account.set_limits(limits)
             accounts[name] = account
             scope = _scope(name, record)
             tenant = Tenant(
@@ -153,10 +153,10 @@ class Tenants:
                 account=account,
             )
             by_hash |= dict.fromkeys(record.keys, tenant)
-        self.accounts, self._by_hash = accounts, by_hash
+        self.limiters, self._by_hash = accounts, by_hash
         self._by_header.clear()
 
-    def _salts(self, records: Mapping[str, Record]) -> dict[bytes, str]:
+    def _salts(self, records: Mapping[str, TenantRecord]) -> dict[bytes, str]:
         """Return the salt of each scope, which only who knows the hashes of its keys could guess.
 
         So it is the same in all servers with one file, and another once the scope's keys change.
@@ -171,7 +171,7 @@ class Tenants:
             for scope, known in hashes.items()
         }
 
-    def of(self, headers: MultiMapping[str]) -> Tenant | None:
+    def find(self, headers: MultiMapping[str]) -> Tenant | None:
         """Return whose request these headers come with; `None` without a key that is known.
 
         Raises:
@@ -182,7 +182,7 @@ class Tenants:
             token, key = credentials_in(headers)
             given = f"{token or ''}\n{key}" if key is not None else token or ""
         else:
-            given = presented(headers)
+            given = presented_credentials(headers)
         tenant = self._by_header.get(given)
         if tenant is None and (tenant := self._find(given)) is not None:
             if len(self._by_header) >= _REMEMBERED:
@@ -192,13 +192,13 @@ class Tenants:
 
     def _find(self, given: str) -> Tenant | None:
         if self.is_open:
-            return tenant_of(given)
-        key = key_in(given)
+            return open_tenant(given)
+        key = bearer_key(given)
         # Looked up by its hash, how long it takes tells nothing of the keys that there are.
-        return self._by_hash.get(hashed(key)) if key else None
+        return self._by_hash.get(hash_key(key)) if key else None
 
 
-def tenant_of(credentials: str) -> Tenant:
+def open_tenant(credentials: str) -> Tenant:
     """Return who presents these credentials where no keys are configured.
 
     Its name does not reveal them.
@@ -209,13 +209,13 @@ def tenant_of(credentials: str) -> Tenant:
     return Tenant(name, scope, operator=True)
 
 
-def _scope(name: str, record: Record) -> bytes:
+def _scope(name: str, record: TenantRecord) -> bytes:
     # No header holds a zero, so nobody has been in this scope without a key.
     kind, shared = ("tenant", name) if record.scope is None else ("scope", record.scope)
     return f"\0{kind}\0{shared}".encode()
 
 
-def _read(file: Path) -> Mapping[str, Record]:
+def _read(file: Path) -> Mapping[str, TenantRecord]:
     try:
         data = yaml.load(file.read_text(encoding="utf-8"), Loader)  # noqa: S506
     except OSError as exc:
@@ -238,4 +238,4 @@ def _read(file: Path) -> Mapping[str, Record]:
 
 def _explain(error: Any) -> str:
     path = ".".join(("tenants.file", *(str(part) for part in error["loc"])))
-    return f"{path}: {should(error)}"
+    return f"{path}: {expected(error)}"

@@ -30,7 +30,7 @@ Seconds = Annotated[float, Field(ge=0, le=CENTURY_S)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=CENTURY_S)]
 
 
-def expanded(path: Path) -> Path:
+def expand_home(path: Path) -> Path:
     """Return a path with the home that `~` stands for.
 
     Raises:
@@ -42,7 +42,7 @@ def expanded(path: Path) -> Path:
         raise ValueError("should be without ~, or name a user who has a home") from exc
 
 
-FilePath = Annotated[Path, AfterValidator(expanded)]
+FilePath = Annotated[Path, AfterValidator(expand_home)]
 """A path that may begin with `~`."""
 
 
@@ -95,7 +95,7 @@ _SHOULD = {
 }
 
 
-def should(error: Any) -> str:
+def expected(error: Any) -> str:
     """Return what would be right, of one of the errors that pydantic tells."""
     told: str = error["msg"].removeprefix("Value error, ")
     return _SHOULD.get(error["type"], told)

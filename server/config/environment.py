@@ -26,7 +26,7 @@ class _MistakeError(ValueError):
     """A variable can't be what it says."""
 
 
-def overridden(
+def apply_overrides(
     data: Mapping[str, Any], sections: type[BaseModel], environment: Mapping[str, str]
 ) -> tuple[dict[str, Any], list[str]]:
     """Return `data` with what the environment says in place of it, and a line for each mistake.

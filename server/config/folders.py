@@ -17,7 +17,7 @@ ENGINE_SOCKET = "engine.sock"
 """In an engine's folder."""
 
 
-def say_if_new(field: str, folder: Path) -> None:
+def log_if_new(field: str, folder: Path) -> None:
     """Log that a folder is about to be made, which may be a slip of who wrote `field`.
 
     Nobody wrote the cache folder.

@@ -19,13 +19,13 @@ from server.config.base import (
     MASK,
     ConfigError,
     Section,
-    should,
+    expected,
 )  # fmt: skip
-from server.config.environment import choices, overridden
+from server.config.environment import apply_overrides, choices
 from server.config.folders import _SOCKET_PATH_BYTES, cache_folder, is_socket_path
 from server.config.models import clashes
 from server.config.schema import Config
-from server.config.shared_url import masked
+from server.config.shared_url import mask_url
 from server.config.yaml_loader import EMPTY, Loader
 
 # As they end: `api_key`, `hfToken`, `Authorization`.
@@ -42,13 +42,13 @@ _holds_credentials = re.compile(r"(?i)\b(authorization|cookie|x-api-key)\s*[:=]|
 _IN_ENGINE = frozenset({"args", "engine", "env", "vllm"})
 
 
-class Given(NamedTuple):
+class LoadResult(NamedTuple):
     """A configuration as it was given."""
 
     config: Config
     """What is right of it."""
     mistakes: list[str]
-    left_out: list[str]
+    invalid_paths: list[str]
     """The paths of what is wrong, and so isn't in `config`."""
 
 
@@ -58,13 +58,13 @@ def load(file: Path) -> Config:
     Raises:
         ConfigError: the file can't be read, or fields are wrong; it names every one of them.
     """
-    given = read(file)
+    given = load_partially(file)
     if given.mistakes:
         raise ConfigError(given.mistakes)
     return given.config
 
 
-def read(file: Path) -> Given:
+def load_partially(file: Path) -> LoadResult:
     """Read the configuration, as far as it is right.
 
     Raises:
@@ -87,7 +87,7 @@ def read(file: Path) -> Given:
         data = {}
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise ConfigError([f"{file}: should hold sections: {', '.join(Config.model_fields)}"])
-    data, mistakes = overridden(data, Config, os.environ)
+    data, mistakes = apply_overrides(data, Config, os.environ)
     config, wrong, left_out = _right_of(data)
     config = _with_paths(config, _folder_of(file))
     mistakes += wrong + clashes(config.models)
@@ -95,7 +95,7 @@ def read(file: Path) -> Given:
         should = f"should have at most {_SOCKET_PATH_BYTES} bytes, as any socket"
         mistakes.append(f"admin.socket: {should}, not {str(socket)!r}")
         left_out.append("admin.socket")
-    return Given(config, mistakes, left_out)
+    return LoadResult(config, mistakes, left_out)
 
 
 def _folder_of(file: Path) -> Path:
@@ -110,7 +110,7 @@ def _folder_of(file: Path) -> Path:
     return file.parent
 
 
-def _right_of(data: dict[str, Any]) -> Given:
+def _right_of(data: dict[str, Any]) -> LoadResult:
     """Leave out what is wrong until the rest is right, so that all of it is found."""
     mistakes: list[str] = []
     left_out: set[tuple[Any, ...]] = set()
@@ -129,7 +129,7 @@ def _right_of(data: dict[str, Any]) -> Given:
                     data, at = _without(data, path)
                     left_out.add(at)
         else:
-            return Given(config, mistakes, [".".join(map(str, path)) for path in left_out])
+            return LoadResult(config, mistakes, [".".join(map(str, path)) for path in left_out])
 
 
 def _without(data: dict[str, Any], path: Sequence[Any]) -> tuple[dict[str, Any], tuple[Any, ...]]:
@@ -180,22 +180,22 @@ def _explain(error: Any) -> str:
         near = difflib.get_close_matches(str(last), fields, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(fields)}"
         return f"{path}: unknown key; {hint}"
-    given = masked(error["input"]) if isinstance(error["input"], str) else error["input"]
+    given = mask_url(error["input"]) if isinstance(error["input"], str) else error["input"]
     is_secret = _names_secret(str(last)) or (_IN_ENGINE & {*parents[2:], last})
     is_shown = isinstance(given, str | int | float | bool) and not is_secret
     shown = f", not {given!r}" if is_shown else ""
     if error["type"] == "model_type":
         return f"{path}: should hold keys of {', '.join(_fields(error['loc']))}{shown}"
-    return f"{path}: {should(error)}{shown}"
+    return f"{path}: {expected(error)}{shown}"
 
 
-def without_secrets(value: Any, name: str = "") -> Any:
+def redact(value: Any, name: str = "") -> Any:
     """Return what may be pasted into an issue, of the value of a field."""
     if isinstance(value, dict):
         is_secret = _names_secret(name)
-        return {n: without_secrets(each, name if is_secret else n) for n, each in value.items()}
+        return {n: redact(each, name if is_secret else n) for n, each in value.items()}
     if isinstance(value, list):
-        return [without_secrets(each, name) for each in value]
+        return [redact(each, name) for each in value]
     if isinstance(value, bool | None):
         return value
     # Unlike `max_tokens`, which is a number.
@@ -206,10 +206,10 @@ def without_secrets(value: Any, name: str = "") -> Any:
     if value.lstrip()[:1] in ("{", "["):
         # vLLM takes options as JSON, too.
         with suppress(ValueError):
-            return orjson.dumps(without_secrets(orjson.loads(value), name)).decode()
+            return orjson.dumps(redact(orjson.loads(value), name)).decode()
     if _holds_credentials(value):
         return MASK
-    return masked(value) if "://" in value else value
+    return mask_url(value) if "://" in value else value
 
 
 def _fields(path: list[Any]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, PlainSerializer, model_validator
 
-from server.config.base import MASK, PositiveSeconds, Section, conflict, expanded, is_http_url
+from server.config.base import MASK, PositiveSeconds, Section, conflict, expand_home, is_http_url
 from server.config.yaml_loader import empty_in
 
 EMBEDDED = "embedded"
@@ -62,7 +62,7 @@ def _names_of(env: dict[str, str]) -> dict[str, str]:
     return dict.fromkeys(env, MASK)
 
 
-class Engine(Section):
+class EngineConfig(Section):
     """vLLM as our child, with its own options `args` and its own environment variables `env`."""
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
@@ -85,7 +85,7 @@ def _is_base(url: str) -> str:
 
 
 def _is_findable(source: str) -> str:
-    expanded(Path(source))
+    expand_home(Path(source))
     return source
 
 
@@ -115,7 +115,7 @@ _Source = Annotated[str, Field(min_length=1), AfterValidator(_is_findable)]
 _Token = Annotated[str, AfterValidator(_is_token)]
 
 
-class Model(Section):
+class ModelConfig(Section):
     """A model, which stands in `models` under the name by which its engine knows it.
 
     Either an engine of ours gives the answers, which loads `source`: `embedded`, a folder, or a
@@ -138,7 +138,7 @@ class Model(Section):
     adapters: dict[Annotated[Name, AfterValidator(_is_no_part)], _Source] = Field(
         default_factory=dict
     )
-    engine: Engine = Engine()
+    engine: EngineConfig = EngineConfig()
     upstreams: tuple[Annotated[str, AfterValidator(_is_base)], ...] = ()
     vllm: Annotated[dict[str, Any], AfterValidator(_are_options)] | None = Field(
         default=None, repr=False
@@ -163,7 +163,7 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _is_ours_or_not(self) -> Self:
-        if self.upstreams and (self.source is not None or self.engine != Engine()):
+        if self.upstreams and (self.source is not None or self.engine != EngineConfig()):
             raise conflict("should have an engine of ours or upstreams, and not both")
         if self.api_key is not None and not self.upstreams:
             raise ValueError("api_key is for upstreams; nobody else reaches an engine of ours")
@@ -180,12 +180,12 @@ class Model(Section):
         return self
 
 
-def embedded() -> dict[str, Model]:
+def embedded() -> dict[str, ModelConfig]:
     """Return the models of a configuration that names none."""
-    return {EMBEDDED_NAME.lower(): Model(source=EMBEDDED)}
+    return {EMBEDDED_NAME.lower(): ModelConfig(source=EMBEDDED)}
 
 
-def clashes(models: Mapping[str, Model]) -> list[str]:
+def clashes(models: Mapping[str, ModelConfig]) -> list[str]:
     """Return a line if there are names by which several of the models could be meant."""
     meanings: dict[str, list[str]] = {}
     for name, model in models.items():

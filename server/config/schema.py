@@ -25,12 +25,12 @@ from server.config.base import (
     Section,
     conflict,
 )  # fmt: skip
-from server.config.models import Model, Name, embedded
+from server.config.models import ModelConfig, Name, embedded
 from server.config.secrets import CipherKey, KeyOrHash
-from server.config.shared_url import check, masked
-from server.config.tracing import Tracing
+from server.config.shared_url import mask_url, validate_url
+from server.config.tracing import TracingConfig
 from tiers.disk import MIN_BYTES, Durability
-from tiers.movement.demotion import Write
+from tiers.movement.demotion import WritePolicy
 from tiers.policies import DEFAULT, POLICIES
 
 MAX_VARIANTS = 64
@@ -51,14 +51,14 @@ def _is_origin(text: str) -> str:
     return text
 
 
-class Tls(Section):
+class TlsConfig(Section):
     """PEM files of a certificate, with those that lead to its root, and of its private key."""
 
     certificate_file: FilePath
     key_file: FilePath
 
 
-class Listener(Section):
+class ServerConfig(Section):
     """Where clients connect, and how long a stop may take.
 
     The `host` `::` is all addresses of this machine, IPv6 and IPv4.
@@ -76,10 +76,10 @@ class Listener(Section):
     client_timeout_s: Annotated[float, Field(ge=0.1, le=3600)] = 60
     allowed_origins: tuple[Annotated[str, AfterValidator(_is_origin)], ...] = ()
     shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = 30
-    tls: Tls | None = None
+    tls: TlsConfig | None = None
 
 
-class Tenants(Section):
+class TenantsConfig(Section):
     """Who may ask. With neither a `file` of tenants nor the one tenant's `key`, everybody may.
 
     `key` is a key or its hash. `cache_salt` says whether engines are sent one, so that they keep
@@ -98,7 +98,7 @@ class Tenants(Section):
         return self
 
 
-class Rule(Section):
+class FreshnessRule(Section):
     """Freshness for the models and routes that match; what it leaves out is as in `cache`.
 
     `*` stands for any text.
@@ -111,7 +111,7 @@ class Rule(Section):
     stale_if_error_s: Seconds | None = None
 
 
-class Cache(Section):
+class CacheConfig(Section):
     """What is cached, and for how long: by the first rule that matches, or else by these.
 
     After `ttl_s`, an answer may be given out while a new one is made, or where none can be had.
@@ -125,7 +125,7 @@ class Cache(Section):
     ttl_s: PositiveSeconds = 7 * 24 * 3600
     stale_while_revalidate_s: Seconds = 0
     stale_if_error_s: Seconds = 0
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[FreshnessRule, ...] = ()
     ttl_jitter: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     nondeterministic: Literal["never", "per_request", "always"] = "per_request"
     variants: Annotated[int, Field(ge=1, le=MAX_VARIANTS)] = 1
@@ -140,14 +140,14 @@ def _is_policy(name: str) -> str:
     return name
 
 
-class MemoryTier(Section):
+class MemoryTierConfig(Section):
     """Answers in this process; `policy` says which leave for room."""
 
     max_bytes: Annotated[ByteSize, Field(ge=64 * 1024)] = ByteSize(256 * 1024**2)
     policy: Annotated[str, AfterValidator(_is_policy)] = DEFAULT
 
 
-class DiskTier(Section):
+class DiskTierConfig(Section):
     """Answers in an LMDB file, which never exceeds `max_bytes`.
 
     `durability` says when an answer counts as stored: synced (`commit`), synced within
@@ -171,33 +171,36 @@ class DiskTier(Section):
         return self
 
 
-class SharedTier(Section):
+class SharedTierConfig(Section):
     """Answers in a Redis, Valkey or Memcached server, for all who use it.
 
     A lookup may take `deadline_ms`; what takes longer is a miss.
     """
 
     url: Annotated[
-        str, AfterValidator(check), PlainSerializer(masked, when_used="json"), Field(repr=False)
+        str,
+        AfterValidator(validate_url),
+        PlainSerializer(mask_url, when_used="json"),
+        Field(repr=False),
     ]
     deadline_ms: Annotated[float, Field(ge=1, le=1000)] = 20
 
 
-class Tiers(Section):
+class TiersConfig(Section):
     """The tiers, nearest first, `null` leaving one out, and how entries move between them.
 
     `write` says whether answers reach the disk at once (`on_insert`), or when memory evicts them
     (`on_evict`). A hit is promoted once it was asked for `promote_after` times lately.
     """
 
-    write: Write = Write.ON_INSERT
+    write: WritePolicy = WritePolicy.ON_INSERT
     promote_after: Annotated[int, Field(ge=1, le=15)] = 2
-    memory: MemoryTier | None = MemoryTier()
-    disk: DiskTier | None = DiskTier()
-    shared: SharedTier | None = None
+    memory: MemoryTierConfig | None = MemoryTierConfig()
+    disk: DiskTierConfig | None = DiskTierConfig()
+    shared: SharedTierConfig | None = None
 
 
-class Admin(Section):
+class AdminConfig(Section):
     """Where the tiers are administered.
 
     This user's `tierserve cache` reaches the server at the Unix socket `socket`, by default
@@ -223,7 +226,7 @@ def _is_json_lines(path: Path) -> Path:
     return path
 
 
-class Log(Section):
+class LogConfig(Section):
     """What is logged to standard error. `auto` is text on a terminal and JSON elsewhere.
 
     `trace` is a file for what `tierserve simulate` replays: time, key, size, tokens, model, tier
@@ -240,11 +243,11 @@ class Log(Section):
 class Config(Section):
     """Everything that can be configured."""
 
-    server: Listener = Listener()
-    tenants: Tenants = Tenants()
-    models: dict[Name, Model] = Field(default_factory=embedded, min_length=1)
-    cache: Cache = Cache()
-    tiers: Tiers = Tiers()
-    admin: Admin = Admin()
-    log: Log = Log()
-    tracing: Tracing | None = None
+    server: ServerConfig = ServerConfig()
+    tenants: TenantsConfig = TenantsConfig()
+    models: dict[Name, ModelConfig] = Field(default_factory=embedded, min_length=1)
+    cache: CacheConfig = CacheConfig()
+    tiers: TiersConfig = TiersConfig()
+    admin: AdminConfig = AdminConfig()
+    log: LogConfig = LogConfig()
+    tracing: TracingConfig | None = None

@@ -11,7 +11,7 @@ from pydantic import AfterValidator
 from tiers.disk import KEY_BYTES
 
 
-def cipher_key(given: str) -> bytes:
+def parse_cipher_key(given: str) -> bytes:
     """Return the 32 bytes that are written in hexadecimal or base64.
 
     Raises:
@@ -28,7 +28,7 @@ def cipher_key(given: str) -> bytes:
 
 
 def _checked(given: str) -> str:
-    cipher_key(given)
+    parse_cipher_key(given)
     return given
 
 
@@ -51,7 +51,7 @@ def new_key() -> str:
     return f"ts-{secrets.token_urlsafe(32)}"
 
 
-def hashed(key: str) -> str:
+def hash_key(key: str) -> str:
     """Return what a key is known by: `sha256:` and 64 hexadecimal digits."""
     return _PREFIX + sha256(key.encode(errors="surrogateescape")).hexdigest()
 
@@ -67,7 +67,7 @@ def _hash_of(given: str) -> str:
         return _as_hash(given)
     if len(given) < _SHORTEST or not given.isascii() or not given.isprintable() or " " in given:
         raise ValueError(f"should have at least {_SHORTEST} characters of ASCII, and no spaces")
-    return hashed(given)
+    return hash_key(given)
 
 
 Hash = Annotated[str, AfterValidator(_as_hash)]

@@ -20,7 +20,7 @@ _SHAPE = (
 )
 
 
-def check(url: str) -> str:
+def validate_url(url: str) -> str:
     """Return `url` if there is a backend for it.
 
     Raises:
@@ -40,7 +40,7 @@ def check(url: str) -> str:
     return url
 
 
-def masked(url: str) -> str:
+def mask_url(url: str) -> str:
     """Return `url` without what may be secret in it, to be shown; any other text as it is."""
     # Somebody may have forgotten the scheme.
     without_user = re.sub(r"^(\w+://)?.*@", r"\1***@", url, flags=re.DOTALL)

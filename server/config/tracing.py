@@ -20,7 +20,7 @@ def _is_collector(url: str) -> str:
     return url
 
 
-class Tracing(Section):
+class TracingConfig(Section):
     """Where the spans of requests go: to an OpenTelemetry collector's `endpoint`, by OTLP.
 
     With `http`, an endpoint without a path means its path `/v1/traces`; with `grpc`, there is none.

@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from server.config.models import Model
+from server.config.models import ModelConfig
 from server.engine.weights import Weights
 
 # Where Hugging Face models keep them.
@@ -31,7 +31,7 @@ _CHANGES_NO_ANSWER = frozenset(
 )  # fmt: skip
 
 
-def identity(model: Model, weights: Weights | None) -> str:
+def identity(model: ModelConfig, weights: Weights | None) -> str:
     """Return what gives the answers of a model.
 
     `weights` are what an engine of ours is to load; `None` where somebody else runs it.
@@ -49,7 +49,7 @@ def identity(model: Model, weights: Weights | None) -> str:
     return orjson.dumps(about, option=orjson.OPT_SORT_KEYS).decode()
 
 
-def adapted(base: str, adapter: str, model: Model, weights: Weights | None) -> str:
+def adapted(base: str, adapter: str, model: ModelConfig, weights: Weights | None) -> str:
     """Return what gives the answers of an adapter, given the identity of its model.
 
     Other adapters have no part in it.
@@ -101,7 +101,7 @@ def _content(value: Any) -> Any:
     return value
 
 
-def tells_time(model: Model, weights: Weights | None) -> bool:
+def tells_time(model: ModelConfig, weights: Weights | None) -> bool:
     """Whether a chat template tells the time, as far as we can see it; if we can't, it may.
 
     Then it gives other prompts each day. What somebody else runs is theirs to see to.

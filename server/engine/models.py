@@ -7,13 +7,13 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from server.config.base import ConfigError
-from server.config.models import Model as Described
+from server.config.models import ModelConfig as Described
 from server.engine.identity import adapted, identity, tells_time
 from server.engine.supervisor import Engine, EngineState
 from server.engine.upstream import Upstream, Upstreams
 from server.engine.weights import Weights, locate
-from server.protocol.model_names import Named, Names
-from server.protocol.routes import counts_always, tells_alike
+from server.protocol.model_names import ModelNames, ResolvedModel
+from server.protocol.routes import always_counts_tokens, encodings_agree
 
 
 class _Identity(NamedTuple):
@@ -104,16 +104,16 @@ class Model:
         """Yield each name by which clients may ask for it or an adapter, and the engine's own."""
         return self.described.asked_as(self.name)
 
-    def meanings(self, day: date | None) -> Iterator[tuple[str, Named]]:
+    def meanings(self, day: date | None) -> Iterator[tuple[str, ResolvedModel]]:
         """Yield the names by which clients may ask for it, and what they mean that day."""
         suffix = f" {day}" if self.is_dated else ""
         options = self.described.engine_options
         named = partial(
-            Named,
+            ResolvedModel,
             # A middleware may read and answer anything.
             is_vllm=options is not None and not options.get("middleware"),
-            has_one_parser=options is not None and tells_alike(options),
-            counts_always=options is not None and counts_always(options),
+            encodings_agree=options is not None and encodings_agree(options),
+            always_counts_tokens=options is not None and always_counts_tokens(options),
         )
         for asked, name in self.asked_as():
             yield asked, named(name, self._identity.by_name[name] + suffix)
@@ -141,13 +141,15 @@ class Models:
         self._are_dated = any(model.is_dated for model in self.all)
         self._names_on.cache_clear()
 
-    def names(self) -> Names:
+    def names(self) -> ModelNames:
         """Return what clients may ask for now; the same object as long as nothing changes."""
         # The engines' templates tell the local date, as this does.
         return self._names_on(date.today() if self._are_dated else None)  # noqa: DTZ011
 
-    def _names(self, day: date | None) -> Names:
-        return Names({name: named for model in self.all for name, named in model.meanings(day)})
+    def _names(self, day: date | None) -> ModelNames:
+        return ModelNames(
+            {name: named for model in self.all for name, named in model.meanings(day)}
+        )
 
     def of(self, name: str) -> Model:
         """Return the model that its engine knows by that name, or one of whose adapters it is."""

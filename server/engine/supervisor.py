@@ -25,7 +25,7 @@ import orjson
 
 from server.config.environment import PREFIX
 from server.config.folders import ENGINE_SOCKET, has_home, is_socket_path, new_engine_folder
-from server.config.models import RUNTIME_LORA, Model
+from server.config.models import RUNTIME_LORA, ModelConfig
 from server.engine.upstream import Upstream
 from server.engine.weights import Weights
 
@@ -72,7 +72,7 @@ class Engine:
     def __init__(
         self,
         name: str,
-        model: Model,
+        model: ModelConfig,
         weights: Weights,
         loading: asyncio.Lock,
         *,

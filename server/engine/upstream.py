@@ -385,10 +385,10 @@ class Upstreams:
         self._asked += 1
         try:
             with engine_request(method) as traced:
-                handed_on = traced.handed_on(headers)
+                handed_on = traced.inject(headers)
                 async with await self._first(lambda upstream: ask(upstream, handed_on)) as reply:
                     if isinstance(reply, aiohttp.ClientResponse):
-                        traced.replied(reply.status, reply.url.host, reply.url.port)
+                        traced.set_reply(reply.status, reply.url.host, reply.url.port)
                     yield reply
         finally:
             self._asked -= 1

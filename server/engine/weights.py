@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from server.config.base import ConfigError
 from server.config.folders import NO_HOME, cache_folder
-from server.config.models import EMBEDDED, EMBEDDED_NAME, Model
+from server.config.models import EMBEDDED, EMBEDDED_NAME, ModelConfig
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def embedded_folder() -> Path:
     return caches / "models" / EMBEDDED_NAME
 
 
-def locate(name: str, model: Model) -> Weights:
+def locate(name: str, model: ModelConfig) -> Weights:
     """Find what the model `name` loads; asks the hub where that is a hub's.
 
     Raises:
@@ -65,7 +65,7 @@ def locate(name: str, model: Model) -> Weights:
     return Weights(source, _commit(source, model.revision), adapters)
 
 
-def misplaced(name: str, model: Model) -> list[str]:
+def misplaced(name: str, model: ModelConfig) -> list[str]:
     """Return what is wrong with where the model `name` is loaded from; asks no hub."""
     if find_spec("vllm") is None:
         return [f"models.{name}: vLLM isn't installed; run scripts/setup"]

@@ -13,37 +13,37 @@ from server.config.base import CENTURY_S
 from server.engine.models import Models
 from server.engine.upstream import UnavailableError
 from server.handlers.forwarding import forward
-from server.handlers.recording import NotAnAnswerError, record
+from server.handlers.recording import NotAnAnswerError, record_answer
 from server.handlers.rendering import _JSON, _begin, _cut, _failed, _fresh, _not_cached, _render
 from server.handlers.upstream_headers import (
     LOAD,
     LOAD_FORMAT,
-    forwarded,
-    of_what_is_kept,
-    saying,
+    cacheable_request_headers,
+    forwarded_headers,
+    with_cache_control,
 )
 from server.handlers.variants import Variants
 from server.protocol import convert, template
-from server.protocol.cache_control import Control, control_of, heeding
-from server.protocol.request import Request, keyed, parse
+from server.protocol.cache_control import CacheControl, limit_freshness, parse_cache_control
+from server.protocol.request import ParsedRequest, key_headers, parse_request
 from server.protocol.usage import counts_in
 from server.telemetry.prefixes import Prefixes
 from server.telemetry.spans import step
-from server.web.offload import offloaded
+from server.web.offload import offload
 from server.web.request import HttpRequest
 from server.web.responses import error_response
-from tiers import Answer, Chain, Flight, Flights, Form, Freshness, Hit, State, Turns
-from tiers.singleflight.flight import Listener
+from tiers import Answer, Chain, Flight, Form, Freshness, GenerationLock, Hit, SingleFlight, State
+from tiers.singleflight.flight import Subscriber
 
 logger = logging.getLogger(__name__)
 
-_NOTHING_SAID = Control()
-_ANEW = Control(no_cache=True)
+_NOTHING_SAID = CacheControl()
+_ANEW = CacheControl(no_cache=True)
 # Above, those who wait for an answer need the engine more.
 _REFRESH_BELOW = 32
 
 
-class OpenAI:
+class CachedRoutes:
     """The handler of the routes whose answers are kept.
 
     Args:
@@ -65,8 +65,8 @@ class OpenAI:
         self,
         *,
         chain: Chain,
-        flights: Flights,
-        turns: Turns,
+        flights: SingleFlight,
+        turns: GenerationLock,
         models: Models,
         freshness: Callable[[str, str], Freshness],
         nondeterministic: str,
@@ -88,20 +88,22 @@ class OpenAI:
         Raises:
             BadRequestError: the request can't be understood, or has too many prompts.
         """
-        raw = await http.body()
+        raw = await http.read_body()
         with step("parse"):
-            names, told = self._models.names(), keyed(http.headers)
-            request = await offloaded(len(raw), parse, http.path, raw, http.tenant, names, told)
+            names, told = self._models.names(), key_headers(http.headers)
+            request = await offload(
+                len(raw), parse_request, http.path, raw, http.tenant, names, told
+            )
         http.model = request.model
         if request.id is not None:
-            http.go_by(request.id)
+            http.take_id_from_body(request.id)
         request.prompts.check(self._max_prompts)
         if request.cache.variants is not None and not self._takes_variants(request):
             text = "cache.variants is for answers that are kept by chance; cache.mode should be use"
             return error_response(400, text, param="cache.variants")
-        control = control_of(", ".join(http.headers.getall(hdrs.CACHE_CONTROL, ())))
+        control = parse_cache_control(", ".join(http.headers.getall(hdrs.CACHE_CONTROL, ())))
         if request.cache.control != _NOTHING_SAID:
-            control = control.and_also(request.cache.control)
+            control = control.merge(request.cache.control)
         if self._may_keep(http, request) and not control.no_store:
             try:
                 return await self._answer(http, request, control)
@@ -114,7 +116,7 @@ class OpenAI:
             http,
             upstreams,
             body=request.raw,
-            headers=saying(forwarded(http), request.cache.control),
+            headers=with_cache_control(forwarded_headers(http), request.cache.control),
             cache_status="tierserve; fwd=bypass",
             # Any other may start work in the background, or run tools there.
             repeatable=request.repeatable,
@@ -122,33 +124,33 @@ class OpenAI:
             ended=None if control.no_store else partial(self._prefixes.note, request),
         )
 
-    def _may_keep(self, http: HttpRequest, request: Request) -> bool:
+    def _may_keep(self, http: HttpRequest, request: ParsedRequest) -> bool:
         # The engine knows what else another type of content may mean, or a query: on these routes
         # a vLLM reads none.
         return (
             request.repeatable
             and (request.deterministic or self._keeps_chance(request))
-            and not (request.is_to_be_kept_there and self._engine_keeps)
+            and not (request.engine_would_keep and self._engine_keeps)
             and (request.is_vllm or "?" not in http.raw_path)
             and http.media_type == _JSON
         )
 
-    def _takes_variants(self, request: Request) -> bool:
+    def _takes_variants(self, request: ParsedRequest) -> bool:
         return request.cache.use or self._nondeterministic == "always"
 
-    def _keeps_chance(self, request: Request) -> bool:
+    def _keeps_chance(self, request: ParsedRequest) -> bool:
         says = self._nondeterministic
         return says == "always" or (says == "per_request" and request.cache.use)
 
     async def _answer(
-        self, http: HttpRequest, request: Request, control: Control
+        self, http: HttpRequest, request: ParsedRequest, control: CacheControl
     ) -> web.StreamResponse:
         if not request.deterministic and (count := request.cache.variants or self._variants) > 1:
             request = request._replace(key=self._turn_of.next(request.key, count))
         hit = None if control.no_cache else await self._chain.lookup(request.key)
         if (landing := self._landing(request, hit, control)) is not None:
-            why, listener, joined = "miss", landing.listen(), True
-        elif hit is not None and control.takes(hit.entry, hit.state, self._chain.clock()):
+            why, listener, joined = "miss", landing.subscribe(), True
+        elif hit is not None and control.accepts(hit.entry, hit.state, self._chain.clock()):
             if hit.refresh:
                 self._refresh(http, request, hit)
             return await self._render_hit(http, request, hit, "hit")
@@ -159,19 +161,19 @@ class OpenAI:
             listener, joined = self._join(http, request, hit, control)
         told = partial(_told, http, why, listener.flight, joined=joined)
         told()
-        stale = None if control.is_about_age else hit
+        stale = None if control.limits_age else hit
         try:
             async with listener:
                 with step("flight") as flight:
-                    flight.tell(joined=joined)
+                    flight.set_attributes(joined=joined)
                     # Once a response has begun, a stale answer can't be given instead.
                     waits = stale is not None
                     return await self._listen(http, request, listener, told, waits=waits)
         except (NotAnAnswerError, UnavailableError, aiohttp.ClientError, OSError) as exc:
-            if http.is_gone:
+            if http.is_disconnected:
                 # Not the flight has failed: this client has gone.
                 raise ConnectionResetError from exc
-            if _is_no_error(exc) and listener.flight.form is not request.form:
+            if _is_no_error(exc) and listener.flight.form is not request.encoding:
                 raise convert.NotConvertibleError("it isn't understood") from exc
             if stale is not None and self._stands_in(request, stale, exc):
                 status = f"; fwd-status={exc.status}" if isinstance(exc, NotAnAnswerError) else ""
@@ -181,41 +183,43 @@ class OpenAI:
             http.outcome = ("engine", "error" if failed.status >= 400 else "pass")
             return failed
 
-    def _landing(self, request: Request, hit: Hit | None, control: Control) -> Flight | None:
+    def _landing(
+        self, request: ParsedRequest, hit: Hit | None, control: CacheControl
+    ) -> Flight | None:
         """Return the flight whose answer others were given already, and which no tier holds yet."""
-        flight = self._flights.landing(request.key)
-        if flight is None or control.no_cache or control.is_about_age:
+        flight = self._flights.storing(request.key)
+        if flight is None or control.no_cache or control.limits_age:
             return None
         return None if hit is not None and hit.entry.answer == flight.answer else flight
 
     def _join(
-        self, http: HttpRequest, request: Request, hit: Hit | None, control: Control
-    ) -> tuple[Listener, bool]:
+        self, http: HttpRequest, request: ParsedRequest, hit: Hit | None, control: CacheControl
+    ) -> tuple[Subscriber, bool]:
         """Listen to the flight that brings an answer; returns whether it was under way."""
         newer_than = _newer_than(hit, control, self._chain.clock())
-        headers = of_what_is_kept(http, request.cache.control)
+        headers = cacheable_request_headers(http, request.cache.control)
         produce = partial(self._produce, request, headers, newer_than)
-        origin = self._chain.origin(request.labels)
+        origin = self._chain.provenance(request.labels)
         # What another waits for may come out of a cache on the way, as old as that one takes.
-        says = str(control) if control.no_cache or control.is_about_age else ""
-        return self._flights.join(request.key, request.form, produce, origin, apart=says)
+        says = str(control) if control.no_cache or control.limits_age else ""
+        return self._flights.join(request.key, request.encoding, produce, origin, variant=says)
 
-    def _stands_in(self, request: Request, hit: Hit, exc: Exception) -> bool:
+    def _stands_in(self, request: ParsedRequest, hit: Hit, exc: Exception) -> bool:
         """Whether a stale answer may be given for one that could not be had."""
         # It may have been purged while the engine was asked.
-        return _cannot_answer(exc) and not self._chain.purges.cover(request.key, hit.entry)
+        return _cannot_answer(exc) and not self._chain.purges.is_purged(request.key, hit.entry)
 
-    def _refresh(self, http: HttpRequest, request: Request, hit: Hit) -> None:
+    def _refresh(self, http: HttpRequest, request: ParsedRequest, hit: Hit) -> None:
         """Have a new answer made in the background, in place of the one that is given out now."""
         if self._models.upstreams(request.model).ready and len(self._flights) < _REFRESH_BELOW:
             # Else another cache on the way would give what it holds.
-            headers = of_what_is_kept(http, _ANEW)
+            headers = cacheable_request_headers(http, _ANEW)
             produce = partial(self._produce, request, headers, hit.entry.stored_at)
-            origin = self._chain.origin(request.labels)
-            self._flights.launch(request.key, request.form, produce, origin)
+            origin = self._chain.provenance(request.labels)
+            self._flights.start_background(request.key, request.encoding, produce, origin)
 
     async def _render_hit(
-        self, http: HttpRequest, request: Request, hit: Hit, how: str
+        self, http: HttpRequest, request: ParsedRequest, hit: Hit, how: str
     ) -> web.StreamResponse:
         entry = hit.entry
         # Another machine's clock may be a little ahead.
@@ -223,15 +227,15 @@ class OpenAI:
         ttl, age = floor(entry.expires_at - now), int(now - entry.stored_at)
         status = f"tierserve; {how}; ttl={ttl}; detail={hit.tier}"
         response = await _render(http, request, entry.answer, status, age)
-        http.found, http.saved_s = (request, entry.answer), entry.took_s
+        http.found, http.saved_s = (request, entry.answer), entry.generation_s
         http.outcome = (hit.tier, "hit" if hit.state is State.FRESH else "stale")
         return response
 
     async def _listen(
         self,
         http: HttpRequest,
-        request: Request,
-        listener: Listener,
+        request: ParsedRequest,
+        listener: Subscriber,
         told: Callable[[], str],
         *,
         waits: bool,
@@ -247,12 +251,12 @@ class OpenAI:
             NotConvertibleError: its answer can't be given in the form that was asked for.
         """
         flight = listener.flight
-        if not request.form is flight.form is Form.EVENTS:
+        if not request.encoding is flight.form is Form.EVENTS:
             async for _ in listener:
                 pass
             if (load := flight.loads.get(http.headers.get(LOAD_FORMAT, ""))) is not None:
                 # A hit has no such header: it costs the engine nothing, whose load now isn't known.
-                http.more_headers = {**http.more_headers, LOAD: load}
+                http.response_headers = {**http.response_headers, LOAD: load}
             whole = await _render(http, request, _answer_of(flight), told(), int(flight.age_s))
             _note(http, request, flight)
             return whole
@@ -265,27 +269,31 @@ class OpenAI:
                 if response is None:
                     response = await _begin(http, told(), int(flight.age_s))
                 if event:
-                    said = template.given(event, id_, created, wants_usage=request.wants_usage)
-                    await http.send(response, said)
+                    said = template.render_item(
+                        event, id_, created, wants_usage=request.wants_usage
+                    )
+                    await http.write(response, said)
         except (NotAnAnswerError, aiohttp.ClientError, OSError) as exc:
-            if response is None or http.is_gone:
+            if response is None or http.is_disconnected:
                 raise
             http.outcome = ("engine", "error")
             return await _cut(response, _failed(exc), request)
         _note(http, request, flight)
         response = response or await _begin(http, told(), int(flight.age_s))
         tail = _answer_of(flight).usage if request.wants_usage else b""
-        await http.send(response, template.fill(tail, id_, created) + request.route.shape.done)
+        await http.write(
+            response, template.fill_marks(tail, id_, created) + request.route.format.done
+        )
         await response.write_eof()
         return response
 
     async def _produce(
-        self, request: Request, headers: Mapping[str, str], newer_than: float, flight: Flight
+        self, request: ParsedRequest, headers: Mapping[str, str], newer_than: float, flight: Flight
     ) -> None:
         """Publish what another process has generated, or else what an engine says."""
         with step("turn") as turn:
-            async with self._turns.turn(
-                request.key, flight.origin.generation, newer_than
+            async with self._turns.acquire(
+                request.key, flight.provenance.purge_epoch, newer_than
             ) as answer:
                 turn.end()
                 if answer is not None and answer.form is not flight.form:
@@ -297,7 +305,9 @@ class OpenAI:
         await flight.publish(answer.content)
         flight.end(answer, kept=True)
 
-    async def _generate(self, request: Request, headers: Mapping[str, str], flight: Flight) -> None:
+    async def _generate(
+        self, request: ParsedRequest, headers: Mapping[str, str], flight: Flight
+    ) -> None:
         """Have an engine answer, publish what it says, and store a finished answer."""
         started = time.monotonic()
         upstreams = self._models.upstreams(request.model)
@@ -307,33 +317,33 @@ class OpenAI:
             flight.age_s = _age_s(reply.headers)
             if LOAD_FORMAT in headers and LOAD in reply.headers:
                 flight.loads = {headers[LOAD_FORMAT]: reply.headers[LOAD]}
-            answer, finished = await record(
+            answer, finished = await record_answer(
                 reply,
-                request.route.shape,
-                request.form,
+                request.route.format,
+                request.encoding,
                 flight.publish,
                 self._flights.max_bytes,
             )
         freshness = self._kept_for(request, reply)
         finished = finished and freshness is not None
         flight.end(answer, kept=finished)
-        if finished and request.route.shape.hides_aborts:
+        if finished and request.route.format.hides_aborts:
             finished = await upstreams.goes_on(reply, request.path, request.model, headers)
         if finished and freshness is not None:
             took_s = time.monotonic() - started
-            self._flights.land(request.key, flight)
+            self._flights.mark_storing(request.key, flight)
             with step("store"):
                 await self._chain.store(
                     request.key,
                     answer,
                     freshness,
-                    origin=flight.origin,
-                    took_s=took_s,
+                    provenance=flight.provenance,
+                    generation_s=took_s,
                     age_s=flight.age_s,
                 )
         self._prefixes.note(request, counts_in(answer))
 
-    def _kept_for(self, request: Request, reply: aiohttp.ClientResponse) -> Freshness | None:
+    def _kept_for(self, request: ParsedRequest, reply: aiohttp.ClientResponse) -> Freshness | None:
         """Return how long the answer in a reply is good for; `None` if it isn't to be kept."""
         freshness = self._freshness(request.route.path, request.model)
         if request.cache.ttl_s is not None:
@@ -341,13 +351,13 @@ class OpenAI:
         if not self._obeys:
             return freshness
         control = ", ".join(reply.headers.getall(hdrs.CACHE_CONTROL, ()))
-        return heeding(control, freshness, is_stream=request.form is Form.EVENTS)
+        return limit_freshness(control, freshness, is_stream=request.encoding is Form.EVENTS)
 
 
 async def _converted(answer: Answer, form: Form) -> Answer | None:
     """Return another process's answer in that form, if it can be made of it."""
     try:
-        return await offloaded(len(answer.content), convert.as_form, answer, form)
+        return await offload(len(answer.content), convert.convert, answer, form)
     except convert.NotConvertibleError:
         return None
 
@@ -371,26 +381,26 @@ def _answer_of(flight: Flight) -> Answer:
     return flight.answer
 
 
-def _why(hit: Hit | None, control: Control) -> str:
+def _why(hit: Hit | None, control: CacheControl) -> str:
     """Return why a request goes on to the engine (RFC 9211, section 2.2)."""
     if control.no_cache or (hit is not None and hit.state is State.FRESH):
         return "request"
     return "stale" if hit is not None else "miss"
 
 
-def _newer_than(hit: Hit | None, control: Control, now: float) -> float:
+def _newer_than(hit: Hit | None, control: CacheControl, now: float) -> float:
     """Return when an answer must at least have been stored (Unix s) to be as good as a new one.
 
     `inf` asks for one of the engine's.
     """
     if control.no_cache:
         return inf
-    if control.is_about_age:
+    if control.limits_age:
         return now
     return 0 if hit is None else hit.entry.stored_at
 
 
-def _note(http: HttpRequest, request: Request, flight: Flight) -> None:
+def _note(http: HttpRequest, request: ParsedRequest, flight: Flight) -> None:
     """Note what was found, if it is to be kept."""
     if flight.kept:
         http.found = request, _answer_of(flight)

@@ -9,11 +9,11 @@ from yarl import URL
 
 from server.engine.upstream import UnavailableError, Upstreams
 from server.handlers.errors import failure, unavailable
-from server.handlers.upstream_headers import UNBUFFERED, forwarded, returned
-from server.protocol.content_coding import UNDONE
+from server.handlers.upstream_headers import UNBUFFERED, forwarded_headers, returned_headers
+from server.protocol.content_coding import DECODED
 from server.protocol.errors import BadRequestError
 from server.web.request import HttpRequest, SlowClientError
-from server.web.responses import own_headers
+from server.web.responses import server_headers
 
 # Token counts are there.
 _END_BYTES = 1024
@@ -43,11 +43,11 @@ async def forward(
         ended: is told the end of an answer, once all of it has been passed on.
     """
     http.outcome = ("engine", "pass")
-    headers = forwarded(http) if headers is None else headers
+    headers = forwarded_headers(http) if headers is None else headers
     data: AsyncIterator[bytes] | bytes | None = body
     if body is None and http.body_exists:
-        data = http.pieces()
-        if http.coding not in UNDONE and hdrs.CONTENT_LENGTH in http.headers:
+        data = http.iter_body()
+        if http.content_coding not in DECODED and hdrs.CONTENT_LENGTH in http.headers:
             # Some upstreams take no uploads without.
             headers = CIMultiDict(headers)
             headers[hdrs.CONTENT_LENGTH] = http.headers[hdrs.CONTENT_LENGTH]
@@ -72,7 +72,7 @@ async def forward(
     except (aiohttp.ClientError, OSError) as exc:
         if (unread := _unread(http, exc)) is not None:
             raise unread from exc
-        if not http.is_gone:
+        if not http.is_disconnected:
             http.outcome = ("engine", "error")
         if response is not None:
             # What has begun can only be cut, so that the client sees that it isn't whole.
@@ -84,11 +84,11 @@ def _answering(
     http: HttpRequest, reply: aiohttp.ClientResponse, cache_status: str | None
 ) -> web.StreamResponse:
     """Return the response that passes a reply on, without its body."""
-    headers = returned(reply.headers)
+    headers = returned_headers(reply.headers)
     if reply.content_type == "text/event-stream":
         headers.update(UNBUFFERED)
     varies = headers.popall("Vary", [])
-    headers.update(own_headers(http))
+    headers.update(server_headers(http))
     headers.extend(("Vary", value) for value in varies)
     if location := headers.get("Location"):
         headers["Location"] = _seen_from_here(URL(location), reply.url)
@@ -108,7 +108,7 @@ async def _pass_on(
     """Pass a reply's body on, and return its end."""
     end = b""
     async for piece in reply.content.iter_any():
-        await http.send(response, piece)
+        await http.write(response, piece)
         end = piece if len(piece) >= _END_BYTES else (end + piece)[-_END_BYTES:]
     await response.write_eof()
     return end

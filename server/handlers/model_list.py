@@ -14,7 +14,7 @@ from aiohttp import web
 
 from server.engine.models import Model, Models
 from server.engine.upstream import UnavailableError
-from server.handlers.upstream_headers import forwarded
+from server.handlers.upstream_headers import forwarded_headers
 from server.web.request import HttpRequest
 from server.web.responses import error_response
 
@@ -58,7 +58,7 @@ class ModelList:
         if wanted is None:
             models = self._models.all
         else:
-            models = (self._models.of(self._models.names().find(wanted).name),)
+            models = (self._models.of(self._models.names().resolve(wanted).name),)
         told = await asyncio.gather(*(_told(http, model) for model in models))
         statuses = [status for status, _ in told if status is not None]
         if statuses and all(status in _REFUSALS for status in statuses):
@@ -96,7 +96,9 @@ async def _told(http: HttpRequest, model: Model) -> tuple[int | None, Cards]:
     try:
         async with (
             asyncio.timeout(_DEADLINE_S),
-            model.upstreams.request("GET", PATH, data=None, headers=forwarded(http)) as reply,
+            model.upstreams.request(
+                "GET", PATH, data=None, headers=forwarded_headers(http)
+            ) as reply,
         ):
             if reply.status != 200:
                 return reply.status, {}

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import orjson
 from aiohttp import hdrs
 
-from server.protocol.cache_salt import SALTED, isolated
+from server.protocol.cache_salt import SALTED, with_cache_salt
 from server.protocol.errors import BadRequestError
-from server.protocol.model_names import Named, Names
+from server.protocol.model_names import ModelNames, ResolvedModel
 from server.protocol.prompts import prompts_in
-from server.web.offload import offloaded
+from server.web.offload import offload
 from server.web.request import HttpRequest
 
 _PROMPTED = SALTED | {"/v1/completions/render"}
@@ -31,17 +31,17 @@ _is_model = re.compile(rb'(?im)^content-disposition:\s*form-data\s*;\s*name="?mo
 _BLANK = b"\r\n\r\n"
 
 
-class Destination(NamedTuple):
+class RoutedRequest(NamedTuple):
     """Where a request goes."""
 
-    named: Named
+    named: ResolvedModel
     body: bytes | None
     """Its body as the engine may be sent it; `None` if it wasn't read."""
     id: Any = None
     """What its client calls it in a JSON body that was read."""
 
 
-async def destination(http: HttpRequest, names: Names, max_prompts: int) -> Destination:
+async def route_to_model(http: HttpRequest, names: ModelNames, max_prompts: int) -> RoutedRequest:
     """Return where `http` goes.
 
     Raises:
@@ -52,47 +52,47 @@ async def destination(http: HttpRequest, names: Names, max_prompts: int) -> Dest
     is_form = http.media_type == _FORM
     boundary = _boundary(http.headers[hdrs.CONTENT_TYPE]) if is_form else None
     asked = http.query.get("model") if "?" in http.raw_path else None
-    look: Callable[[bytes], Destination]
+    look: Callable[[bytes], RoutedRequest]
     if http.body_exists and http.path in _PROMPTED:
         look = partial(_prompted, names, asked, http, max_prompts)
-    elif names.are_one or not http.body_exists:
-        return Destination(_named(names, asked), None)
+    elif names.is_single or not http.body_exists:
+        return RoutedRequest(_named(names, asked), None)
     elif http.media_type.endswith("json"):
         look = partial(_in_json, names, asked)
     elif boundary is not None:
         look = partial(_in_form, names, asked, boundary[1].encode())
     else:
-        return Destination(names.find(asked), None)
-    body = await http.body()
-    return await offloaded(len(body), look, body)
+        return RoutedRequest(names.resolve(asked), None)
+    body = await http.read_body()
+    return await offload(len(body), look, body)
 
 
-def _named(names: Names, asked: Any) -> Named:
-    return names.first if names.are_one else names.find(asked)
+def _named(names: ModelNames, asked: Any) -> ResolvedModel:
+    return names.default if names.is_single else names.resolve(asked)
 
 
 def _prompted(
-    names: Names, asked: str | None, http: HttpRequest, max_prompts: int, raw: bytes
-) -> Destination:
+    names: ModelNames, asked: str | None, http: HttpRequest, max_prompts: int, raw: bytes
+) -> RoutedRequest:
     raw, fields = _read(raw)
     is_salted = http.path in SALTED and http.tenant.salt is not None
     if not isinstance(fields, dict):
         if fields is None and is_salted:
             raise BadRequestError("the body should be JSON", "body")
-        return Destination(_named(names, asked), raw)
+        return RoutedRequest(_named(names, asked), raw)
     prompts_in(http.path, fields).check(max_prompts)
     named, raw, fields = _renamed(names, asked, raw, fields)
     if is_salted:
-        raw, _ = isolated(raw, fields, http.tenant)
-    return Destination(named, raw, fields.get("request_id"))
+        raw, _ = with_cache_salt(raw, fields, http.tenant)
+    return RoutedRequest(named, raw, fields.get("request_id"))
 
 
-def _in_json(names: Names, asked: str | None, raw: bytes) -> Destination:
+def _in_json(names: ModelNames, asked: str | None, raw: bytes) -> RoutedRequest:
     raw, fields = _read(raw)
     if not isinstance(fields, dict):
-        return Destination(_named(names, asked), raw)
+        return RoutedRequest(_named(names, asked), raw)
     named, raw, fields = _renamed(names, asked, raw, fields)
-    return Destination(named, raw, fields.get("request_id"))
+    return RoutedRequest(named, raw, fields.get("request_id"))
 
 
 def _read(raw: bytes) -> tuple[bytes, Any]:
@@ -110,13 +110,13 @@ def _read(raw: bytes) -> tuple[bytes, Any]:
 
 
 def _renamed(
-    names: Names, asked: str | None, raw: bytes, fields: dict[str, Any]
-) -> tuple[Named, bytes, dict[str, Any]]:
+    names: ModelNames, asked: str | None, raw: bytes, fields: dict[str, Any]
+) -> tuple[ResolvedModel, bytes, dict[str, Any]]:
     """Return whom a body is for, and both its forms with the model as the engine knows it."""
     model = fields.get("model")
-    if names.are_one or not model:
+    if names.is_single or not model:
         return _named(names, asked), raw, fields
-    named = names.find(model)
+    named = names.resolve(model)
     if isinstance(model, str) and model != named.name:
         try:
             # The slower way keeps every number as it is.
@@ -128,12 +128,12 @@ def _renamed(
     return named, raw, fields
 
 
-def _in_form(names: Names, asked: str | None, boundary: bytes, body: bytes) -> Destination:
+def _in_form(names: ModelNames, asked: str | None, boundary: bytes, body: bytes) -> RoutedRequest:
     parts = body.split(b"--" + boundary)
     for number, part in enumerate(parts):
         head, _, value = part.partition(_BLANK)
         if _is_model(head.replace(b"\r\n", b"\n")):
-            named = names.find(value.removesuffix(b"\r\n").decode(errors="replace"))
+            named = names.resolve(value.removesuffix(b"\r\n").decode(errors="replace"))
             parts[number] = head + _BLANK + named.name.encode() + b"\r\n"
-            return Destination(named, (b"--" + boundary).join(parts))
-    return Destination(names.find(asked), body)
+            return RoutedRequest(named, (b"--" + boundary).join(parts))
+    return RoutedRequest(names.resolve(asked), body)

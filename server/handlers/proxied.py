@@ -6,14 +6,14 @@ from aiohttp import hdrs, web
 from server.engine.models import Models
 from server.engine.supervisor import EngineState
 from server.handlers.forwarding import forward
-from server.handlers.model_routing import destination
-from server.handlers.websocket import forward_websocket, is_asked_for
+from server.handlers.model_routing import route_to_model
+from server.handlers.websocket import forward_websocket, is_websocket_upgrade
 from server.protocol.model_names import UnknownModelError
 from server.web.request import HttpRequest
 from server.web.responses import RETRY_AFTER_S, error_body, error_response
 
 
-class Others:
+class ProxiedRoutes:
     """The handlers of these routes, which all take `?model=NAME`.
 
     Args:
@@ -31,7 +31,7 @@ class Others:
         """
         if asked := http.query.get("model"):
             try:
-                models = [self._models.of(self._models.names().find(asked).name)]
+                models = [self._models.of(self._models.names().resolve(asked).name)]
             except UnknownModelError:
                 # Whoever has no key isn't told which there are.
                 return error_response(404, "There is no such model.", param="model")
@@ -52,7 +52,7 @@ class Others:
 
     async def metrics(self, http: HttpRequest) -> web.StreamResponse:
         """Answer with vLLM's own metrics, of one model."""
-        named = self._models.names().find(http.query.get("model"))
+        named = self._models.names().resolve(http.query.get("model"))
         return await forward(http, self._models.upstreams(named.name), path="/metrics")
 
     async def answer(self, http: HttpRequest) -> web.StreamResponse:
@@ -65,12 +65,12 @@ class Others:
         if http.method == hdrs.METH_CONNECT or not http.rel_url.raw_path_qs.startswith("/"):
             # What follows a CONNECT is no body that an engine could be sent, and `*` is no path.
             return error_response(400, "A request needs a path here, and there are no tunnels.")
-        named, body, id_ = await destination(http, self._models.names(), self._max_prompts)
+        named, body, id_ = await route_to_model(http, self._models.names(), self._max_prompts)
         http.model = named.name
         if id_ is not None or (body is None and http.body_exists):
-            http.go_by(id_)
+            http.take_id_from_body(id_)
         upstreams = self._models.upstreams(named.name)
-        if is_asked_for(http):
+        if is_websocket_upgrade(http):
             return await forward_websocket(http, upstreams)
         return await forward(http, upstreams, body=body)
 

@@ -12,7 +12,7 @@ from aiohttp import hdrs
 
 from server.protocol import template
 from server.protocol.events import Event, read_events
-from server.protocol.formats import CHOICES, FLAT, Shape, are_finished
+from server.protocol.formats import CHOICES, OPAQUE, AnswerFormat, are_finished
 from tiers import Answer, Form
 
 _CONTENT_TYPES = {Form.BODY: "application/json", Form.EVENTS: "text/event-stream"}
@@ -27,9 +27,9 @@ class NotAnAnswerError(Exception):
         self.status, self.headers, self.body = status, headers, body
 
 
-async def record(
+async def record_answer(
     reply: aiohttp.ClientResponse,
-    shape: Shape,
+    shape: AnswerFormat,
     form: Form,
     publish: Callable[[bytes], Awaitable[None]],
     max_bytes: int,
@@ -70,14 +70,14 @@ async def record(
     return await events.end()
 
 
-def _body(reply: aiohttp.ClientResponse, shape: Shape, raw: bytes) -> tuple[Answer, bool]:
+def _body(reply: aiohttp.ClientResponse, shape: AnswerFormat, raw: bytes) -> tuple[Answer, bool]:
     try:
-        if shape is FLAT:
-            content, finished = template.flat(raw), True
+        if shape is OPAQUE:
+            content, finished = template.template_of_raw(raw), True
         else:
             parsed = orjson.loads(raw)
             finished = shape.is_finished(parsed) and not parsed.get("error")
-            content = template.template(parsed, shape.fresh)
+            content = template.json_template(parsed, shape.marks)
     except (orjson.JSONDecodeError, TypeError, KeyError, AttributeError) as exc:
         raise NotAnAnswerError(reply.status, reply.headers, raw) from exc
     if content is None:
@@ -105,7 +105,7 @@ class _Events:
         if event.data:
             self._is_understood = False
         if event.is_whole:
-            await self._publish(template.AsIs(event.raw))
+            await self._publish(template.Verbatim(event.raw))
 
     def _answer(self, usage: bytes = b"", *, finished: bool) -> tuple[Answer, bool]:
         if self._bytes > self._max_bytes or not self._is_understood:
@@ -117,7 +117,7 @@ class _Typed(_Events):
     """A stream whose events have types, of which the last one says that it ends."""
 
     def __init__(
-        self, shape: Shape, publish: Callable[[bytes], Awaitable[None]], max_bytes: int
+        self, shape: AnswerFormat, publish: Callable[[bytes], Awaitable[None]], max_bytes: int
     ) -> None:
         super().__init__(publish, max_bytes)
         self._shape = shape
@@ -130,11 +130,11 @@ class _Typed(_Events):
         try:
             chunk = orjson.loads(event.data)
             kind = chunk.get("type", "")
-            verdict = shape.verdicts.get(kind)
+            verdict = shape.finish_events.get(kind)
             self._last = kind
             if verdict is not None:
                 self._finished = shape.is_finished(chunk[verdict])
-            made = template.event(chunk, shape, event.lines)
+            made = template.sse_event(chunk, shape, event.lines)
         except (AttributeError, KeyError, TypeError, ValueError):
             await self._pass_on(event)
         else:
@@ -143,9 +143,9 @@ class _Typed(_Events):
 
     async def end(self) -> tuple[Answer, bool]:
         """Return what `record` does."""
-        if self._last in self._shape.last:
+        if self._last in self._shape.last_events:
             return self._answer(finished=self._finished)
-        if self._last in self._shape.failed:
+        if self._last in self._shape.failure_events:
             return self._answer(finished=False)
         raise ConnectionAbortedError("the engine's stream was cut")
 
@@ -183,7 +183,7 @@ class _Choices(_Events):
                 raise ValueError("an answer isn't one that has an error in it")
             is_count = choices in (None, []) and isinstance(usage, dict)
             reasons = {} if is_count else {c["index"]: c.get("finish_reason") for c in choices}
-            made = template.event(chunk, lines=event.lines)
+            made = template.sse_event(chunk, lines=event.lines)
         except (AttributeError, KeyError, TypeError, ValueError):
             if event.data:
                 await self._release()
@@ -212,7 +212,7 @@ class _Choices(_Events):
     async def end(self) -> tuple[Answer, bool]:
         """Publish what was kept back; returns what `record` does."""
         if self._held:
-            await self._give(template.stamped(self._held, self._usage))
+            await self._give(template.with_fingerprint(self._held, self._usage))
         reasons = [{"finish_reason": reason} for reason in self._reasons.values()]
         if not self._is_done:
             # It may say no more, or have been cut where no more than counts were to come.

@@ -11,15 +11,15 @@ from collections.abc import Collection, Mapping
 
 from multidict import CIMultiDict, istr
 
-from server.protocol.cache_control import Control
-from server.protocol.content_coding import UNDONE
-from server.protocol.request import KEYED
+from server.protocol.cache_control import CacheControl
+from server.protocol.content_coding import DECODED
+from server.protocol.request import KEY_HEADERS
 from server.web.request import HttpRequest
 
 LOAD_FORMAT = istr("Endpoint-Load-Metrics-Format")
 LOAD = istr("Endpoint-Load-Metrics")
 """An engine's report of its load (ORCA), in the format that a load balancer asks for."""
-_GO_ON = frozenset(map(str.lower, KEYED)) | {
+_GO_ON = frozenset(map(str.lower, KEY_HEADERS)) | {
     "accept-encoding", "authorization", "cache-control", "content-type", "traceparent",
     "tracestate", "user-agent", "x-api-key", "x-request-id",
     LOAD_FORMAT.lower(),
@@ -28,18 +28,18 @@ _GO_ON = frozenset(map(str.lower, KEYED)) | {
 }  # fmt: skip
 
 
-def of_what_is_kept(http: HttpRequest, also: Control) -> CIMultiDict[str]:
+def cacheable_request_headers(http: HttpRequest, also: CacheControl) -> CIMultiDict[str]:
     """Return the headers with which an engine is asked for an answer that is to be kept.
 
     `also` is said to caches on the way, such as another tierserve.
     """
-    headers = forwarded(http)
+    headers = forwarded_headers(http)
     for name in {name for name in headers if name.lower() not in _GO_ON}:
         headers.popall(name)
-    return saying(headers, also)
+    return with_cache_control(headers, also)
 
 
-def saying(headers: CIMultiDict[str], also: Control) -> CIMultiDict[str]:
+def with_cache_control(headers: CIMultiDict[str], also: CacheControl) -> CIMultiDict[str]:
     """Return the headers, and what `also` says without times."""
     for directive in also.directives:
         headers.add("Cache-Control", directive)
@@ -61,28 +61,28 @@ _KEYS = frozenset({"authorization", "x-api-key"})
 
 
 # An answer belongs to whom these name, so no `Connection` keeps them from its engine.
-_END_TO_END = _KEYS | frozenset(map(str.lower, KEYED))
+_END_TO_END = _KEYS | frozenset(map(str.lower, KEY_HEADERS))
 
 
 UNBUFFERED = {"X-Accel-Buffering": "no"}
 """Has nginx, and those that heed the same, pass a stream on as it comes."""
 
 
-def forwarded(http: HttpRequest) -> CIMultiDict[str]:
+def forwarded_headers(http: HttpRequest) -> CIMultiDict[str]:
     """Return the headers with which a request goes on to an engine."""
-    hop = {name.lower() for name in http.listed("Connection")} - _END_TO_END
+    hop = {name.lower() for name in http.list_header("Connection")} - _END_TO_END
     keys = _KEYS if http.tenant.has_key else frozenset()
-    undone = {"content-encoding"} if http.coding in UNDONE else frozenset()
+    undone = {"content-encoding"} if http.content_coding in DECODED else frozenset()
     headers = _without(http.headers, _OURS | keys | hop | undone)
     # We must be able to read what comes back.
     headers["Accept-Encoding"] = "identity"
-    if not http.may_be_named_within:
+    if not http.body_may_hold_id:
         # An engine takes this one before that of a body.
         headers["X-Request-Id"] = http.id
     return headers
 
 
-def returned(headers: Mapping[str, str]) -> CIMultiDict[str]:
+def returned_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
     """Return the headers with which an engine's reply goes back to the client."""
     # Which pages may ask us is not an engine's to say (`server.web.cors`).
     sharing = {name for name in map(str.lower, headers) if name.startswith("access-control-")}

@@ -7,16 +7,16 @@ from aiohttp import web
 
 from server.engine.upstream import UnavailableError, Upstreams
 from server.handlers.errors import failure, unavailable
-from server.handlers.upstream_headers import forwarded
+from server.handlers.upstream_headers import forwarded_headers
 from server.web.request import HttpRequest
-from server.web.responses import own_headers
+from server.web.responses import server_headers
 
 # As uvicorn's own limit, under which vLLM runs.
 _MESSAGE_BYTES = 16 * 1024**2
 _Socket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
 
 
-def is_asked_for(http: HttpRequest) -> bool:
+def is_websocket_upgrade(http: HttpRequest) -> bool:
     """Whether the client wants to go on as a WebSocket."""
     return http.headers.get("Upgrade", "").lower() == "websocket"
 
@@ -24,8 +24,8 @@ def is_asked_for(http: HttpRequest) -> bool:
 async def forward_websocket(http: HttpRequest, upstreams: Upstreams) -> web.StreamResponse:
     """Join the client and an upstream until either closes, which is told to the other."""
     http.outcome = ("engine", "pass")
-    protocols = http.listed("Sec-WebSocket-Protocol")
-    headers = forwarded(http)
+    protocols = http.list_header("Sec-WebSocket-Protocol")
+    headers = forwarded_headers(http)
     # The two connections shake hands on their own.
     for name in [name for name in headers if name.lower().startswith("sec-websocket-")]:
         del headers[name]
@@ -36,7 +36,7 @@ async def forward_websocket(http: HttpRequest, upstreams: Upstreams) -> web.Stre
         ) as engine:
             chosen = (engine.protocol,) if engine.protocol else ()
             client = web.WebSocketResponse(protocols=chosen, max_msg_size=_MESSAGE_BYTES)
-            client.headers.update(own_headers(http))
+            client.headers.update(server_headers(http))
             await client.prepare(http)
             await _join(client, engine)
             return client

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from server.protocol.cache_field import SCHEMA
 from server.protocol.routes import Route
 from server.protocol.surface import ADAPTER_PATHS, is_for_tenants
-from server.web.responses import is_anthropics
+from server.web.responses import is_anthropic_path
 
 _METHODS = frozenset({"delete", "get", "head", "options", "patch", "post", "put", "trace"})
 _KEPT, _ENGINE, _OWN = "Answers that tiers keep", "Passed to the engine", "tierserve"
@@ -276,7 +276,11 @@ def _refusal(status: str, path: str = "", *, passed: bool = False) -> dict[str, 
     headers = _header_references({"Retry-After": "RetryAfter"} if status in _RETRIED else {})
     names = [_ERROR_NAME]
     if passed:
-        names = [*([_ANTHROPICS_NAME] if is_anthropics(path) else []), _ERROR_NAME, _DETAIL_NAME]
+        names = [
+            *([_ANTHROPICS_NAME] if is_anthropic_path(path) else []),
+            _ERROR_NAME,
+            _DETAIL_NAME,
+        ]
     shapes = [{"$ref": f"#/components/schemas/{name}"} for name in names]
     schema = {"anyOf": shapes} if passed else shapes[0]
     return {

@@ -37,7 +37,7 @@ class Overview:
         if tenant.operator:
             told = self.of_all()
         else:
-            of = History() if tenant.account is None else tenant.account.history
+            of = History() if tenant.limiter is None else tenant.limiter.history
             told = self._of(of) | {"tenant": tenant.name}
         headers = {"Cache-Control": "no-store"}
         return web.Response(
@@ -57,7 +57,7 @@ class Overview:
             ],
             # Nearest first, which not all of them have to have answered.
             "tier_names": [tier.name for tier in self._chain.tiers],
-            "history": history.told(time.time()),
+            "history": history.report(time.time()),
         }
 
     def _tier(self, tier: Tier) -> Mapping[str, Any]:

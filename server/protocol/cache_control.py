@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 _DIRECTIVE = re.compile(r'([!#$%&\'*+.^_`|~0-9A-Za-z-]+)(?:\s*=\s*(?:"([^"]*)"|([^\s",]*)))?')
 
 
-class Control(NamedTuple):
+class CacheControl(NamedTuple):
     """Which answers a client takes. Times are in seconds."""
 
     no_cache: bool = False
@@ -27,7 +27,7 @@ class Control(NamedTuple):
     max_stale_s: float | None = None
 
     @property
-    def is_about_age(self) -> bool:
+    def limits_age(self) -> bool:
         """Whether anything is said of how old an answer may be."""
         return self.max_age_s < inf or self.min_fresh_s > -inf or self.max_stale_s is not None
 
@@ -37,7 +37,7 @@ class Control(NamedTuple):
         said = ("no-cache", self.no_cache), ("no-store", self.no_store)
         return [name for name, is_said in said if is_said]
 
-    def and_also(self, other: Self) -> Self:
+    def merge(self, other: Self) -> Self:
         """Return what both say; `other` may forbid, and says nothing of age."""
         return self._replace(
             no_cache=self.no_cache or other.no_cache,
@@ -45,7 +45,7 @@ class Control(NamedTuple):
             only_if_cached=self.only_if_cached or other.only_if_cached,
         )
 
-    def takes(self, entry: Entry, state: State, now: float) -> bool:
+    def accepts(self, entry: Entry, state: State, now: float) -> bool:
         """Whether the client takes an entry in this state at `now` (Unix s)."""
         age_s, stale_s = now - entry.stored_at, now - entry.expires_at
         if self.no_cache or -stale_s < self.min_fresh_s:
@@ -56,11 +56,11 @@ class Control(NamedTuple):
         if stale_s <= max_stale_s:
             return True
         # Who says nothing of age gets what the server gives while a new one is made.
-        return state <= State.STALE and not self.is_about_age
+        return state <= State.STALE_WHILE_REVALIDATE and not self.limits_age
 
 
 @lru_cache(256)
-def control_of(value: str) -> Control:
+def parse_cache_control(value: str) -> CacheControl:
     """Read a `Cache-Control` header.
 
     What isn't known is ignored. A time that can't be read stands for the strictest: an answer that
@@ -68,7 +68,7 @@ def control_of(value: str) -> Control:
     """
     said = directives(value)
     stale = said.get("max-stale")
-    return Control(
+    return CacheControl(
         no_cache="no-cache" in said,
         no_store="no-store" in said,
         only_if_cached="only-if-cached" in said,
@@ -105,7 +105,7 @@ _NEVER_STALE = frozenset({"must-revalidate", "proxy-revalidate", "s-maxage"})
 
 
 @lru_cache(256)
-def heeding(control: str, ours: Freshness, *, is_stream: bool) -> Freshness | None:
+def limit_freshness(control: str, ours: Freshness, *, is_stream: bool) -> Freshness | None:
     """Return how long an answer is good for whose `Cache-Control` is `control`: at most `ours`.
 
     `None` says that it isn't to be kept. Clients that ask for the same while it is generated share

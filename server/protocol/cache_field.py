@@ -13,24 +13,24 @@ from typing import Any, NamedTuple
 
 from server.config.base import CENTURY_S
 from server.config.schema import MAX_VARIANTS
-from server.protocol.cache_control import Control
+from server.protocol.cache_control import CacheControl
 from server.protocol.errors import BadRequestError
 from server.protocol.labels import A_TAG, MAX_TAG_CHARACTERS, MAX_TAGS, is_tag
 
 _USE = "use"
 _MODES = {
-    "default": Control(),
-    _USE: Control(),
-    "no-cache": Control(no_cache=True),
-    "no-store": Control(no_store=True),
-    "only-if-cached": Control(only_if_cached=True),
+    "default": CacheControl(),
+    _USE: CacheControl(),
+    "no-cache": CacheControl(no_cache=True),
+    "no-store": CacheControl(no_store=True),
+    "only-if-cached": CacheControl(only_if_cached=True),
 }
 
 
 class CacheField(NamedTuple):
     """The field, read."""
 
-    control: Control = Control()
+    control: CacheControl = CacheControl()
     use: bool = False
     """Whether the answer may be kept although the request asks for chance."""
     ttl_s: float | None = None
@@ -40,7 +40,7 @@ class CacheField(NamedTuple):
     """Between how many answers to choose in turn, where the request asks for chance."""
 
 
-def read(field: Any) -> CacheField:
+def parse_cache_field(field: Any) -> CacheField:
     """Read the field; `None` stands for one that isn't there, as does `null` for any part of it.
 
     Raises:

@@ -27,7 +27,9 @@ _SALT = "cache_salt"
 _TRANSFERS = ("ec_transfer_params", "kv_transfer_params")
 
 
-def isolated(raw: bytes, body: dict[str, Any], tenant: Tenant) -> tuple[bytes, dict[str, Any]]:
+def with_cache_salt(
+    raw: bytes, body: dict[str, Any], tenant: Tenant
+) -> tuple[bytes, dict[str, Any]]:
     """Return a request's body as the engine may be sent it for `tenant`, written and parsed.
 
     Args:

@@ -1,6 +1,6 @@
 """Content codings of requests (RFC 9110, section 8.4.1), which engines don't undo.
 
-We undo one of `UNDONE` while the body comes, and refuse a body that is cut short. Other codings,
+We undo one of `DECODED` while the body comes, and refuse a body that is cut short. Other codings,
 and several one upon the other, are left to whoever gets the body.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from server.protocol.errors import BadRequestError
 
 _WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
-UNDONE = frozenset(_WINDOW_BITS)
+DECODED = frozenset(_WINDOW_BITS)
 _GZIP = b"\x1f"
 # So much at once may come out of a few bytes.
 _PIECE_BYTES = 64 * 1024
@@ -25,7 +25,7 @@ class UnknownCodingError(BadRequestError):
         super().__init__(f"Content-Encoding should be gzip or deflate, or left out, not {coding!r}")
 
 
-async def undone(pieces: AsyncIterator[bytes], coding: str) -> AsyncIterator[bytes]:
+async def decode(pieces: AsyncIterator[bytes], coding: str) -> AsyncIterator[bytes]:
     """Yield the content of a body in `coding` that comes in `pieces`.
 
     Raises:

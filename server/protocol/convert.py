@@ -17,7 +17,14 @@ from typing import Any
 import orjson
 
 from server.protocol.formats import CREATED
-from server.protocol.template import _DATA, _MARKS, counted, event, stamped, template
+from server.protocol.template import (
+    _DATA,
+    _MARKS,
+    json_template,
+    sse_event,
+    strip_usage_marks,
+    with_fingerprint,
+)
 from tiers import Answer, Form
 
 
@@ -25,7 +32,7 @@ class NotConvertibleError(ValueError):
     """The answer isn't of the shape that the other form could be made of."""
 
 
-def as_form(answer: Answer, form: Form) -> Answer:
+def convert(answer: Answer, form: Form) -> Answer:
     """Return the answer in that form.
 
     Raises:
@@ -148,7 +155,7 @@ def _as_body(answer: Answer) -> Answer:
         "system_fingerprint": counts["system_fingerprint"],
         "usage": _usage(counts["usage"]),
     }
-    return Answer(Form.BODY, template(body))
+    return Answer(Form.BODY, json_template(body))
 
 
 class _Joined:
@@ -208,11 +215,11 @@ def _as_events(answer: Answer) -> Answer:
     choices = [kind.choice.read(choice) for choice in body["choices"]]
     _expect([each["index"] for each in choices] == list(range(len(choices))), "choices are missing")
     chunks = list(_chat_chunks(choices) if kind is _CHAT else _text_chunks(choices))
-    *events, last = [event(head | chunk) for chunk in chunks]
+    *events, last = [sse_event(head | chunk) for chunk in chunks]
     usage = head | {"choices": [], "usage": _without_nulls(_usage(body["usage"]))}
     if body["system_fingerprint"] is not None:
         usage["system_fingerprint"] = _text(body["system_fingerprint"])
-    return Answer(Form.EVENTS, b"".join([*events, stamped(last, usage)]), event(usage))
+    return Answer(Form.EVENTS, b"".join([*events, with_fingerprint(last, usage)]), sse_event(usage))
 
 
 def _chat_chunks(choices: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -288,4 +295,4 @@ def _chunks(events: bytes) -> list[Any]:
 
 def _parse(content: bytes) -> Any:
     plain = content.replace(_MARKS["id"], b'""').replace(CREATED, b"0")
-    return orjson.loads(counted(plain, wants_usage=True))
+    return orjson.loads(strip_usage_marks(plain, wants_usage=True))

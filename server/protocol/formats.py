@@ -16,10 +16,10 @@ _UNFINISHED = (None, "abort", "error")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Shape:
+class AnswerFormat:
     """How the answers of some routes look."""
 
-    fresh: Mapping[str, bytes]
+    marks: Mapping[str, bytes]
     """The marks in place of fields of a body that differ each time an answer is given.
 
     All else is given as the engine once gave it, ids of tool calls and of output items included:
@@ -30,13 +30,13 @@ class Shape:
     """
     done: bytes = b""
     """What follows the last event."""
-    within: str | None = None
+    envelope: str | None = None
     """The field of an event that holds what is fresh; `None` where the event itself does."""
-    verdicts: Mapping[str, str] = field(default_factory=dict)
+    finish_events: Mapping[str, str] = field(default_factory=dict)
     """Types of events that say how it ended, with the field that says it."""
-    last: frozenset[str] = frozenset()
+    last_events: frozenset[str] = frozenset()
     """Types of events of which one ends a stream, where no `done` does."""
-    failed: frozenset[str] = frozenset()
+    failure_events: frozenset[str] = frozenset()
     """Types of events that end one without an answer."""
     hides_aborts: bool = False
     """Whether an answer that the engine has aborted, since it stops, is told as a whole one."""
@@ -61,30 +61,30 @@ def _is_response_finished(response: dict[str, Any]) -> bool:
     )
 
 
-CHOICES = Shape(
-    fresh={"id": _FRESH_ID, "created": CREATED},
+CHOICES = AnswerFormat(
+    marks={"id": _FRESH_ID, "created": CREATED},
     is_finished=lambda body: are_finished(body["choices"]),
     done=b"data: [DONE]\n\n",
 )
 """Of chat completions and completions; the only one of which either form makes the other."""
-RESPONSE = Shape(
-    fresh={"id": _FRESH_ID, "created_at": CREATED},
+RESPONSE = AnswerFormat(
+    marks={"id": _FRESH_ID, "created_at": CREATED},
     is_finished=_is_response_finished,
-    within="response",
-    verdicts={"response.completed": "response", "response.incomplete": "response"},
-    last=frozenset({"response.completed", "response.incomplete"}),
-    failed=frozenset({"error", "response.failed"}),
+    envelope="response",
+    finish_events={"response.completed": "response", "response.incomplete": "response"},
+    last_events=frozenset({"response.completed", "response.incomplete"}),
+    failure_events=frozenset({"error", "response.failed"}),
     hides_aborts=True,
 )
 """Of OpenAI's Responses."""
-MESSAGE = Shape(
-    fresh={"id": _FRESH_ID},
+MESSAGE = AnswerFormat(
+    marks={"id": _FRESH_ID},
     is_finished=lambda body: body.get("stop_reason") is not None,
-    within="message",
-    verdicts={"message_delta": "delta"},
-    last=frozenset({"message_stop"}),
-    failed=frozenset({"error"}),
+    envelope="message",
+    finish_events={"message_delta": "delta"},
+    last_events=frozenset({"message_stop"}),
+    failure_events=frozenset({"error"}),
 )
 """Of Anthropic's Messages. A body leaves out what is null."""
-FLAT = Shape(fresh={"id": _FRESH_ID, "created": CREATED})
+OPAQUE = AnswerFormat(marks={"id": _FRESH_ID, "created": CREATED})
 """A body that is large or has little in it, such as vectors: read only where it begins."""

@@ -23,7 +23,7 @@ def labels_of(model: str, tenant: str, tags: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys((label("model", model), label("tenant", tenant), *tagged)))
 
 
-def misnamed(kind: str, name: str) -> str | None:
+def label_problem(kind: str, name: str) -> str | None:
     """Return what a name of that kind should be, if no entry can ever have the label."""
     if kind == KEY and not is_key(name):
         return "as `tierserve cache ls` prints it: 64 hexadecimal digits, after a tenant's scope"

@@ -21,7 +21,7 @@ _BILLING_HEADER = "x-anthropic-billing-header"
 _PLAIN = frozenset({"type", "text", _MARKER})
 
 
-def heard(body: Mapping[str, Any]) -> dict[str, Any]:
+def without_ignored_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a body without what vLLM ignores within them; `body` isn't changed."""
     fields = dict(body)
     if isinstance(system := fields.get("system"), list):

@@ -12,7 +12,7 @@ class UnknownModelError(BadRequestError):
     status = 404
 
 
-class Named(NamedTuple):
+class ResolvedModel(NamedTuple):
     """What a name means."""
 
     name: str
@@ -21,29 +21,29 @@ class Named(NamedTuple):
     """What gives its answers now (`server.engine.identity`)."""
     is_vllm: bool
     """Whether a vLLM of the version that we know answers, so that we know what each field does."""
-    has_one_parser: bool
+    encodings_agree: bool
     """Whether a body and a stream of it hold the same text."""
-    counts_always: bool
+    always_counts_tokens: bool
     """Whether each of its streams has token counts, asked for or not."""
 
 
-class Names:
+class ModelNames:
     """All names at one moment. Never changed once made; two are equal if they are the same object.
 
     Args:
         meanings: by name; the first is what a request means that names no model.
     """
 
-    def __init__(self, meanings: Mapping[str, Named]) -> None:
+    def __init__(self, meanings: Mapping[str, ResolvedModel]) -> None:
         self._meanings = dict(meanings)
-        self.first = next(iter(self._meanings.values()))
+        self.default = next(iter(self._meanings.values()))
 
     @property
-    def are_one(self) -> bool:
+    def is_single(self) -> bool:
         """Whether there is no choice."""
         return len(self._meanings) == 1
 
-    def find(self, asked: Any) -> Named:
+    def resolve(self, asked: Any) -> ResolvedModel:
         """Return what a request's `model` means, which may be missing.
 
         What isn't text is an engine's to refuse, in its own words.
@@ -52,7 +52,7 @@ class Names:
             UnknownModelError: nothing has this name; the text is vLLM's.
         """
         if not asked or not isinstance(asked, str):
-            return self.first
+            return self.default
         if (named := self._meanings.get(asked)) is None:
             raise UnknownModelError(
                 f"The model `{asked}` does not exist. Valid aliases: {', '.join(self._meanings)}.",

@@ -16,9 +16,9 @@ A key is the digest of who may share the answer (the scope), of what gives it
 The query is no part of it, nor are headers: on these routes vLLM reads no query, and of headers
 only those that say who asks, where and when it works, and in which format it reports its load.
 
-Of an engine that we don't know (`Named.is_vllm`) nothing is left out but `cache`, headers that may
-change an answer (`server.handlers.upstream_headers`) are part of the key, and a request with a
-query isn't kept.
+Of an engine that we don't know (`ResolvedModel.is_vllm`) nothing is left out but `cache`, headers
+that may change an answer (`server.handlers.upstream_headers`) are part of the key, and a request
+with a query isn't kept.
 
 Everything else is kept as it was sent: the order inside tools, JSON schemas and arguments, since
 prompts are rendered from it; values of a type that the engine refuses or judges by itself; and
@@ -40,11 +40,11 @@ from multidict import MultiMapping, istr
 from server.auth.tenants import Tenant
 from server.protocol import cache_field
 from server.protocol.cache_field import CacheField
-from server.protocol.cache_salt import SALTED, isolated
+from server.protocol.cache_salt import SALTED, with_cache_salt
 from server.protocol.errors import BadRequestError
 from server.protocol.formats import CHOICES
 from server.protocol.labels import labels_of
-from server.protocol.model_names import Named, Names
+from server.protocol.model_names import ModelNames, ResolvedModel
 from server.protocol.prompts import Prompts, prompts_in
 from server.protocol.routes import ROUTES, Route
 from tiers import Form, digest
@@ -74,7 +74,7 @@ _REMEMBERED = 1024
 _REMEMBERED_BYTES = 16 * 1024
 
 
-class Request(NamedTuple):
+class ParsedRequest(NamedTuple):
     """One parsed request."""
 
     route: Route
@@ -94,12 +94,12 @@ class Request(NamedTuple):
     """The body as it was received, but with its model's own name, and without what is ours."""
     body: bytes
     """What the engine is to be sent."""
-    form: Form
+    encoding: Form
     wants_usage: bool
     deterministic: bool
     repeatable: bool
     """Whether the same request means the same tomorrow."""
-    is_to_be_kept_there: bool
+    engine_would_keep: bool
     """Whether an engine that keeps answers itself would keep this one."""
     key: str
     cache: CacheField
@@ -107,13 +107,13 @@ class Request(NamedTuple):
     prompts: Prompts
 
 
-def parse(
+def parse_request(
     path: str,
     raw: bytes,
     tenant: Tenant,
-    names: Names,
+    names: ModelNames,
     headers: tuple[tuple[str, str], ...] = (),
-) -> Request:
+) -> ParsedRequest:
     """Parse a body and derive its key. A body that comes again byte for byte is remembered.
 
     Args:
@@ -135,33 +135,33 @@ def parse(
 
 
 def _parse(
-    path: str, raw: bytes, tenant: Tenant, names: Names, headers: tuple[tuple[str, str], ...]
-) -> Request:
+    path: str, raw: bytes, tenant: Tenant, names: ModelNames, headers: tuple[tuple[str, str], ...]
+) -> ParsedRequest:
     route = ROUTES[path]
     raw, body = _read(raw)
     cache, sent_as_is = CacheField(), True
     if "cache" in body:
-        cache, sent_as_is = cache_field.read(body.pop("cache")), False
+        cache, sent_as_is = cache_field.parse_cache_field(body.pop("cache")), False
     asked = body.get("model")
-    named = names.find(asked)
+    named = names.resolve(asked)
     name = named.name
     if asked != name and isinstance(asked, str | None) and (asked or not route.needs_model):
         body["model"], sent_as_is = name, False
     if not sent_as_is:
         raw = _dumps(body)
     stream = route.streams and body.get("stream") is True
-    options = body.get("stream_options") if route.shape is CHOICES else None
+    options = body.get("stream_options") if route.format is CHOICES else None
     # How another engine is asked for token counts isn't known, so clients get those that it sends.
     wants_usage = stream and (
         not named.is_vllm
-        or named.counts_always
+        or named.always_counts_tokens
         or (isinstance(options, dict) and options.get("include_usage") is True)
     )
     # An engine that we don't know may give any field a meaning.
     canonical: Mapping[str, Any] = dict(sorted(body.items()))
     if named.is_vllm:
         canonical = _canonical(
-            route, body, stream=stream, wants_usage=wants_usage, apart=not named.has_one_parser
+            route, body, stream=stream, wants_usage=wants_usage, apart=not named.encodings_agree
         )
         headers = ()
     said = [part.encode(errors="surrogateescape") for header in headers for part in header]
@@ -170,11 +170,11 @@ def _parse(
     )
     prompts = prompts_in(path, body)
     if path in SALTED:
-        raw, body = isolated(raw, body, tenant)
+        raw, body = with_cache_salt(raw, body, tenant)
     sent = raw
     if (
         named.is_vllm
-        and route.shape is CHOICES
+        and route.format is CHOICES
         and stream
         and not wants_usage
         and isinstance(options, dict | None)
@@ -182,7 +182,7 @@ def _parse(
         # The count is recorded with every answer, and kept from clients that did not ask.
         counting = {k: v for k, v in (options or {}).items() if k != _CONTINUOUS}
         sent = _dumps(body | {"stream_options": counting | {"include_usage": True}})
-    return Request(
+    return ParsedRequest(
         route=route,
         path=path,
         model=name,
@@ -192,18 +192,18 @@ def _parse(
         labels=labels_of(name, tenant.name, cache.tags),
         raw=raw,
         body=sent,
-        form=Form.EVENTS if stream else Form.BODY,
+        encoding=Form.EVENTS if stream else Form.BODY,
         wants_usage=wants_usage,
         repeatable=not any(body.get(name) for name in route.unrepeatable)
         and not _points_elsewhere([body[name] for name in route.media if name in body])
         and not _runs_there(body.get("tools"))
         and _is_plain(options)
         and not _is_kept_elsewhere(route, named, body.get("store")),
-        deterministic=route.by_nature
+        deterministic=route.deterministic
         or _is_zero(body.get("temperature"))
         or _is_seed(body.get("seed")),
-        is_to_be_kept_there=route.may_be_kept_there and body.get("store") is not False,
-        key=scoped(tenant.share, key),
+        engine_would_keep=route.engine_may_keep and body.get("store") is not False,
+        key=scoped(tenant.share_scope, key),
         cache=cache,
         prompts=prompts,
     )
@@ -236,10 +236,10 @@ def _read(raw: bytes) -> tuple[bytes, dict[str, Any]]:
 def _canonical(
     route: Route, body: Mapping[str, Any], *, stream: bool, wants_usage: bool, apart: bool
 ) -> dict[str, Any]:
-    fields = route.heard(body)
+    fields = route.normalize(body)
     if route.streams and isinstance(fields.get("stream"), bool | None):
         fields.pop("stream", None)
-    if stream and route.shape is CHOICES and isinstance(body.get("stream_options"), dict | None):
+    if stream and route.format is CHOICES and isinstance(body.get("stream_options"), dict | None):
         # Other options than these change the events.
         same = {"include_usage"} if wants_usage else {"include_usage", _CONTINUOUS}
         options = fields.pop("stream_options", None) or {}
@@ -248,11 +248,11 @@ def _canonical(
     canonical = {}
     for name in sorted(fields):
         value = _plain(name, fields[name])
-        if name in route.irrelevant and _is_ignored(value, route.irrelevant[name]):
+        if name in route.ignored and _is_ignored(value, route.ignored[name]):
             continue
         if name not in route.defaults or not _is_any_of(value, route.defaults[name]):
             canonical[name] = value
-    if route.streams and (apart or not canonical.keys() <= route.alike_in_both_forms):
+    if route.streams and (apart or not canonical.keys() <= route.same_in_both_encodings):
         # An odd value is the engine's to judge.
         canonical["stream"] = canonical.get("stream", stream)
     return canonical
@@ -341,12 +341,12 @@ def _runs_there(tools: Any) -> bool:
     )
 
 
-def _is_kept_elsewhere(route: Route, named: Named, store: Any) -> bool:
+def _is_kept_elsewhere(route: Route, named: ResolvedModel, store: Any) -> bool:
     """Whether an engine that we don't know may keep the answer, by the id that it gives it.
 
     OpenAI keeps Responses unless it is told not to, and other answers if it is told to.
     """
-    return not named.is_vllm and store is not False and (route.may_be_kept_there or bool(store))
+    return not named.is_vllm and store is not False and (route.engine_may_keep or bool(store))
 
 
 def _dumps(value: Mapping[str, Any]) -> bytes:
@@ -369,17 +369,17 @@ def _is_zero(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value == 0
 
 
-def keyed(headers: MultiMapping[str]) -> tuple[tuple[str, str], ...]:
+def key_headers(headers: MultiMapping[str]) -> tuple[tuple[str, str], ...]:
     """Return which of the headers are part of a key, with their values."""
     said: tuple[tuple[str, str], ...] = ()
-    for name in KEYED:
+    for name in KEY_HEADERS:
         if name in headers:
             # Whether an engine joins several, or takes the first, we don't know.
             said += tuple((name, value) for value in headers.getall(name))
     return said
 
 
-KEYED = tuple(
+KEY_HEADERS = tuple(
     map(
         istr,
         (

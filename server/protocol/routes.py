@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.protocol import messages
-from server.protocol.formats import CHOICES, FLAT, MESSAGE, RESPONSE, Shape
+from server.protocol.formats import CHOICES, MESSAGE, OPAQUE, RESPONSE, AnswerFormat
 
 Equal = dict[str, tuple[Any, ...]]
 """Fields with the values that mean the same as leaving them out."""
@@ -23,18 +23,18 @@ class Route:
 
     paths: tuple[str, ...]
     """The first one stands for all of them in keys and rules."""
-    shape: Shape
+    format: AnswerFormat
     streams: bool = False
     """Whether `stream` asks for events."""
     id_prefix: str = ""
-    by_nature: bool = False
+    deterministic: bool = False
     """Whether the same request gets the same answer without a temperature or a seed."""
-    alike_in_both_forms: frozenset[str] = frozenset()
+    same_in_both_encodings: frozenset[str] = frozenset()
     """What is answered alike in a body and in a stream; of anything else vLLM may leave out or
     refuse something in one of them, or read it by another parser, so there the form is part of the
     key. None where no form can be made of the other."""
-    irrelevant: Ignored
-    heard: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
+    ignored: Ignored
+    normalize: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     """Returns the fields of a body without what vLLM ignores within them."""
     defaults: Equal
     """As vLLM itself takes them: where `generation_config`, a chat template, or another field may
@@ -43,7 +43,7 @@ class Route:
     """Fields that may name media."""
     unrepeatable: tuple[str, ...] = ()
     """Fields that name what exists at one moment only, or in one server."""
-    may_be_kept_there: bool = False
+    engine_may_keep: bool = False
     """Whether the engine itself may keep answers, under the ids that it gives."""
     needs_model: bool = False
     """Whether a body without a model is refused."""
@@ -178,32 +178,32 @@ _MARKED: Ignored = {"cache_control": object, "service_tier": object}
 _TABLE = (
     Route(
         paths=("/v1/chat/completions",),
-        shape=CHOICES,
+        format=CHOICES,
         streams=True,
         id_prefix="chatcmpl-",
-        alike_in_both_forms=_ALIKE,
-        irrelevant=_ASKED_BY | _UNKNOWN | {"session_id": _TEXT},
+        same_in_both_encodings=_ALIKE,
+        ignored=_ASKED_BY | _UNKNOWN | {"session_id": _TEXT},
         defaults=_CHAT | _null(*_TRANSFERS),
         media=("messages",),
         unrepeatable=_TRANSFERS,
     ),
     Route(
         paths=("/v1/completions",),
-        shape=CHOICES,
+        format=CHOICES,
         streams=True,
         id_prefix="cmpl-",
-        alike_in_both_forms=_ALIKE,
-        irrelevant=_ASKED_BY | _UNKNOWN | {"session_id": _TEXT},
+        same_in_both_encodings=_ALIKE,
+        ignored=_ASKED_BY | _UNKNOWN | {"session_id": _TEXT},
         defaults=_COMPLETION | _null(*_TRANSFERS),
         unrepeatable=_TRANSFERS,
     ),
     Route(
         paths=("/v1/responses",),
-        shape=RESPONSE,
+        format=RESPONSE,
         streams=True,
         id_prefix="resp_",
         # `metadata`, `service_tier` and `user` come back in the answer.
-        irrelevant=_RANK
+        ignored=_RANK
         | {
             "prompt_cache_key": _TEXT,
             "prompt_cache_retention": object,
@@ -223,15 +223,15 @@ _TABLE = (
             "request_id",
             "store",
         ),
-        may_be_kept_there=True,
+        engine_may_keep=True,
     ),
     Route(
         paths=("/v1/messages",),
-        shape=MESSAGE,
+        format=MESSAGE,
         streams=True,
         id_prefix="chatcmpl-",
-        irrelevant=_MARKED | {"metadata": _OBJECT},
-        heard=messages.heard,
+        ignored=_MARKED | {"metadata": _OBJECT},
+        normalize=messages.without_ignored_fields,
         needs_model=True,
         defaults=_MESSAGE,
         media=("messages", "system"),
@@ -239,10 +239,10 @@ _TABLE = (
     ),
     Route(
         paths=("/v1/messages/count_tokens",),
-        shape=FLAT,
-        by_nature=True,
-        irrelevant=_MARKED | {"metadata": object},
-        heard=messages.heard,
+        format=OPAQUE,
+        deterministic=True,
+        ignored=_MARKED | {"metadata": object},
+        normalize=messages.without_ignored_fields,
         needs_model=True,
         defaults=_null(
             "chat_template_kwargs", "output_config", "system", "thinking", "tool_choice", "tools"
@@ -252,19 +252,19 @@ _TABLE = (
     ),
     Route(
         paths=("/v1/embeddings",),
-        shape=FLAT,
+        format=OPAQUE,
         id_prefix="embd-",
-        by_nature=True,
-        irrelevant=_ASKED_BY,
+        deterministic=True,
+        ignored=_ASKED_BY,
         defaults=_POOLING | _ENCODING,
         media=("input", "messages"),
     ),
     Route(
         paths=("/v2/embed",),
-        shape=FLAT,
+        format=OPAQUE,
         id_prefix="embd-",
-        by_nature=True,
-        irrelevant=_RANK,
+        deterministic=True,
+        ignored=_RANK,
         defaults=_null("embedding_types", "input_type", "max_tokens", "output_dimension")
         | {"truncate": ("END",)},
         media=("inputs",),
@@ -273,28 +273,28 @@ _TABLE = (
     ),
     Route(
         paths=("/score", "/v1/score"),
-        shape=FLAT,
+        format=OPAQUE,
         id_prefix="score-",
-        by_nature=True,
-        irrelevant=_ASKED_BY,
+        deterministic=True,
+        ignored=_ASKED_BY,
         defaults=_SCORING,
         media=("queries", "documents", "items", "data_1", "data_2", "text_1", "text_2"),
     ),
     Route(
         paths=("/rerank", "/v1/rerank", "/v2/rerank"),
-        shape=FLAT,
+        format=OPAQUE,
         id_prefix="score-",
-        by_nature=True,
-        irrelevant=_ASKED_BY,
+        deterministic=True,
+        ignored=_ASKED_BY,
         defaults=_SCORING | {"top_n": (0,)},
         media=("query", "documents"),
     ),
     Route(
         paths=("/pooling",),
-        shape=FLAT,
+        format=OPAQUE,
         id_prefix="pooling-",
-        by_nature=True,
-        irrelevant=_ASKED_BY,
+        deterministic=True,
+        ignored=_ASKED_BY,
         defaults=_POOLING | _ENCODING | _null("task"),
         media=("input", "messages"),
         # It is for plugins, which may take it for anything.
@@ -302,22 +302,22 @@ _TABLE = (
     ),
     Route(
         paths=("/classify",),
-        shape=FLAT,
+        format=OPAQUE,
         id_prefix="classify-",
-        by_nature=True,
-        irrelevant=_ASKED_BY,
+        deterministic=True,
+        ignored=_ASKED_BY,
         defaults=_POOLING,
         media=("input", "messages"),
     ),
     Route(
         paths=("/tokenize",),
-        shape=FLAT,
-        by_nature=True,
-        irrelevant={},
+        format=OPAQUE,
+        deterministic=True,
+        ignored={},
         defaults={"return_token_strs": (False, None)},
         media=("messages",),
     ),
-    Route(paths=("/detokenize",), shape=FLAT, by_nature=True, irrelevant={}, defaults={}),
+    Route(paths=("/detokenize",), format=OPAQUE, deterministic=True, ignored={}, defaults={}),
 )
 
 ROUTES: Mapping[str, Route] = {path: route for route in _TABLE for path in route.paths}
@@ -341,17 +341,17 @@ PLAIN_PARSERS = frozenset(
 """Those of vLLM's parsers of tool calls that leave a text as it is where there are no tools."""
 
 
-def tells_alike(options: Mapping[str, Any]) -> bool:
+def encodings_agree(options: Mapping[str, Any]) -> bool:
     """Whether a vLLM with these options gives the same text in a body and in a stream."""
     parser = options.get("tool_call_parser")
     return not any(options.get(name) for name in _APART) and (not parser or parser in PLAIN_PARSERS)
 
 
-def counts_always(options: Mapping[str, Any]) -> bool:
+def always_counts_tokens(options: Mapping[str, Any]) -> bool:
     """Whether a vLLM with these options puts token counts into each stream, asked for or not."""
     return bool(options.get("enable_force_include_usage"))
 
 
-def keeps_responses(environments: Iterable[Mapping[str, str]]) -> bool:
+def engine_keeps_responses(environments: Iterable[Mapping[str, str]]) -> bool:
     """Whether a vLLM with one of these environments keeps what `/v1/responses` answers."""
     return any(env.get(_STORES, "0") not in ("", "0") for env in environments)

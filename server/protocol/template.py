@@ -7,29 +7,29 @@ from typing import Any
 
 import orjson
 
-from server.protocol.formats import CHOICES, CREATED, FLAT, ID, Shape
+from server.protocol.formats import CHOICES, CREATED, ID, OPAQUE, AnswerFormat
 from tiers import Answer, Form
 
 _UNCOUNTED, _END = b"\x02", b"\x03"
-_MARKS = CHOICES.fresh
+_MARKS = CHOICES.marks
 _has_mark = re.compile(b"[%s]" % (ID + CREATED + _UNCOUNTED + _END)).search
 # Of a body, what stands before the first value that has others in it.
 _head = re.compile(rb'\s*\{(?:[^"{}\[\]]|"[^"\\]*")*').match
 _fresh_fields = tuple(
     (re.compile(rb'("%s"\s*:\s*)("[^"\\]*"|\d+)' % name.encode()), mark)
-    for name, mark in FLAT.fresh.items()
+    for name, mark in OPAQUE.marks.items()
 )
 _without_uncounted = re.compile(_UNCOUNTED + b"[^" + _END + b"]*" + _END).sub
 _DATA = b"data: "
 
 
-class AsIs(bytes):
+class Verbatim(bytes):
     """What the engine has sent and clients get unchanged; it is no template."""
 
     __slots__ = ()
 
 
-def template(
+def json_template(
     parsed: dict[str, Any], marks: Mapping[str, bytes] = _MARKS, within: str | None = None
 ) -> bytes:
     """Return JSON in which marks stand for the values of some fields.
@@ -44,7 +44,8 @@ def template(
     else:
         fields = [
             _field(
-                name, template(v, marks) if name == within and v is not None else orjson.dumps(v)
+                name,
+                json_template(v, marks) if name == within and v is not None else orjson.dumps(v),
             )
             for name, v in parsed.items()
         ]
@@ -55,7 +56,7 @@ def _field(name: str, value: bytes) -> bytes:
     return orjson.dumps(name) + b":" + value
 
 
-def event(parsed: dict[str, Any], shape: Shape = CHOICES, lines: bytes = b"") -> bytes:
+def sse_event(parsed: dict[str, Any], shape: AnswerFormat = CHOICES, lines: bytes = b"") -> bytes:
     """Return a server-sent event for one chunk, as a template.
 
     Raises:
@@ -63,10 +64,10 @@ def event(parsed: dict[str, Any], shape: Shape = CHOICES, lines: bytes = b"") ->
     """
     if lines and _has_mark(lines):
         raise ValueError("an event has a mark in it")
-    return lines + _DATA + template(parsed, shape.fresh, shape.within) + b"\n\n"
+    return lines + _DATA + json_template(parsed, shape.marks, shape.envelope) + b"\n\n"
 
 
-def flat(raw: bytes) -> bytes | None:
+def template_of_raw(raw: bytes) -> bytes | None:
     """Return a body as a template that is read only where it begins.
 
     `None` if it isn't an object, or is an error.
@@ -82,7 +83,7 @@ def flat(raw: bytes) -> bytes | None:
     return head + raw[found.end() :]
 
 
-def stamped(last: bytes, usage: dict[str, Any]) -> bytes:
+def with_fingerprint(last: bytes, usage: dict[str, Any]) -> bytes:
     """Return the last event with what vLLM puts there where no token counts follow."""
     if not usage.get("system_fingerprint"):
         return last
@@ -90,12 +91,12 @@ def stamped(last: bytes, usage: dict[str, Any]) -> bytes:
     return last.removesuffix(b"}\n\n") + _UNCOUNTED + stamp + _END + b"}\n\n"
 
 
-def fill(content: bytes, id_: bytes, created: int) -> bytes:
+def fill_marks(content: bytes, id_: bytes, created: int) -> bytes:
     """Return a template with a fresh `id` and `created` (Unix s) in place of the marks."""
     return content.replace(ID, id_).replace(CREATED, b"%d" % created)
 
 
-def counted(content: bytes, *, wants_usage: bool) -> bytes:
+def strip_usage_marks(content: bytes, *, wants_usage: bool) -> bytes:
     """Return events as they are where token counts follow, or where none do."""
     if _UNCOUNTED not in content:
         return content
@@ -104,20 +105,20 @@ def counted(content: bytes, *, wants_usage: bool) -> bytes:
     return content.replace(_UNCOUNTED, b"").replace(_END, b"")
 
 
-def given(item: bytes, id_: bytes, created: int, *, wants_usage: bool) -> bytes:
+def render_item(item: bytes, id_: bytes, created: int, *, wants_usage: bool) -> bytes:
     """Return what a flight brings as a client gets it."""
-    if isinstance(item, AsIs):
+    if isinstance(item, Verbatim):
         return item
-    return fill(counted(item, wants_usage=wants_usage), id_, created)
+    return fill_marks(strip_usage_marks(item, wants_usage=wants_usage), id_, created)
 
 
-def rendered(answer: Answer, id_: bytes, created: int, *, wants_usage: bool, done: bytes) -> bytes:
+def render(answer: Answer, id_: bytes, created: int, *, wants_usage: bool, done: bytes) -> bytes:
     """Return an answer in its own form, all of it, as a client gets it; `done` ends a stream."""
     content = answer.content
     if answer.form is Form.EVENTS:
         usage = answer.usage if wants_usage else b""
-        content = counted(content, wants_usage=wants_usage) + usage + done
-    return fill(content, id_, created)
+        content = strip_usage_marks(content, wants_usage=wants_usage) + usage + done
+    return fill_marks(content, id_, created)
 
 
 def etag(answer: Answer, *, wants_usage: bool) -> str:

@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from server.config.schema import Config, MemoryTier
+from server.config.schema import Config, MemoryTierConfig
 from server.simulation.simulate import Progress, memory_overhead_bytes, simulate, unshown
 from server.simulation.traces import Trace
 
@@ -35,7 +35,7 @@ class Recommendation:
 
 def recommend(config: Config, trace: Trace, progress: Progress = unshown) -> Recommendation:
     """Replay a trace against the memory tier alone, at sizes that double."""
-    memory = config.tiers.memory or MemoryTier()
+    memory = config.tiers.memory or MemoryTierConfig()
     whole_bytes = trace.footprint_bytes + len(trace.sizes) * memory_overhead_bytes(memory.policy)
     curve = []
     for halvings in range(_HALVINGS, -1, -1):

@@ -19,11 +19,11 @@ from server.simulation.simulate import (
     simulate,
 )
 from server.simulation.traces import Trace
-from server.terminal import size, table
+from server.terminal import human_size, table
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class SimulationReport:
     """A trace in numbers, and what became of it."""
 
     trace: str
@@ -42,7 +42,7 @@ class Report:
 
 def report(
     config: Config, trace: Trace, progress: Progress, *, recommends: bool
-) -> tuple[Report, Replay]:
+) -> tuple[SimulationReport, Replay]:
     """Replay a trace in all ways.
 
     Raises:
@@ -60,7 +60,7 @@ def report(
                 for policy in (*references.ONLINE, references.OPTIMUM)
             ]
     times = [request.at_s for request in trace.requests]
-    told = Report(
+    told = SimulationReport(
         trace=trace.name,
         requests=len(trace.requests),
         keys=len(trace.sizes),
@@ -92,18 +92,18 @@ def notes(config: Config) -> list[str]:
     return missing
 
 
-def as_json(reports: Sequence[Report], missing: Sequence[str]) -> str:
+def as_json(reports: Sequence[SimulationReport], missing: Sequence[str]) -> str:
     """Return everything as one JSON object."""
     told = {"traces": list(reports), "notes": list(missing)}
     return orjson.dumps(told, option=orjson.OPT_INDENT_2).decode()
 
 
-def as_text(told: Report) -> str:
+def as_text(told: SimulationReport) -> str:
     """Return a report as tables."""
     parts = [
         [
             f"{told.trace}: {told.requests:,} requests for {told.keys:,} keys of "
-            f"{size(told.footprint_bytes)} together"
+            f"{human_size(told.footprint_bytes)} together"
             + (f", in {told.span_s:,.0f} s" * bool(told.span_s))
         ],
         _of_chain(told),
@@ -117,7 +117,7 @@ def as_text(told: Report) -> str:
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 
-def _of_chain(told: Report) -> list[str]:
+def _of_chain(told: SimulationReport) -> list[str]:
     chain = told.chain
     head = (
         "tier", "limit", "requests", "hits", "hit ratio", "byte hits",
@@ -125,7 +125,7 @@ def _of_chain(told: Report) -> list[str]:
     )  # fmt: skip
     rows = [
         (
-            tier.name, size(tier.max_bytes), f"{tier.requests:,}", f"{tier.hits:,}",
+            tier.name, human_size(tier.max_bytes), f"{tier.requests:,}", f"{tier.hits:,}",
             f"{tier.hit_ratio:.2%}", f"{tier.byte_hit_ratio:.2%}", f"{tier.stores:,}",
             f"{tier.promotions:,}", f"{tier.demotions:,}", f"{tier.evictions:,}",
             f"{tier.expirations:,}",
@@ -169,12 +169,12 @@ def _of_prefixes(prefixes: Sequence[PrefixReuse]) -> list[str]:
 
 def _of_recommendation(found: Recommendation) -> list[str]:
     rows = [
-        (size(point.max_bytes), f"{point.hits:,}", f"{point.hit_ratio:.2%}")
+        (human_size(point.max_bytes), f"{point.hits:,}", f"{point.hit_ratio:.2%}")
         for point in found.curve
     ]
     return [
         "the memory tier alone",
         *table(("limit", "hits", "hit ratio"), rows),
-        f"recommended: {size(found.max_bytes)}; beyond it, another {size(found.step_bytes)} "
-        "add less than 1% to the hits",
+        f"recommended: {human_size(found.max_bytes)}; beyond it, another "
+        f"{human_size(found.step_bytes)} add less than 1% to the hits",
     ]

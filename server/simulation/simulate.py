@@ -20,16 +20,16 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from server import terminal
 from server.cache import FreshnessRules, build
 from server.config.base import ConfigError
-from server.config.schema import Config, DiskTier, MemoryTier
-from server.simulation.traces import Request, Trace
+from server.config.schema import Config, DiskTierConfig, MemoryTierConfig
+from server.simulation.traces import Trace, TraceRequest
 from tiers import (
     Answer,
+    BackgroundWork,
     Chain,
     DiskCache,
     Entry,
     Form,
     MemoryCache,
-    Movement,
     State,
     Tier,
     digest,
@@ -43,11 +43,11 @@ NONE = "none"
 # Traces tell no routes, so answers are good for as long as those of this one.
 _ROUTE = "/v1/chat/completions"
 
-Progress = Callable[[Sequence[Request], str], Iterable[Request]]
+Progress = Callable[[Sequence[TraceRequest], str], Iterable[TraceRequest]]
 """Passes requests on and shows how far it is, by the name given."""
 
 
-def unshown(requests: Sequence[Request], _name: str) -> Iterable[Request]:
+def unshown(requests: Sequence[TraceRequest], _name: str) -> Iterable[TraceRequest]:
     """Show no progress."""
     return requests
 
@@ -115,12 +115,12 @@ def limit(
     tiers = config.tiers
     if memory is not None:
         max_bytes = _max_bytes("--memory", memory, trace, 1, say)
-        tier = tiers.memory or MemoryTier()
+        tier = tiers.memory or MemoryTierConfig()
         held = None if max_bytes is None else tier.model_copy(update={"max_bytes": max_bytes})
         tiers = tiers.model_copy(update={"memory": held})
     if disk is not None:
         max_bytes = _max_bytes("--disk", disk, trace, MIN_BYTES, say)
-        on_disk = tiers.disk or DiskTier()
+        on_disk = tiers.disk or DiskTierConfig()
         kept = None if max_bytes is None else on_disk.model_copy(update={"max_bytes": max_bytes})
         tiers = tiers.model_copy(update={"disk": kept})
     if tiers.memory is None and tiers.disk is None:
@@ -160,10 +160,12 @@ def _max_bytes(
     if max_bytes >= least:
         return max_bytes
     if not is_share or max_bytes <= 0:
-        raise ConfigError([f"{option}: should be at least {terminal.size(least)}, not {text}"])
+        raise ConfigError(
+            [f"{option}: should be at least {terminal.human_size(least)}, not {text}"]
+        )
     # Who tries a small trace first hasn't chosen so small a size.
-    share = f"{text} of {trace.name} would be {terminal.size(max_bytes)}"
-    say(f"{option}: {share}, so it is the least that there is, {terminal.size(least)}")
+    share = f"{text} of {trace.name} would be {terminal.human_size(max_bytes)}"
+    say(f"{option}: {share}, so it is the least that there is, {terminal.human_size(least)}")
     return least
 
 
@@ -194,7 +196,7 @@ async def _simulate(config: Config, trace: Trace, progress: Progress) -> Replay:
             # One of ours says whose it is.
             name = key if is_key(key) else digest(key.encode())
             hit = await chain.lookup(name)
-            if hit is not None and hit.state in (State.FRESH, State.STALE):
+            if hit is not None and hit.state in (State.FRESH, State.STALE_WHILE_REVALIDATE):
                 answered_by.append(position[hit.tier])
                 renews = hit.refresh
             else:
@@ -204,14 +206,14 @@ async def _simulate(config: Config, trace: Trace, progress: Progress) -> Replay:
                 await chain.store(name, Answer(Form.BODY, bytes(size)), freshness)
             else:
                 tokens_saved += tokens
-            await movement.settle()
+            await movement.drain()
         return Replay(_result(chain, movement, trace, answered_by, tokens_saved), answered_by)
     finally:
         await chain.close()
 
 
 def _result(
-    chain: Chain, movement: Movement, trace: Trace, answered_by: bytearray, tokens_saved: int
+    chain: Chain, movement: BackgroundWork, trace: Trace, answered_by: bytearray, tokens_saved: int
 ) -> Result:
     requests, all_bytes = len(answered_by), sum(request.size for request in trace.requests)
     hits = [0] * (len(chain.tiers) + 1)

@@ -31,7 +31,7 @@ BLOCK_TOKENS = 512
 """Tokens of a prefix block in Mooncake's traces."""
 
 
-class Request(NamedTuple):
+class TraceRequest(NamedTuple):
     """One request of a trace."""
 
     key: str
@@ -50,7 +50,7 @@ class Trace:
     """Requests in order; at least one."""
 
     name: str
-    requests: list[Request]
+    requests: list[TraceRequest]
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -80,8 +80,8 @@ def read(path: Path) -> Trace:
         TraceError: it can't be read.
     """
     rows = _lines(path) if path.suffix in {".jsonl", ".json"} else _rows(path)
-    requests: list[Request] = []
-    parse: Callable[[Row], Request] | None = None
+    requests: list[TraceRequest] = []
+    parse: Callable[[Row], TraceRequest] | None = None
     for line, row in rows:
         try:
             if parse is None:
@@ -127,7 +127,7 @@ def _unreadable(path: Path, exc: OSError) -> TraceError:
     return TraceError(f"{path}: should be a file that can be read: {exc.strerror}")
 
 
-def _parser(first: Row) -> Callable[[Row], Request]:
+def _parser(first: Row) -> Callable[[Row], TraceRequest]:
     """Return what makes requests of rows like the first."""
     for columns, parse in _PARSERS.items():
         if first.keys() >= set(columns):
@@ -135,38 +135,38 @@ def _parser(first: Row) -> Callable[[Row], Request]:
     raise ValueError(f"should have {_KNOWN}; not {', '.join(map(str, first))}")
 
 
-def _of_keys(row: Row) -> Request:
+def _of_keys(row: Row) -> TraceRequest:
     time = row.get("time")
     at_s = 0.0 if time in (None, "") else _seconds(row, "time")
     tokens = 0 if row.get("tokens") in (None, "") else _count(row, "tokens")
-    return Request(_text(row, "key"), _count(row, "size"), at_s, tokens)
+    return TraceRequest(_text(row, "key"), _count(row, "size"), at_s, tokens)
 
 
-def _of_block_storage(row: Row) -> Request:
+def _of_block_storage(row: Row) -> TraceRequest:
     at_s = _seconds(row, "time") if "time" in row else 0.0
-    return Request(_text(row, "lbn"), _count(row, "size"), at_s)
+    return TraceRequest(_text(row, "lbn"), _count(row, "size"), at_s)
 
 
-def _of_azure(row: Row) -> Request:
+def _of_azure(row: Row) -> TraceRequest:
     given, tokens = _count(row, "ContextTokens"), _count(row, "GeneratedTokens")
     try:
         at = datetime.fromisoformat(_text(row, "TIMESTAMP"))
     except ValueError:
         raise ValueError(f"TIMESTAMP should be a date, not {row.get('TIMESTAMP')!r}") from None
     at_s = (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
-    return Request(f"{given},{tokens}", _answer_bytes(tokens), at_s, tokens)
+    return TraceRequest(f"{given},{tokens}", _answer_bytes(tokens), at_s, tokens)
 
 
-def _of_mooncake(row: Row) -> Request:
+def _of_mooncake(row: Row) -> TraceRequest:
     blocks = row.get("hash_ids")
     if not isinstance(blocks, list) or not all(isinstance(block, int) for block in blocks):
         raise ValueError("hash_ids should be a list of whole numbers")
     tokens = _count(row, "output_length")
     at_s = _seconds(row, "timestamp") / 1000
-    return Request(str(blocks), _answer_bytes(tokens), at_s, tokens, tuple(blocks))
+    return TraceRequest(str(blocks), _answer_bytes(tokens), at_s, tokens, tuple(blocks))
 
 
-_PARSERS: dict[tuple[str, ...], Callable[[Row], Request]] = {
+_PARSERS: dict[tuple[str, ...], Callable[[Row], TraceRequest]] = {
     ("key", "size"): _of_keys,
     ("lbn", "size"): _of_block_storage,
     ("TIMESTAMP", "ContextTokens", "GeneratedTokens"): _of_azure,

@@ -21,7 +21,7 @@ class History:
         self._first = self._step = 0
         self.saved_tokens, self.saved_s = 0, 0.0
 
-    def note(self, at: float, tier: str, tokens: int, seconds: float) -> None:
+    def add(self, at: float, tier: str, tokens: int, seconds: float) -> None:
         """Count an answer of `tier` at `at`, or of `engine`, and what a tier's answer saved."""
         if at >= (self._step + 1) * STEP_S:
             self._go_on(int(at // STEP_S))
@@ -36,7 +36,7 @@ class History:
             self.saved_tokens += tokens
             self.saved_s += seconds
 
-    def told(self, at: float) -> dict[str, Any]:
+    def report(self, at: float) -> dict[str, Any]:
         """Return the steps from the first answer of the last day to `at`, oldest first."""
         if at >= (self._step + 1) * STEP_S and self._first:
             self._go_on(int(at // STEP_S))

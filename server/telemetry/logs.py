@@ -20,7 +20,7 @@ from typing import BinaryIO
 import orjson
 from pythonjsonlogger.orjson import OrjsonFormatter
 
-from server.config.schema import Log
+from server.config.schema import LogConfig
 
 # A plain tuple: making anything more of it would cost each hit half a microsecond.
 _Access = tuple[float, str, str, int, str, str, str, float]
@@ -111,7 +111,7 @@ def _path_of(target: BinaryIO) -> Path | None:
         return None
 
 
-def configure(log: Log) -> LogStream:
+def configure(log: LogConfig) -> LogStream:
     """Set up logging for the whole process; returns the stream, to be closed at the end."""
     stream = LogStream(sys.stderr.buffer)
     handler = logging.StreamHandler(stream)
@@ -130,7 +130,7 @@ class AccessLog:
     Lines are made and written in batches, without `logging`, which would cost more than a hit.
     """
 
-    def __init__(self, log: Log, stream: LogStream) -> None:
+    def __init__(self, log: LogConfig, stream: LogStream) -> None:
         self._stream = stream
         self._enabled = logging.getLogger().isEnabledFor(logging.INFO)
         self._line = _json_line if _is_json(log) else _text_line
@@ -193,5 +193,5 @@ def _second(at: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
 
 
-def _is_json(log: Log) -> bool:
+def _is_json(log: LogConfig) -> bool:
     return log.format == "json" or (log.format == "auto" and not sys.stderr.isatty())

@@ -14,11 +14,11 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from server.auth.collector import _Tenants
-from server.auth.limits import Account
+from server.auth.limits import RateLimiter
 from server.engine.collector import ModelState, _Models
 from tiers import Chain
 from tiers.backend import ByteCache
-from tiers.singleflight.turns import Waits
+from tiers.singleflight.turns import LockStats
 
 _BOUNDS_S = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300,
@@ -43,8 +43,8 @@ class Metrics:
         *,
         models: Callable[[], Iterable[ModelState]],
         dropped: Callable[[], int],
-        waits: Waits,
-        accounts: Callable[[], Mapping[str, Account]],
+        waits: LockStats,
+        accounts: Callable[[], Mapping[str, RateLimiter]],
         turned_away: Callable[[], int],
     ) -> None:
         self._latencies: dict[tuple[str, str, str], _Latency] = {}
@@ -123,7 +123,7 @@ class _Requests(Collector):
 
 
 class _Turns(Collector):
-    def __init__(self, waits: Waits) -> None:
+    def __init__(self, waits: LockStats) -> None:
         self._waits = waits
 
     def collect(self) -> Iterable[Metric]:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from pydantic_core import from_json, to_json
 
-from server.protocol.request import Request
+from server.protocol.request import ParsedRequest
 from server.protocol.usage import input_tokens_in, reused_tokens_in
 from server.telemetry.heavy_hitters import HeavyHitters
 
@@ -70,7 +70,7 @@ class Prefixes:
         self._counters: HeavyHitters[_Known] = HeavyHitters(_COUNTERS)
         self._halve_at = clock() + _HALVED_EVERY_S
 
-    def note(self, request: Request, counts: bytes) -> None:
+    def note(self, request: ParsedRequest, counts: bytes) -> None:
         """Count a request that an engine has answered, unless it generates nothing.
 
         `counts` is the end of its answer, which may tell token counts.
@@ -84,7 +84,7 @@ class Prefixes:
             # Nested more deeply than we look.
             return
         if request.is_vllm:
-            fields = request.route.heard(fields)
+            fields = request.route.normalize(fields)
         model, tenant = request.model, request.tenant
         seed = hash((model, tenant, str(fields.get("cache_salt"))))
         is_whole = len(request.raw) <= _LOOKED_AT_BYTES
@@ -109,7 +109,7 @@ class Prefixes:
                     known.told += known.tokens
                     known.reused += min(reused, known.tokens)
 
-    def told(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         """Return the beginnings that were asked for more than once, those asked for most first.
 
         One isn't told where a longer one was asked for as often, since that says more. `requests`

@@ -21,41 +21,41 @@ class Step:
     def __exit__(self, *exc: object) -> None:
         pass
 
-    def tell(self, **attributes: str | int | bool) -> None:
+    def set_attributes(self, **attributes: str | int | bool) -> None:
         """Say more about it, as `tierserve.NAME`."""
 
     def end(self) -> None:
         """End it before its context does."""
 
 
-class EngineRequest(Step):
+class EngineSpan(Step):
     """The step of asking an engine."""
 
     __slots__ = ()
 
-    def handed_on(self, headers: Mapping[str, str]) -> Mapping[str, str]:
+    def inject(self, headers: Mapping[str, str]) -> Mapping[str, str]:
         """Return the headers by which the engine's own spans become a part of the trace."""
         return headers
 
-    def replied(self, status: int, host: str | None, port: int | None) -> None:
+    def set_reply(self, status: int, host: str | None, port: int | None) -> None:
         """Say which server has answered, and how."""
 
 
-class Trace(Protocol):
+class RequestTrace(Protocol):
     """The trace of one request."""
 
     def step(self, name: str) -> Step:
         """Begin a step."""
 
-    def engine_request(self, method: str) -> EngineRequest:
+    def engine_request(self, method: str) -> EngineSpan:
         """Begin the step of asking an engine."""
 
 
-current: ContextVar[Trace | None] = ContextVar("trace", default=None)
+current: ContextVar[RequestTrace | None] = ContextVar("trace", default=None)
 """The trace of the request that is served, if it is traced."""
 
 UNTRACED = Step()
-_UNTRACED_REQUEST = EngineRequest()
+_UNTRACED_REQUEST = EngineSpan()
 
 
 def step(name: str) -> Step:
@@ -64,7 +64,7 @@ def step(name: str) -> Step:
     return UNTRACED if trace is None else trace.step(name)
 
 
-def engine_request(method: str) -> EngineRequest:
+def engine_request(method: str) -> EngineSpan:
     """Begin the step of asking an engine for the request that is served."""
     trace = current.get()
     return _UNTRACED_REQUEST if trace is None else trace.engine_request(method)

@@ -9,14 +9,14 @@ from hmac import compare_digest
 
 from aiohttp import web
 
-from server.auth.credentials import key_in, presented
+from server.auth.credentials import bearer_key, presented_credentials
 from server.auth.tenants import Tenants
-from server.config.secrets import hashed
+from server.config.secrets import hash_key
 from server.protocol.surface import is_for_tenants
 from server.web.request import HttpRequest
 from server.web.responses import error_response
 
-Enter = Callable[[HttpRequest], web.Response | None]
+AccessCheck = Callable[[HttpRequest], web.Response | None]
 
 
 class AccessControl:
@@ -28,21 +28,21 @@ class AccessControl:
 
     def __init__(self, tenants: Tenants) -> None:
         self._tenants = tenants
-        self.turned_away = 0
+        self.unauthorized = 0
         """Requests without a key that is known."""
 
-    def tenants(self, http: HttpRequest) -> web.Response | None:
+    def require_tenant(self, http: HttpRequest) -> web.Response | None:
         """Let in whoever has a key, within the tenant's limits."""
-        if (refused := self.known(http)) is not None:
+        if (refused := self.identify_tenant(http)) is not None:
             return refused
-        account = http.tenant.account
+        account = http.tenant.limiter
         if account is None:
             return None
-        refusal = account.enter()
+        refusal = account.acquire()
         if headers := account.headers:
-            http.more_headers = {**http.more_headers, **headers}
+            http.response_headers = {**http.response_headers, **headers}
         if refusal is None:
-            http.account = account
+            http.limiter = account
             return None
         http.outcome = ("none", "refused")
         return error_response(
@@ -53,39 +53,39 @@ class AccessControl:
             retry_after_s=refusal.retry_after_s,
         )
 
-    def known(self, http: HttpRequest) -> web.Response | None:
+    def identify_tenant(self, http: HttpRequest) -> web.Response | None:
         """Let in whoever has a key, without counting it: for what costs no engine anything."""
-        tenant = self._tenants.of(http.headers)
+        tenant = self._tenants.find(http.headers)
         if tenant is None:
-            self.turned_away += 1
+            self.unauthorized += 1
             return unauthorized(http)
         http.tenant = tenant
         return None
 
-    def operators(self, http: HttpRequest) -> web.Response | None:
+    def require_operator(self, http: HttpRequest) -> web.Response | None:
         """Let in whoever has an operator's key."""
-        return self.tenants(http) or (None if http.tenant.operator else _forbidden())
+        return self.require_tenant(http) or (None if http.tenant.operator else _forbidden())
 
-    def to_ask(self, path: str) -> Enter:
+    def for_engine_path(self, path: str) -> AccessCheck:
         """Return what lets in whoever may ask an engine for `path`."""
-        return self.tenants if is_for_tenants(path) else self.operators
+        return self.require_tenant if is_for_tenants(path) else self.require_operator
 
-    def by_path(self, http: HttpRequest) -> web.Response | None:
+    def for_request_path(self, http: HttpRequest) -> web.Response | None:
         """Let in whoever may ask an engine for the request's path."""
-        return self.to_ask(http.path)(http)
+        return self.for_engine_path(http.path)(http)
 
 
-def anybody(_: HttpRequest) -> None:
+def allow_anyone(_: HttpRequest) -> None:
     """Let anybody in."""
 
 
-def holders_of(key_hash: str) -> Enter:
+def require_key(key_hash: str) -> AccessCheck:
     """Return what lets in whoever has the key with this hash."""
 
     def enter(http: HttpRequest) -> web.Response | None:
-        key = key_in(presented(http.headers))
+        key = bearer_key(presented_credentials(http.headers))
         # Whoever has hashed an empty variable has let nobody in.
-        is_known = bool(key) and compare_digest(hashed(key), key_hash)
+        is_known = bool(key) and compare_digest(hash_key(key), key_hash)
         return None if is_known else unauthorized(http)
 
     return enter
@@ -94,7 +94,7 @@ def holders_of(key_hash: str) -> Enter:
 def unauthorized(http: HttpRequest) -> web.Response:
     """Return what a request without a key that is known gets, which doesn't repeat the key."""
     http.outcome = ("none", "refused")
-    if presented(http.headers):
+    if presented_credentials(http.headers):
         text = "Incorrect API key provided."
     else:
         text = (

@@ -19,7 +19,7 @@ _BY_ORIGIN = {"Vary": "Origin"}
 _EXPOSED = {"Access-Control-Expose-Headers": "*"}
 
 
-def sharing(origins: Collection[str], handler: Handler, preflight: Handler) -> Handler:
+def with_cors(origins: Collection[str], handler: Handler, preflight: Handler) -> Handler:
     """Return `handler` for pages of these origins, too, whose questions `preflight` answers."""
     of_others: dict[str, str] = _BY_ORIGIN
     by_origin: dict[str, dict[str, str]] = {}
@@ -30,18 +30,18 @@ def sharing(origins: Collection[str], handler: Handler, preflight: Handler) -> H
             by_origin[origin] = _EXPOSED | _BY_ORIGIN | {"Access-Control-Allow-Origin": origin}
 
     def answer(http: HttpRequest) -> Awaitable[web.StreamResponse]:
-        http.more_headers = by_origin.get(http.headers.get(hdrs.ORIGIN, ""), of_others)
+        http.response_headers = by_origin.get(http.headers.get(hdrs.ORIGIN, ""), of_others)
         is_preflight = (
             http.method == "OPTIONS" and hdrs.ACCESS_CONTROL_REQUEST_METHOD in http.headers
         )
-        if is_preflight and hdrs.ACCESS_CONTROL_ALLOW_ORIGIN in http.more_headers:
+        if is_preflight and hdrs.ACCESS_CONTROL_ALLOW_ORIGIN in http.response_headers:
             return preflight(http)
         return handler(http)
 
     return answer if origins else handler
 
 
-async def allow(http: HttpRequest) -> web.Response:
+async def answer_preflight(http: HttpRequest) -> web.Response:
     """Allow a page what it asks for; whether it has a key is known when it sends that."""
     asked = http.headers
     headers = {

@@ -12,7 +12,7 @@ from aiohttp import HttpVersion11, web
 from aiohttp.http_exceptions import BadHttpMessage, InvalidURLError, LineTooLong
 
 from server.config.base import SERVER
-from server.config.schema import Listener, is_dual
+from server.config.schema import ServerConfig, is_dual
 from server.web.request import CONTINUE, Handler, HttpRequest
 from server.web.responses import error_response
 
@@ -133,7 +133,7 @@ def _reason(exc: BaseException | None) -> str:
     return ": its target is no URL" if isinstance(exc, InvalidURLError) else ""
 
 
-def make_server(handler: Handler, options: Listener) -> web.Server:
+def make_server(handler: Handler, options: ServerConfig) -> web.Server:
     """Return aiohttp's server around one handler; its `Application` would double its cost."""
 
     class Request(HttpRequest):
@@ -146,7 +146,7 @@ def make_server(handler: Handler, options: Listener) -> web.Server:
 
 
 async def listen(
-    server: web.Server, host: str, port: int, options: Listener, tls: ssl.SSLContext | None
+    server: web.Server, host: str, port: int, options: ServerConfig, tls: ssl.SSLContext | None
 ) -> asyncio.Server:
     """Accept connections for `server`.
 
@@ -178,7 +178,9 @@ def addresses(listener: asyncio.Server, tls: ssl.SSLContext | None) -> str:
     return ", ".join(f"{scheme}://{f'[{h}]' if ':' in h else h}:{p}" for h, p in found)
 
 
-async def listen_on(server: web.Server, bound: socket.socket, options: Listener) -> asyncio.Server:
+async def listen_unix(
+    server: web.Server, bound: socket.socket, options: ServerConfig
+) -> asyncio.Server:
     """Accept connections for `server` at a Unix socket that is bound."""
     protocol = partial(_Protocol, server, options.client_timeout_s)
     return await asyncio.get_running_loop().create_unix_server(protocol, sock=bound)

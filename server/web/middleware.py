@@ -49,7 +49,7 @@ def wrap(
 ) -> Handler:
     """Return `handler` with its surroundings.
 
-    A response that it prepares itself needs `own_headers`. What `enter` returns, unless it is
+    A response that it prepares itself needs `server_headers`. What `enter` returns, unless it is
     `None`, is the response without asking the handler.
     """
     ids = _request_ids()
@@ -63,7 +63,7 @@ def wrap(
             refused = enter(http)
             if refused is None:
                 if not http.content.is_eof():
-                    await http.invite_body()
+                    await http.send_continue()
                 response = await handler(http)
             else:
                 response = refused
@@ -81,11 +81,11 @@ def wrap(
             _note(http, status, time.perf_counter() - started, metrics, history, access, trace)
         if not response.prepared:
             if isinstance(response, ErrorResponse):
-                response.told_at(http.path)
+                response.in_dialect_of(http.path)
             headers = response.headers
             headers["Server"], headers["X-Request-Id"] = SERVER, http.id
-            if http.more_headers:
-                headers.update(http.more_headers)
+            if http.response_headers:
+                headers.update(http.response_headers)
         return response
 
     return around
@@ -131,9 +131,9 @@ def _note(
     trace: TraceLog | None,
 ) -> None:
     """Count a request that has ended, and have it written down."""
-    account = http.account
+    account = http.limiter
     if account is not None:
-        account.leave()
+        account.release()
     tier, outcome = http.outcome
     if status == _CLIENT_GONE and outcome != "error":
         outcome = "aborted"
@@ -142,9 +142,9 @@ def _note(
     at = time.time()
     if outcome in _LOOKED_UP:
         saved = 0 if tier == _ENGINE else tokens
-        history.note(at, tier, saved, http.saved_s)
+        history.add(at, tier, saved, http.saved_s)
         if account is not None:
-            account.history.note(at, tier, saved, http.saved_s)
+            account.history.add(at, tier, saved, http.saved_s)
     access.add(at, http.method, http.path, status, http.id, tier, outcome, seconds)
     if trace is not None and http.found is not None:
         request, answer = http.found

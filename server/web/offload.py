@@ -13,7 +13,7 @@ _Args = ParamSpec("_Args")
 _Result = TypeVar("_Result")
 
 
-async def offloaded(
+async def offload(
     size: int, work: Callable[_Args, _Result], *args: _Args.args, **kwargs: _Args.kwargs
 ) -> _Result:
     """Return what `work` returns, whose time goes by `size`, in bytes; raise what it raises."""

@@ -10,10 +10,10 @@ from typing import Protocol
 from aiohttp import hdrs, web
 from multidict import istr
 
-from server.auth.limits import Account
+from server.auth.limits import RateLimiter
 from server.auth.tenants import NOBODY, Tenant
-from server.protocol.content_coding import UNDONE, UnknownCodingError, undone
-from server.protocol.request import Request
+from server.protocol.content_coding import DECODED, UnknownCodingError, decode
+from server.protocol.request import ParsedRequest
 from tiers import Answer
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -34,21 +34,21 @@ class HttpRequest(web.BaseRequest):
 
     id: str = ""
     """The `X-Request-Id` of its response: the client's own, if it has sent one, or a new one."""
-    may_be_named_within: bool = False
+    body_may_hold_id: bool = False
     """Whether its body may hold another id, which the engine is to take."""
     model: str = ""
     """Which model it is for, by the engine's name of it; none where it is for us."""
     outcome: tuple[str, str] = ("none", "own")
     """Which tier answered, and how."""
-    found: tuple[Request, Answer] | None = None
+    found: tuple[ParsedRequest, Answer] | None = None
     """Where the answer may be kept: what was asked for, and the answer."""
     saved_s: float = 0
     """The seconds that it once took to generate the answer which a tier had."""
     tenant: Tenant = NOBODY
     """Who asks; set at the door."""
-    account: Account | None = None
+    limiter: RateLimiter | None = None
     """Where it counts as under way."""
-    more_headers: Mapping[str, str] = MappingProxyType({})
+    response_headers: Mapping[str, str] = MappingProxyType({})
     """Of its response: its tenant's limits, its engine's load, and what pages of other sites may do
     with it."""
 
@@ -58,17 +58,17 @@ class HttpRequest(web.BaseRequest):
         return _media_type(self.headers.get(hdrs.CONTENT_TYPE, ""))
 
     @property
-    def coding(self) -> str:
+    def content_coding(self) -> str:
         """How its body is coded (RFC 9110, section 8.4), in lower case; empty if it isn't."""
-        codings = map(str.lower, self.listed(hdrs.CONTENT_ENCODING))
+        codings = map(str.lower, self.list_header(hdrs.CONTENT_ENCODING))
         return ", ".join(coding for coding in codings if coding != "identity")
 
-    def listed(self, name: str) -> list[str]:
+    def list_header(self, name: str) -> list[str]:
         """Return the members of a header that is a list (RFC 9110, section 5.6.1)."""
         members = ",".join(self.headers.getall(name, ())).split(",")
         return [member for member in map(str.strip, members) if member]
 
-    def go_by(self, told: object) -> None:
+    def take_id_from_body(self, told: object) -> None:
         """Use the `request_id` of a body as the id, unless a header has one, as vLLM does.
 
         A value that can't be our id is left to the engine; `None` says that the body wasn't read.
@@ -78,16 +78,16 @@ class HttpRequest(web.BaseRequest):
         if isinstance(told, str) and is_id(told):
             self.id = told
         else:
-            self.may_be_named_within = True
+            self.body_may_hold_id = True
 
-    async def invite_body(self) -> None:
+    async def send_continue(self) -> None:
         """Have a client go on that waits to be told so (RFC 9110, section 10.1.1)."""
         if self.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
             await self.writer.write(CONTINUE)
             # The response itself has not begun.
             self.writer.output_size = 0
 
-    async def body(self) -> bytes:
+    async def read_body(self) -> bytes:
         """Return all of the body, without its coding.
 
         Raises:
@@ -96,7 +96,7 @@ class HttpRequest(web.BaseRequest):
             BadRequestError: it can't be decoded.
             SlowClientError: it does not come in time.
         """
-        if hdrs.CONTENT_ENCODING in self.headers and self.coding:
+        if hdrs.CONTENT_ENCODING in self.headers and self.content_coding:
             return await self._decoded()
         if not self.content.is_eof():
             try:
@@ -111,12 +111,12 @@ class HttpRequest(web.BaseRequest):
         return body
 
     async def _decoded(self) -> bytes:
-        if (coding := self.coding) not in UNDONE:
+        if (coding := self.content_coding) not in DECODED:
             raise UnknownCodingError(coding)
         body = bytearray()
         try:
             async with asyncio.timeout(self.client_timeout_s):
-                async for piece in self.pieces():
+                async for piece in self.iter_body():
                     body += piece
                     if len(body) > self.client_max_size:
                         raise web.HTTPRequestEntityTooLarge(self.client_max_size)
@@ -125,11 +125,11 @@ class HttpRequest(web.BaseRequest):
         return bytes(body)
 
     @property
-    def is_gone(self) -> bool:
+    def is_disconnected(self) -> bool:
         """Whether its client has gone, or its connection is being closed."""
         return self.transport is None or self.transport.is_closing()
 
-    async def send(self, response: web.StreamResponse, data: bytes) -> None:
+    async def write(self, response: web.StreamResponse, data: bytes) -> None:
         """Write to the client, as fast as it reads.
 
         Raises:
@@ -144,13 +144,13 @@ class HttpRequest(web.BaseRequest):
                 self.transport.abort()
             raise ConnectionResetError("the client does not read") from exc
 
-    def pieces(self) -> AsyncIterator[bytes]:
-        """Return the body as it comes, without its coding if that is one of `UNDONE`.
+    def iter_body(self) -> AsyncIterator[bytes]:
+        """Return the body as it comes, without its coding if that is one of `DECODED`.
 
         Iterating raises what `body` does, each piece having its time.
         """
-        coding = self.coding
-        return undone(self._received(), coding) if coding in UNDONE else self._received()
+        coding = self.content_coding
+        return decode(self._received(), coding) if coding in DECODED else self._received()
 
     async def _received(self) -> AsyncIterator[bytes]:
         while True:

@@ -30,16 +30,16 @@ _ANTHROPICS_KINDS = {
 }
 
 
-def own_headers(http: HttpRequest) -> dict[str, str]:
+def server_headers(http: HttpRequest) -> dict[str, str]:
     """Return the headers that each response carries."""
-    return {"Server": SERVER, "X-Request-Id": http.id, **http.more_headers}
+    return {"Server": SERVER, "X-Request-Id": http.id, **http.response_headers}
 
 
-class Whole(web.StreamResponse):
+class PrebuiltResponse(web.StreamResponse):
     """A 200 with all of its body, written in one piece with its head.
 
     aiohttp's `Response` takes a fifth of a hit longer, even to be made, so this has only what
-    aiohttp asks a response for at the end. Answers GET and POST, and has `own_headers`.
+    aiohttp asks a response for at the end. Answers GET and POST, and has `server_headers`.
 
     Args:
         http: what is answered.
@@ -63,8 +63,8 @@ class Whole(web.StreamResponse):
             end = "Connection: close\r\n"
         elif http.version < HttpVersion11:
             end = "Connection: keep-alive\r\n"
-        if http.more_headers:
-            end += "".join(f"{name}: {value}\r\n" for name, value in http.more_headers.items())
+        if http.response_headers:
+            end += "".join(f"{name}: {value}\r\n" for name, value in http.response_headers.items())
         head = (
             f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
             f"Cache-Status: {cache_status}\r\nAge: {age_s}\r\nETag: {etag}\r\n"
@@ -108,7 +108,7 @@ def error_body(
     return orjson.dumps({"error": error})
 
 
-def is_anthropics(path: str) -> bool:
+def is_anthropic_path(path: str) -> bool:
     """Whether a path is of Anthropic's API."""
     return path == _ANTHROPICS or path.startswith(f"{_ANTHROPICS}/")
 
@@ -120,9 +120,9 @@ class ErrorResponse(web.Response):
         super().__init__(status=status, body=body, content_type="application/json", headers=headers)
         self._message = message
 
-    def told_at(self, path: str) -> Self:
+    def in_dialect_of(self, path: str) -> Self:
         """Return it in the shape of the API that `path` is of."""
-        if is_anthropics(path):
+        if is_anthropic_path(path):
             kind = _ANTHROPICS_KINDS.get(self.status)
             if kind is None:
                 kind = "invalid_request_error" if self.status < 500 else "api_error"

@@ -6,7 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from server.config.base import ConfigError
-from server.config.schema import Tls
+from server.config.schema import TlsConfig
 
 _first_in = re.compile("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL).search
 
@@ -21,7 +21,7 @@ class Certificate:
         ConfigError: they can't be read, or don't belong together.
     """
 
-    def __init__(self, files: Tls) -> None:
+    def __init__(self, files: TlsConfig) -> None:
         self._tls = files
         self._shown = self.read()
         self.context = self.read()
@@ -73,7 +73,7 @@ class Certificate:
             raise ConfigError([f"server.tls: {should}: {why or exc}"]) from exc
 
 
-def fingerprint(files: Tls) -> bytes:
+def fingerprint(files: TlsConfig) -> bytes:
     """Return the SHA-256 of the certificate itself.
 
     Raises:

@@ -23,9 +23,9 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from server.config.tracing import Tracing as Options
+from server.config.tracing import TracingConfig as Options
 from server.protocol.usage import input_tokens, output_tokens
-from server.telemetry.spans import UNTRACED, EngineRequest, Step, current
+from server.telemetry.spans import UNTRACED, EngineSpan, Step, current
 from server.web.request import Handler, HttpRequest
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ class _Trace:
             return UNTRACED
         return _Step(self._tracer.start_span(name, self._context))
 
-    def engine_request(self, method: str) -> EngineRequest:
+    def engine_request(self, method: str) -> EngineSpan:
         # Whether it is sampled or not, since the engine should do likewise.
         span = self._tracer.start_span("engine", self._context, SpanKind.CLIENT)
         span.set_attribute("http.request.method", method)
@@ -155,7 +155,7 @@ class _Step(Step):
             self._span.end()
 
 
-class _EngineRequest(_Step, EngineRequest):
+class _EngineRequest(_Step, EngineSpan):
     __slots__ = ()
 
     def handed_on(self, headers: Mapping[str, str]) -> Mapping[str, str]:

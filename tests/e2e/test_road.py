@@ -12,7 +12,7 @@ import openai
 import psutil
 import pytest
 
-from server.config.secrets import hashed
+from server.config.secrets import hash_key
 
 from .conftest import MODEL, Server, living
 
@@ -223,7 +223,7 @@ def test_the_disk_tier_alone_answers_alike(server: Server) -> None:
 def test_tenants_share_no_prefix(server: Server, tmp_path_factory) -> None:
     """From here on there are keys, and the client's is one of them."""
     file = tmp_path_factory.mktemp("tenants") / "tenants.yaml"
-    file.write_text(f"one: {{keys: ['{hashed('x')}']}}\ntwo: {{keys: ['{hashed('y')}']}}\n")
+    file.write_text(f"one: {{keys: ['{hash_key('x')}']}}\ntwo: {{keys: ['{hash_key('y')}']}}\n")
     server.stop()
     server.start(TIERSERVE__TENANTS__FILE=str(file), TIERSERVE__TENANTS__OPEN_METRICS="true")
     server.wait_ready()

@@ -17,12 +17,12 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from server.auth.tenants import tenant_of
+from server.auth.tenants import open_tenant
 from server.config.load import load
 from server.engine.identity import identity
 from server.engine.weights import embedded_folder
-from server.protocol.model_names import Named, Names
-from server.protocol.request import parse
+from server.protocol.model_names import ModelNames, ResolvedModel
+from server.protocol.request import parse_request
 from tests.servers import free_port
 
 CHAT = "/v1/chat/completions"
@@ -162,10 +162,10 @@ def skip_unless_runs(*wrapper: str) -> None:
         pytest.skip(f"can't be run here: {' '.join(wrapper)}")
 
 
-def of_vllm(name: str, identity: str = "", **known: bool) -> Named:
+def of_vllm(name: str, identity: str = "", **known: bool) -> ResolvedModel:
     """What a name means that a vLLM answers to which tells the same in both forms."""
     known = {"is_vllm": True, "has_one_parser": True, "counts_always": False} | known
-    return Named(name, identity, **known)
+    return ResolvedModel(name, identity, **known)
 
 
 class Front:
@@ -257,8 +257,10 @@ class Front:
     def key(self, asked: dict) -> str:
         """Return the key of a chat completion."""
         models = load(self.config).models
-        names = Names({name: of_vllm(name, identity(each, None)) for name, each in models.items()})
-        return parse(CHAT, orjson.dumps(asked), tenant_of(""), names).key
+        names = ModelNames(
+            {name: of_vllm(name, identity(each, None)) for name, each in models.items()}
+        )
+        return parse_request(CHAT, orjson.dumps(asked), open_tenant(""), names).key
 
     def post(self, asked: dict, **options):
         return self.session.post(CHAT, json=asked, **options)

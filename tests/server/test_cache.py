@@ -3,8 +3,8 @@
 import pytest
 
 from server.cache import FreshnessRules
-from server.config.schema import Cache
-from server.protocol.cache_control import heeding
+from server.config.schema import CacheConfig
+from server.protocol.cache_control import limit_freshness
 from tiers import Freshness
 
 
@@ -16,7 +16,7 @@ def test_the_first_rule_that_matches_counts() -> None:
         {"model": "tiny", "stale_while_revalidate_s": 7},
     ]
     of = FreshnessRules(
-        Cache.model_validate({"ttl_s": 4, "stale_if_error_s": 5, "rules": rules})
+        CacheConfig.model_validate({"ttl_s": 4, "stale_if_error_s": 5, "rules": rules})
     ).of
     assert of("/v1/completions", "small-a") == Freshness(1, 0, 5)
     assert of("/v1/chat/completions", "small-a") == Freshness(2, 0, 9)
@@ -42,10 +42,10 @@ def test_the_first_rule_that_matches_counts() -> None:
     ],
 )
 def test_an_upstream_may_shorten_it(control: str, expected: Freshness | None) -> None:
-    assert heeding(control, Freshness(60, 5, 7), is_stream=False) == expected
+    assert limit_freshness(control, Freshness(60, 5, 7), is_stream=False) == expected
     if "no-cache" not in control:
-        assert heeding(control, Freshness(60, 5, 7), is_stream=True) == expected
+        assert limit_freshness(control, Freshness(60, 5, 7), is_stream=True) == expected
 
 
 def test_of_a_stream_no_cache_says_nothing() -> None:
-    assert heeding("no-cache", Freshness(60), is_stream=True) == Freshness(60)
+    assert limit_freshness("no-cache", Freshness(60), is_stream=True) == Freshness(60)

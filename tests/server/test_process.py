@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 
 from server.app import _stopper
-from server.config.schema import Listener
+from server.config.schema import ServerConfig
 from server.web.listener import addresses, listen, make_server
 from tiers.disk.file import DATA
 
@@ -188,8 +188,8 @@ async def test_any_address_of_ipv6_is_any_of_ipv4_too(upstream: Upstream, tmp_pa
 
 
 async def test_all_addresses_are_said() -> None:
-    server = make_server(lambda _: None, Listener())
-    listener = await listen(server, "localhost", 0, Listener(), None)
+    server = make_server(lambda _: None, ServerConfig())
+    listener = await listen(server, "localhost", 0, ServerConfig(), None)
     said = addresses(listener, None).split(", ")
     assert len(said) == len(listener.sockets)
     assert all(each.startswith(("http://127.0.0.1:", "http://[::1]:")) for each in said)

@@ -309,11 +309,11 @@ async def test_waits_only_for_what_can_be_seen(
     chain, _ = build(config)
     # As another process would: its lock is that of another open file.
     turns, others = build_turns(config, chain), build_turns(config, chain)
-    async with turns.turn("k", 0, 0) as nothing:
+    async with turns.acquire("k", 0, 0) as nothing:
         assert nothing is None
-        waiting = asyncio.create_task(others.turn("k", 0, 0).__aenter__())
+        waiting = asyncio.create_task(others.acquire("k", 0, 0).__aenter__())
         await asyncio.sleep(0)
-        assert others.waits.waiting == waits
+        assert others.stats.waiting == waits
         waiting.cancel()
         await asyncio.wait([waiting])
     for each in (turns, others, chain):

@@ -20,19 +20,19 @@ from hypothesis.stateful import (
 
 from tiers import (
     Answer,
+    BackgroundWork,
     Chain,
-    Copies,
     Demotion,
     DiskCache,
     Form,
     FrequencySketch,
     Freshness,
     MemoryCache,
-    Movement,
     Purges,
     State,
     Tier,
-    Write,
+    Transfers,
+    WritePolicy,
 )  # fmt: skip
 from tiers.disk import Durability
 from tiers.disk.recovery import MARK
@@ -65,8 +65,8 @@ def state_at(now: float, stored_at: float, freshness: Freshness) -> State:
     if late_s < 0:
         return State.FRESH
     if late_s < revalidate_s:
-        return State.STALE
-    return State.FALLBACK if late_s < if_error_s else State.EXPIRED
+        return State.STALE_WHILE_REVALIDATE
+    return State.STALE_IF_ERROR if late_s < if_error_s else State.EXPIRED
 
 
 class ChainMachine(RuleBasedStateMachine):
@@ -75,13 +75,18 @@ class ChainMachine(RuleBasedStateMachine):
 
     @initialize(
         policy=st.sampled_from(sorted(POLICIES)),
-        write=st.sampled_from(Write),
+        write=st.sampled_from(WritePolicy),
         promote_after=st.integers(1, 3),
         durability=st.sampled_from([Durability.OS, Durability.INTERVAL]),
         shares=st.booleans(),
     )
     def begin(
-        self, policy: str, write: Write, promote_after: int, durability: Durability, shares: bool
+        self,
+        policy: str,
+        write: WritePolicy,
+        promote_after: int,
+        durability: Durability,
+        shares: bool,
     ) -> None:
         # What an earlier run has stored on the server must not be found.
         self.namespace = f"machine{next(MACHINES)}" if shares else None
@@ -99,7 +104,7 @@ class ChainMachine(RuleBasedStateMachine):
 
     async def open(self, path: Path) -> None:
         policy, write, promote_after, durability = self.options
-        frequency, copies, clock = FrequencySketch(1024), Copies(), self.clock
+        frequency, copies, clock = FrequencySketch(1024), Transfers(), self.clock
         self.path, self.copies = path, copies
         self.backend = DiskCache(
             path,
@@ -131,12 +136,12 @@ class ChainMachine(RuleBasedStateMachine):
             write=write,
             clock=clock,
         )
-        self.movement = Movement(
+        self.movement = BackgroundWork(
             tiers, self.backend, frequency, self.demotion, purges, write=write, clock=clock
         )
         self.hits = self.misses = self.stores = 0
         await self.movement.start()
-        await self.movement.remembered.wait()
+        await self.movement.restored.wait()
         self.refilled = tiers[0].counts.stores
 
     async def close(self) -> None:
@@ -146,8 +151,8 @@ class ChainMachine(RuleBasedStateMachine):
     @rule(key=st.sampled_from(KEYS), size=st.sampled_from(SIZES), how=st.sampled_from(FRESHNESS))
     def store(self, key: str, size: int, how: Freshness) -> None:
         answer = Answer(Form.BODY, random.Random(size).randbytes(size) + b"%d" % next(self.numbers))
-        origin = self.chain.origin(LABELS.get(key, ()))
-        if self.run(self.chain.store(key, answer, how, origin=origin)):
+        origin = self.chain.provenance(LABELS.get(key, ()))
+        if self.run(self.chain.store(key, answer, how, provenance=origin)):
             self.truth[key] = answer, self.clock.now, how
             self.expired.discard(key)
             self.stores += 1
@@ -156,7 +161,7 @@ class ChainMachine(RuleBasedStateMachine):
 
     @rule(purged=st.sampled_from(PURGED), key=st.sampled_from(KEYS))
     def purge(self, purged: str, key: str) -> None:
-        begun = self.chain.origin(LABELS[key])
+        begun = self.chain.provenance(LABELS[key])
         self.run(self.chain.purge(purged))
         gone = [
             each for each in self.truth if purged in ("all", f"key:{each}", *LABELS.get(each, ()))
@@ -165,7 +170,7 @@ class ChainMachine(RuleBasedStateMachine):
             del self.truth[each]
         if purged in ("all", f"key:{key}", *LABELS[key]):
             # What was being made meanwhile is of before.
-            stored = self.chain.store(key, Answer(Form.BODY, b""), FRESHNESS[0], origin=begun)
+            stored = self.chain.store(key, Answer(Form.BODY, b""), FRESHNESS[0], provenance=begun)
             assert not self.run(stored)
 
     @rule(start=st.integers(0, 40))
@@ -200,7 +205,7 @@ class ChainMachine(RuleBasedStateMachine):
             state = state_at(self.clock.now, stored_at, freshness)
             assert hit.entry.answer == answer
             assert hit.state is state is not State.EXPIRED
-            assert hit.refresh is (state is State.STALE)
+            assert hit.refresh is (state is State.STALE_WHILE_REVALIDATE)
 
     @rule(seconds=st.sampled_from([0.5, 1, 4, 5, 10, 20, -1, -7, -30]))
     def wait(self, seconds: float) -> None:
@@ -212,7 +217,7 @@ class ChainMachine(RuleBasedStateMachine):
     @rule()
     def let_movement_end(self) -> None:
         self.run(self.demotion.finish())
-        self.run(self.chain.settle())
+        self.run(self.chain.drain())
         self.run(self.demotion.finish())
         assert len(self.copies) == 0
 
@@ -220,14 +225,14 @@ class ChainMachine(RuleBasedStateMachine):
     def restart(self) -> None:
         self.run(self.close())
         self.run(self.open(self.path))
-        if self.options[1] is Write.ON_INSERT:
+        if self.options[1] is WritePolicy.ON_INSERT:
             self.expect_all_on_disk()
 
     @rule()
     def kill(self) -> None:
         """Go on with what a kill at this moment would leave of the file."""
         self.run(self.demotion.finish())
-        self.run(self.chain.settle())
+        self.run(self.chain.drain())
         write, durability = self.options[1], self.options[3]
         if durability is Durability.INTERVAL:
             # Of its last interval nothing is promised, so let that be committed.
@@ -239,7 +244,7 @@ class ChainMachine(RuleBasedStateMachine):
         # As if it had been verified, which takes another process and its time.
         (left / MARK).write_text(f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}")
         self.run(self.open(left))
-        if write is Write.ON_INSERT:
+        if write is WritePolicy.ON_INSERT:
             self.expect_all_on_disk()
 
     def expect_all_on_disk(self) -> None:
@@ -274,7 +279,7 @@ class ChainMachine(RuleBasedStateMachine):
             assert counts.promotions == counts.demotions == 0
         stored = memory.stores - memory.promotions - self.refilled
         on_disk = disk.stores - disk.demotions - disk.promotions
-        if self.options[1] is Write.ON_INSERT:
+        if self.options[1] is WritePolicy.ON_INSERT:
             assert stored <= self.stores == on_disk
         else:
             assert stored + on_disk == self.stores
@@ -298,12 +303,12 @@ def test_finds_the_last_stored_answer_or_nothing(redis_server, monkeypatch) -> N
     )
 
 
-@given(st.integers(0, 2**32), st.sampled_from(Write), st.sampled_from(sorted(POLICIES)))
+@given(st.integers(0, 2**32), st.sampled_from(WritePolicy), st.sampled_from(sorted(POLICIES)))
 @settings(max_examples=2000 if LONG else 100)
 async def test_nothing_older_comes_back_however_calls_interleave(seed, write, policy) -> None:
     chance, clock, numbers = random.Random(seed), Clock(), count(1)
     remote = Remote(clock, delay=lambda: chance.randrange(4))
-    frequency, copies = FrequencySketch(1024), Copies()
+    frequency, copies = FrequencySketch(1024), Transfers()
     farther = Tier("remote", remote, shared=chance.random() < 0.5)
     purges = Purges(clock=clock)
     demotion = Demotion([farther], frequency, copies, purges, max_bytes=5000, clock=clock)
@@ -324,9 +329,9 @@ async def test_nothing_older_comes_back_however_calls_interleave(seed, write, po
     async def store(key: str) -> None:
         number = begun[key] = next(numbers)
         answer = Answer(Form.BODY, b"%d" % number, bytes(chance.choice([1, 300, 800])))
-        origin = chain.origin([f"tag:{key}"])
+        origin = chain.provenance([f"tag:{key}"])
         await asyncio.sleep(0)
-        await chain.store(key, answer, Freshness(60), origin=origin)
+        await chain.store(key, answer, Freshness(60), provenance=origin)
         ended[key] = max(ended[key], number)
 
     async def purge(key: str) -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiers import Answer, Entry, Form, Origin, digest
+from tiers import Answer, Entry, Form, Provenance, digest
 
 
 @given(st.lists(st.binary()), st.lists(st.binary()))
@@ -21,17 +21,17 @@ def test_keys_differ_when_parts_do(one: list[bytes], other: list[bytes]) -> None
     st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\n"), min_size=1)),
 )
 def test_entries_survive_encoding(form, content, usage, at, generation, labels) -> None:
-    origin = Origin.of(generation, labels)
+    origin = Provenance.of(generation, labels)
     entry = Entry(Answer(form, content, usage), at, at + 1, 2, 3, 4, *origin)
     assert Entry.decode(entry.encode()) == entry
-    assert entry.origin == origin
+    assert entry.provenance == origin
     assert entry.labels == tuple(labels)
 
 
 @pytest.mark.parametrize("label", ["", "a\nb"])
 def test_refuses_labels_that_it_could_not_tell_apart(label: str) -> None:
     with pytest.raises(ValueError, match="without a line's end"):
-        Origin.of(0, ["model:m", label])
+        Provenance.of(0, ["model:m", label])
 
 
 @pytest.mark.parametrize("data", [b"", b"\x01", b"\x63" + bytes(40)])

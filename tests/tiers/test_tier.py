@@ -24,9 +24,9 @@ from tiers import (
 )  # fmt: skip
 from tiers.disk import Durability
 from tiers.disk.file import DiskFile
-from tiers.failed_writes import Losses
+from tiers.failed_writes import FailedWrites
 from tiers.purges.purges import Purges
-from tiers.shared.calls import BusyError, Calls
+from tiers.shared.calls import Bulkhead, BusyError
 from tiers.shared.circuit import FAILURES, CircuitBreaker
 
 from .conftest import Clock, Remote
@@ -107,19 +107,19 @@ async def test_a_call_that_takes_too_long_goes_on_without_its_caller(clock) -> N
         ended.append(1)
         return 1
 
-    calls = Calls(2, 0.01)
+    calls = Bulkhead(2, 0.01)
     for _ in range(2):
         with pytest.raises(TimeoutError):
-            await calls.make(call)
+            await calls.run(call)
     for _ in range(2):
         with pytest.raises(BusyError):
-            await calls.make(call)
+            await calls.run(call)
     go.set()
-    assert await calls.make(call) == 1
+    assert await calls.run(call) == 1
     assert len(ended) == 3
     go.clear()
     with pytest.raises(TimeoutError):
-        await calls.make(call)
+        await calls.run(call)
     await calls.close()
     assert len(asyncio.all_tasks()) == 1
 
@@ -346,11 +346,11 @@ async def test_what_waits_for_a_file_to_be_opened_hides_nothing(clock, tmp_path)
     clock.now += 1
     disk = DiskCache(tmp_path, 1 << 20, clock=clock)
     tier = Tier("disk", disk, clock=clock)
-    tier._losses = Losses(2)
+    tier._losses = FailedWrites(2)
     for key in "bcdef":
         assert not await tier.put(key, entry(b"2", clock.now), 60)
     assert not disk.is_open
-    assert not tier._losses.any
+    assert not tier._losses.has_any
     assert await content_of(tier, "b") == b"2"
     await disk.opened()
     assert [await content_of(tier, key) for key in "abf"] == [b"1", b"2", b"2"]
@@ -368,7 +368,7 @@ async def test_never_gives_out_what_is_older_than_the_last_stored(seed: int, kno
     backends = [Far(clock), Far(clock)]
     tiers = [Tier(str(number), backend, clock=clock) for number, backend in enumerate(backends)]
     for tier in tiers:
-        tier._losses = Losses(known)
+        tier._losses = FailedWrites(known)
     chain = Chain(
         tiers, frequency=FrequencySketch(64), max_answer_bytes=99, promote_after=1, clock=clock
     )
@@ -387,5 +387,5 @@ async def test_never_gives_out_what_is_older_than_the_last_stored(seed: int, kno
             last[key] = number
         elif (hit := await chain.lookup(key)) is not None:
             assert int(hit.entry.answer.content) == last[key]
-        await chain.settle()
+        await chain.drain()
     await chain.close()

@@ -5,7 +5,7 @@ hand.
 """
 
 from tiers.disk.cache import MIN_BYTES, DiskCache
-from tiers.disk.encryption import KEY_BYTES, SealError
+from tiers.disk.encryption import KEY_BYTES, EncryptionKeyError
 from tiers.disk.file import MAX_KEY_BYTES, OtherFormatError, Statistics
 from tiers.disk.maintenance import Compacted, Verified, check, check_key, compact
 from tiers.disk.recovery import UntrustedError
@@ -18,8 +18,8 @@ __all__ = [
     "Compacted",
     "DiskCache",
     "Durability",
+    "EncryptionKeyError",
     "OtherFormatError",
-    "SealError",
     "Statistics",
     "UntrustedError",
     "Verified",

@@ -21,17 +21,17 @@ from typing import Concatenate, ParamSpec, TypeVar
 import lmdb
 
 from tiers.backend import ByteCache
-from tiers.disk.encryption import Seal, SealError
+from tiers.disk.encryption import Cipher, EncryptionKeyError
 from tiers.disk.file import (
     MAX_KEY_BYTES,
     DiskFile,
-    Found,
     OtherFormatError,
     Statistics,
+    StoredRecord,
     alike,
     reserve_bytes,
 )
-from tiers.disk.recovery import Opening
+from tiers.disk.recovery import Recovery
 from tiers.disk.transaction import Change, Outcome
 from tiers.disk.writer import Durability, Submission, Writer
 
@@ -121,19 +121,19 @@ class DiskCache(ByteCache):
         self._durability = durability
         self._compresses = compresses
         self._worth = worth
-        self._seal = None if encryption_key is None else Seal(encryption_key)
+        self._seal = None if encryption_key is None else Cipher(encryption_key)
         self._pending: dict[str, Submission] = {}
         self._pending_bytes = 0
         # Keys whose removal is pending and not queued, in the order in which changes were lost.
         self._lost: dict[str, None] = {}
         self._closed = False
         self._suspect = False
-        self._opening = Opening(path, max_bytes, clock, sets_aside=sets_aside)
+        self._opening = Recovery(path, max_bytes, clock, sets_aside=sets_aside)
         try:
             self._file = self._open() if self._opening.try_now() else None
         except BaseException as exc:
             # One that can't be read with this key hasn't been touched.
-            self._opening.release(whole=isinstance(exc, SealError))
+            self._opening.release(whole=isinstance(exc, EncryptionKeyError))
             raise
         interval_s = interval_s if durability is Durability.INTERVAL else 0.0
         self._writer = Writer(self._wait_open, self._settle, interval_s)
@@ -223,7 +223,7 @@ class DiskCache(ByteCache):
             for _, (key, value, expires_at) in self.ranked():
                 yield key.decode(), value, None if expires_at == inf else expires_at
 
-    def ranked(self, below: bytes | None = None) -> Iterator[tuple[bytes, Found]]:
+    def ranked(self, below: bytes | None = None) -> Iterator[tuple[bytes, StoredRecord]]:
         """Yield ranks and entries as `hottest` does, but those below a rank.
 
         Raises:

@@ -15,7 +15,7 @@ from zstandard import (
     train_dictionary,
 )
 
-from tiers.disk.encryption import Seal
+from tiers.disk.encryption import Cipher
 
 PLAIN, ZSTD, ZSTD_DICTIONARY = range(3)
 SEALED = 16
@@ -37,7 +37,7 @@ class Codec:
         seal: with which all is sealed that is stored, if it is.
     """
 
-    def __init__(self, *, compresses: bool, seal: Seal | None = None) -> None:
+    def __init__(self, *, compresses: bool, seal: Cipher | None = None) -> None:
         self._seal = seal
         self.has_dictionary = False
         self._compresses = compresses

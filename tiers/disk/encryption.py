@@ -21,11 +21,11 @@ _SALT_BYTES = 16
 _CHECK = b"tierserve disk tier"
 
 
-class SealError(OSError):
+class EncryptionKeyError(OSError):
     """The file is sealed and the key isn't its own, or there is none; or it isn't sealed."""
 
 
-class Seal:
+class Cipher:
     """Seals and opens; first of all `begin` or `resume` has to be called.
 
     Args:
@@ -53,7 +53,7 @@ class Seal:
         try:
             self.open(_CHECK, kept[_SALT_BYTES:])
         except ValueError:
-            raise SealError("it is encrypted with another key") from None
+            raise EncryptionKeyError("it is encrypted with another key") from None
 
     def _derived(self, salt: bytes) -> AESGCM:
         return AESGCM(HKDF(SHA256(), KEY_BYTES, salt, _CHECK).derive(self._key))

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import lmdb
 
 from tiers.disk.codec import SEALED, ZSTD_DICTIONARY, Codec
-from tiers.disk.encryption import Seal, SealError
+from tiers.disk.encryption import Cipher, EncryptionKeyError
 from tiers.disk.record_format import (
     FORMAT,
     begins_with,
@@ -64,7 +64,7 @@ class OtherFormatError(Exception):
     """The file was written by another version of this package, or by something else."""
 
 
-class Found(NamedTuple):
+class StoredRecord(NamedTuple):
     """An entry, expired or not."""
 
     key: bytes
@@ -121,7 +121,7 @@ class DiskFile:
         compresses: bool = False,
         clock: Callable[[], float] = time.time,
         worth: Callable[[str, int], float] = alike,
-        seal: Seal | None = None,
+        seal: Cipher | None = None,
         reads_values: bool = True,
     ) -> None:
         self.folder = folder
@@ -228,7 +228,7 @@ class DiskFile:
                 found = order.prev()
         return ranks
 
-    def numbered(self, sequence: int) -> Found | None:
+    def numbered(self, sequence: int) -> StoredRecord | None:
         """Return the entry with that sequence number, or `None` if it is gone or damaged."""
         with self._lock, self.env.begin(buffers=True) as txn:
             place = place_of(txn, self.dbs, sequence)
@@ -236,7 +236,9 @@ class DiskFile:
                 return None
             with contextlib.suppress(ValueError):
                 coding, expires_at, _, payload = unpack(place.key, record)
-                return Found(place.key, self._decode(txn, place.key, coding, payload), expires_at)
+                return StoredRecord(
+                    place.key, self._decode(txn, place.key, coding, payload), expires_at
+                )
         return None
 
     def all_keys(self) -> list[bytes]:
@@ -430,7 +432,7 @@ class DiskFile:
         return self._codec.decode(key, coding, payload)
 
 
-def check_seal(folder: Path, seal: Seal | None) -> None:
+def check_seal(folder: Path, seal: Cipher | None) -> None:
     """Look whether a file that nobody writes is sealed with `seal`; it isn't touched.
 
     Raises:
@@ -457,10 +459,10 @@ def _found_format(env: lmdb.Environment, txn: "lmdb.Transaction[bytes]") -> byte
 
 
 def _check_seal(
-    env: lmdb.Environment, txn: "lmdb.Transaction[bytes]", found: bytes, seal: Seal | None
+    env: lmdb.Environment, txn: "lmdb.Transaction[bytes]", found: bytes, seal: Cipher | None
 ) -> None:
     if found != _format(sealed=seal is not None):
-        raise SealError(
+        raise EncryptionKeyError(
             "it is encrypted, and there is no key"
             if seal is None
             else "it is not encrypted, and only a new file can be; use another folder for that"

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import lmdb
 
 from tiers.disk.compaction import shrink
-from tiers.disk.encryption import Seal, SealError
+from tiers.disk.encryption import Cipher, EncryptionKeyError
 from tiers.disk.file import DATA, OtherFormatError, check_seal
-from tiers.disk.recovery import Opening, is_clean, verifier
+from tiers.disk.recovery import Recovery, is_clean, verifier
 
 
 class Compacted(NamedTuple):
@@ -108,11 +108,11 @@ def check_key(folder: Path, encryption_key: bytes | None) -> None:
     Raises:
         SealError: it couldn't.
     """
-    seal = None if encryption_key is None else Seal(encryption_key)
+    seal = None if encryption_key is None else Cipher(encryption_key)
     try:
         if (folder / DATA).exists() and is_clean(folder):
             check_seal(folder, seal)
-    except SealError:
+    except EncryptionKeyError:
         raise
     except (OSError, lmdb.Error, OtherFormatError):
         # A server says so, or makes another.
@@ -120,8 +120,8 @@ def check_key(folder: Path, encryption_key: bytes | None) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[Opening]:
-    opening = Opening(folder, sys.maxsize, time.time, sets_aside=False)
+def _alone(folder: Path) -> Iterator[Recovery]:
+    opening = Recovery(folder, sys.maxsize, time.time, sets_aside=False)
     try:
         if not opening.try_exclusive():
             raise OSError(errno.EBUSY, "another process has the disk tier open", str(folder))

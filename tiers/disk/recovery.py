@@ -62,7 +62,7 @@ _ELSEWHERE = (
 )
 
 
-class Opening:
+class Recovery:
     """One process's right to open the file in `folder`.
 
     Args:

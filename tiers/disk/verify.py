@@ -45,7 +45,7 @@ _GROWTH_BYTES = 1024 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class VerifyReport:
     """What was found in a file whose pages are whole."""
 
     entries: int
@@ -84,7 +84,7 @@ def _end_with_reader() -> None:
         os._exit(1)
 
 
-def verify(folder: Path, *, repair: bool = False) -> Report:
+def verify(folder: Path, *, repair: bool = False) -> VerifyReport:
     """Verify the file in `folder`; with `repair`, drop damaged entries and mend the indexes.
 
     Raises:
@@ -107,10 +107,10 @@ def verify(folder: Path, *, repair: bool = False) -> Report:
         raise ValueError(f"its pages are damaged: {exc}") from exc
     finally:
         file.close()
-    return Report(entries, len(damaged))
+    return VerifyReport(entries, len(damaged))
 
 
-def verify_records(folder: Path) -> Report:
+def verify_records(folder: Path) -> VerifyReport:
     """Verify the records of a file that others may write; what changes meanwhile may be missed.
 
     Raises:
@@ -142,7 +142,7 @@ def verify_records(folder: Path) -> Report:
         raise ValueError(f"its pages are damaged: {exc}") from exc
     finally:
         file.close()
-    return Report(entries, damaged)
+    return VerifyReport(entries, damaged)
 
 
 def _problems(folder: Path) -> list[str]:

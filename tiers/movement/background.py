@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from tiers.disk import DiskCache
 from tiers.frequency import FrequencySketch
-from tiers.movement.demotion import Demotion, Write
+from tiers.movement.demotion import Demotion, WritePolicy
 from tiers.purges.purges import Purges
 from tiers.shared.purges import SharedPurges
 from tiers.tier import Tier
@@ -26,7 +26,7 @@ _REFILL_AT_ONCE = 16
 _REFILL_AT_ONCE_BYTES = 1024**2
 
 
-class Movement:
+class BackgroundWork:
     """What goes on beside requests while a chain is in use.
 
     Args:
@@ -49,7 +49,7 @@ class Movement:
         purges: Purges,
         *,
         shared_purges: SharedPurges | None = None,
-        write: Write,
+        write: WritePolicy,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._nearest = tiers[0] if tiers else None
@@ -57,7 +57,7 @@ class Movement:
         self._purges, self._write, self._clock = purges, write, clock
         self._shared_purges = shared_purges
         self._tasks: list[asyncio.Task[None]] = []
-        self.remembered = asyncio.Event()
+        self.restored = asyncio.Event()
         """Set when what was remembered has been taken over, as far as it could be."""
 
     @property
@@ -74,7 +74,7 @@ class Movement:
         if self._disk is not None:
             self._tasks.append(asyncio.create_task(self._run(self._disk)))
 
-    async def recall(self) -> None:
+    async def load_sketch(self) -> None:
         """Take over how often each key was asked for, from the disk tier's file, if it is open."""
         if self._disk is not None and (saved := self._disk.load(_SKETCH)) is not None:
             try:
@@ -84,7 +84,7 @@ class Movement:
             except ValueError as exc:
                 logger.info("frequencies start anew: %s", exc)
 
-    async def settle(self) -> None:
+    async def drain(self) -> None:
         """Finish the demotions that are under way."""
         await self._demotion.finish()
 
@@ -93,14 +93,14 @@ class Movement:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.settle()
-        if self._write is Write.ON_EVICT and self._nearest is not None:
+        await self.drain()
+        if self._write is WritePolicy.ON_EVICT and self._nearest is not None:
             # The end may come before all is written. Of entries that are alike, the newest first.
             entries = reversed(list(self._nearest.entries()))
             hottest = sorted(entries, key=lambda entry: -self._frequency.estimate(entry[0]))
             await self._demotion.write_all(hottest)
         # What hasn't been taken over must not be lost, and a file that isn't open can't be written.
-        if self._disk is not None and self.remembered.is_set():
+        if self._disk is not None and self.restored.is_set():
             await self._save(self._disk)
 
     async def _run(self, disk: DiskCache) -> None:
@@ -108,7 +108,7 @@ class Movement:
             await disk.opened()
         except OSError:
             # The tier has said so itself.
-            self.remembered.set()
+            self.restored.set()
             return
         await self._remember(disk)
         while True:
@@ -116,10 +116,10 @@ class Movement:
             await self._save(disk)
 
     async def _remember(self, disk: DiskCache) -> None:
-        await self.recall()
+        await self.load_sketch()
         if self._nearest is not None and self._nearest.backend is not disk:
             await _refill(self._nearest, disk, self._purges, self._clock)
-        self.remembered.set()
+        self.restored.set()
 
     async def _save(self, disk: DiskCache) -> None:
         if not await disk.save(_SKETCH, self._frequency.dump()):
@@ -133,7 +133,11 @@ async def _refill(
     number = read_bytes = 0
     for key, value, expires_at in disk.hottest():
         left_s = 0 if expires_at is None else expires_at - clock()
-        if left_s > 0 and not await nearest.holds(key) and not purges.refuse_encoded(key, value):
+        if (
+            left_s > 0
+            and not await nearest.holds(key)
+            and not purges.is_encoded_known_purged(key, value)
+        ):
             if nearest.victim(len(value)) is not None:
                 return
             await nearest.put(key, value, left_s)

@@ -22,15 +22,15 @@ class _Traffic:
         self.users = 0
 
 
-class Copies:
+class Transfers:
     """Knows the keys under which copies are taken or answers stored, while that lasts."""
 
     def __init__(self) -> None:
         self._by_key: dict[str, _Traffic] = {}
 
-    def take(self, key: str) -> "Copy":
+    def begin(self, key: str) -> "Transfer":
         """Return a copy that stands for what a tier holds, or held, from now on."""
-        return Copy(self, key)
+        return Transfer(self, key)
 
     @asynccontextmanager
     async def storing(self, key: str) -> AsyncIterator[None]:
@@ -62,12 +62,12 @@ class Copies:
             del self._by_key[key]
 
 
-class Copy:
+class Transfer:
     """One copy that was taken. Use it as a context manager, or release it once."""
 
     __slots__ = ("_copies", "_stores", "_traffic", "key")
 
-    def __init__(self, copies: Copies, key: str) -> None:
+    def __init__(self, copies: Transfers, key: str) -> None:
         self.key = key
         self._copies = copies
         self._traffic = copies._enter(key)

@@ -5,13 +5,13 @@ from enum import StrEnum
 from functools import partial
 
 from tiers.frequency import FrequencySketch
-from tiers.movement.copies import Copies
-from tiers.movement.queue import CopyQueue, Waiting, write_all
+from tiers.movement.copies import Transfers
+from tiers.movement.queue import PendingWrite, WriteBehindQueue, write_all
 from tiers.purges.purges import Purges
 from tiers.tier import Tier
 
 
-class Write(StrEnum):
+class WritePolicy(StrEnum):
     """When entries reach the farther tiers."""
 
     ON_INSERT = "on_insert"
@@ -36,7 +36,7 @@ class Demotion:
         self,
         to: Sequence[Tier],
         frequency: FrequencySketch,
-        copies: Copies,
+        copies: Transfers,
         purges: Purges,
         *,
         max_bytes: int,
@@ -44,7 +44,7 @@ class Demotion:
     ) -> None:
         self._to, self._frequency, self._copies = tuple(to), frequency, copies
         self._purges, self._clock = purges, clock
-        self._queue = CopyQueue(max_bytes)
+        self._queue = WriteBehindQueue(max_bytes)
 
     @property
     def dropped(self) -> int:
@@ -68,12 +68,12 @@ class Demotion:
         """Write what is left in the queue."""
         await self._queue.finish()
 
-    def _waiting(self, key: str, value: bytes, expires_at: float) -> Waiting:
+    def _waiting(self, key: str, value: bytes, expires_at: float) -> PendingWrite:
         write = partial(self._demote, key, value, expires_at)
-        return Waiting(self._copies.take(key), len(value), write)
+        return PendingWrite(self._copies.begin(key), len(value), write)
 
     async def _demote(self, key: str, value: bytes, expires_at: float) -> None:
-        if self._purges.refuse_encoded(key, value):
+        if self._purges.is_encoded_known_purged(key, value):
             return
         for tier in self._to:
             left_s = expires_at - self._clock()

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 from tiers.entry import Entry
 from tiers.frequency import FrequencySketch
-from tiers.movement.copies import Copy
-from tiers.movement.queue import CopyQueue, Waiting
+from tiers.movement.copies import Transfer
+from tiers.movement.queue import PendingWrite, WriteBehindQueue
 from tiers.tier import Tier
 
 
-class Found(NamedTuple):
+class FarHit(NamedTuple):
     """What a lookup has found in a farther tier."""
 
     key: str
@@ -46,14 +46,14 @@ class Promotion:
         clock: Callable[[], float],
     ) -> None:
         self._frequency, self._promote_after, self._clock = frequency, promote_after, clock
-        self._queue = CopyQueue(max_bytes)
+        self._queue = WriteBehindQueue(max_bytes)
 
     @property
     def dropped(self) -> int:
         """How many found no room in the queue."""
         return self._queue.dropped
 
-    async def promote(self, copy: Copy, found: Found, tiers: Sequence[Tier]) -> None:
+    async def promote(self, copy: Transfer, found: FarHit, tiers: Sequence[Tier]) -> None:
         """Promote to those of `tiers` that should have it; takes `copy` over."""
         tiers = [tier for tier in tiers if self._is_worth(found, tier)]
         now = [tier for tier in tiers if tier.writes_at_once]
@@ -68,7 +68,7 @@ class Promotion:
             raise
         if later:
             write = partial(self._write, found, later)
-            self._queue.offer(Waiting(copy, len(found.value), write))
+            self._queue.offer(PendingWrite(copy, len(found.value), write))
         else:
             copy.release()
 
@@ -76,7 +76,7 @@ class Promotion:
         """Write what is left in the queue."""
         await self._queue.finish()
 
-    def _is_worth(self, found: Found, tier: Tier) -> bool:
+    def _is_worth(self, found: FarHit, tier: Tier) -> bool:
         if tier in found.older_in:
             return True
         if found.asked < self._promote_after:
@@ -84,7 +84,7 @@ class Promotion:
         victim = tier.victim(len(found.value))
         return victim is None or found.asked > self._frequency.estimate(victim)
 
-    async def _write(self, found: Found, tiers: Sequence[Tier]) -> None:
+    async def _write(self, found: FarHit, tiers: Sequence[Tier]) -> None:
         for tier in tiers:
             left_s = found.entry.kept_until - self._clock()
             if left_s > 0 and (tier in found.older_in or not await tier.holds(found.key)):

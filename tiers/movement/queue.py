@@ -6,22 +6,22 @@ from collections.abc import Awaitable, Callable, Iterable
 from itertools import islice
 from typing import NamedTuple
 
-from tiers.movement.copies import Copy
+from tiers.movement.copies import Transfer
 
 _MOST_COPIES = 10_000
 _AT_ONCE = 64
 
 
-class Waiting(NamedTuple):
+class PendingWrite(NamedTuple):
     """A copy that is to be written."""
 
-    copy: Copy
+    copy: Transfer
     bytes: int
     write: Callable[[], Awaitable[None]]
     """Called only if nothing newer has been stored meanwhile; raises nothing."""
 
 
-class CopyQueue:
+class WriteBehindQueue:
     """Writes copies in the order in which they came, many at once.
 
     Args:
@@ -31,11 +31,11 @@ class CopyQueue:
     def __init__(self, max_bytes: int) -> None:
         self.dropped = 0
         self._max_bytes = max_bytes
-        self._queue: deque[Waiting] = deque()
+        self._queue: deque[PendingWrite] = deque()
         self._queue_bytes = 0
         self._running: asyncio.Task[None] | None = None
 
-    def offer(self, waiting: Waiting) -> None:
+    def offer(self, waiting: PendingWrite) -> None:
         """Take a copy over, to write or to drop it; never waits."""
         has_room = self._queue_bytes + waiting.bytes <= self._max_bytes
         if not has_room or len(self._queue) >= _MOST_COPIES:
@@ -60,7 +60,7 @@ class CopyQueue:
         self._running = None
 
 
-async def write_all(copies: Iterable[Waiting]) -> None:
+async def write_all(copies: Iterable[PendingWrite]) -> None:
     """Write copies, many at once, each unless it is outdated."""
     rest = iter(copies)
     # Together, since the disk tier commits together what comes together.
@@ -68,7 +68,7 @@ async def write_all(copies: Iterable[Waiting]) -> None:
         await asyncio.gather(*map(_write, batch))
 
 
-async def _write(waiting: Waiting) -> None:
+async def _write(waiting: PendingWrite) -> None:
     with waiting.copy:
         async with waiting.copy.writing() as is_latest:
             if is_latest:

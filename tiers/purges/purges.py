@@ -20,7 +20,7 @@ from math import inf
 from typing import Any
 
 from tiers.disk import DiskCache
-from tiers.entry import Entry, Origin
+from tiers.entry import Entry, Provenance
 from tiers.purges.table import (
     ALL,
     HEAD_BYTES,
@@ -71,7 +71,7 @@ class Purges:
         deadline_s: float = _DEADLINE_S,
     ) -> None:
         self.table = PurgeTable(max_bytes=max_bytes)
-        self.lacks_shared = False
+        self.shared_unknown = False
         """Whether other machines have purges that weren't taken over yet, as far as is known."""
         self._disk, self._max_bytes, self._deadline_s = disk, max_bytes, deadline_s
         self._clock, self._monotonic = clock, monotonic
@@ -82,7 +82,7 @@ class Purges:
         self._under_way: list[frozenset[str]] = []
         self._tasks: set[asyncio.Task[bool]] = set()
 
-    def origin(self, labels: Iterable[str] = ()) -> Origin:
+    def provenance(self, labels: Iterable[str] = ()) -> Provenance:
         """Return what an answer is to be stored with whose making begins now.
 
         Raises:
@@ -90,18 +90,18 @@ class Purges:
         """
         if self._monotonic() >= self._look_at:
             self._look()
-        return Origin.of(self.table.latest, labels)
+        return Provenance.of(self.table.latest, labels)
 
-    def cover(self, key: str, entry: Entry | Origin) -> bool:
+    def is_purged(self, key: str, entry: Entry | Provenance) -> bool:
         """Return whether what was stored under `key`, or is being made for it, is purged."""
         if self._monotonic() >= self._look_at:
             self._look()
-        if entry.generation >= self.table.latest and not self._under_way and not self._is_blind:
+        if entry.purge_epoch >= self.table.latest and not self._under_way and not self._is_blind:
             # As nearly always.
             return False
         return self._is_blind or self._cover_as_known(key, entry)
 
-    def refuse(self, key: str, origin: Origin) -> bool:
+    def is_known_purged(self, key: str, origin: Provenance) -> bool:
         """Return whether what has that origin isn't worth storing, since it is known to be purged.
 
         Where the file can't be read it may be purged and stored: `cover` tells once it is found.
@@ -110,10 +110,10 @@ class Purges:
             self._look()
         return self._cover_as_known(key, origin)
 
-    def refuse_encoded(self, key: str, value: bytes) -> bool:
+    def is_encoded_known_purged(self, key: str, value: bytes) -> bool:
         """Return the same of an encoded entry, as far as it can be read."""
         try:
-            return self.refuse(key, Entry.origin_of(value))
+            return self.is_known_purged(key, Entry.provenance_of(value))
         except ValueError:
             return False
 
@@ -129,13 +129,13 @@ class Purges:
         """
         check_labels(labels)
         if self._disk is None:
-            self.table = self.table.stamped(self._clock_us(), *labels)
+            self.table = self.table.with_purge(self._clock_us(), *labels)
             return
         purged = frozenset(labels)
         self._under_way.append(purged)
         try:
             if not await self._in_time(self._commit(self._disk, labels)):
-                self.table = self.table.stamped(self._clock_us(), *labels)
+                self.table = self.table.with_purge(self._clock_us(), *labels)
                 raise PurgeError(
                     "the disk tier could not store the purge in time; it holds in this process"
                 )
@@ -143,18 +143,18 @@ class Purges:
             self._under_way.remove(purged)
         await asyncio.sleep(_SETTLE_S)
 
-    def stamped(self, labels: Sequence[str]) -> PurgeTable:
+    def with_purge(self, labels: Sequence[str]) -> PurgeTable:
         """Return the table with a purge that doesn't hold yet: `adopt` it once others have it."""
-        return self.table.stamped(self._clock_us(), *labels)
+        return self.table.with_purge(self._clock_us(), *labels)
 
     def read(self, packed: bytes) -> PurgeTable:
         """Return a packed table; one by which everything is purged if it is damaged."""
         try:
             return PurgeTable.unpack(packed, max_bytes=self._max_bytes)
         except ValueError:
-            return self.table.stamped(self._clock_us() + _BEYOND_US, ALL)
+            return self.table.with_purge(self._clock_us() + _BEYOND_US, ALL)
 
-    async def adopt(self, table: PurgeTable, *, awaits_opening: bool = True) -> None:
+    async def merge(self, table: PurgeTable, *, awaits_opening: bool = True) -> None:
         """Take over purges that were made elsewhere, at once, and keep them.
 
         Unless it `awaits_opening`, they are kept in the background where the disk tier isn't open
@@ -181,12 +181,12 @@ class Purges:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=self._deadline_s)
 
-    def _cover_as_known(self, key: str, entry: Entry | Origin) -> bool:
+    def _cover_as_known(self, key: str, entry: Entry | Provenance) -> bool:
         if self._under_way:
             own = {ALL, f"key:{key}", *entry.labels}
             if not all(map(own.isdisjoint, self._under_way)):
                 return True
-        return self.table.purges(key, entry.generation, entry.packed_labels)
+        return self.table.purges(key, entry.purge_epoch, entry.packed_labels)
 
     def _look(self) -> None:
         """Take over what is in the file, if it has changed."""
@@ -218,7 +218,7 @@ class Purges:
             return
         self._is_damaged = True
         logger.error("everything is purged, since what was purged can't be read: %s", exc)
-        self.table = self.table.stamped(self._clock_us() + _BEYOND_US, ALL)
+        self.table = self.table.with_purge(self._clock_us() + _BEYOND_US, ALL)
         self._keep(self._commit(disk))
 
     async def _commit(self, disk: DiskCache, labels: Sequence[str] = ()) -> bool:
@@ -232,7 +232,7 @@ class Purges:
             if blob is not None:
                 merged = self.read(blob).merged(merged)
             if labels:
-                merged = merged.stamped(self._clock_us(), *labels)
+                merged = merged.with_purge(self._clock_us(), *labels)
             made = merged.pack()
             return made
 

@@ -91,7 +91,7 @@ class PurgeTable:
                 return True
         return False
 
-    def stamped(self, clock_us: int, *labels: str) -> Self:
+    def with_purge(self, clock_us: int, *labels: str) -> Self:
         """Return a table in which `labels` have the highest number, one for all of them."""
         number = max(clock_us, self.latest + 1)
         news = dict.fromkeys(labels, number)

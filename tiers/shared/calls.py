@@ -45,7 +45,7 @@ async def in_time(call: Coroutine[Any, Any, T], deadline_s: float) -> T:
     return task.result()
 
 
-class Calls:
+class Bulkhead:
     """Makes at most `most` calls at once.
 
     A call that isn't done at its deadline goes on without its caller, and keeps its place: a
@@ -61,7 +61,7 @@ class Calls:
         self._places = asyncio.Semaphore(most)
         self._running: set[asyncio.Task[Any]] = set()
 
-    async def make(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    async def run(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Return what `call` does, which must end by itself.
 
         Raises:

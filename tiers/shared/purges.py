@@ -57,7 +57,7 @@ class SharedPurges:
         self._catching_up = asyncio.Lock()
         self._known, self._table = b"", PurgeTable()
         self._is_failing = False
-        purges.lacks_shared = True
+        purges.shared_unknown = True
 
     @property
     def is_behind(self) -> bool:
@@ -121,11 +121,11 @@ class SharedPurges:
             if data is not None and data != self._known:
                 # Who purges is told whether it will last; nobody else need wait for the disk.
                 await self._adopt(data, awaits_opening=bool(labels))
-            self._purges.lacks_shared = False
+            self._purges.shared_unknown = False
             known = PurgeTable() if data is None else self._table
             # Here the purge holds only once it is there, so that nothing can begin here that knows
             # of it and not of what others have purged before.
-            wanted = self._purges.stamped(labels) if labels else self._purges.table
+            wanted = self._purges.with_purge(labels) if labels else self._purges.table
             if known.merged(wanted) is known:
                 return
             made = b64encode(wanted.pack())
@@ -136,7 +136,7 @@ class SharedPurges:
 
     async def _adopt(self, data: bytes, *, awaits_opening: bool = True) -> None:
         table = self._purges.read(_decoded(data))
-        await self._purges.adopt(table, awaits_opening=awaits_opening)
+        await self._purges.merge(table, awaits_opening=awaits_opening)
         self._known, self._table = data, table
 
     async def _is_replaced(self, data: bytes | None, made: bytes) -> bool:

@@ -14,19 +14,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Self
 
-from tiers.entry import Answer, Form, Origin
+from tiers.entry import Answer, Form, Provenance
 
 logger = logging.getLogger(__name__)
 
-_UNKNOWN = Origin()
+_UNKNOWN = Provenance()
 
 
 class Flight:
     """One running generation: a log of byte strings, its listeners, and at last its answer."""
 
-    def __init__(self, form: Form, max_bytes: int, origin: Origin) -> None:
+    def __init__(self, form: Form, max_bytes: int, origin: Provenance) -> None:
         self.form = form
-        self.origin = origin
+        self.provenance = origin
         self.answer: Answer | None = None
         self.collapsed = False
         """Whether another process has generated it."""
@@ -48,7 +48,7 @@ class Flight:
         self.task: asyncio.Task[None] | None = None
 
     @property
-    def joinable(self) -> bool:
+    def is_open(self) -> bool:
         """Whether a new listener would get every item. One that nobody listens to is ending."""
         return self._dropped == 0 and self._error is None and bool(self._positions or self._ended)
 
@@ -62,9 +62,9 @@ class Flight:
         self._log_bytes += len(item)
         self._grow()
 
-    def listen(self) -> "Listener":
+    def subscribe(self) -> "Subscriber":
         """Return an iterator over all items from the first. It counts as a listener from now on."""
-        return Listener(self)
+        return Subscriber(self)
 
     def end(
         self,
@@ -94,7 +94,7 @@ class Flight:
         self._grown = asyncio.Event()
 
 
-class Listener(AsyncIterator[bytes]):
+class Subscriber(AsyncIterator[bytes]):
     """One reader of a flight. Use it as an async context manager, so that leaving is noticed."""
 
     def __init__(self, flight: Flight) -> None:
@@ -126,7 +126,7 @@ class Listener(AsyncIterator[bytes]):
             await flight._grown.wait()
 
 
-class Flights:
+class SingleFlight:
     """The flights that are in the air, by key.
 
     Args:
@@ -135,7 +135,10 @@ class Flights:
     """
 
     def __init__(
-        self, *, max_bytes: int, purged: Callable[[str, Origin], bool] = lambda _key, _origin: False
+        self,
+        *,
+        max_bytes: int,
+        purged: Callable[[str, Provenance], bool] = lambda _key, _origin: False,
     ) -> None:
         self.max_bytes = max_bytes
         self._purged = purged
@@ -148,10 +151,10 @@ class Flights:
         key: str,
         form: Form,
         produce: Callable[[Flight], Awaitable[None]],
-        origin: Origin = _UNKNOWN,
+        provenance: Provenance = _UNKNOWN,
         *,
-        apart: str = "",
-    ) -> tuple[Listener, bool]:
+        variant: str = "",
+    ) -> tuple[Subscriber, bool]:
         """Listen to the flight under `key`, starting it with `produce` if there is none.
 
         `produce` publishes in `form` and ends the flight; what it raises reaches the listeners.
@@ -162,23 +165,23 @@ class Flights:
         Returns:
             The listener, and whether it joined a flight that was already under way.
         """
-        at = key, apart
+        at = key, variant
         flight = self._by_key.get(at)
         if flight is not None and self._is_open(key, flight):
-            return flight.listen(), True
-        flight = Flight(form, self.max_bytes, origin)
-        listener = flight.listen()
+            return flight.subscribe(), True
+        flight = Flight(form, self.max_bytes, provenance)
+        listener = flight.subscribe()
         self._by_key[at] = flight
         flight.task = task = asyncio.create_task(self._run(flight, produce))
         self._tasks.add(task)
         task.add_done_callback(lambda _: self._landed(at, flight, task))
         return listener, False
 
-    def land(self, key: str, flight: Flight) -> None:
+    def mark_storing(self, key: str, flight: Flight) -> None:
         """Tell that a flight's answer is being stored from now on until its producer returns."""
         self._landing[key] = flight
 
-    def landing(self, key: str) -> Flight | None:
+    def storing(self, key: str) -> Flight | None:
         """Return the flight under `key` whose answer is being stored, the last if there are more.
 
         Others have been given that answer, so nobody should get an older one that a tier holds.
@@ -186,12 +189,12 @@ class Flights:
         flight = self._landing.get(key)
         return flight if flight is not None and self._is_open(key, flight) else None
 
-    def launch(
+    def start_background(
         self,
         key: str,
         form: Form,
         produce: Callable[[Flight], Awaitable[None]],
-        origin: Origin = _UNKNOWN,
+        origin: Provenance = _UNKNOWN,
     ) -> None:
         """Start a flight that nobody need listen to, unless there is one under `key`."""
         if key not in self:
@@ -200,7 +203,7 @@ class Flights:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def finish(self, timeout_s: float) -> None:
+    async def drain(self, timeout_s: float) -> None:
         """Wait for the flights in the air, and cancel those that need longer."""
         if not self._tasks:
             return
@@ -218,7 +221,7 @@ class Flights:
 
     def _is_open(self, key: str, flight: Flight) -> bool:
         """Whether who asks now may listen."""
-        return flight.joinable and not self._purged(key, flight.origin)
+        return flight.is_open and not self._purged(key, flight.provenance)
 
     async def _run(self, flight: Flight, produce: Callable[[Flight], Awaitable[None]]) -> None:
         try:
@@ -239,7 +242,7 @@ class Flights:
             del self._landing[key]
 
 
-async def _read(listener: Listener) -> None:
+async def _read(listener: Subscriber) -> None:
     # Whoever else listens gets the error, too.
     with suppress(Exception):
         async with listener:

@@ -24,7 +24,7 @@ _GROWTH = 1.5
 
 
 @dataclass(slots=True)
-class Waits:
+class LockStats:
     """Waits for another process, and how they ended since this process started."""
 
     waiting: int = 0
@@ -39,7 +39,7 @@ class Waits:
     """Because nobody asked any more."""
 
 
-class Turns:
+class GenerationLock:
     """Gives out turns at generating answers.
 
     Args:
@@ -61,11 +61,11 @@ class Turns:
     ) -> None:
         self._chain, self._leases, self._wait_s = chain, tuple(leases), wait_s
         self._clock, self._sleep = clock, sleep
-        self.waits = Waits()
+        self.stats = LockStats()
 
     @asynccontextmanager
-    async def turn(
-        self, key: str, generation: int, newer_than: float
+    async def acquire(
+        self, key: str, purge_epoch: int, not_before: float
     ) -> AsyncIterator[Answer | None]:
         """Wait for the turn at `key`, which lasts as long as the context.
 
@@ -77,12 +77,12 @@ class Turns:
         answer of others will do, so none is waited for.
         """
         async with AsyncExitStack() as turn:
-            answer, lease = None, f"{key}.{generation}"
+            answer, lease = None, f"{key}.{purge_epoch}"
             is_ours = not self._leases or await self._take(lease, turn)
-            if self._leases and newer_than < inf:
+            if self._leases and not_before < inf:
                 # If it is ours, it may have been stored between the lookup and now.
-                find = self._chain.newer if is_ours else partial(self._wait, lease, turn)
-                answer = await find(key, newer_than)
+                find = self._chain.find_newer if is_ours else partial(self._wait, lease, turn)
+                answer = await find(key, not_before)
             yield answer
 
     async def close(self) -> None:
@@ -93,7 +93,7 @@ class Turns:
     async def _wait(
         self, lease: str, turn: AsyncExitStack, key: str, newer_than: float
     ) -> Answer | None:
-        waits, until, poll_s = self.waits, self._clock() + self._wait_s, _FIRST_POLL_S
+        waits, until, poll_s = self.stats, self._clock() + self._wait_s, _FIRST_POLL_S
         waits.waiting += 1
         try:
             while (left_s := until - self._clock()) > 0:
@@ -101,7 +101,7 @@ class Turns:
                 poll_s = min(poll_s * _GROWTH, _LAST_POLL_S)
                 is_ours = await self._take(lease, turn)
                 # In this order: what is stored before a lease is released is found after it.
-                answer = await self._chain.newer(key, newer_than)
+                answer = await self._chain.find_newer(key, newer_than)
                 if answer is not None:
                     waits.answered += 1
                     return answer

@@ -113,7 +113,7 @@ def test_an_import_of_an_export_gives_the_same_entries(
                 each for line in lines[1:-1] if isinstance(each := exports.read(line), tuple)
             )
             # Nothing has been purged here, so no purge is known.
-            assert found == {key: e._replace(generation=0) for key, e in alive.items()}
+            assert found == {key: e._replace(purge_epoch=0) for key, e in alive.items()}
             assert exports.read(lines[-1]) == len(alive)
             await chain.close()
 
@@ -125,10 +125,10 @@ async def test_an_import_overwrites_nothing_newer_and_keeps_what_was_purged_away
 ) -> None:
     chain = made(tmp_path, clock)
     administration = Administration(chain)
-    await chain.adopt("held", entry("held"), chain.tiers)
-    await chain.adopt("older", entry("older", NOW - 9), chain.tiers)
-    await chain.adopt("same", entry("same"), chain.tiers)
-    await chain.adopt("then", entry("then"), chain.tiers)
+    await chain.import_entry("held", entry("held"), chain.tiers)
+    await chain.import_entry("older", entry("older", NOW - 9), chain.tiers)
+    await chain.import_entry("same", entry("same"), chain.tiers)
+    await chain.import_entry("then", entry("then"), chain.tiers)
     of_model = entry("m", NOW - 5, packed_labels=b"model:m")
     await chain.purge(label("model", "m"))
     clock.now += 1

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.auth.limits import Account, Limits, duration
+from server.auth.limits import Limits, RateLimiter, duration
 
 
 class Clock:
@@ -17,34 +17,34 @@ class Clock:
 
 def test_a_minutes_worth_may_come_at_once_and_then_one_by_one() -> None:
     clock = Clock()
-    account = Account(Limits(requests_per_minute=3), clock)
-    assert [account.enter() for _ in range(3)] == [None] * 3
-    refusal = account.enter()
+    account = RateLimiter(Limits(requests_per_minute=3), clock)
+    assert [account.acquire() for _ in range(3)] == [None] * 3
+    refusal = account.acquire()
     assert refusal is not None
     assert refusal.retry_after_s == 20
     clock.now += 19
-    assert account.enter().retry_after_s == 1
+    assert account.acquire().retry_after_s == 1
     clock.now += 1
-    assert account.enter() is None
-    assert account.enter() is not None
+    assert account.acquire() is None
+    assert account.acquire() is not None
     assert (account.requests, account.active) == (4, 4)
     assert account.refused == {"requests_per_minute": 3, "max_requests": 0}
 
 
 def test_headers_tell_what_is_left_and_when_all_is_there_again() -> None:
     clock = Clock()
-    account = Account(Limits(requests_per_minute=10), clock)
+    account = RateLimiter(Limits(requests_per_minute=10), clock)
     assert account.headers == told(10, "10", "0ms")
-    account.enter()
+    account.acquire()
     assert account.headers == told(10, "9", "6s")
     clock.now += 5.9
     assert account.headers == told(10, "9", "100ms")
     for _ in range(9):
-        account.enter()
+        account.acquire()
     assert account.headers == told(10, "0", "55s")
     clock.now += 3600
     assert account.headers == told(10, "10", "0ms")
-    assert Account(Limits(max_requests=1)).headers == {}
+    assert RateLimiter(Limits(max_requests=1)).headers == {}
 
 
 def told(limit: int, left: str, reset: str) -> dict[str, str]:
@@ -54,28 +54,28 @@ def told(limit: int, left: str, reset: str) -> dict[str, str]:
 
 
 def test_only_so_many_are_under_way() -> None:
-    account = Account(Limits(requests_per_minute=100, max_requests=2), Clock())
-    assert account.enter() is account.enter() is None
-    refusal = account.enter()
+    account = RateLimiter(Limits(requests_per_minute=100, max_requests=2), Clock())
+    assert account.acquire() is account.acquire() is None
+    refusal = account.acquire()
     assert refusal is not None
     assert refusal.retry_after_s == 1
     # What is refused for that takes nothing of the minute's.
     assert account.headers["x-ratelimit-remaining-requests"] == "98"
-    account.leave()
-    assert account.enter() is None
+    account.release()
+    assert account.acquire() is None
 
 
 def test_limits_change_and_what_is_used_stays() -> None:
     clock = Clock()
-    account = Account(Limits(requests_per_minute=1, max_requests=5), clock)
-    account.enter()
-    account.limit(Limits(requests_per_minute=1, max_requests=2))
-    assert account.enter() is not None
-    account.limit(Limits(max_requests=2))
-    assert account.enter() is None
-    assert account.enter() is not None
-    account.limit(Limits(requests_per_minute=2))
-    assert account.enter() is None
+    account = RateLimiter(Limits(requests_per_minute=1, max_requests=5), clock)
+    account.acquire()
+    account.set_limits(Limits(requests_per_minute=1, max_requests=2))
+    assert account.acquire() is not None
+    account.set_limits(Limits(max_requests=2))
+    assert account.acquire() is None
+    assert account.acquire() is not None
+    account.set_limits(Limits(requests_per_minute=2))
+    assert account.acquire() is None
 
 
 @given(
@@ -84,18 +84,18 @@ def test_limits_change_and_what_is_used_stays() -> None:
 )
 def test_never_more_than_a_minutes_worth_and_what_was_filled(per_minute, waits) -> None:
     clock = Clock()
-    account = Account(Limits(requests_per_minute=per_minute), clock)
+    account = RateLimiter(Limits(requests_per_minute=per_minute), clock)
     let_in = 0
     for wait in waits:
         clock.now += wait
-        refusal = account.enter()
+        refusal = account.acquire()
         let_in += refusal is None
         passed = clock.now - 1000
         assert let_in <= per_minute + passed * per_minute / 60 + 1e-6
         if refusal is not None:
             assert 1 <= refusal.retry_after_s <= 60
             clock.now += refusal.retry_after_s
-            assert account.enter() is None
+            assert account.acquire() is None
             let_in += 1
 
 

@@ -17,7 +17,7 @@ import yaml
 from aiohttp import web
 from multidict import CIMultiDict
 
-from server.config.secrets import hashed, new_key
+from server.config.secrets import hash_key, new_key
 from tests.server.conftest import CHAT, Front, Upstream, alike, body, held, question, running
 from tests.servers import free_port
 
@@ -66,7 +66,7 @@ def bearer(name: str) -> dict[str, str]:
 
 def write(file: Path, tenants: dict) -> None:
     """Replace the file of tenants at once, as one should."""
-    given = {n: {"keys": [hashed(KEYS[n])]} | record for n, record in tenants.items()}
+    given = {n: {"keys": [hash_key(KEYS[n])]} | record for n, record in tenants.items()}
     made = file.with_suffix(".new")
     made.write_text(yaml.safe_dump(given))
     made.replace(file)
@@ -135,7 +135,7 @@ async def test_each_route_needs_a_key(guarded, upstream, nobody, path: str) -> N
         {"Authorization": f"Bearer {new_key()}"},
         {"x-api-key": new_key()},
         {"x-api-key": ADMIN_KEY},
-        {"Authorization": "Bearer " + hashed(KEYS["ops"])},
+        {"Authorization": "Bearer " + hash_key(KEYS["ops"])},
         {"Authorization": f"Basic {KEYS['ops']}"},
         {"Authorization": "Bearer "},
         {"Authorization": "Bearer", "x-api-key": ""},
@@ -484,7 +484,7 @@ async def test_a_broken_file_changes_nothing(guarded, broken: str | None) -> Non
 @pytest.mark.parametrize(("method", "path"), ADMIN_ROUTES)
 async def test_the_admin_port_needs_its_key(guarded, method: str, path: str) -> None:
     async with aiohttp.ClientSession(guarded.admin) as session:
-        for headers in ({}, *map(bearer, TENANTS), {"Authorization": hashed(ADMIN_KEY)}):
+        for headers in ({}, *map(bearer, TENANTS), {"Authorization": hash_key(ADMIN_KEY)}):
             url = guarded.admin + path
             async with session.request(method, url, headers=headers, data=b"{}") as reply:
                 assert is_unauthorized(reply, await reply.read())
@@ -537,7 +537,7 @@ async def test_no_secret_shows(guarded, upstream, nobody) -> None:
         assert text not in content
     # Of hashes only the file of tenants knows.
     for secret in (*KEYS.values(), ADMIN_KEY):
-        assert not [text for text in said if hashed(secret).encode() in text]
+        assert not [text for text in said if hash_key(secret).encode() in text]
 
 
 async def test_an_engine_is_sent_the_password_of_its_address(guarded, upstream) -> None:

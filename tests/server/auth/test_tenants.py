@@ -7,22 +7,22 @@ import pytest
 import yaml
 from multidict import CIMultiDict
 
-from server.auth.limits import Account, Limits
+from server.auth.limits import Limits, RateLimiter
 from server.auth.tenants import Tenants
 from server.cli import main
 from server.config.base import ConfigError
 from server.config.load import load
-from server.config.schema import Tenants as Section
-from server.config.secrets import hashed, new_key
+from server.config.schema import TenantsConfig as Section
+from server.config.secrets import hash_key, new_key
 from server.protocol.errors import BadRequestError
-from server.protocol.model_names import Names
-from server.protocol.request import parse
+from server.protocol.model_names import ModelNames
+from server.protocol.request import parse_request
 from tests.server.conftest import of_vllm
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
-NAMES = Names({"m": of_vllm("m", "i")})
-HASH = hashed("k" * 20)
+NAMES = ModelNames({"m": of_vllm("m", "i")})
+HASH = hash_key("k" * 20)
 
 
 def tenants_of(folder: Path, text: str) -> Tenants:
@@ -37,8 +37,8 @@ def test_a_new_key_is_shown_once_and_its_lines_fit_the_file(tmp_path: Path, caps
     key = told.splitlines()[0].rsplit(" ", 1)[1]
     # What is appended to the file must not hold it.
     assert key not in printed
-    assert yaml.safe_load(printed) == {"acme": {"keys": [hashed(key)]}}
-    found = tenants_of(tmp_path, printed).of(CIMultiDict({"Authorization": f"Bearer {key}"}))
+    assert yaml.safe_load(printed) == {"acme": {"keys": [hash_key(key)]}}
+    found = tenants_of(tmp_path, printed).find(CIMultiDict({"Authorization": f"Bearer {key}"}))
     assert found is not None
     assert found.name == "acme"
     main(["keys", "new", "acme"])
@@ -118,52 +118,53 @@ def test_mistakes_name_the_field_and_not_the_secret(tmp_path: Path, text: str, s
 def test_a_configuration_holds_hashes_alone(tmp_path: Path, monkeypatch, capsys) -> None:
     keys = [new_key() for _ in range(3)]
     monkeypatch.setenv("TIERSERVE__TENANTS__KEY", keys[0])
-    monkeypatch.setenv("TIERSERVE__ADMIN__KEY", hashed(keys[1]))
+    monkeypatch.setenv("TIERSERVE__ADMIN__KEY", hash_key(keys[1]))
     monkeypatch.setenv("TIERSERVE__MODELS__M__API_KEY", keys[2])
     file = tmp_path / "c.yaml"
     file.write_text("models: {m: {upstreams: ['http://h:1']}}")
     config = load(file)
-    assert config.tenants.key == hashed(keys[0])
-    assert config.admin.key == hashed(keys[1])
+    assert config.tenants.key == hash_key(keys[0])
+    assert config.admin.key == hash_key(keys[1])
     assert keys[2] not in repr(config)
     assert main(["check", "--config", str(file)]) == 0
     printed = capsys.readouterr().out
     assert printed.count("'***'") == 3
-    assert not any(key in printed or hashed(key) in printed for key in keys)
+    assert not any(key in printed or hash_key(key) in printed for key in keys)
 
 
 def test_who_has_no_key_is_nobody(tmp_path: Path) -> None:
     # Whoever has hashed an empty variable has let nobody in.
-    tenants = tenants_of(tmp_path, f"a: {{keys: ['{HASH}', '{hashed('')}']}}")
-    assert tenants.of(CIMultiDict({"Authorization": f"Bearer {'k' * 20}"})) is not None
+    tenants = tenants_of(tmp_path, f"a: {{keys: ['{HASH}', '{hash_key('')}']}}")
+    assert tenants.find(CIMultiDict({"Authorization": f"Bearer {'k' * 20}"})) is not None
     for given in ("", "Bearer", "Bearer ", "Bearer  ", "Basic x", HASH, f"Bearer {HASH}"):
-        assert tenants.of(CIMultiDict({"Authorization": given})) is None
-    assert tenants.of(CIMultiDict({})) is None
-    assert tenants.of(CIMultiDict({"x-api-key": ""})) is None
+        assert tenants.find(CIMultiDict({"Authorization": given})) is None
+    assert tenants.find(CIMultiDict({})) is None
+    assert tenants.find(CIMultiDict({"x-api-key": ""})) is None
 
 
 def test_what_is_remembered_is_bounded(tmp_path: Path) -> None:
     tenants = tenants_of(tmp_path, f"a: {{keys: ['{HASH}']}}")
-    known = tenants.of(CIMultiDict({"Authorization": f"Bearer {'k' * 20}"}))
+    known = tenants.find(CIMultiDict({"Authorization": f"Bearer {'k' * 20}"}))
     for spaces in range(1, 3000):
         assert (
-            tenants.of(CIMultiDict({"Authorization": f"Bearer {' ' * spaces}{'k' * 20}"})) is known
+            tenants.find(CIMultiDict({"Authorization": f"Bearer {' ' * spaces}{'k' * 20}"}))
+            is known
         )
-        assert tenants.of(CIMultiDict({"Authorization": f"Bearer {spaces}"})) is None
+        assert tenants.find(CIMultiDict({"Authorization": f"Bearer {spaces}"})) is None
     assert len(tenants._by_header) <= 1024
 
 
 def test_the_salt_changes_what_is_sent_and_not_the_key(tmp_path: Path) -> None:
     text = "\n".join(
-        f"{name}: {{keys: ['{hashed(name)}'], scope: {scope}}}"
+        f"{name}: {{keys: ['{hash_key(name)}'], scope: {scope}}}"
         for name, scope in (("a", "s"), ("b", "s"), ("c", "t"))
     )
     salting = tenants_of(tmp_path, text)
     plain = Tenants(Section(file=tmp_path / "tenants.yaml", cache_salt=False))
 
     def parsed(tenants: Tenants, name: str, **more):
-        tenant = tenants.of(CIMultiDict({"Authorization": f"Bearer {name}"}))
-        return parse(CHAT, orjson.dumps(BODY | more), tenant, NAMES)
+        tenant = tenants.find(CIMultiDict({"Authorization": f"Bearer {name}"}))
+        return parse_request(CHAT, orjson.dumps(BODY | more), tenant, NAMES)
 
     for more in ({}, {"cache_salt": "mine"}, {"stream": True}):
         one, without = parsed(salting, "a", **more), parsed(plain, "a", **more)
@@ -178,7 +179,7 @@ def test_the_salt_changes_what_is_sent_and_not_the_key(tmp_path: Path) -> None:
 
 
 def test_a_salted_body_is_otherwise_as_it_was_sent(tmp_path: Path) -> None:
-    tenant = tenants_of(tmp_path, f"a: {{keys: ['{HASH}']}}").of(
+    tenant = tenants_of(tmp_path, f"a: {{keys: ['{HASH}']}}").find(
         CIMultiDict({"Authorization": f"Bearer {'k' * 20}"})
     )
     assert tenant is not None
@@ -187,24 +188,24 @@ def test_a_salted_body_is_otherwise_as_it_was_sent(tmp_path: Path) -> None:
         b'{"model":"m"}',
         b'{"model":"m","a":12345678901234567890123}',
     ):
-        sent = parse(CHAT, raw, tenant, NAMES).raw
+        sent = parse_request(CHAT, raw, tenant, NAMES).raw
         assert sent.startswith(raw.rstrip()[:-1])
         assert orjson.loads(sent)["cache_salt"] == tenant.salt
     # Nor does a name that is written otherwise, or twice, get past it.
     for raw in (b'{"cache\\u005fsalt":"x"}', b'{"cache_salt":"x","a":1,"cache_salt":"y"}'):
-        sent = parse(CHAT, raw, tenant, NAMES).raw
+        sent = parse_request(CHAT, raw, tenant, NAMES).raw
         assert sent.count(b"salt") == 1
         assert len(orjson.loads(sent)["cache_salt"]) == 64
 
 
 def sent_for(tenants: Tenants, name: str, **more) -> dict:
-    tenant = tenants.of(CIMultiDict({"Authorization": f"Bearer {name}"}))
-    return orjson.loads(parse(CHAT, orjson.dumps(BODY | more), tenant, NAMES).body)
+    tenant = tenants.find(CIMultiDict({"Authorization": f"Bearer {name}"}))
+    return orjson.loads(parse_request(CHAT, orjson.dumps(BODY | more), tenant, NAMES).body)
 
 
 def test_media_are_found_again_by_their_tenant_alone(tmp_path: Path) -> None:
     text = "\n".join(
-        f"{name}: {{keys: ['{hashed(name)}'], scope: {scope}}}"
+        f"{name}: {{keys: ['{hash_key(name)}'], scope: {scope}}}"
         for name, scope in (("a", "s"), ("b", "s"), ("c", "t"))
     )
     tenants = tenants_of(tmp_path, text)
@@ -232,13 +233,13 @@ def test_media_are_found_again_by_their_tenant_alone(tmp_path: Path) -> None:
         sent["messages"][0]["content"][1]["uuid"] = "logo"
         assert sent == BODY | asked
     escaped = orjson.dumps(BODY | asked).replace(b'"uuid":"logo"}]', b'"\\u0075uid":"logo"}]')
-    tenant = tenants.of(CIMultiDict({"Authorization": "Bearer c"}))
-    sent = orjson.loads(parse(CHAT, escaped, tenant, NAMES).raw)
+    tenant = tenants.find(CIMultiDict({"Authorization": "Bearer c"}))
+    sent = orjson.loads(parse_request(CHAT, escaped, tenant, NAMES).raw)
     assert sent["messages"][0]["content"][1]["uuid"] == ids["c"]
 
 
 def test_transfers_are_for_operators(tmp_path: Path) -> None:
-    text = f"a: {{keys: ['{hashed('a')}']}}\nb: {{keys: ['{hashed('b')}'], operator: true}}"
+    text = f"a: {{keys: ['{hash_key('a')}']}}\nb: {{keys: ['{hash_key('b')}'], operator: true}}"
     tenants = tenants_of(tmp_path, text)
     for name in ("kv_transfer_params", "ec_transfer_params"):
         asked = {name: {"remote_block_ids": [1]}}
@@ -251,17 +252,17 @@ def test_transfers_are_for_operators(tmp_path: Path) -> None:
 def test_accounts_outlive_a_change(tmp_path: Path) -> None:
     made = []
 
-    def new_account(limits: Limits) -> Account:
+    def new_account(limits: Limits) -> RateLimiter:
         made.append(limits)
-        return Account(limits)
+        return RateLimiter(limits)
 
     file = tmp_path / "t.yaml"
     file.write_text(f"a: {{keys: ['{HASH}'], max_requests: 1}}")
     tenants = Tenants(Section(file=file), new_account)
-    tenants.accounts["a"].enter()
-    file.write_text(f"a: {{keys: ['{hashed('other' * 9)}'], max_requests: 2}}")
+    tenants.limiters["a"].acquire()
+    file.write_text(f"a: {{keys: ['{hash_key('other' * 9)}'], max_requests: 2}}")
     tenants.use(tenants.read())
     assert made == [Limits(max_requests=1)]
-    assert tenants.accounts["a"].active == 1
-    assert tenants.of(CIMultiDict({"Authorization": f"Bearer {'k' * 20}"})) is None
-    assert tenants.of(CIMultiDict({"Authorization": f"Bearer {'other' * 9}"})) is not None
+    assert tenants.limiters["a"].active == 1
+    assert tenants.find(CIMultiDict({"Authorization": f"Bearer {'k' * 20}"})) is None
+    assert tenants.find(CIMultiDict({"Authorization": f"Bearer {'other' * 9}"})) is not None

@@ -13,13 +13,13 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from server.auth.tenants import Record
+from server.auth.tenants import TenantRecord
 from server.cache import build
 from server.cli import main
 from server.config.base import ConfigError, Section
 from server.config.environment import choices
 from server.config.load import load
-from server.config.schema import Config, SharedTier, Tiers
+from server.config.schema import Config, SharedTierConfig, TiersConfig
 from server.config.yaml_loader import EMPTY
 from tests.server.conftest import prepare
 from tiers.disk import MIN_BYTES, DiskCache
@@ -229,7 +229,7 @@ def parts(annotation: Any) -> Iterator[Any]:
 
 FIELDS = [
     (section, name, field.annotation)
-    for section in dict.fromkeys([*sections(), *sections(Record)])
+    for section in dict.fromkeys([*sections(), *sections(TenantRecord)])
     for name, field in section.model_fields.items()
 ]
 
@@ -313,18 +313,20 @@ def test_a_shared_tier_is_named_by_a_url(tmp_path: Path, url: str) -> None:
     assert config.tiers.shared is not None
     assert config.tiers.shared.url == url
     chain, _ = build(
-        config.model_copy(update={"tiers": Tiers(disk=None, shared=SharedTier(url=url))})
+        config.model_copy(
+            update={"tiers": TiersConfig(disk=None, shared=SharedTierConfig(url=url))}
+        )
     )
     assert [tier.name for tier in chain.tiers] == ["memory", "shared"]
 
 
 def test_files_for_tls_have_to_be_there(tmp_path: Path) -> None:
-    shared = SharedTier(url=f"rediss://h?ssl_ca_certs={tmp_path}/none.pem")
+    shared = SharedTierConfig(url=f"rediss://h?ssl_ca_certs={tmp_path}/none.pem")
     config = load(write(tmp_path, ""))
     with pytest.raises(
         ConfigError, match=r"tiers.shared.url: its TLS files can't be used: .*No such"
     ):
-        build(config.model_copy(update={"tiers": Tiers(disk=None, shared=shared)}))
+        build(config.model_copy(update={"tiers": TiersConfig(disk=None, shared=shared)}))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest_asyncio
 from aiohttp import web
 
 from server.config.base import ConfigError
-from server.config.models import Model
+from server.config.models import ModelConfig
 from server.engine.models import Models
 
 from .conftest import CHAT, Front, Upstream, answer, held, nothing_listed, question
@@ -402,14 +402,14 @@ async def test_what_tells_the_date_has_other_names_each_day(tmp_path: Path, monk
     (tmp_path / "dated/chat_template.jinja").write_text("{{ strftime_now('%d') }}")
     models = Models(
         {
-            "plain": Model(source=str(tmp_path / "plain")),
-            "dated": Model(source=str(tmp_path / "dated"), aliases=("d",)),
+            "plain": ModelConfig(source=str(tmp_path / "plain")),
+            "dated": ModelConfig(source=str(tmp_path / "dated"), aliases=("d",)),
         }
     )
     first, again, next_day = (models.names() for _ in range(3))
     assert first is again
-    assert first.find("plain") == next_day.find("plain")
-    assert first.find("d") == first.find("dated") != next_day.find("dated")
+    assert first.resolve("plain") == next_day.resolve("plain")
+    assert first.resolve("d") == first.resolve("dated") != next_day.resolve("dated")
     await models.close()
 
 
@@ -418,9 +418,9 @@ async def test_all_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         Models(
             {
-                "a": Model(source="./nowhere"),
-                "b": Model(source=str(tmp_path), adapters={"poet": "./none"}),
-                "c": Model(upstreams=("http://h",)),
+                "a": ModelConfig(source="./nowhere"),
+                "b": ModelConfig(source=str(tmp_path), adapters={"poet": "./none"}),
+                "c": ModelConfig(upstreams=("http://h",)),
             }
         )
     assert caught.value.mistakes == [
@@ -435,18 +435,22 @@ async def test_what_is_known_of_an_engine_is_part_of_what_its_names_mean() -> No
                {"tool_call_parser": "hermes"}, {"tool_call_parser": "qwen3_coder"}]  # fmt: skip
     models = Models(
         {
-            str(number): Model(upstreams=("http://h",), vllm=vllm)
+            str(number): ModelConfig(upstreams=("http://h",), vllm=vllm)
             for number, vllm in enumerate(options)
         }
     )
-    found = [models.names().find(str(number)) for number in range(len(options))]
+    found = [models.names().resolve(str(number)) for number in range(len(options))]
     unknown, plain, many, half, reasons, counts, wrapped, *calls = found
-    assert (unknown.is_vllm, unknown.has_one_parser) == (False, False)
+    assert (unknown.is_vllm, unknown.encodings_agree) == (False, False)
     assert not wrapped.is_vllm
-    assert (plain.is_vllm, plain.has_one_parser) == (True, True)
-    assert (reasons.is_vllm, reasons.has_one_parser) == (True, False)
-    assert (plain.counts_always, counts.counts_always, counts.has_one_parser) == (0, 1, 0)
-    assert [each.has_one_parser for each in calls] == [True, False]
+    assert (plain.is_vllm, plain.encodings_agree) == (True, True)
+    assert (reasons.is_vllm, reasons.encodings_agree) == (True, False)
+    assert (plain.always_counts_tokens, counts.always_counts_tokens, counts.encodings_agree) == (
+        0,
+        1,
+        0,
+    )
+    assert [each.encodings_agree for each in calls] == [True, False]
     # Their bodies differ in nothing that these options change.
     assert plain.identity == many.identity
     assert len({each.identity for each in (unknown, plain, half, reasons)}) == 4

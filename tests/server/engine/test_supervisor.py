@@ -18,7 +18,7 @@ import pytest
 import server.engine.supervisor
 import server.engine.upstream
 from server.config.base import ConfigError
-from server.config.models import Model
+from server.config.models import ModelConfig
 from server.engine.models import Models
 from server.engine.supervisor import Engine, EngineState, _flags, _log_lines
 from server.engine.weights import Weights
@@ -106,13 +106,13 @@ async def nothing() -> None:
     pass
 
 
-def supervised(name: str, model: Model, weights: Weights, loading: asyncio.Lock) -> Engine:
+def supervised(name: str, model: ModelConfig, weights: Weights, loading: asyncio.Lock) -> Engine:
     return Engine(name, model, weights, loading, before_start=nothing)
 
 
 @pytest.fixture
 async def engine(temporary: Path) -> AsyncIterator[Engine]:
-    model = Model.model_validate({"source": "weights", "engine": {"restart_max_delay_s": 5}})
+    model = ModelConfig.model_validate({"source": "weights", "engine": {"restart_max_delay_s": 5}})
     made = supervised("m", model, Weights("weights"), asyncio.Lock())
     yield made
     await made.upstream.close()
@@ -156,7 +156,7 @@ def test_args_become_vllms_options(args: dict, flags: list[str]) -> None:
 async def test_a_folder_with_too_long_a_path_is_said(monkeypatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * 90)
     with pytest.raises(ConfigError, match="TMPDIR"):
-        supervised("m", Model(source="w"), Weights("w"), asyncio.Lock())
+        supervised("m", ModelConfig(source="w"), Weights("w"), asyncio.Lock())
 
 
 async def test_delays_grow_up_to_the_maximum(engine: Engine, sleep: Sleep, caplog) -> None:
@@ -323,7 +323,7 @@ async def test_a_line_without_end_is_logged_in_pieces(caplog) -> None:
 async def test_engines_load_one_after_another(
     engine: Engine, children: Children, tmp_path: Path
 ) -> None:
-    other = supervised("other", Model(source="w"), Weights("w"), engine._loading)
+    other = supervised("other", ModelConfig(source="w"), Weights("w"), engine._loading)
     script = CHILD.format(port=children.port)
     async with running(engine, script), children.next(), running(other, script):
         await asyncio.sleep(0)
@@ -338,7 +338,7 @@ async def test_engines_load_one_after_another(
 async def test_one_that_ends_gives_its_turn_up(
     engine: Engine, children: Children, sleep: Sleep
 ) -> None:
-    other = supervised("other", Model(source="w"), Weights("w"), engine._loading)
+    other = supervised("other", ModelConfig(source="w"), Weights("w"), engine._loading)
     async with running(engine, "raise SystemExit(3)"):
         await sleep.delays.get()
         async with running(other, CHILD.format(port=children.port)), children.next():
@@ -348,7 +348,7 @@ async def test_one_that_ends_gives_its_turn_up(
 
 async def test_vllm_is_told_of_names_and_adapters(temporary: Path, monkeypatch) -> None:
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
-    model = Model.model_validate(
+    model = ModelConfig.model_validate(
         {"source": "w", "aliases": ["a"], "engine": {"args": {"max_lora_rank": 8}}}
     )
     weights = Weights("w", adapters={"a,b=c": temporary})
@@ -365,7 +365,7 @@ async def test_an_engine_has_a_home_where_its_user_has_none(monkeypatch) -> None
     monkeypatch.setenv("HOME", "/")
     homes = []
     for _ in range(2):
-        made = supervised("m", Model(source="s"), Weights("s"), asyncio.Lock())
+        made = supervised("m", ModelConfig(source="s"), Weights("s"), asyncio.Lock())
         homes.append((made._env["HOME"], str(made.folder)))
         await made.upstream.close()
         monkeypatch.delenv("HOME", raising=False)
@@ -381,7 +381,7 @@ async def test_each_start_tells_anew_what_gives_the_answers(
     template = tmp_path / "chat.jinja"
     template.write_text("one")
     args = {"chat_template": str(template)}
-    described = Model.model_validate({"source": str(tmp_path), "engine": {"args": args}})
+    described = ModelConfig.model_validate({"source": str(tmp_path), "engine": {"args": args}})
     models = Models({"m": described})
     (model,) = models.all
     assert model.engine is not None
@@ -393,7 +393,7 @@ async def test_each_start_tells_anew_what_gives_the_answers(
         assert models.names() is before
         sleep.go_on.release()
         await sleep.delays.get()
-        after = models.names().find("m").identity
+        after = models.names().resolve("m").identity
     assert re.search(r" \d{4}-\d\d-\d\d$", after)
-    assert after.rpartition(" ")[0] != before.find("m").identity
+    assert after.rpartition(" ")[0] != before.resolve("m").identity
     await models.close()

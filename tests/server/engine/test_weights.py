@@ -8,11 +8,11 @@ import huggingface_hub.constants
 import pytest
 
 from server.config.base import ConfigError
-from server.config.models import Model
+from server.config.models import ModelConfig
 from server.engine.identity import adapted, fingerprint, identity, tells_time
 from server.engine.weights import Weights, locate
 
-MODEL = Model(source="s")
+MODEL = ModelConfig(source="s")
 
 
 @pytest.fixture
@@ -23,13 +23,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_folder_is_itself(folder: Path) -> None:
-    assert locate("m", Model(source=str(folder))) == Weights(str(folder))
+    assert locate("m", ModelConfig(source=str(folder))) == Weights(str(folder))
 
 
 def test_where_a_link_leads_later_is_no_matter(folder: Path, tmp_path_factory) -> None:
     link = tmp_path_factory.mktemp("linked") / "current"
     link.symlink_to(folder)
-    assert locate("m", Model(source=str(link))) == Weights(str(folder))
+    assert locate("m", ModelConfig(source=str(link))) == Weights(str(folder))
 
 
 def test_other_weights_are_known_by_another_name(folder: Path) -> None:
@@ -53,12 +53,13 @@ def test_the_name_of_the_folder_does_not_matter(folder: Path) -> None:
 def test_options_that_change_output_are_known(folder: Path) -> None:
     def known(**args) -> str:
         return identity(
-            Model.model_validate({"source": "s", "engine": {"args": args}}), Weights(str(folder))
+            ModelConfig.model_validate({"source": "s", "engine": {"args": args}}),
+            Weights(str(folder)),
         )
 
     assert known() != known(dtype="float32")
     assert known() == known(max_num_seqs=3)
-    assert known() != identity(Model(source="s", version="2"), Weights(str(folder)))
+    assert known() != identity(ModelConfig(source="s", version="2"), Weights(str(folder)))
 
 
 def test_files_that_options_name_are_known_by_their_content(folder: Path, tmp_path: Path) -> None:
@@ -66,7 +67,7 @@ def test_files_that_options_name_are_known_by_their_content(folder: Path, tmp_pa
     template.write_text("a")
     args = {"chat_template": str(template), "default_mm_loras": {"audio": str(template)}}
     for name, value in args.items():
-        model = Model.model_validate({"source": "s", "engine": {"args": {name: value}}})
+        model = ModelConfig.model_validate({"source": "s", "engine": {"args": {name: value}}})
         template.write_text("a")
         before = identity(model, Weights(str(folder / "model.safetensors")))
         template.write_text("b")
@@ -76,7 +77,8 @@ def test_files_that_options_name_are_known_by_their_content(folder: Path, tmp_pa
 def test_the_engines_environment_is_known(folder: Path) -> None:
     def known(**env) -> str:
         return identity(
-            Model.model_validate({"source": "s", "engine": {"env": env}}), Weights(str(folder))
+            ModelConfig.model_validate({"source": "s", "engine": {"env": env}}),
+            Weights(str(folder)),
         )
 
     assert known() != known(VLLM_ATTENTION_BACKEND="x")
@@ -102,7 +104,7 @@ def test_an_adapter_is_known_by_its_content(folder: Path, tmp_path_factory) -> N
         adapters[name] = tmp_path_factory.mktemp(name)
         (adapters[name] / "adapter_config.json").write_text("{}")
         (adapters[name] / "adapter_model.safetensors").write_text("a")
-    model = Model(source=str(folder), adapters={n: str(path) for n, path in adapters.items()})
+    model = ModelConfig(source=str(folder), adapters={n: str(path) for n, path in adapters.items()})
     base, one, other = known(None), known("one"), known("other")
     assert base == identity(MODEL, Weights(str(folder)))
     assert one == other != base
@@ -112,7 +114,7 @@ def test_an_adapter_is_known_by_its_content(folder: Path, tmp_path_factory) -> N
 
 
 def test_an_adapter_that_somebody_else_runs_is_known_by_its_source() -> None:
-    model = Model(upstreams=("http://h",), adapters={"one": "v1", "other": "v2"})
+    model = ModelConfig(upstreams=("http://h",), adapters={"one": "v1", "other": "v2"})
     base = identity(model, None)
     assert len({base, *(adapted(base, name, model, None) for name in ("one", "other"))}) == 3
 
@@ -126,9 +128,9 @@ def test_a_hubs_adapter_is_a_folder_too(folder: Path, tmp_path_factory, monkeypa
     (snapshot / "adapter_config.json").write_text("{}")
     (hub / "models--some--adapter/refs").mkdir()
     (hub / "models--some--adapter/refs/main").write_text("a" * 40)
-    model = Model(source=str(folder), adapters={"poet": "some/adapter"})
+    model = ModelConfig(source=str(folder), adapters={"poet": "some/adapter"})
     assert locate("m", model).adapters == {"poet": snapshot}
-    missing = Model(source=str(folder), adapters={"poet": "some/other"})
+    missing = ModelConfig(source=str(folder), adapters={"poet": "some/other"})
     with pytest.raises(ConfigError, match=r"^models.m.adapters.poet: some/other can't be had from"):
         locate("m", missing)
 
@@ -142,9 +144,9 @@ def test_a_hubs_model_is_pinned_to_the_local_commit(tmp_path: Path, monkeypatch)
     (repository / "refs/main").write_text(commit)
     (repository / "snapshots" / commit).mkdir(parents=True)
     (repository / "snapshots" / commit / "config.json").write_text("{}")
-    model = Model(source="some/model")
+    model = ModelConfig(source="some/model")
     assert locate("m", model) == Weights("some/model", commit)
-    assert locate("m", Model(source="some/other")) == Weights("some/other", None)
+    assert locate("m", ModelConfig(source="some/other")) == Weights("some/other", None)
     known = identity(MODEL, locate("m", model))
     assert commit in known
     assert known != identity(MODEL, Weights("some/model", "f" * 40))
@@ -162,7 +164,7 @@ def test_a_hubs_model_is_pinned_to_the_local_commit(tmp_path: Path, monkeypatch)
 def test_what_is_no_model_is_said(tmp_path: Path, monkeypatch, source: str, said: str) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(ConfigError, match=said):
-        locate("m", Model(source=source.format(empty=tmp_path)))
+        locate("m", ModelConfig(source=source.format(empty=tmp_path)))
 
 
 def test_serve_says_it_and_ends(tmp_path: Path) -> None:

@@ -283,7 +283,7 @@ async def test_cut_streams_end_with_an_error_and_are_not_stored(
     assert len(upstream.asked) == 2
 
 
-FLAT = [path for path, route in ROUTES.items() if route.by_nature]
+FLAT = [path for path, route in ROUTES.items() if route.deterministic]
 
 
 @pytest.mark.parametrize("path", FLAT)

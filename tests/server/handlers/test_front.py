@@ -862,7 +862,7 @@ async def plant(front: Front, asked: dict, stored_at: float, ttl_s: float) -> No
         max_answer_bytes=10_000,
         clock=clock,
     )
-    answer = Answer(Form.BODY, template.template(body("old")))
+    answer = Answer(Form.BODY, template.json_template(body("old")))
     assert await chain.store(front.key(asked), answer, Freshness(ttl_s))
     await chain.close()
 

@@ -8,7 +8,7 @@ import orjson
 import pytest
 from aiohttp import web
 
-from server.auth.tenants import tenant_of
+from server.auth.tenants import open_tenant
 from tiers import DiskCache, Purges
 
 from .conftest import ROLE, WHOLE, Front, Upstream, body, chunk, question, stream
@@ -30,7 +30,7 @@ async def test_a_purge_elsewhere_is_a_miss_at_once(
     front: Front, upstream: Upstream, stream_it: bool
 ) -> None:
     secret = {"Authorization": "Bearer é-secret"}
-    tenant = tenant_of("Bearer é-secret").name
+    tenant = open_tenant("Bearer é-secret").name
     asked = question(cache={"tags": ["a b", "ü"]}, stream=stream_it)
     labels = ["model:m", f"tenant:{tenant}", "tag:a b", "tag:ü", "all"]
     others = ["model:n", "tenant:anonymous", "tag:a", "key:none"]

@@ -11,7 +11,7 @@ import pytest_asyncio
 import yaml
 from aiohttp import web
 
-from server.config.secrets import hashed, new_key
+from server.config.secrets import hash_key, new_key
 from tests.server.conftest import CHAT, ROLE, WHOLE, answer, body, chunk, question, running, stream
 from tests.servers import free_port
 
@@ -85,7 +85,7 @@ async def visit(chromium, request) -> AsyncIterator[Visit]:
 async def guarded(_upstream, tmp_path_factory):
     """A server with two tenants and an admin port, which pages of the upstream's may ask."""
     folder = tmp_path_factory.mktemp("browser")
-    tenants = {"acme": {"keys": [hashed(KEY)]}, "globex": {"keys": [hashed(OTHER_KEY)]}}
+    tenants = {"acme": {"keys": [hash_key(KEY)]}, "globex": {"keys": [hash_key(OTHER_KEY)]}}
     (folder / "tenants.yaml").write_text(yaml.safe_dump(tenants))
     port = free_port()
     sections = {

@@ -14,7 +14,7 @@ import requests
 from aiohttp import web
 from schemathesis import Case, Response
 
-from server.config.secrets import hashed, new_key
+from server.config.secrets import hash_key, new_key
 from server.protocol.routes import ROUTES, Route
 from tests.openapi import RIGHT, check, operations, requests_of, send
 
@@ -54,7 +54,7 @@ def described(route: Route) -> dict:
 async def front(_upstream: Upstream, tmp_path_factory) -> AsyncIterator[Front]:
     """A server with a tenant, who may ask for anything."""
     folder = tmp_path_factory.mktemp("contract")
-    tenant = {"keys": [hashed(KEY)], "operator": True}
+    tenant = {"keys": [hash_key(KEY)], "operator": True}
     (folder / "tenants.json").write_bytes(orjson.dumps({"us": tenant}))
     admin = {"port": free_port(), "key": ADMIN_KEY}
     sections = {"tenants": {"file": "tenants.json"}, "admin": admin}

@@ -7,7 +7,7 @@ import pytest
 from aiohttp import web
 
 from server.pages.openapi import document
-from server.protocol.cache_field import SCHEMA, read
+from server.protocol.cache_field import SCHEMA, parse_cache_field
 from server.protocol.errors import BadRequestError
 from server.protocol.routes import ROUTES
 from tests.server.conftest import CHAT, Upstream, alike, answer, body, question, running
@@ -236,21 +236,21 @@ async def test_what_it_says_of_answers_is_true(front, upstream) -> None:
 def test_the_field_cache_is_described_as_it_is_read() -> None:
     parts = SCHEMA["properties"]
     for name in parts:
-        assert read({name: None}) == read(None)
+        assert parse_cache_field({name: None}) == parse_cache_field(None)
     ttl, tags, variants = parts["ttl"], parts["tags"], parts["variants"]
     longest = "x" * tags["items"]["maxLength"]
     right = [{"mode": mode} for mode in parts["mode"]["enum"]]
     right += [{"ttl": ttl["maximum"]}, {"tags": [longest] * tags["maxItems"]}]
     right += [{"variants": variants["minimum"]}, {"variants": variants["maximum"]}]
     for field in right:
-        read(field)
+        parse_cache_field(field)
     wrong = [{"mode": "other"}, {"other": 1}, {"ttl": ttl["exclusiveMinimum"]}, {"tags": [""]}]
     wrong += [{"ttl": ttl["maximum"] + 1}, {"tags": [longest + "x"]}]
     wrong += [{"tags": ["x"] * (tags["maxItems"] + 1)}, {"variants": variants["minimum"] - 1}]
     wrong += [{"variants": variants["maximum"] + 1}]
     for field in wrong:
         with pytest.raises(BadRequestError):
-            read(field)
+            parse_cache_field(field)
 
 
 def test_routes_that_no_engine_has_are_not_told() -> None:

@@ -8,7 +8,7 @@ import pytest_asyncio
 import yaml
 
 import server.pages
-from server.config.secrets import hashed, new_key
+from server.config.secrets import hash_key, new_key
 from tests.server.conftest import question, running
 from tests.servers import free_port
 
@@ -27,7 +27,7 @@ def bearer(key: str) -> dict[str, str]:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def guarded(_upstream, tmp_path_factory):
     folder = tmp_path_factory.mktemp("guarded")
-    given = {name: {"keys": [hashed(key)]} for name, key in KEYS.items()}
+    given = {name: {"keys": [hash_key(key)]} for name, key in KEYS.items()}
     given["ops"]["operator"] = True
     (folder / "tenants.yaml").write_text(yaml.safe_dump(given))
     port = free_port()
@@ -128,5 +128,5 @@ async def test_the_configuration_is_shown_without_secrets(guarded) -> None:
     async with guarded.session.get(f"{guarded.admin}/config", headers=bearer(ADMIN_KEY)) as reply:
         text = await reply.text()
         assert (await reply.json())["tiers"]["promote_after"] == 2
-    for secret in (ADMIN_KEY, hashed(ADMIN_KEY), "sk-of-the-engine"):
+    for secret in (ADMIN_KEY, hash_key(ADMIN_KEY), "sk-of-the-engine"):
         assert secret not in text

@@ -6,35 +6,35 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.protocol.cache_control import Control, control_of
+from server.protocol.cache_control import CacheControl, parse_cache_control
 from tiers import Answer, Entry, Form, State
 
 
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ("", Control()),
-        ("no-cache", Control(no_cache=True)),
-        ("No-Store , ONLY-IF-CACHED", Control(no_store=True, only_if_cached=True)),
-        ("max-age=60", Control(max_age_s=60)),
-        ('max-age="60",min-fresh = 5', Control(max_age_s=60, min_fresh_s=5)),
-        ("max-stale", Control(max_stale_s=inf)),
-        ("max-stale=30, max-stale=90", Control(max_stale_s=30)),
-        ("max-age=-1", Control(max_age_s=0)),
-        ("max-age=", Control(max_age_s=0)),
-        ("min-fresh=soon", Control(min_fresh_s=inf)),
-        ("max-stale=soon", Control(max_stale_s=0)),
-        ('private="no-cache", x-no-store=1', Control()),
-        (',,=;"', Control()),
+        ("", CacheControl()),
+        ("no-cache", CacheControl(no_cache=True)),
+        ("No-Store , ONLY-IF-CACHED", CacheControl(no_store=True, only_if_cached=True)),
+        ("max-age=60", CacheControl(max_age_s=60)),
+        ('max-age="60",min-fresh = 5', CacheControl(max_age_s=60, min_fresh_s=5)),
+        ("max-stale", CacheControl(max_stale_s=inf)),
+        ("max-stale=30, max-stale=90", CacheControl(max_stale_s=30)),
+        ("max-age=-1", CacheControl(max_age_s=0)),
+        ("max-age=", CacheControl(max_age_s=0)),
+        ("min-fresh=soon", CacheControl(min_fresh_s=inf)),
+        ("max-stale=soon", CacheControl(max_stale_s=0)),
+        ('private="no-cache", x-no-store=1', CacheControl()),
+        (',,=;"', CacheControl()),
     ],
 )
-def test_directives(value: str, expected: Control) -> None:
-    assert control_of(value) == expected
+def test_directives(value: str, expected: CacheControl) -> None:
+    assert parse_cache_control(value) == expected
 
 
 @given(st.text())
 def test_any_text_is_read(value: str) -> None:
-    assert isinstance(control_of(value), Control)
+    assert isinstance(parse_cache_control(value), CacheControl)
 
 
 FRESH, STALE, FALLBACK = 50, 130, 180
@@ -64,7 +64,9 @@ FRESH, STALE, FALLBACK = 50, 130, 180
 def test_what_is_taken(value: str, takes: set[int]) -> None:
     # Stored at 0, fresh until 100, given while a new one is made until 150.
     entry = Entry(Answer(Form.BODY, b""), 0, 100, 0, 50, 1000)
-    control = control_of(value)
-    ages = {age for age in (FRESH, STALE, FALLBACK) if control.takes(entry, entry.state(age), age)}
+    control = parse_cache_control(value)
+    ages = {
+        age for age in (FRESH, STALE, FALLBACK) if control.accepts(entry, entry.state(age), age)
+    }
     assert ages == takes
-    assert entry.state(FALLBACK) is State.FALLBACK
+    assert entry.state(FALLBACK) is State.STALE_IF_ERROR

@@ -6,8 +6,8 @@ import orjson
 import pytest
 from aiohttp import web
 
-from server.protocol.cache_control import Control
-from server.protocol.cache_field import CacheField, read
+from server.protocol.cache_control import CacheControl
+from server.protocol.cache_field import CacheField, parse_cache_field
 from server.protocol.errors import BadRequestError
 from tests.server.conftest import Front, Upstream, body, counting, question
 
@@ -24,12 +24,12 @@ CHANCE = {"temperature": 1}
         ({"mode": None, "ttl": None, "tags": None, "variants": None}, CacheField()),
         ({"mode": "default"}, CacheField()),
         ({"mode": "use", "variants": 3}, CacheField(use=True, variants=3)),
-        ({"mode": "no-cache"}, CacheField(control=Control(no_cache=True))),
+        ({"mode": "no-cache"}, CacheField(control=CacheControl(no_cache=True))),
         ({"ttl": 1.5, "tags": ["a", "b"]}, CacheField(ttl_s=1.5, tags=("a", "b"))),
     ],
 )
 async def test_parts(given: Any, expected: CacheField) -> None:
-    assert read(given) == expected
+    assert parse_cache_field(given) == expected
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ async def test_parts(given: Any, expected: CacheField) -> None:
 )
 async def test_mistakes_are_named(given: Any, param: str, says: str) -> None:
     with pytest.raises(BadRequestError, match=says) as raised:
-        read(given)
+        parse_cache_field(given)
     assert raised.value.param == param
 
 

@@ -25,28 +25,30 @@ END = {"index": 0, "delta": {}, "finish_reason": "stop"}
 def body_of(message=SAYS, /, *, choice=None, **more) -> Answer:
     made = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
     parsed = HEAD | {"choices": [made | (choice or {})], "usage": USAGE} | more
-    return Answer(Form.BODY, template.template(parsed))
+    return Answer(Form.BODY, template.json_template(parsed))
 
 
 def events_of(*choices: dict, counts=COUNTS, head=CHUNK, **more) -> Answer:
     chunks = [head | {"choices": [choice]} | more for choice in choices]
     return Answer(
-        Form.EVENTS, b"".join(map(template.event, chunks)), template.event(head | counts | more)
+        Form.EVENTS,
+        b"".join(map(template.sse_event, chunks)),
+        template.sse_event(head | counts | more),
     )
 
 
 def rendered(content: bytes) -> bytes:
-    return template.fill(content, b"new", 7)
+    return template.fill_marks(content, b"new", 7)
 
 
 def body_made_of(answer: Answer) -> dict:
-    return orjson.loads(rendered(convert.as_form(answer, Form.BODY).content))
+    return orjson.loads(rendered(convert.convert(answer, Form.BODY).content))
 
 
 @pytest.mark.parametrize("text", ["hi\n\nthere", ""])
 def test_a_body_survives_becoming_events(text: str) -> None:
     message = {"role": "assistant", "content": text}
-    events = convert.as_form(body_of(message, system_fingerprint="fp"), Form.EVENTS)
+    events = convert.convert(body_of(message, system_fingerprint="fp"), Form.EVENTS)
     again = body_made_of(events)
     (choice,) = again["choices"]
     # The rest is there as null, as vLLM has it.
@@ -58,19 +60,19 @@ def test_a_body_survives_becoming_events(text: str) -> None:
     )
     assert (again["id"], again["created"], again["object"]) == ("new", 7, "chat.completion")
     assert again["system_fingerprint"] == "fp"
-    assert convert.as_form(convert.as_form(events, Form.BODY), Form.EVENTS) == events
+    assert convert.convert(convert.convert(events, Form.BODY), Form.EVENTS) == events
 
 
 def test_only_the_outer_id_and_created_are_fresh() -> None:
     inner = {"role": "assistant", "content": '"id":"x","created":1', "tool_calls": [CALL]}
     parsed = HEAD | {"choices": [{"message": inner}]}
-    made = orjson.loads(rendered(template.template(parsed)))
+    made = orjson.loads(rendered(template.json_template(parsed)))
     assert made == parsed | {"id": "new", "created": 7}
 
 
 def test_what_looks_like_a_mark_in_a_text_is_none() -> None:
     content = b'{"id":"\x00","created":\x01,"x":"\\u0000"}'
-    assert template.fill(content, b"abc", 5) == b'{"id":"abc","created":5,"x":"\\u0000"}'
+    assert template.fill_marks(content, b"abc", 5) == b'{"id":"abc","created":5,"x":"\\u0000"}'
 
 
 def test_text_completions_join() -> None:
@@ -110,7 +112,7 @@ chat = partial(events_of, ROLE)
     "answer",
     [
         Answer(Form.EVENTS, b""),
-        Answer(Form.EVENTS, b"", template.event(CHUNK | COUNTS)),
+        Answer(Form.EVENTS, b"", template.sse_event(CHUNK | COUNTS)),
         # No role, none with its text, or two.
         events_of(HI, END),
         events_of(ROLE | {"delta": SAYS}, END),
@@ -125,12 +127,12 @@ chat = partial(events_of, ROLE)
         events_of({name: ROLE[name] for name in ("delta",)}, END),
         Answer(
             Form.EVENTS,
-            template.event(CHUNK | {"choices": [ROLE, ROLE | {"index": 1}]}),
-            template.event(CHUNK | COUNTS),
+            template.sse_event(CHUNK | {"choices": [ROLE, ROLE | {"index": 1}]}),
+            template.sse_event(CHUNK | COUNTS),
         ),
         # As Azure begins a stream.
         events_of()._replace(
-            content=template.event(CHUNK | {"choices": [], "model": ""}) + chat(END).content
+            content=template.sse_event(CHUNK | {"choices": [], "model": ""}) + chat(END).content
         ),
         # What is more than text.
         chat(says(tool_calls=[{"index": 0, "id": "call_a", "function": {"name": "f"}}]), END),
@@ -185,13 +187,13 @@ chat = partial(events_of, ROLE)
 def test_what_has_no_other_form_is_said(answer: Answer) -> None:
     other = Form.BODY if answer.form is Form.EVENTS else Form.EVENTS
     with pytest.raises(convert.NotConvertibleError):
-        convert.as_form(answer, other)
+        convert.convert(answer, other)
 
 
 def test_the_fingerprint_is_where_vllm_puts_it() -> None:
-    events = convert.as_form(body_of(system_fingerprint="fp"), Form.EVENTS)
+    events = convert.convert(body_of(system_fingerprint="fp"), Form.EVENTS)
     for wants_usage in (False, True):
-        content = template.counted(events.content, wants_usage=wants_usage)
+        content = template.strip_usage_marks(events.content, wants_usage=wants_usage)
         chunks = [orjson.loads(rendered(part)[6:]) for part in content.split(b"\n\n") if part]
         fingerprints = [chunk.get("system_fingerprint") for chunk in chunks]
         assert fingerprints == [None, None if wants_usage else "fp"]

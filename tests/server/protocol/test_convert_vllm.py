@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import orjson
 import pytest
 
-from server.handlers.recording import record
+from server.handlers.recording import record_answer
 from server.protocol import convert
 from server.protocol.formats import CHOICES
 from server.protocol.routes import PLAIN_PARSERS
@@ -69,7 +69,7 @@ async def recorded(raw: bytes, form: Form) -> Answer:
     async def publish(_: bytes) -> None:
         pass
 
-    answer, finished = await record(Reply(raw, form), CHOICES, form, publish, 1_000_000)
+    answer, finished = await record_answer(Reply(raw, form), CHOICES, form, publish, 1_000_000)
     assert finished
     return answer
 
@@ -210,9 +210,9 @@ async def test_either_form_becomes_vllms_other(vllm, route: str, case: Case) -> 
     body = await recorded(await body_of(vllm, route, case), Form.BODY)
     for at_once in (True, False):
         events = await recorded(await stream_of(vllm, route, case, at_once=at_once), Form.EVENTS)
-        assert convert.as_form(events, Form.BODY) == body
+        assert convert.convert(events, Form.BODY) == body
     events = await recorded(await stream_of(vllm, route, case, at_once=True), Form.EVENTS)
-    assert convert.as_form(body, Form.EVENTS) == events
+    assert convert.convert(body, Form.EVENTS) == events
 
 
 def test_all_fields_of_vllms_are_known(vllm) -> None:

@@ -10,20 +10,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.auth.tenants import tenant_of
-from server.protocol.model_names import Names
-from server.protocol.request import Request, parse
+from server.auth.tenants import open_tenant
+from server.protocol.model_names import ModelNames
+from server.protocol.request import ParsedRequest, parse_request
 from server.protocol.routes import ROUTES
 from tests.server.conftest import of_vllm
 
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
-MODELS = Names({"m": of_vllm("m")})
+MODELS = ModelNames({"m": of_vllm("m")})
 SAID = {"messages": [{"role": "user", "content": "hi"}]}
 
 
-def request(path: str, body: dict[str, Any] | bytes) -> Request:
+def request(path: str, body: dict[str, Any] | bytes) -> ParsedRequest:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return parse(path, raw, tenant_of(""), MODELS)
+    return parse_request(path, raw, open_tenant(""), MODELS)
 
 
 TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=5)
@@ -39,7 +39,7 @@ JSON = st.recursive(
 )
 ROUTE = ROUTES[CHAT]
 STRICT = "thinking_token_budget"
-KNOWN = sorted({*ROUTE.defaults, *ROUTE.irrelevant, *ROUTE.alike_in_both_forms, "stream"})
+KNOWN = sorted({*ROUTE.defaults, *ROUTE.ignored, *ROUTE.same_in_both_encodings, "stream"})
 NAMES = st.sampled_from(KNOWN) | TEXTS.filter(lambda name: name != "cache")
 BODIES = st.dictionaries(NAMES, JSON, max_size=6).map(
     # No other model is there.
@@ -81,7 +81,7 @@ def _dumped(body: dict[str, Any]) -> bytes:
 
 
 def _relevant(body: dict[str, Any]) -> str:
-    ignored = set(ROUTE.irrelevant) | set(ROUTE.defaults) | {"stream", "stream_options", "model"}
+    ignored = set(ROUTE.ignored) | set(ROUTE.defaults) | {"stream", "stream_options", "model"}
     return json.dumps({n: _number(v) for n, v in body.items() if n not in ignored}, sort_keys=True)
 
 

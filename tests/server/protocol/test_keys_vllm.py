@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticUndefined
 
-from server.protocol.messages import heard
+from server.protocol.messages import without_ignored_fields
 from server.protocol.routes import ROUTES
 
 from .test_keys import CHAT, RESPONSES, SAID, TEXT, request
@@ -166,7 +166,7 @@ def default(field: Any) -> Any:
 
 
 def may_be_left_out(path: str, name: str, value: Any) -> bool:
-    if name in IRRELEVANT.get(path, ()) and isinstance(value, ROUTES[path].irrelevant[name]):
+    if name in IRRELEVANT.get(path, ()) and isinstance(value, ROUTES[path].ignored[name]):
         return True
     equal = ROUTES[path].defaults.get(name, ())
     return any(value == each and type(value) is type(each) for each in equal)
@@ -221,11 +221,11 @@ def test_nothing_is_left_out_that_no_class_has(path: str) -> None:
     route = ROUTES[path]
     fields = [made.load().model_fields for made in CLASSES if made.path == path]
     known = {name for each in fields for name in each}
-    takes_any = {name for name, types in route.irrelevant.items() if types is object}
-    assert route.irrelevant.keys() - takes_any == IRRELEVANT.get(path, set())
+    takes_any = {name for name, types in route.ignored.items() if types is object}
+    assert route.ignored.keys() - takes_any == IRRELEVANT.get(path, set())
     assert route.defaults.keys() <= known
     # What no class knows is taken whatever it is, and nobody reads it.
-    assert takes_any == route.irrelevant.keys() - known
+    assert takes_any == route.ignored.keys() - known
     for name, equal in route.defaults.items():
         for each in fields:
             assert name not in each or default(each[name]) in equal, name
@@ -239,7 +239,7 @@ def test_all_routes_are_compared() -> None:
 def test_every_field_is_judged(path: str) -> None:
     """A field that a new vLLM brings is kept, until somebody says what it does."""
     known = {name for made in CLASSES if made.path == path for name in made.load().model_fields}
-    judged = {*ROUTES[path].irrelevant, *ROUTES[path].defaults, *KEPT[path]}
+    judged = {*ROUTES[path].ignored, *ROUTES[path].defaults, *KEPT[path]}
     assert known - judged == ({"stream"} if ROUTES[path].streams else set())
     assert KEPT[path] <= known
 
@@ -288,7 +288,7 @@ def understood(made: Made, body: dict[str, Any]) -> dict[str, Any] | None:
         fields = made.load().model_validate(json.loads(request(made.path, body).raw))
     except (*refusals(), AttributeError, TypeError):
         return None
-    uncounted = {*route.irrelevant, "request_id", "stream", "stream_options"}
+    uncounted = {*route.ignored, "request_id", "stream", "stream_options"}
     return {
         name: value
         for name, value in fields.model_dump(warnings=False).items()
@@ -309,13 +309,13 @@ def agree(made: Made, bodies: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("made", CLASSES, ids=lambda made: made.name)
 def test_what_has_one_key_is_refused_or_taken_alike(made: Made) -> None:
-    for name in {*made.load().model_fields, *ROUTES[made.path].irrelevant} - {"model", "messages"}:
+    for name in {*made.load().model_fields, *ROUTES[made.path].ignored} - {"model", "messages"}:
         agree(made, [made.body, *(made.body | {name: value} for value in EDGES)])
 
 
 @pytest.mark.parametrize("made", CLASSES[:4], ids=lambda made: made.name)
 def test_what_has_one_key_is_refused_or_taken_alike_whatever_else_it_says(made: Made) -> None:
-    names = sorted({*made.load().model_fields, *ROUTES[made.path].irrelevant} - {"messages"})
+    names = sorted({*made.load().model_fields, *ROUTES[made.path].ignored} - {"messages"})
     said = st.dictionaries(
         st.sampled_from(names) | st.sampled_from(["stream", "stream_options"]),
         st.sampled_from(EDGES),
@@ -404,9 +404,9 @@ def test_what_is_not_heard_of_messages_is_not_in_their_chat(made: Made) -> None:
         return made_of_it.model_dump(exclude={"request_id"}, warnings=False)
 
     def tried(body: dict[str, Any], merges: bool) -> bool:
-        left = heard(body)
+        left = without_ignored_fields(body)
         assert chat(body, merges=merges) == chat(left, merges=merges), body
-        assert heard(left) == left
+        assert without_ignored_fields(left) == left
         return left != body and chat(body, merges=merges) is not None
 
     for odd in ODD:

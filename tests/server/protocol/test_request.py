@@ -5,11 +5,11 @@ from functools import cache
 import orjson
 import pytest
 
-from server.auth.tenants import tenant_of
+from server.auth.tenants import open_tenant
 from server.protocol.errors import BadRequestError
-from server.protocol.model_names import Names, UnknownModelError
-from server.protocol.request import Request, parse
-from server.protocol.routes import keeps_responses
+from server.protocol.model_names import ModelNames, UnknownModelError
+from server.protocol.request import ParsedRequest, parse_request
+from server.protocol.routes import engine_keeps_responses
 from tests.server.conftest import of_vllm
 
 CHAT = "/v1/chat/completions"
@@ -18,14 +18,14 @@ BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "temperat
 
 
 @cache
-def names(identity: str) -> Names:
+def names(identity: str) -> ModelNames:
     meanings = {"m": "m", "other": "other", "alias": "m", "poet": "poet"}
-    return Names({asked: of_vllm(name, identity) for asked, name in meanings.items()})
+    return ModelNames({asked: of_vllm(name, identity) for asked, name in meanings.items()})
 
 
-def request(body, *, scope: str = "", identity: str = "i", path: str = CHAT) -> Request:
+def request(body, *, scope: str = "", identity: str = "i", path: str = CHAT) -> ParsedRequest:
     raw = body if isinstance(body, bytes) else orjson.dumps(body)
-    return parse(path, raw, tenant_of(scope), names(identity))
+    return parse_request(path, raw, open_tenant(scope), names(identity))
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,11 @@ def test_other_key(change) -> None:
     assert request(BODY | change).key != request(BODY).key
 
 
-def of_unknown_engine(body, path: str = CHAT, headers: Headers = ()) -> Request:
-    named = of_vllm("m", "i", is_vllm=False, has_one_parser=False)
-    return parse(path, orjson.dumps(body), tenant_of(""), Names({"m": named}), headers)
+def of_unknown_engine(body, path: str = CHAT, headers: Headers = ()) -> ParsedRequest:
+    named = of_vllm("m", "i", is_vllm=False, encodings_agree=False)
+    return parse_request(
+        path, orjson.dumps(body), open_tenant(""), ModelNames({"m": named}), headers
+    )
 
 
 def claude_code(number: int, **more) -> dict:
@@ -135,7 +137,10 @@ def test_messages_name_a_model(asked) -> None:
 def test_headers_count_where_we_do_not_know_who_hears_them() -> None:
     betas = [(("anthropic-beta", beta),) for beta in ("a", "b")]
     assert len({of_unknown_engine(BODY, headers=beta).key for beta in betas}) == 2
-    known = {parse(CHAT, orjson.dumps(BODY), tenant_of(""), names("i"), beta).key for beta in betas}
+    known = {
+        parse_request(CHAT, orjson.dumps(BODY), open_tenant(""), names("i"), beta).key
+        for beta in betas
+    }
     assert known == {request(BODY).key}
 
 
@@ -184,15 +189,17 @@ def test_an_engine_that_we_do_not_know_may_keep_answers(path, store, is_repeatab
     ],
 )
 def test_forms_are_apart_where_parsers_may_differ(has_one_parser: bool, more: dict) -> None:
-    named = Names({"m": of_vllm("m", "i", has_one_parser=has_one_parser)})
+    named = ModelNames({"m": of_vllm("m", "i", encodings_agree=has_one_parser)})
     forms = [BODY | more, BODY | more | {"stream": True}, BODY | more | {"stream": False}]
-    body, events, said = (parse(CHAT, orjson.dumps(f), tenant_of(""), named).key for f in forms)
+    body, events, said = (
+        parse_request(CHAT, orjson.dumps(f), open_tenant(""), named).key for f in forms
+    )
     assert body == said != events
 
 
 def test_an_engine_may_count_for_everybody() -> None:
-    named = Names({"m": of_vllm("m", "i", counts_always=True)})
-    asked = parse(CHAT, orjson.dumps(BODY | {"stream": True}), tenant_of(""), named)
+    named = ModelNames({"m": of_vllm("m", "i", always_counts_tokens=True)})
+    asked = parse_request(CHAT, orjson.dumps(BODY | {"stream": True}), open_tenant(""), named)
     assert (asked.wants_usage, orjson.loads(asked.body)) == (True, BODY | {"stream": True})
 
 
@@ -299,8 +306,8 @@ def test_refuses_what_is_not_an_object(raw: bytes) -> None:
 
 def test_which_engines_keep_responses() -> None:
     name = "VLLM_ENABLE_RESPONSES_API_STORE"
-    assert not keeps_responses(({}, {name: "0"}))
-    assert keeps_responses(({}, {name: "1"}))
+    assert not engine_keeps_responses(({}, {name: "0"}))
+    assert engine_keeps_responses(({}, {name: "1"}))
 
 
 @pytest.mark.parametrize(

@@ -10,18 +10,18 @@ import pytest
 
 from server.cli import main
 from server.config.base import ConfigError
-from server.config.schema import Cache, Config, MemoryTier, Tiers
+from server.config.schema import CacheConfig, Config, MemoryTierConfig, TiersConfig
 from server.simulation import references
 from server.simulation.prefix_report import PrefixReuse, measure, reuse
 from server.simulation.recommend import recommend
 from server.simulation.simulate import limit, memory_overhead_bytes, simulate
-from server.simulation.traces import Request, Trace, TraceError, read
+from server.simulation.traces import Trace, TraceError, TraceRequest, read
 from tests.tiers.policies.replay import SEED_EXAMPLE, count_hits, count_hits_of_optimum
-from tiers import Write, digest
+from tiers import WritePolicy, digest
 from tiers.policies import POLICIES
 
 DATA = Path("tests/data")
-SEED = Trace("seed", [Request(f"user{user}", 1) for user in SEED_EXAMPLE])
+SEED = Trace("seed", [TraceRequest(f"user{user}", 1) for user in SEED_EXAMPLE])
 NEEDS_LIBCACHESIM = pytest.mark.skipif(
     not references.is_installed(), reason="libcachesim isn't installed"
 )
@@ -30,8 +30,8 @@ NEEDS_LIBCACHESIM = pytest.mark.skipif(
 def memory_for(entries: int, size: int, policy: str = "lru", **cache: object) -> Config:
     """Return a memory tier that has room for so many entries of one size, and no disk."""
     max_bytes = entries * (size + memory_overhead_bytes(policy))
-    memory = MemoryTier.model_construct(max_bytes=max_bytes, policy=policy)
-    return Config(tiers=Tiers(memory=memory, disk=None), cache=Cache(**cache))
+    memory = MemoryTierConfig.model_construct(max_bytes=max_bytes, policy=policy)
+    return Config(tiers=TiersConfig(memory=memory, disk=None), cache=CacheConfig(**cache))
 
 
 def write(tmp_path: Path, name: str, text: str) -> Path:
@@ -65,7 +65,7 @@ def test_memory_finds_what_its_policy_alone_would(policy: str) -> None:
     cost = 500 + memory_overhead_bytes(policy)
     alone = POLICIES[policy].within(20 * cost)
     hits = count_hits(alone, [digest(key.encode()) for key in keys], cost)
-    trace = Trace("short", [Request(key, 500) for key in keys])
+    trace = Trace("short", [TraceRequest(key, 500) for key in keys])
     assert simulate(memory_for(20, 500, policy), trace).result.hits == hits > 20
 
 
@@ -94,7 +94,7 @@ def test_references_have_no_least_room(policy: str, cost: int, max_bytes: int) -
 def test_disk_answers_what_memory_evicted() -> None:
     config = memory_for(1, 10)
     config = limit(config, SEED, None, "1MiB")
-    trace = Trace("ab", [Request(key, 10, tokens=3) for key in "ABABA"])
+    trace = Trace("ab", [TraceRequest(key, 10, tokens=3) for key in "ABABA"])
     replay = simulate(config, trace)
     memory, disk = replay.result.tiers
     # A, asked for twice, beats B; then B doesn't beat A.
@@ -108,8 +108,8 @@ def test_disk_answers_what_memory_evicted() -> None:
 
 def test_what_memory_evicts_is_demoted_before_the_next_request() -> None:
     config = limit(memory_for(1, 10), SEED, None, "1MiB")
-    tiers = config.tiers.model_copy(update={"write": Write.ON_EVICT})
-    trace = Trace("abc", [Request(key, 10) for key in "ABCA"])
+    tiers = config.tiers.model_copy(update={"write": WritePolicy.ON_EVICT})
+    trace = Trace("abc", [TraceRequest(key, 10) for key in "ABCA"])
     replay = simulate(config.model_copy(update={"tiers": tiers}), trace)
     assert list(replay.answered_by) == [2, 2, 2, 1]
     # C, too, since A was promoted in its place.
@@ -118,7 +118,7 @@ def test_what_memory_evicts_is_demoted_before_the_next_request() -> None:
 
 def test_virtual_time_makes_entries_expire() -> None:
     times = [1000, 1009, 1011, 1012, 1005]
-    trace = Trace("a", [Request("A", 10, at_s=at_s) for at_s in times])
+    trace = Trace("a", [TraceRequest("A", 10, at_s=at_s) for at_s in times])
     replay = simulate(memory_for(3, 10, ttl_s=10, ttl_jitter=0), trace)
     # The last one came out of order, and time doesn't run backwards.
     assert list(replay.answered_by) == [1, 0, 1, 0, 0]
@@ -126,7 +126,7 @@ def test_virtual_time_makes_entries_expire() -> None:
 
 
 def test_stale_answers_are_given_out_and_renewed() -> None:
-    trace = Trace("a", [Request("A", 10, at_s, 1) for at_s in (0, 11, 12)])
+    trace = Trace("a", [TraceRequest("A", 10, at_s, 1) for at_s in (0, 11, 12)])
     config = memory_for(3, 10, ttl_s=10, ttl_jitter=0, stale_while_revalidate_s=5)
     replay = simulate(config, trace)
     assert list(replay.answered_by) == [1, 0, 0]
@@ -137,7 +137,10 @@ def test_stale_answers_are_given_out_and_renewed() -> None:
 
 
 def test_limits_are_sizes_or_shares_of_the_footprint() -> None:
-    trace = Trace("big", [Request("A", 4 * 1024**2), Request("A", 1), Request("B", 4 * 1024**2)])
+    trace = Trace(
+        "big",
+        [TraceRequest("A", 4 * 1024**2), TraceRequest("A", 1), TraceRequest("B", 4 * 1024**2)],
+    )
     tiers = limit(Config(), trace, "10%", "2MiB").tiers
     assert tiers.memory is not None
     assert tiers.disk is not None
@@ -186,7 +189,7 @@ def test_wrong_limits_are_mistakes(memory: str | None, disk: str | None, said: s
 
 def test_prefixes_are_reused_from_their_beginning_only() -> None:
     prompts = [(1, 2, 3), (1, 2, 4), (9, 2, 3), (1, 2, 3)]
-    trace = Trace("p", [Request(str(blocks), 1, blocks=blocks) for blocks in prompts])
+    trace = Trace("p", [TraceRequest(str(blocks), 1, blocks=blocks) for blocks in prompts])
     assert reuse(trace, "lru", 100) == PrefixReuse("lru", 100, 12, 5, 5 / 12, 5 * 512)
     # Of (1, 2, 3) the end leaves first, so (1, 2) is there for the next one.
     assert reuse(Trace("p", trace.requests[:2]), "lru", 2).reused == 2
@@ -197,29 +200,31 @@ def test_prefixes_are_reused_from_their_beginning_only() -> None:
 def test_recommends_the_size_beyond_which_more_buys_little() -> None:
     # Two keys are asked for again and again, and a hundred once.
     keys = [key for number in range(100) for key in ("A", f"once{number}", "B")]
-    found = recommend(memory_for(1, 1), Trace("k", [Request(key, 1000) for key in keys]))
+    found = recommend(memory_for(1, 1), Trace("k", [TraceRequest(key, 1000) for key in keys]))
     assert [point.hits for point in found.curve][-1] == 198
     assert all(left.max_bytes < right.max_bytes for left, right in pairwise(found.curve))
     enough = next(point for point in found.curve if point.max_bytes == found.max_bytes)
     assert enough.hits == 198
     assert found.curve[found.curve.index(enough) - 1].hits < 198
-    never = recommend(memory_for(1, 1), Trace("k", [Request("A", 1)]))
+    never = recommend(memory_for(1, 1), Trace("k", [TraceRequest("A", 1)]))
     assert never.curve[-1].hits == 0
 
 
 def test_reads_keys_and_sizes(tmp_path: Path) -> None:
-    expected = [Request("a,b", 10, 1.5, 7), Request("2", 20, 2.0, 0)]
+    expected = [TraceRequest("a,b", 10, 1.5, 7), TraceRequest("2", 20, 2.0, 0)]
     rows = 'tokens,key,size,time\n7,"a,b",10,1.5\n,2,20,2\n'
     assert read(write(tmp_path, "t.csv", rows)) == Trace("t", expected)
     lines = '{"key":"a,b","size":10,"time":1.5,"tokens":7}\n\n{"key":2,"size":20,"time":2}\n'
     assert read(write(tmp_path, "t.jsonl", lines)) == Trace("t", expected)
     # As spreadsheets write it.
-    assert read(write(tmp_path, "t.csv", "\ufeffkey,size\nx,1\n")).requests == [Request("x", 1)]
+    assert read(write(tmp_path, "t.csv", "\ufeffkey,size\nx,1\n")).requests == [
+        TraceRequest("x", 1)
+    ]
 
 
 def test_reads_block_storage(tmp_path: Path) -> None:
     file = write(tmp_path, "t.csv", "version,time,op,size,lbn\n1,5633898,2a,512,42932745\n")
-    assert read(file).requests == [Request("42932745", 512, 5633898)]
+    assert read(file).requests == [TraceRequest("42932745", 512, 5633898)]
 
 
 def test_reads_azure() -> None:

@@ -14,9 +14,9 @@ notes = st.lists(
 def test_the_last_day_is_told(given_: list[tuple[int, str, int]], later: int) -> None:
     history, given_ = History(), sorted(given_)
     for step, tier, tokens in given_:
-        history.note(step * STEP_S + 1, tier, tokens, tokens / 2)
+        history.add(step * STEP_S + 1, tier, tokens, tokens / 2)
     now = (given_[-1][0] if given_ else 1) + later
-    told = history.told(now * STEP_S + 2)
+    told = history.report(now * STEP_S + 2)
     first = max(now - STEPS + 1, given_[0][0]) if given_ else now + 1
     shown = range(first, now + 1)
     assert told["ends_at"] == (now + 1) * STEP_S
@@ -30,11 +30,11 @@ def test_the_last_day_is_told(given_: list[tuple[int, str, int]], later: int) ->
 
 def test_a_clock_that_is_set_back_counts_on() -> None:
     history = History()
-    history.note(10 * DAY_S, "memory", 1, 1)
-    history.note(9 * DAY_S, "memory", 1, 1)
-    assert history.told(9 * DAY_S)["answered"] == {"memory": [2]}
+    history.add(10 * DAY_S, "memory", 1, 1)
+    history.add(9 * DAY_S, "memory", 1, 1)
+    assert history.report(9 * DAY_S)["answered"] == {"memory": [2]}
 
 
 def test_nothing_is_told_of_nothing() -> None:
-    told = History().told(10 * DAY_S)
+    told = History().report(10 * DAY_S)
     assert (told["answered"], told["tokens_saved"], told["seconds_saved"]) == ({}, [], [])

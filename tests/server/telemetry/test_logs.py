@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 import server.telemetry.logs
-from server.config.schema import Log
+from server.config.schema import LogConfig
 from server.telemetry.logs import AccessLog, LogStream, configure
 
 
@@ -115,7 +115,7 @@ def test_lines_have_the_form_that_is_configured(
 ) -> None:
     target = io.BytesIO()
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(buffer=target, isatty=lambda: terminal))
-    log = Log(format=form, level="warning")
+    log = LogConfig(format=form, level="warning")
     stream = configure(log)
     logging.getLogger("a.b").info("not said")
     logging.getLogger("a.b").warning("two\nlines %d", 7, extra={"request_id": "id-7"})
@@ -135,7 +135,7 @@ async def access_lines(form: str, *accesses: tuple, level: str = "info") -> list
     target = io.BytesIO()
     stream = LogStream(target)
     logging.root.setLevel(level.upper())
-    log = AccessLog(Log(format=form), stream)
+    log = AccessLog(LogConfig(format=form), stream)
     for each in accesses:
         log.add(*each)
     log.flush()

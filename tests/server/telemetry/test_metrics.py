@@ -9,7 +9,7 @@ from server.engine.supervisor import EngineState
 from server.telemetry.metrics import _BOUNDS_S, Metrics
 from tiers import Chain, DiskCache, FrequencySketch, MemoryCache, Purges, Tier
 from tiers.shared.purges import SharedPurges
-from tiers.singleflight.turns import Waits
+from tiers.singleflight.turns import LockStats
 from tiers.tier import Counts
 
 MISS = {"model": "m", "tier": "engine", "outcome": "miss"}
@@ -19,7 +19,7 @@ def made(
     *tiers: Tier,
     models=(),
     dropped=lambda: 0,
-    waits: Waits | None = None,
+    waits: LockStats | None = None,
     **options,
 ) -> Metrics:
     chain = Chain(tiers, frequency=FrequencySketch(1), max_answer_bytes=1, **options)
@@ -29,7 +29,7 @@ def made(
         dropped=dropped,
         accounts=dict,
         turned_away=int,
-        waits=waits or Waits(),
+        waits=waits or LockStats(),
     )
 
 
@@ -149,7 +149,7 @@ def test_the_engine_is_in_one_state(state: EngineState) -> None:
 
 
 def test_waits_for_another_process_are_told() -> None:
-    waits = Waits(waiting=5, answered=1, took_over=2, gave_up=3, aborted=4)
+    waits = LockStats(waiting=5, answered=1, took_over=2, gave_up=3, aborted=4)
     metrics = made(waits=waits)
     assert value(metrics, "flights_waiting") == 5
     ends = ("answered", "took_over", "gave_up", "aborted")

@@ -11,11 +11,11 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.auth.tenants import Tenant, tenant_of
-from server.config.secrets import hashed, new_key
+from server.auth.tenants import Tenant, open_tenant
+from server.config.secrets import hash_key, new_key
 from server.protocol.errors import BadRequestError
-from server.protocol.model_names import Names
-from server.protocol.request import parse
+from server.protocol.model_names import ModelNames
+from server.protocol.request import parse_request
 from server.telemetry.prefixes import Prefixes
 from tests.server.conftest import (
     CHAT,
@@ -29,7 +29,7 @@ from tests.server.conftest import (
 )
 from tests.servers import free_port
 
-NAMES = Names({"m": of_vllm("m", "of m"), "n": of_vllm("n", "of n")})
+NAMES = ModelNames({"m": of_vllm("m", "of m"), "n": of_vllm("n", "of n")})
 SYSTEM = {"role": "system", "content": "You are a patient support bot. " * 8}
 TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}]
 DAY_S = 86400
@@ -44,10 +44,10 @@ class Counting:
 
     def ask(self, asked: dict, counts: bytes = b"", path: str = CHAT, tenant: str = "acme") -> None:
         of = Tenant(tenant, tenant.encode(), salt=f"of {tenant}")
-        self.prefixes.note(parse(path, orjson.dumps(asked), of, NAMES), counts)
+        self.prefixes.note(parse_request(path, orjson.dumps(asked), of, NAMES), counts)
 
     def told(self) -> list[dict]:
-        return self.prefixes.told()["prefixes"]
+        return self.prefixes.report()["prefixes"]
 
 
 def chat(*messages: dict | str, **more) -> dict:
@@ -259,14 +259,14 @@ bodies = st.fixed_dictionaries(
 def test_no_request_is_too_odd(asked: dict, path: str) -> None:
     raw = json.dumps(asked | {"model": "m"}).encode()
     try:
-        request = parse(path, raw, tenant_of(""), NAMES)
+        request = parse_request(path, raw, open_tenant(""), NAMES)
     except BadRequestError:
         # A lone surrogate.
         return
     prefixes = Prefixes(lambda: 0)
     for _ in range(2):
         prefixes.note(request, b"")
-    told = prefixes.told()["prefixes"]
+    told = prefixes.report()["prefixes"]
     assert len(told) <= 1
     assert all(len(each["preview"]) <= 161 for each in told)
 
@@ -277,8 +277,8 @@ def test_a_large_body_may_be_cut_anywhere(text: str, more: int) -> None:
     padding = "x" * (32 * 1024 - 120 + more)
     for end in "ab":
         asked = orjson.dumps(chat(SYSTEM, padding[: -len(text) or None] + text * 20, end))
-        prefixes.note(parse(CHAT, asked, tenant_of(""), NAMES), b"")
-    (told,) = prefixes.told()["prefixes"]
+        prefixes.note(parse_request(CHAT, asked, open_tenant(""), NAMES), b"")
+    (told,) = prefixes.report()["prefixes"]
     assert (told["requests"], told["characters"]) == (2, 16384)
 
 
@@ -305,7 +305,7 @@ async def counting_engine(http: web.Request) -> web.StreamResponse:
 async def test_an_administrator_sees_what_engines_were_asked(upstream, tmp_path) -> None:
     upstream.handler = counting_engine
     given_ = {
-        name: {"keys": [hashed(key)], "operator": name == "ops"} for name, key in KEYS.items()
+        name: {"keys": [hash_key(key)], "operator": name == "ops"} for name, key in KEYS.items()
     }
     (tmp_path / "tenants.yaml").write_text(yaml.safe_dump(given_))
     port = free_port()

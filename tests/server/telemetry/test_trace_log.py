@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 
 from server.config.base import ConfigError
-from server.simulation.traces import Request, read
+from server.simulation.traces import TraceRequest, read
 from server.telemetry.trace_log import TraceLog, earlier
 from tiers import Answer, Form
 
@@ -100,10 +100,10 @@ async def test_its_lines_are_requests(tmp_path: Path) -> None:
         "model": '"\\ud800\n', "tier": "memory", "outcome": "hit",
     }  # fmt: skip
     assert read(file).requests == [
-        Request("key0", len(ANSWER.content), 1e9, 7),
-        Request("key1", len(said), 1e9 + 1, 0),
-        Request("key2", 10 + len(usage), 1e9 + 2, 3),
-        Request("key3", len(message), 1e9 + 3, 5),
+        TraceRequest("key0", len(ANSWER.content), 1e9, 7),
+        TraceRequest("key1", len(said), 1e9 + 1, 0),
+        TraceRequest("key2", 10 + len(usage), 1e9 + 2, 3),
+        TraceRequest("key3", len(message), 1e9 + 3, 5),
     ]
 
 

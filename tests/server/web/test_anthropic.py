@@ -8,7 +8,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from server.config.secrets import hashed, new_key
+from server.config.secrets import hash_key, new_key
 
 from .conftest import CHAT, Front, Upstream, running, stream
 from .test_surface import MESSAGES, message, message_events
@@ -25,8 +25,8 @@ ONLY_CACHED = {"Cache-Control": "only-if-cached"}
 async def front(_upstream: Upstream, tmp_path_factory) -> AsyncIterator[Front]:
     """A server with a tenant who may ask, and one who may ask once a minute."""
     folder = tmp_path_factory.mktemp("anthropic")
-    few = {"keys": [hashed(KEYS["few"])], "requests_per_minute": 1}
-    told = {"one": {"keys": [hashed(KEYS["one"])], "operator": True}, "few": few}
+    few = {"keys": [hash_key(KEYS["few"])], "requests_per_minute": 1}
+    told = {"one": {"keys": [hash_key(KEYS["one"])], "operator": True}, "few": few}
     (folder / "tenants.json").write_bytes(orjson.dumps(told))
     sections = {"tenants": {"file": "tenants.json"}, "server": {"client_timeout_s": 1}}
     async with running(folder, _upstream, sections=sections, headers=key("one")) as made:

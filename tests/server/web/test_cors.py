@@ -7,7 +7,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from server.config.secrets import hashed, new_key
+from server.config.secrets import hash_key, new_key
 
 from .conftest import CHAT, ROLE, Front, Upstream, answer, question, running, stream
 
@@ -35,7 +35,7 @@ async def shared(_upstream: Upstream, tmp_path_factory) -> AsyncIterator[Front]:
     folder = tmp_path_factory.mktemp("cors")
     sections = {
         "server": {"allowed_origins": [APP, "http://127.0.0.1:3000"]},
-        "tenants": {"key": hashed(KEY)},
+        "tenants": {"key": hash_key(KEY)},
     }
     async with running(folder, _upstream, sections=sections) as made:
         yield made
@@ -97,7 +97,7 @@ async def test_a_page_asks_first_and_needs_no_key_for_that(
 
 async def test_limits_and_an_engine_that_is_down_are_said_to_pages_too(tmp_path) -> None:
     tenants = tmp_path / "tenants.yaml"
-    tenants.write_text(f"a: {{keys: ['{hashed(KEY)}'], requests_per_minute: 1}}")
+    tenants.write_text(f"a: {{keys: ['{hash_key(KEY)}'], requests_per_minute: 1}}")
     upstream = Upstream()
     await upstream.start()
     sections = {"server": {"allowed_origins": ["*"]}, "tenants": {"file": str(tenants)}}

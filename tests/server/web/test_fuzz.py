@@ -18,7 +18,7 @@ from aiohttp import web
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.config.secrets import hashed, new_key
+from server.config.secrets import hash_key, new_key
 from server.protocol.routes import ROUTES
 
 from .conftest import CHAT, Front, Upstream, answer, question, running
@@ -46,7 +46,7 @@ async def front(_upstream: Upstream, tmp_path_factory) -> AsyncIterator[Front]:
     """A server with a tenant, who may ask for anything."""
     folder = tmp_path_factory.mktemp("fuzzed")
     (folder / "tenants.json").write_bytes(
-        orjson.dumps({"us": {"keys": [hashed(KEY)], "operator": True}})
+        orjson.dumps({"us": {"keys": [hash_key(KEY)], "operator": True}})
     )
     sections = {"tenants": {"file": "tenants.json"}}
     headers = {"Authorization": f"Bearer {KEY}"}
@@ -116,7 +116,7 @@ paths = st.sampled_from([*sorted(ROUTES), OTHERS])
 fields = st.sampled_from(
     sorted(
         {"cache", "model", "seed", "stream", "stream_options", "temperature", "uuid"}.union(
-            *((*r.defaults, *r.irrelevant, *r.media, *r.unrepeatable) for r in ROUTES.values())
+            *((*r.defaults, *r.ignored, *r.media, *r.unrepeatable) for r in ROUTES.values())
         )
     )
 )

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from server.cli import main
-from server.config.secrets import hashed, new_key
+from server.config.secrets import hash_key, new_key
 from tests.server.conftest import CHAT, Front, Upstream, alike, question
 from tests.servers import free_port
 
@@ -192,7 +192,7 @@ def mount(folder: Path, number: int) -> tuple[dict[str, str], bytes]:
     made.mkdir()
     (made / "config.yaml").write_bytes((folder / "config.yaml").read_bytes())
     key, shown = new_key(), certificate(made, f"number {number}")
-    (made / "tenants.yaml").write_text(f"acme: {{keys: ['{hashed(key)}']}}")
+    (made / "tenants.yaml").write_text(f"acme: {{keys: ['{hash_key(key)}']}}")
     (folder / "..next").symlink_to(made.name)
     (folder / "..next").replace(folder / "..data")
     for file in made.iterdir():

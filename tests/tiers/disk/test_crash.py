@@ -532,7 +532,10 @@ def store_and_look_up(connection: Connection, folder: Path) -> None:
         while True:
             if connection.recv() == "store":
                 await chain.store(
-                    "k", Answer(Form.BODY, b"{}"), Freshness(3600), origin=chain.origin(LABELS)
+                    "k",
+                    Answer(Form.BODY, b"{}"),
+                    Freshness(3600),
+                    provenance=chain.provenance(LABELS),
                 )
             connection.send(await chain.lookup("k") is not None)
 
@@ -563,7 +566,7 @@ def purge_and_wait(connection: Connection, folder: Path, durability: Durability)
         chain = chain_on(folder, durability)
         for key in ("k", "other"):
             await chain.store(
-                key, Answer(Form.BODY, b"{}"), Freshness(3600), origin=chain.origin(LABELS)
+                key, Answer(Form.BODY, b"{}"), Freshness(3600), provenance=chain.provenance(LABELS)
             )
         await chain.purge("key:k")
         connection.send("purged")

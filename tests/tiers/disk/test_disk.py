@@ -21,7 +21,7 @@ from tiers import DiskCache
 from tiers.disk import Durability, check, compact
 from tiers.disk.file import DATA, DiskFile
 from tiers.disk.record_format import unpack_blob
-from tiers.disk.recovery import Opening
+from tiers.disk.recovery import Recovery
 from tiers.disk.transaction import Change
 from tiers.disk.verify import verify
 
@@ -574,7 +574,7 @@ async def test_those_of_another_pid_namespace_wait_until_the_file_is_closed(
 
 def test_who_has_died_elsewhere_is_not_waited_for(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("tiers.disk.opening._namespace", iter([1, 2, 2]).__next__)
-    first, second, third = (Opening(tmp_path, MIB, Clock()) for _ in range(3))
+    first, second, third = (Recovery(tmp_path, MIB, Clock()) for _ in range(3))
     assert first.try_now()
     assert not second.try_now()
     assert second.waits_for_others

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiers import DiskCache, Purges
-from tiers.disk import SealError, check, compact
-from tiers.disk.encryption import Seal
+from tiers.disk import EncryptionKeyError, check, compact
+from tiers.disk.encryption import Cipher
 from tiers.disk.file import DATA, DiskFile
 from tiers.disk.maintenance import verify
 from tiers.disk.record_format import pack, unpack
@@ -87,7 +87,7 @@ async def test_another_key_is_refused_and_nothing_lost(
     if not is_clean:
         (tmp_path / "clean").unlink()
     before = (tmp_path / DATA).read_bytes()
-    with pytest.raises(SealError, match=said):
+    with pytest.raises(EncryptionKeyError, match=said):
         await opened(then)
     if not is_clean:
         assert said in caplog.text
@@ -137,47 +137,47 @@ async def test_what_was_changed_without_the_key_is_a_miss(opened, tmp_path: Path
 async def test_purges_are_known_after_a_restart_and_name_nothing(opened, tmp_path) -> None:
     cache = await opened()
     purges = Purges(cache)
-    origin = purges.origin(["tag:top-secret-tag"])
+    origin = purges.provenance(["tag:top-secret-tag"])
     await purges.purge("tag:top-secret-tag")
     await cache.close()
     assert b"top-secret-tag" not in (tmp_path / DATA).read_bytes()
     again = await opened()
-    assert Purges(again).cover("k", origin)
+    assert Purges(again).is_purged("k", origin)
 
 
 async def test_an_unchanged_table_of_purges_is_opened_once(opened, monkeypatch) -> None:
     times = 0
-    unseal = Seal.open
+    unseal = Cipher.open
 
-    def counted(seal: Seal, name: bytes, sealed: bytes | memoryview) -> bytes:
+    def counted(seal: Cipher, name: bytes, sealed: bytes | memoryview) -> bytes:
         nonlocal times
         times += name == b"blob:blob:purges"
         return unseal(seal, name, sealed)
 
     cache, now = await opened(), 0.0
     here, elsewhere = (Purges(cache, monotonic=lambda: now) for _ in range(2))
-    origin = here.origin(["tag:a"])
+    origin = here.provenance(["tag:a"])
     await elsewhere.purge("tag:a")
-    monkeypatch.setattr(Seal, "open", counted)
+    monkeypatch.setattr(Cipher, "open", counted)
     for changes in (1, 2):
         for _ in range(5):
             now += FRESH_S
-            assert here.cover("k", origin)
+            assert here.is_purged("k", origin)
         assert times == changes
         monkeypatch.undo()
         await elsewhere.purge("tag:b")
-        monkeypatch.setattr(Seal, "open", counted)
+        monkeypatch.setattr(Cipher, "open", counted)
     now += FRESH_S
-    assert here.cover("k", origin._replace(packed_labels=b"tag:b"))
+    assert here.is_purged("k", origin._replace(packed_labels=b"tag:b"))
     assert times == 3
 
 
 @given(name=st.binary(), plain=st.binary(), number=st.none() | st.integers(0, 2**64 - 1))
 def test_a_seal_opens_only_as_it_was_made(name: bytes, plain: bytes, number: int | None) -> None:
-    seal = Seal(KEY)
+    seal = Cipher(KEY)
     kept = seal.begin()
     sealed = seal.seal(name, plain, number)
-    later = Seal(KEY)
+    later = Cipher(KEY)
     later.resume(kept)
     assert later.open(name, sealed) == plain
     assert seal.seal(name, plain, number) != sealed
@@ -189,5 +189,5 @@ def test_a_seal_opens_only_as_it_was_made(name: bytes, plain: bytes, number: int
     ):
         with pytest.raises(ValueError, match="not what was sealed"):
             later.open(wrong_name, wrong)
-    with pytest.raises(SealError):
-        Seal(OTHER_KEY).resume(kept)
+    with pytest.raises(EncryptionKeyError):
+        Cipher(OTHER_KEY).resume(kept)

@@ -8,18 +8,18 @@ import pytest
 
 from tiers import (
     Answer,
+    BackgroundWork,
     Chain,
-    Copies,
     Demotion,
     DiskCache,
     Form,
     FrequencySketch,
     Freshness,
     MemoryCache,
-    Movement,
     Purges,
     Tier,
-    Write,
+    Transfers,
+    WritePolicy,
 )  # fmt: skip
 from tiers.disk import Durability
 from tiers.disk.recovery import MARK
@@ -35,13 +35,13 @@ WEEK = Freshness(7 * 24 * 3600)
 class House:
     """A memory tier with room for two answers over a disk tier."""
 
-    def __init__(self, folder: Path, clock, *, write: Write = Write.ON_INSERT) -> None:
+    def __init__(self, folder: Path, clock, *, write: WritePolicy = WritePolicy.ON_INSERT) -> None:
         self.frequency = FrequencySketch(1024)
         self.disk = DiskCache(
             folder, 1 << 20, worth=lambda key, _: self.frequency.estimate(key), clock=clock
         )
         disk = Tier("disk", self.disk)
-        copies = Copies()
+        copies = Transfers()
         purges = Purges(self.disk, clock=clock)
         demotion = Demotion([disk], self.frequency, copies, purges, max_bytes=10_000, clock=clock)
         self.demotion = demotion
@@ -56,7 +56,7 @@ class House:
             write=write,
             clock=clock,
         )
-        self.movement = Movement(
+        self.movement = BackgroundWork(
             tiers, self.disk, self.frequency, demotion, purges, write=write, clock=clock
         )
 
@@ -96,7 +96,7 @@ async def test_a_promotion_has_to_beat_what_it_pushes_out(house: House) -> None:
 
 
 async def test_on_evict_writes_to_disk_what_memory_evicts(tmp_path: Path, clock) -> None:
-    house = House(tmp_path, clock, write=Write.ON_EVICT)
+    house = House(tmp_path, clock, write=WritePolicy.ON_EVICT)
     for key in "abc":
         await house.tier_of(key)
         await house.chain.store(key, ANSWER, WEEK)
@@ -111,7 +111,7 @@ async def test_on_evict_writes_to_disk_what_memory_evicts(tmp_path: Path, clock)
     await again.close()
 
 
-@pytest.mark.parametrize("write", Write)
+@pytest.mark.parametrize("write", WritePolicy)
 async def test_ends_while_the_file_is_still_being_verified(tmp_path: Path, clock, write) -> None:
     house = House(tmp_path, clock)
     await house.close()
@@ -120,11 +120,11 @@ async def test_ends_while_the_file_is_still_being_verified(tmp_path: Path, clock
     await house.movement.start()
     assert await house.chain.store("a", ANSWER, WEEK)
     await house.close()
-    assert not house.movement.remembered.is_set()
+    assert not house.movement.restored.is_set()
 
 
 async def test_what_is_too_cold_is_not_demoted(tmp_path: Path, clock) -> None:
-    house = House(tmp_path, clock, write=Write.ON_EVICT)
+    house = House(tmp_path, clock, write=WritePolicy.ON_EVICT)
     for key in "abc":
         await house.chain.store(key, ANSWER, WEEK)
     await house.demotion.finish()
@@ -151,7 +151,7 @@ async def test_demotion_is_bounded_and_keeps_what_is_newer(house: House) -> None
 async def test_a_restart_refills_memory_hottest_first(tmp_path: Path, clock) -> None:
     house = House(tmp_path, clock)
     await house.movement.start()
-    await house.movement.remembered.wait()
+    await house.movement.restored.wait()
     for key in "abcdef":
         await house.chain.store(key, ANSWER, WEEK)
     house.memory.max_bytes = 0
@@ -163,7 +163,7 @@ async def test_a_restart_refills_memory_hottest_first(tmp_path: Path, clock) -> 
     again = House(tmp_path, clock)
     assert again.frequency.estimate("e") == 0
     await again.movement.start()
-    await again.movement.remembered.wait()
+    await again.movement.restored.wait()
     assert again.frequency.estimate("e") == 4
     assert [again.memory.holds(key) for key in "abcdef"] == [False, True, False, False, True, False]
     await again.close()
@@ -172,7 +172,7 @@ async def test_a_restart_refills_memory_hottest_first(tmp_path: Path, clock) -> 
     await never_started.close()
     once_more = House(tmp_path, clock)
     await once_more.movement.start()
-    await once_more.movement.remembered.wait()
+    await once_more.movement.restored.wait()
     assert once_more.frequency.estimate("e") == 4
     await once_more.close()
 
@@ -197,10 +197,12 @@ async def test_refilling_memory_lets_others_run_by_count_and_by_bytes(tmp_path, 
 
 
 async def test_what_is_purged_is_neither_demoted_nor_refilled(tmp_path: Path, clock) -> None:
-    house = House(tmp_path, clock, write=Write.ON_EVICT)
+    house = House(tmp_path, clock, write=WritePolicy.ON_EVICT)
     for key in "abcd":
         await house.tier_of(key)
-        await house.chain.store(key, ANSWER, WEEK, origin=house.chain.origin([f"tag:{key}"]))
+        await house.chain.store(
+            key, ANSWER, WEEK, provenance=house.chain.provenance([f"tag:{key}"])
+        )
         await house.demotion.finish()
     assert [key for key in "abcd" if house.disk.holds(key)] == ["a", "b"]
     for key in "ac":
@@ -210,14 +212,14 @@ async def test_what_is_purged_is_neither_demoted_nor_refilled(tmp_path: Path, cl
     again = House(tmp_path, clock)
     assert [key for key in "abcd" if again.disk.holds(key)] == ["a", "b", "d"]
     await again.movement.start()
-    await again.movement.remembered.wait()
+    await again.movement.restored.wait()
     assert not again.memory.holds("a")
     assert [await again.tier_of(key) for key in "abcd"] == [None, "memory", None, "memory"]
     await again.close()
 
 
 async def test_at_the_end_the_hottest_are_written_first(tmp_path: Path, clock, monkeypatch) -> None:
-    house = House(tmp_path, clock, write=Write.ON_EVICT)
+    house = House(tmp_path, clock, write=WritePolicy.ON_EVICT)
     for key in "abc":
         await house.memory.set(key, ANSWER.content[:9], ttl=60)
     for key in "abb":
@@ -234,7 +236,7 @@ async def test_at_the_end_the_hottest_are_written_first(tmp_path: Path, clock, m
 
 
 async def test_on_evict_never_brings_back_an_older_answer(tmp_path: Path, clock) -> None:
-    house = House(tmp_path, clock, write=Write.ON_EVICT)
+    house = House(tmp_path, clock, write=WritePolicy.ON_EVICT)
     older, newer = Answer(Form.BODY, b"1" * 1800), Answer(Form.BODY, b"2" * 1800)
     for key in "abc":
         await house.tier_of(key)
@@ -254,7 +256,7 @@ async def test_on_evict_never_brings_back_an_older_answer(tmp_path: Path, clock)
 
 
 async def test_a_store_outdates_what_waits_to_be_demoted(tmp_path: Path, clock) -> None:
-    house = House(tmp_path, clock, write=Write.ON_EVICT)
+    house = House(tmp_path, clock, write=WritePolicy.ON_EVICT)
     for key in "abc":
         await house.tier_of(key)
         await house.chain.store(key, ANSWER, WEEK)
@@ -266,7 +268,7 @@ async def test_a_store_outdates_what_waits_to_be_demoted(tmp_path: Path, clock) 
 
 
 async def test_the_end_writes_many_entries_at_once(clock) -> None:
-    frequency, copies, remote = FrequencySketch(1024), Copies(), Remote(clock, delay=lambda: 1)
+    frequency, copies, remote = FrequencySketch(1024), Transfers(), Remote(clock, delay=lambda: 1)
     tier = Tier("remote", remote)
     demotion = Demotion([tier], frequency, copies, Purges(), max_bytes=10_000, clock=clock)
     entries = [(f"{number}", b"1", clock.now + number) for number in range(100)]
@@ -279,8 +281,10 @@ async def test_the_end_writes_many_entries_at_once(clock) -> None:
 
 async def test_a_chain_without_tiers_only_misses(clock) -> None:
     frequency, purges = FrequencySketch(1024), Purges(clock=clock)
-    demotion = Demotion([], frequency, Copies(), purges, max_bytes=0, clock=clock)
-    movement = Movement([], None, frequency, demotion, purges, write=Write.ON_EVICT, clock=clock)
+    demotion = Demotion([], frequency, Transfers(), purges, max_bytes=0, clock=clock)
+    movement = BackgroundWork(
+        [], None, frequency, demotion, purges, write=WritePolicy.ON_EVICT, clock=clock
+    )
     chain = Chain([], frequency=frequency, max_answer_bytes=10, clock=clock)
     await movement.start()
     assert not await chain.store("k", Answer(Form.BODY, b"{}"), WEEK)

@@ -16,14 +16,14 @@ from tiers import (
     FrequencySketch,
     Freshness,
     MemoryCache,
-    Origin,
+    Provenance,
     PurgeError,
     Purges,
     Tier,
 )  # fmt: skip
 from tiers.disk.recovery import LOCK
 from tiers.purges.table import ALL, MAX_BYTES, MAX_LABELS, PurgeTable, label
-from tiers.singleflight.flight import Flight, Flights
+from tiers.singleflight.flight import Flight, SingleFlight
 
 ANSWER = Answer(Form.BODY, b"{}")
 LABELS = ["all", "key:k", "model:m", "tenant:t", "tag:é", "tag:two words"]
@@ -31,8 +31,8 @@ tables = st.dictionaries(st.sampled_from(LABELS), st.integers(1, 20)).map(PurgeT
 
 
 def origin(generation: int, *labels: str) -> tuple[int, bytes]:
-    made = Origin.of(generation, labels)
-    return made.generation, made.packed_labels
+    made = Provenance.of(generation, labels)
+    return made.purge_epoch, made.packed_labels
 
 
 @given(tables, tables, tables)
@@ -73,7 +73,7 @@ def test_the_order_holds_however_the_clock_jumps(steps) -> None:
     for name, jump_us in steps:
         clock_us += jump_us
         made.append((name, table.latest, False))
-        table = table.stamped(clock_us, name)
+        table = table.with_purge(clock_us, name)
         made = [(own, at, gone or name in (own, ALL)) for own, at, gone in made]
         made.append((name, table.latest, False))
         for own, generation, gone in made:
@@ -86,7 +86,7 @@ def test_a_table_that_outgrows_its_bound_purges_everything_and_starts_anew() -> 
     sizes = []
     for number in range(200):
         before = table
-        table = table.stamped(number, f"key:{number}")
+        table = table.with_purge(number, f"key:{number}")
         sizes.append(len(table.pack()))
         if len(table) < len(before):
             assert table.purges("other", *origin(before.latest))
@@ -112,7 +112,7 @@ async def test_purges_by_key_model_tenant_tag_and_all(clock, tmp_path: Path) -> 
     labels = ["model:m", "tenant:t", "tag:a", "tag:b"]
     for purged in ["key:k", *labels, "all"]:
         for key, own in (("k", labels), ("other", ["model:n"])):
-            assert await chain.store(key, ANSWER, Freshness(60), origin=chain.origin(own))
+            assert await chain.store(key, ANSWER, Freshness(60), provenance=chain.provenance(own))
             assert await chain.lookup(key) is not None
         await chain.purge(purged)
         assert await chain.lookup("k") is None
@@ -147,10 +147,10 @@ async def test_many_labels_are_purged_in_one_step(clock, tmp_path: Path) -> None
 
 async def test_what_was_being_made_when_it_was_purged_is_not_stored(clock, tmp_path: Path) -> None:
     chain = chain_of(DiskCache(tmp_path, 1 << 20, clock=clock), clock)
-    begun = chain.origin(["model:m"])
+    begun = chain.provenance(["model:m"])
     await chain.purge("model:m")
-    assert not await chain.store("k", ANSWER, Freshness(60), origin=begun)
-    assert await chain.store("k", ANSWER, Freshness(60), origin=chain.origin(["model:m"]))
+    assert not await chain.store("k", ANSWER, Freshness(60), provenance=begun)
+    assert await chain.store("k", ANSWER, Freshness(60), provenance=chain.provenance(["model:m"]))
     assert await chain.lookup("k") is not None
     await chain.close()
 
@@ -161,7 +161,7 @@ async def test_says_what_a_label_should_be(clock, wrong: str) -> None:
     with pytest.raises(ValueError, match="a label should be all or one of key:…"):
         await purges.purge(wrong)
     with pytest.raises(ValueError, match="without a line's end"):
-        purges.origin(["a\nb"])
+        purges.provenance(["a\nb"])
 
 
 def test_a_label_is_printable_and_short() -> None:
@@ -187,7 +187,7 @@ async def test_a_key_of_any_length_is_purged_and_no_other(clock, tmp_path: Path)
 async def test_purges_outlive_a_restart_and_a_clock_set_back(clock, tmp_path: Path) -> None:
     chain = chain_of(DiskCache(tmp_path, 1 << 20, clock=clock), clock)
     await chain.purge("model:n")
-    await chain.store("k", ANSWER, Freshness(10**7), origin=chain.origin(["model:m"]))
+    await chain.store("k", ANSWER, Freshness(10**7), provenance=chain.provenance(["model:m"]))
     clock.now -= 900_000
     await chain.purge("model:m")
     await chain.close()
@@ -202,15 +202,15 @@ async def test_another_chain_on_the_file_sees_a_purge(clock, tmp_path: Path) -> 
     """Two chains here; that two processes do is tested with processes."""
     passed_s = 0.0
     one = chain_of(DiskCache(tmp_path, 1 << 20, clock=clock), clock)
-    await one.store("k", ANSWER, Freshness(60), origin=one.origin(["model:m"]))
+    await one.store("k", ANSWER, Freshness(60), provenance=one.provenance(["model:m"]))
     two = Purges(one.purges._disk, clock=clock, monotonic=lambda: passed_s)
-    entry = two.origin(["model:m"])
-    assert not two.cover("k", entry)
+    entry = two.provenance(["model:m"])
+    assert not two.is_purged("k", entry)
     await one.purge("model:m")
     passed_s = 0.019
-    assert not two.cover("k", entry)
+    assert not two.is_purged("k", entry)
     passed_s = 0.021
-    assert two.cover("k", entry)
+    assert two.is_purged("k", entry)
     await one.close()
 
 
@@ -218,7 +218,7 @@ async def test_a_damaged_table_purges_everything_for_good(clock, tmp_path: Path,
     disk = DiskCache(tmp_path, 1 << 20, clock=clock)
     chain = chain_of(disk, clock)
     await chain.purge("tag:old")
-    await chain.store("k", ANSWER, Freshness(60), origin=chain.origin())
+    await chain.store("k", ANSWER, Freshness(60), provenance=chain.provenance())
     await disk.save("purges", b"not a table")
     await chain.close()
     for _ in range(2):
@@ -235,7 +235,7 @@ async def test_a_damaged_table_purges_everything_for_good(clock, tmp_path: Path,
 
 async def test_what_can_not_be_told_is_a_miss_and_stored(clock, tmp_path, monkeypatch) -> None:
     chain = chain_of(DiskCache(tmp_path, 1 << 20, clock=clock), clock)
-    old = chain.origin(["tag:a"])
+    old = chain.provenance(["tag:a"])
     await chain.purge("tag:a")
 
     def failing(*args: object) -> bytes:
@@ -243,8 +243,8 @@ async def test_what_can_not_be_told_is_a_miss_and_stored(clock, tmp_path, monkey
 
     with monkeypatch.context() as blind:
         blind.setattr(DiskCache, "reload", failing)
-        assert not await chain.store("k", ANSWER, Freshness(60), origin=old)
-        assert await chain.store("k", ANSWER, Freshness(60), origin=chain.origin(["tag:a"]))
+        assert not await chain.store("k", ANSWER, Freshness(60), provenance=old)
+        assert await chain.store("k", ANSWER, Freshness(60), provenance=chain.provenance(["tag:a"]))
         assert await chain.lookup("k") is None
     assert await chain.lookup("k") is not None
     await chain.close()
@@ -255,14 +255,14 @@ async def test_requests_that_are_alike_join_before_the_file_is_open(clock, tmp_p
         fcntl.flock(lock, fcntl.LOCK_EX)
         disk = DiskCache(tmp_path, 1 << 20, clock=clock)
         purges, go = Purges(disk, clock=clock), asyncio.Event()
-        flights = Flights(max_bytes=100, purged=purges.cover)
+        flights = SingleFlight(max_bytes=100, purged=purges.is_purged)
 
         async def produce(flight: Flight) -> None:
             await go.wait()
             flight.end(ANSWER)
 
         joined = [
-            flights.join("k", Form.BODY, produce, purges.origin(["tag:a"]))[1] for _ in range(3)
+            flights.join("k", Form.BODY, produce, purges.provenance(["tag:a"]))[1] for _ in range(3)
         ]
         assert not disk.is_open
         assert joined == [False, True, True]
@@ -270,10 +270,10 @@ async def test_requests_that_are_alike_join_before_the_file_is_open(clock, tmp_p
     # What was purged before can't be told from what was purged since, so only this is left alone.
     for label_, joins in (("tag:b", True), ("tag:a", False)):
         await purges.purge(label_)
-        known = purges.origin(["tag:a"])
+        known = purges.provenance(["tag:a"])
         assert flights.join("k", Form.BODY, produce, known)[1] is joins
     go.set()
-    await flights.finish(60)
+    await flights.drain(60)
     await disk.close()
 
 
@@ -291,10 +291,10 @@ class Hanging(DiskCache):
 @pytest.mark.parametrize("kind", [Refusing, Hanging])
 async def test_says_when_a_purge_is_not_on_the_disk(clock, tmp_path: Path, kind) -> None:
     chain = chain_of(kind(tmp_path, 1 << 20, clock=clock), clock, deadline_s=0.01)
-    await chain.store("k", ANSWER, Freshness(60), origin=chain.origin(["tag:a"]))
+    await chain.store("k", ANSWER, Freshness(60), provenance=chain.provenance(["tag:a"]))
     with pytest.raises(PurgeError, match="it holds in this process"):
         await chain.purge("tag:a")
     assert await chain.lookup("k") is None
-    await chain.store("k", ANSWER, Freshness(60), origin=chain.origin(["tag:a"]))
+    await chain.store("k", ANSWER, Freshness(60), provenance=chain.provenance(["tag:a"]))
     assert await chain.lookup("k") is not None
     await chain.close()

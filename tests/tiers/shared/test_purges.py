@@ -63,12 +63,12 @@ async def test_what_one_machine_purges_no_other_gives_out(connect) -> None:
     clocks = [lambda: 2e9, lambda: 1e9, lambda: 3e9]
     one, two, three = (Machine(connect(), clock) for clock in clocks)
     for each in (one, two, three):
-        entry = [machine.purges.origin(["model:m"]) for machine in (one, two, three)]
+        entry = [machine.purges.provenance(["model:m"]) for machine in (one, two, three)]
         await each.shared.purge("model:m")
         for machine in (one, two, three):
             assert await machine.shared.sync()
-            assert all(machine.purges.cover("k", origin) for origin in entry)
-            assert not machine.purges.cover("k", machine.purges.origin(["model:m"]))
+            assert all(machine.purges.is_purged("k", origin) for origin in entry)
+            assert not machine.purges.is_purged("k", machine.purges.provenance(["model:m"]))
     assert one.purges.table == two.purges.table == three.purges.table
 
 
@@ -86,35 +86,35 @@ async def test_many_at_once_all_get_numbers_of_their_own(connect) -> None:
     machines = [Machine(connect(), lambda: 1.0) for _ in range(4)]
     for each in machines:
         await each.shared.sync()
-    entries = [each.purges.origin([f"tag:{n}"]) for n, each in enumerate(machines)]
+    entries = [each.purges.provenance([f"tag:{n}"]) for n, each in enumerate(machines)]
     await asyncio.gather(*(each.shared.purge(f"tag:{n}") for n, each in enumerate(machines)))
     for each in machines:
         assert await each.shared.sync()
-        assert all(each.purges.cover("k", entry) for entry in entries)
+        assert all(each.purges.is_purged("k", entry) for entry in entries)
         assert len(each.purges.table) == len(machines)
 
 
 async def test_a_server_that_lost_it_is_told_again(connect) -> None:
     one, two = Machine(connect(), lambda: 1.0), Machine(connect(), lambda: 1.0)
-    entry = two.purges.origin(["tag:a"])
+    entry = two.purges.provenance(["tag:a"])
     await one.shared.purge("tag:a")
     await connect().delete("purges")
     assert await two.shared.sync()
-    assert not two.purges.cover("k", entry)
+    assert not two.purges.is_purged("k", entry)
     assert await one.shared.sync()
     assert await two.shared.sync()
-    assert two.purges.cover("k", entry)
+    assert two.purges.is_purged("k", entry)
 
 
 async def test_what_cannot_be_read_purges_everything(connect) -> None:
     one, two = Machine(connect(), lambda: 1.0), Machine(connect(), lambda: 1.0)
-    entry = one.purges.origin()
+    entry = one.purges.provenance()
     await connect().set("purges", b"\xff not ours")
     assert await one.shared.sync()
     assert await two.shared.sync()
-    assert one.purges.cover("k", entry)
-    assert two.purges.cover("k", entry)
-    assert not two.purges.cover("k", two.purges.origin())
+    assert one.purges.is_purged("k", entry)
+    assert two.purges.is_purged("k", entry)
+    assert not two.purges.is_purged("k", two.purges.provenance())
 
 
 class Gone(aiocache.SimpleMemoryCache):
@@ -140,16 +140,16 @@ async def test_says_that_the_server_was_not_told_and_tells_it_later(kind, caplog
     server = kind(serializer=NullSerializer(encoding=None))
     one = Machine(server, lambda: 1.0, deadline_s=0.01)
     two = Machine(server, lambda: 1.0)
-    entry = one.purges.origin(["tag:a"])
+    entry = one.purges.provenance(["tag:a"])
     with pytest.raises(PurgeError, match="it holds on this machine"):
         await one.shared.purge("tag:a")
     assert not await one.shared.sync()
-    assert one.purges.cover("k", entry)
+    assert one.purges.is_purged("k", entry)
     assert one.shared.errors == 2
     server.is_gone = False
     assert await one.shared.sync()
     assert await two.shared.sync()
-    assert two.purges.cover("k", entry)
+    assert two.purges.is_purged("k", entry)
     assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
 
 
@@ -163,17 +163,17 @@ async def test_a_disk_that_is_not_open_holds_up_no_look(tmp_path, caplog) -> Non
         purges = Purges(disk, clock=lambda: 1.0)
         # Nothing ends but by itself.
         shared = SharedPurges(purges, server, every_s=0, deadline_s=3600)
-        entry = purges.origin(["tag:a", "tag:b"])
+        entry = purges.provenance(["tag:a", "tag:b"])
         for tag in ("tag:a", "tag:b"):
             await other.shared.purge(tag)
             assert await asyncio.wait_for(shared.sync(), 60)
         assert not disk.is_open
         assert len(purges._tasks) == 1
-        assert purges.cover("k", entry)
+        assert purges.is_purged("k", entry)
         assert (shared.errors, caplog.records) == (0, [])
     await disk.opened()
     await purges.close()
-    assert Purges(disk).origin().generation == purges.table.latest
+    assert Purges(disk).provenance().purge_epoch == purges.table.latest
     await disk.close()
 
 

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from tiers import Answer, Flight, Flights, Form, Origin
+from tiers import Answer, Flight, Form, Provenance, SingleFlight
 
 ANSWER = Answer(Form.EVENTS, b"")
 
@@ -15,7 +15,7 @@ async def read(listener) -> list[bytes]:
 
 
 async def test_many_listeners_share_one_generation() -> None:
-    flights, started = Flights(max_bytes=1000), 0
+    flights, started = SingleFlight(max_bytes=1000), 0
 
     async def produce(flight: Flight) -> None:
         nonlocal started
@@ -35,7 +35,7 @@ async def test_many_listeners_share_one_generation() -> None:
 
 
 async def test_ends_when_the_last_listener_leaves() -> None:
-    flights, cancelled = Flights(max_bytes=1000), asyncio.Event()
+    flights, cancelled = SingleFlight(max_bytes=1000), asyncio.Event()
 
     async def produce(flight: Flight) -> None:
         try:
@@ -53,12 +53,12 @@ async def test_ends_when_the_last_listener_leaves() -> None:
         assert await anext(second) == b"first"
         assert not cancelled.is_set()
     await asyncio.wait_for(cancelled.wait(), 60)
-    await flights.finish(1)
+    await flights.drain(1)
     assert len(flights) == 0
 
 
 async def test_a_newcomer_does_not_join_a_flight_that_is_ending() -> None:
-    flights = Flights(max_bytes=1000)
+    flights = SingleFlight(max_bytes=1000)
 
     async def produce(flight: Flight) -> None:
         await flight.publish(b"x")
@@ -72,7 +72,7 @@ async def test_a_newcomer_does_not_join_a_flight_that_is_ending() -> None:
 
 
 async def test_an_error_reaches_every_listener() -> None:
-    flights = Flights(max_bytes=1000)
+    flights = SingleFlight(max_bytes=1000)
 
     async def produce(flight: Flight) -> None:
         await flight.publish(b"x")
@@ -84,7 +84,7 @@ async def test_an_error_reaches_every_listener() -> None:
 
 
 async def test_a_slow_listener_holds_the_producer_and_not_memory() -> None:
-    flights, published = Flights(max_bytes=10), 0
+    flights, published = SingleFlight(max_bytes=10), 0
 
     async def produce(flight: Flight) -> None:
         nonlocal published
@@ -102,33 +102,33 @@ async def test_a_slow_listener_holds_the_producer_and_not_memory() -> None:
 
 
 async def test_finish_cancels_what_takes_too_long() -> None:
-    flights = Flights(max_bytes=10)
+    flights = SingleFlight(max_bytes=10)
 
     async def produce(flight: Flight) -> None:
         await asyncio.Event().wait()
 
     listener, _ = flights.join("k", Form.EVENTS, produce)
-    await flights.finish(0)
+    await flights.drain(0)
     with pytest.raises(ConnectionAbortedError):
         await read(listener)
 
 
 async def test_nobody_joins_what_has_been_purged() -> None:
-    purged: set[tuple[str, Origin]] = set()
-    flights = Flights(max_bytes=10, purged=lambda key, origin: (key, origin) in purged)
+    purged: set[tuple[str, Provenance]] = set()
+    flights = SingleFlight(max_bytes=10, purged=lambda key, origin: (key, origin) in purged)
     go = asyncio.Event()
 
     async def produce(flight: Flight) -> None:
         await go.wait()
         flight.end(Answer(Form.BODY, b"{}"))
 
-    first, second = Origin(1, b"model:m"), Origin(2, b"model:m")
+    first, second = Provenance(1, b"model:m"), Provenance(2, b"model:m")
     listeners = [flights.join("k", Form.BODY, produce, first)[0]]
     assert flights.join("k", Form.BODY, produce, second)[1]
     purged.add(("k", first))
     listener, collapsed = flights.join("k", Form.BODY, produce, second)
     assert not collapsed
-    assert listener.flight.origin == second
+    assert listener.flight.provenance == second
     assert flights.join("k", Form.BODY, produce, second)[1]
     go.set()
     for each in (*listeners, listener):
@@ -142,17 +142,17 @@ async def test_flights_are_kept_apart_and_known_by_their_key() -> None:
         await asyncio.Event().wait()
 
     purged: list[str] = []
-    flights = Flights(max_bytes=1024, purged=lambda key, _: key in purged)
+    flights = SingleFlight(max_bytes=1024, purged=lambda key, _: key in purged)
     first, _ = flights.join("k", Form.EVENTS, produce)
-    other, joined = flights.join("k", Form.EVENTS, produce, apart="x")
+    other, joined = flights.join("k", Form.EVENTS, produce, variant="x")
     assert not joined
-    again, joined = flights.join("k", Form.EVENTS, produce, apart="x")
+    again, joined = flights.join("k", Form.EVENTS, produce, variant="x")
     assert joined
     assert again.flight is other.flight is not first.flight
     purged.append("k")
-    _, joined = flights.join("k", Form.EVENTS, produce, apart="x")
+    _, joined = flights.join("k", Form.EVENTS, produce, variant="x")
     assert not joined
-    await flights.finish(0)
+    await flights.drain(0)
 
 
 async def test_a_flight_is_landing_until_its_producer_returns() -> None:
@@ -162,30 +162,30 @@ async def test_a_flight_is_landing_until_its_producer_returns() -> None:
         went[flight] = asyncio.Event()
         await flight.publish(b"item")
         flight.end(Answer(Form.EVENTS, b"item"))
-        flights.land("k", flight)
+        flights.mark_storing("k", flight)
         await went[flight].wait()
 
     purged: list[str] = []
-    flights = Flights(max_bytes=1024, purged=lambda key, _: key in purged)
-    assert flights.landing("k") is None
+    flights = SingleFlight(max_bytes=1024, purged=lambda key, _: key in purged)
+    assert flights.storing("k") is None
     first, _ = flights.join("k", Form.EVENTS, produce)
-    assert flights.landing("k") is None
+    assert flights.storing("k") is None
     assert await read(first) == [b"item"]
-    assert flights.landing("k") is first.flight
-    second, _ = flights.join("k", Form.EVENTS, produce, apart="x")
+    assert flights.storing("k") is first.flight
+    second, _ = flights.join("k", Form.EVENTS, produce, variant="x")
     assert await read(second) == [b"item"]
-    last = flights.landing("k")
+    last = flights.storing("k")
     assert last is second.flight
-    assert await read(last.listen()) == [b"item"]
-    assert flights.landing("other") is None
+    assert await read(last.subscribe()) == [b"item"]
+    assert flights.storing("other") is None
     # The one that lands first is another.
     went[first.flight].set()
     await asyncio.sleep(0.01)
-    assert flights.landing("k") is last
+    assert flights.storing("k") is last
     purged.append("k")
-    assert flights.landing("k") is None
+    assert flights.storing("k") is None
     purged.clear()
     went[second.flight].set()
-    await flights.finish(1)
-    assert flights.landing("k") is None
+    await flights.drain(1)
+    assert flights.storing("k") is None
     assert not flights._landing

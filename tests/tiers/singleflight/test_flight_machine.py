@@ -6,7 +6,7 @@ import os
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiers import Answer, Flight, Flights, Form
+from tiers import Answer, Flight, Form, SingleFlight
 
 LONG = os.environ.get("TIERSERVE_LONG") == "1"
 MAX_BYTES = 20
@@ -85,7 +85,7 @@ class Sky:
     """Flights under one key, with their producers, oldest first, and their readers."""
 
     def __init__(self) -> None:
-        self.flights = Flights(max_bytes=MAX_BYTES)
+        self.flights = SingleFlight(max_bytes=MAX_BYTES)
         self.producers: list[Producer] = []
         self.readers: list[Reader] = []
 
@@ -109,7 +109,7 @@ class Sky:
     async def launch(self) -> None:
         if "k" not in self.flights:
             self.producers.append(Producer())
-        self.flights.launch("k", Form.EVENTS, self.producers[-1])
+        self.flights.start_background("k", Form.EVENTS, self.producers[-1])
 
     async def order(self, order: str, size: int = 0) -> None:
         if self.producers:

@@ -16,11 +16,11 @@ from tiers import (
     Form,
     FrequencySketch,
     Freshness,
+    GenerationLock,
     MemoryCache,
     Tier,
-    Turns,
 )  # fmt: skip
-from tiers.singleflight.turns import Waits
+from tiers.singleflight.turns import LockStats
 
 OLD, NEW = Answer(Form.BODY, b"{1}"), Answer(Form.BODY, b"{2}")
 
@@ -57,7 +57,9 @@ async def processes(clock, waiting: Waiting, tmp_path: Path):
     for _ in range(2):
         tiers = [Tier("memory", MemoryCache(10_000, clock=clock)), Tier("disk", disk)]
         chain = Chain(tiers, frequency=FrequencySketch(1024), max_answer_bytes=1000, clock=clock)
-        turns = Turns(chain, [FileLeases(tmp_path)], wait_s=10, clock=waiting, sleep=waiting.sleep)
+        turns = GenerationLock(
+            chain, [FileLeases(tmp_path)], wait_s=10, clock=waiting, sleep=waiting.sleep
+        )
         made.append((chain, turns))
     yield made
     for _, turns in made:
@@ -78,8 +80,8 @@ async def test_the_first_generates_and_the_second_gets_what_it_stored(processes,
         waiting.then[9] = store
         async with others.turn("k", 0, 0) as answer:
             assert answer == NEW
-    assert others.waits == Waits(answered=1)
-    assert turns.waits == Waits()
+    assert others.waits == LockStats(answered=1)
+    assert turns.waits == LockStats()
 
 
 async def test_looks_again_once_it_has_the_turn(processes) -> None:
@@ -87,7 +89,7 @@ async def test_looks_again_once_it_has_the_turn(processes) -> None:
     await chain.store("k", NEW, Freshness(60))
     async with others.turn("k", 0, 0) as answer:
         assert answer == NEW
-    assert others.waits == Waits()
+    assert others.waits == LockStats()
 
 
 async def test_takes_over_what_the_other_gave_up(processes, waiting) -> None:
@@ -102,15 +104,15 @@ async def test_takes_over_what_the_other_gave_up(processes, waiting) -> None:
             async with turns.turn("k", 0, 0) as answer:
                 assert answer is None
             assert len(waiting.slept) > 0
-    assert others.waits == Waits(took_over=1)
-    assert turns.waits == Waits(gave_up=1)
+    assert others.waits == LockStats(took_over=1)
+    assert turns.waits == LockStats(gave_up=1)
 
 
 async def test_waits_longer_and_longer_and_not_beyond_the_bound(processes, waiting) -> None:
     (_, turns), (_, others) = processes
     async with turns.turn("k", 0, 0), others.turn("k", 0, 0) as answer:
         assert answer is None
-        assert others.waits == Waits(gave_up=1)
+        assert others.waits == LockStats(gave_up=1)
     *polls, last = waiting.slept
     assert sum(waiting.slept) == pytest.approx(10)
     assert polls[0] == 0.005
@@ -131,9 +133,9 @@ async def test_ends_waiting_when_cancelled_and_takes_nothing_along(processes, wa
         task = asyncio.create_task(others.turn("k", 0, 0).__aenter__())
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert others.waits == Waits(aborted=1)
+        assert others.waits == LockStats(aborted=1)
     async with turns.turn("k", 0, 0):
-        assert turns.waits == Waits()
+        assert turns.waits == LockStats()
 
 
 async def test_other_keys_are_other_turns(processes, waiting) -> None:
