@@ -6,7 +6,7 @@ are aiocache backends that also work without the rest.
 
 from tiers.chain import Chain, Hit, ImportResult
 from tiers.disk import DiskCache
-from tiers.entry import Answer, Entry, Form, Freshness, Provenance, State
+from tiers.entry import Answer, Entry, Freshness, Provenance, State
 from tiers.frequency import FrequencySketch
 from tiers.key import digest
 from tiers.memory.cache import MemoryCache
@@ -28,7 +28,6 @@ __all__ = [
     "Entry",
     "FileLeases",
     "Flight",
-    "Form",
     "FrequencySketch",
     "Freshness",
     "GenerationLock",

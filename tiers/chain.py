@@ -189,7 +189,7 @@ class Chain:
         is purged by now isn't stored; without one, its making begins and ends now. `took_s` are the
         seconds that it took to generate, and `age_s` those that another cache has kept it.
         """
-        if len(answer.content) + len(answer.usage) > self.max_answer_bytes:
+        if len(answer.content) + len(answer.trailer) > self.max_answer_bytes:
             return False
         provenance = self.provenance() if provenance is None else provenance
         if self.purges.is_known_purged(key, provenance):
@@ -244,7 +244,7 @@ class Chain:
 
         It is purged by what was purged here after its making began, by its own clock.
         """
-        if len(entry.answer.content) + len(entry.answer.usage) > self.max_answer_bytes:
+        if len(entry.answer.content) + len(entry.answer.trailer) > self.max_answer_bytes:
             return ImportResult.REFUSED
         began_us = int((entry.stored_at - entry.generation_s) * 1e6)
         known = self.provenance().purge_epoch

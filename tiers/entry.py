@@ -1,10 +1,4 @@
-"""What tiers hold: an answer, and the entry that wraps it with its times.
-
-An answer keeps the form in which the engine gave it, because that form is exact; the other form
-is derived from it on demand. `id` and `created` differ each time an answer is given, so content
-is a template: in their place stand the bytes `ID` and `CREATED`, which JSON forbids unescaped
-(RFC 8259, section 7) and which therefore can't be part of an answer.
-"""
+"""What tiers hold: an answer, and the entry that wraps it with its times."""
 
 from collections.abc import Iterable
 from enum import IntEnum
@@ -22,26 +16,14 @@ SKEW_S = 1.0
 """By how much the clocks of machines that share a tier may differ."""
 
 
-class Form(IntEnum):
-    """How the engine gave the answer."""
-
-    BODY = 0
-    """One JSON body."""
-    EVENTS = 1
-    """A stream of server-sent events."""
-
-
-_FORMS = tuple(Form)
-
-
 class Answer(NamedTuple):
-    """A finished assistant output, as a template in one of two forms."""
+    """A finished output of an engine. What its bytes mean is for the caller to say."""
 
-    form: Form
+    encoding: int
+    """How the caller encodes the content, from 0 to 255; tiers only keep it."""
     content: bytes
-    """The JSON body, or the events (`data: …`, an empty line) without the final `[DONE]`."""
-    usage: bytes = b""
-    """The event with the token counts, kept apart since only some clients ask for it."""
+    trailer: bytes = b""
+    """What follows the content, kept apart since only some callers ask for it."""
 
 
 class Freshness(NamedTuple):
@@ -55,7 +37,7 @@ class Freshness(NamedTuple):
 
 
 class Provenance(NamedTuple):
-    """What `tiers.purges.purges` must know of how an answer came to be."""
+    """What `tiers.purges` must know of how an answer came to be."""
 
     purge_epoch: int = 0
     """The last purge that was known when its making began, as `tiers.purges` numbers them."""
@@ -135,8 +117,8 @@ class Entry(NamedTuple):
     def encode(self) -> bytes:
         """Return the bytes that tiers store."""
         answer, *numbers, labels = self
-        head = _HEADER.pack(_VERSION, answer.form, *numbers, len(labels), len(answer.usage))
-        return b"".join((head, labels, answer.usage, answer.content))
+        head = _HEADER.pack(_VERSION, answer.encoding, *numbers, len(labels), len(answer.trailer))
+        return b"".join((head, labels, answer.trailer, answer.content))
 
     @staticmethod
     def provenance_of(data: bytes) -> Provenance:
@@ -158,17 +140,15 @@ class Entry(NamedTuple):
             ValueError: the bytes are of another format version, or cut short.
         """
         try:
-            version, form, *fields, labels_bytes, usage_bytes = _HEADER.unpack_from(data)
+            version, encoding, *fields, labels_bytes, trailer_bytes = _HEADER.unpack_from(data)
         except error as exc:
             raise ValueError("entry is cut short") from exc
-        usage_at = _HEADER.size + labels_bytes
-        content_at = usage_at + usage_bytes
+        trailer_at = _HEADER.size + labels_bytes
+        content_at = trailer_at + trailer_bytes
         if version != _VERSION or content_at > len(data):
             raise ValueError("entry is of another format version or cut short")
-        if form >= len(_FORMS):
-            raise ValueError("entry is of an unknown form")
-        answer = _new(Answer, (_FORMS[form], data[content_at:], data[usage_at:content_at]))
-        return _new(cls, (answer, *fields, data[_HEADER.size : usage_at]))
+        answer = _new(Answer, (encoding, data[content_at:], data[trailer_at:content_at]))
+        return _new(cls, (answer, *fields, data[_HEADER.size : trailer_at]))
 
     @classmethod
     def decode_untrusted(cls, data: bytes) -> Self:

@@ -35,8 +35,9 @@ from server.auth.tenants import open_tenant
 from server.config.load import load
 from server.engine.models import Models
 from server.protocol import template
+from server.protocol.formats import Encoding
 from server.protocol.request import parse_request
-from tiers import Answer, Chain, DiskCache, Form, FrequencySketch, Freshness, Tier
+from tiers import Answer, Chain, DiskCache, FrequencySketch, Freshness, Tier
 
 SERVER_CORE, LOAD_CORE = 0, 1
 ROUTE = "/v1/chat/completions"
@@ -155,7 +156,7 @@ async def _fill(file: Path, bodies: list[bytes], answer_bytes: int) -> None:
     names = models.names()
     for number, body in enumerate(bodies):
         stored = Answer(
-            Form.BODY, template.json_template(orjson.loads(_answer(number, answer_bytes)))
+            Encoding.JSON, template.json_template(orjson.loads(_answer(number, answer_bytes)))
         )
         request = parse_request(ROUTE, body, open_tenant(""), names)
         await chain.store(request.key, stored, Freshness(config.cache.ttl_s))

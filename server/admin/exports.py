@@ -18,17 +18,26 @@ from zlib import crc32
 import orjson
 
 from server.config.schema import Config
+from server.protocol.formats import Encoding
 from server.web.offload import offload
-from tiers import Answer, Entry, Form, Provenance
+from tiers import Answer, Entry, Provenance
 from tiers.disk import MAX_KEY_BYTES
 
 NAME, VERSION = "tierserve-export", 1
 
 _CHECK = b',"crc32":"'
 _CHECK_BYTES = len(_CHECK) + len(b'00000000"}')
-_FORMS = {"body": Form.BODY, "events": Form.EVENTS}
-_NAMES = {form: name for name, form in _FORMS.items()}
-_TIMES = ("stored_at", "expires_at", "took_s", "stale_while_revalidate_s", "stale_if_error_s")
+_FORMS = {"body": Encoding.JSON, "events": Encoding.SSE}
+ENCODINGS = {int(encoding): name for name, encoding in _FORMS.items()}
+"""What an encoding is called in exports and in the admin API."""
+# By their names in an entry.
+_TIMES = {
+    "stored_at": "stored_at",
+    "expires_at": "expires_at",
+    "generation_s": "took_s",
+    "stale_while_revalidate_s": "stale_while_revalidate_s",
+    "stale_if_error_s": "stale_if_error_s",
+}
 # For all but the answer.
 _ROOM_BYTES = 64 * 1024
 # Of Base64 at once, since no thread goes on meanwhile: bytes and digits, both of whole groups.
@@ -57,12 +66,12 @@ def entry_line(key: str, entry: Entry) -> bytes:
     return _line(
         {
             "key": key,
-            **{name: getattr(entry, name) for name in _TIMES},
+            **{name: getattr(entry, field) for field, name in _TIMES.items()},
             "generation": entry.purge_epoch,
             "labels": entry.labels,
-            "form": _NAMES[entry.answer.form],
+            "form": ENCODINGS[entry.answer.encoding],
             "content": _in_base64(entry.answer.content),
-            "usage": _in_base64(entry.answer.usage),
+            "usage": _in_base64(entry.answer.trailer),
         }
     )
 
@@ -106,7 +115,7 @@ def read(line: bytes) -> Keyed | int:
             _of_base64(said["content"]),
             _of_base64(said["usage"]),
         )
-        times: list[Any] = [float(said[name]) for name in _TIMES]
+        times: list[Any] = [float(said[name]) for name in _TIMES.values()]
         origin = Provenance.of(said["generation"], said["labels"])
     except (AttributeError, KeyError, TypeError, ValueError) as exc:
         raise ValueError(f"has no entry that could be read: {exc!r}") from exc

@@ -66,7 +66,7 @@ class Listing:
         return {
             "key": key,
             "tiers": [n for n, each in self._backends.items() if each is of or each.holds(key)],
-            "bytes": len(entry.answer.content) + len(entry.answer.usage),
+            "bytes": len(entry.answer.content) + len(entry.answer.trailer),
             "age_s": round(now - entry.stored_at, 3),
             "ttl_s": round(entry.expires_at - now, 3),
             "state": entry.state(now).name.lower(),

@@ -55,7 +55,7 @@ class Administration(Operations):
             "expires_at": entry.expires_at,
             "kept_until": entry.kept_until,
             "took_s": entry.generation_s,
-            "form": entry.answer.form.name.lower(),
+            "form": exports.ENCODINGS[entry.answer.encoding],
             "content": content.decode(errors="replace"),
         }
 

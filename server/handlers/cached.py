@@ -25,6 +25,7 @@ from server.handlers.upstream_headers import (
 from server.handlers.variants import Variants
 from server.protocol import convert, template
 from server.protocol.cache_control import CacheControl, limit_freshness, parse_cache_control
+from server.protocol.formats import Encoding
 from server.protocol.request import ParsedRequest, key_headers, parse_request
 from server.protocol.usage import counts_in
 from server.telemetry.prefixes import Prefixes
@@ -32,7 +33,7 @@ from server.telemetry.spans import step
 from server.web.offload import offload
 from server.web.request import HttpRequest
 from server.web.responses import error_response
-from tiers import Answer, Chain, Flight, Form, Freshness, GenerationLock, Hit, SingleFlight, State
+from tiers import Answer, Chain, Flight, Freshness, GenerationLock, Hit, SingleFlight, State
 from tiers.singleflight.flight import Subscriber
 
 logger = logging.getLogger(__name__)
@@ -173,7 +174,7 @@ class CachedRoutes:
             if http.is_disconnected:
                 # Not the flight has failed: this client has gone.
                 raise ConnectionResetError from exc
-            if _is_no_error(exc) and listener.flight.form is not request.encoding:
+            if _is_no_error(exc) and listener.flight.encoding != request.encoding:
                 raise convert.NotConvertibleError("it isn't understood") from exc
             if stale is not None and self._stands_in(request, stale, exc):
                 status = f"; fwd-status={exc.status}" if isinstance(exc, NotAnAnswerError) else ""
@@ -251,7 +252,7 @@ class CachedRoutes:
             NotConvertibleError: its answer can't be given in the form that was asked for.
         """
         flight = listener.flight
-        if not request.encoding is flight.form is Form.EVENTS:
+        if not request.encoding == flight.encoding == Encoding.SSE:
             async for _ in listener:
                 pass
             if (load := flight.loads.get(http.headers.get(LOAD_FORMAT, ""))) is not None:
@@ -280,7 +281,7 @@ class CachedRoutes:
             return await _cut(response, _failed(exc), request)
         _note(http, request, flight)
         response = response or await _begin(http, told(), int(flight.age_s))
-        tail = _answer_of(flight).usage if request.wants_usage else b""
+        tail = _answer_of(flight).trailer if request.wants_usage else b""
         await http.write(
             response, template.fill_marks(tail, id_, created) + request.route.format.done
         )
@@ -296,8 +297,8 @@ class CachedRoutes:
                 request.key, flight.provenance.purge_epoch, newer_than
             ) as answer:
                 turn.end()
-                if answer is not None and answer.form is not flight.form:
-                    answer = await _converted(answer, flight.form)
+                if answer is not None and answer.encoding != flight.encoding:
+                    answer = await _converted(answer, flight.encoding)
                 if answer is None:
                     await self._generate(request, headers, flight)
                     return
@@ -351,13 +352,13 @@ class CachedRoutes:
         if not self._obeys:
             return freshness
         control = ", ".join(reply.headers.getall(hdrs.CACHE_CONTROL, ()))
-        return limit_freshness(control, freshness, is_stream=request.encoding is Form.EVENTS)
+        return limit_freshness(control, freshness, is_stream=request.encoding == Encoding.SSE)
 
 
-async def _converted(answer: Answer, form: Form) -> Answer | None:
+async def _converted(answer: Answer, form: int) -> Answer | None:
     """Return another process's answer in that form, if it can be made of it."""
     try:
-        return await offload(len(answer.content), convert.convert, answer, form)
+        return await offload(len(answer.content), convert.convert, answer, Encoding(form))
     except convert.NotConvertibleError:
         return None
 

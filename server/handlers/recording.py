@@ -12,10 +12,10 @@ from aiohttp import hdrs
 
 from server.protocol import template
 from server.protocol.events import Event, read_events
-from server.protocol.formats import CHOICES, OPAQUE, AnswerFormat, are_finished
-from tiers import Answer, Form
+from server.protocol.formats import CHOICES, OPAQUE, AnswerFormat, Encoding, are_finished
+from tiers import Answer
 
-_CONTENT_TYPES = {Form.BODY: "application/json", Form.EVENTS: "text/event-stream"}
+_CONTENT_TYPES = {Encoding.JSON: "application/json", Encoding.SSE: "text/event-stream"}
 _DONE = b"[DONE]"
 
 
@@ -29,8 +29,8 @@ class NotAnAnswerError(Exception):
 
 async def record_answer(
     reply: aiohttp.ClientResponse,
-    shape: AnswerFormat,
-    form: Form,
+    format_: AnswerFormat,
+    encoding: Encoding,
     publish: Callable[[bytes], Awaitable[None]],
     max_bytes: int,
 ) -> tuple[Answer, bool]:
@@ -53,17 +53,17 @@ async def record_answer(
         ConnectionAbortedError: the stream was cut.
     """
     coding = reply.headers.get(hdrs.CONTENT_ENCODING, "identity")
-    if (reply.status, reply.content_type, coding) != (200, _CONTENT_TYPES[form], "identity"):
+    if (reply.status, reply.content_type, coding) != (200, _CONTENT_TYPES[encoding], "identity"):
         raise NotAnAnswerError(reply.status, reply.headers, await reply.read())
-    if form is Form.BODY:
-        answer, finished = _body(reply, shape, await reply.read())
+    if encoding == Encoding.JSON:
+        answer, finished = _body(reply, format_, await reply.read())
         await publish(answer.content)
         return answer, finished
     await publish(b"")
-    if shape is CHOICES:
+    if format_ is CHOICES:
         events: _Choices | _Typed = _Choices(publish, max_bytes)
     else:
-        events = _Typed(shape, publish, max_bytes)
+        events = _Typed(format_, publish, max_bytes)
     async for event in read_events(reply.content.iter_any()):
         if await events.take(event):
             break
@@ -82,7 +82,7 @@ def _body(reply: aiohttp.ClientResponse, shape: AnswerFormat, raw: bytes) -> tup
         raise NotAnAnswerError(reply.status, reply.headers, raw) from exc
     if content is None:
         raise NotAnAnswerError(reply.status, reply.headers, raw)
-    return Answer(Form.BODY, content), finished
+    return Answer(Encoding.JSON, content), finished
 
 
 class _Events:
@@ -109,8 +109,8 @@ class _Events:
 
     def _answer(self, usage: bytes = b"", *, finished: bool) -> tuple[Answer, bool]:
         if self._bytes > self._max_bytes or not self._is_understood:
-            return Answer(Form.EVENTS, b"", usage), False
-        return Answer(Form.EVENTS, b"".join(self._kept), usage), finished
+            return Answer(Encoding.SSE, b"", usage), False
+        return Answer(Encoding.SSE, b"".join(self._kept), usage), finished
 
 
 class _Typed(_Events):

@@ -12,12 +12,13 @@ from server.handlers.upstream_headers import (
     returned_headers,
 )
 from server.protocol import convert, template
+from server.protocol.formats import Encoding
 from server.protocol.request import ParsedRequest
 from server.telemetry.spans import step
 from server.web.offload import offload
 from server.web.request import HttpRequest
 from server.web.responses import ErrorResponse, PrebuiltResponse, error_response, server_headers
-from tiers import Answer, Form
+from tiers import Answer
 
 _JSON = "application/json"
 
@@ -33,7 +34,7 @@ async def _render(
 ) -> web.StreamResponse:
     """Return a finished answer in the form that was asked for."""
     with step("render"):
-        if answer.form is not request.encoding:
+        if answer.encoding != request.encoding:
             answer = await offload(len(answer.content), convert.convert, answer, request.encoding)
         etag = template.etag(answer, wants_usage=request.wants_usage)
         if hdrs.IF_NONE_MATCH in http.headers and _is_there(http, etag):
@@ -44,7 +45,7 @@ async def _render(
         body = template.render(
             answer, id_, created, wants_usage=request.wants_usage, done=request.route.format.done
         )
-    content_type = _SSE if answer.form is Form.EVENTS else _JSON
+    content_type = _SSE if answer.encoding == Encoding.SSE else _JSON
     return PrebuiltResponse(http, content_type, status, age_s, etag, body)
 
 

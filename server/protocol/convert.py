@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from server.protocol.formats import CREATED
+from server.protocol.formats import CREATED, Encoding
 from server.protocol.template import (
     _DATA,
     _MARKS,
@@ -25,25 +25,25 @@ from server.protocol.template import (
     strip_usage_marks,
     with_fingerprint,
 )
-from tiers import Answer, Form
+from tiers import Answer
 
 
 class NotConvertibleError(ValueError):
     """The answer isn't of the shape that the other form could be made of."""
 
 
-def convert(answer: Answer, form: Form) -> Answer:
+def convert(answer: Answer, encoding: Encoding) -> Answer:
     """Return the answer in that form.
 
     Raises:
         NotConvertibleError: it can't be made of this answer with certainty.
     """
-    if answer.form is form:
+    if answer.encoding == encoding:
         return answer
     try:
-        return _as_body(answer) if form is Form.BODY else _as_events(answer)
+        return _as_body(answer) if encoding == Encoding.JSON else _as_events(answer)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as exc:
-        raise NotConvertibleError(f"can't be made {form.name}: {exc!r}") from exc
+        raise NotConvertibleError(f"can't be made {encoding.name}: {exc!r}") from exc
 
 
 class _Fields:
@@ -133,7 +133,7 @@ def _expect(holds: bool, otherwise: str) -> None:
 
 
 def _as_body(answer: Answer) -> Answer:
-    *chunks, last = _chunks(answer.content + answer.usage)
+    *chunks, last = _chunks(answer.content + answer.trailer)
     counts = _COUNTS.read(last)
     model, called = counts["model"], counts["object"]
     kind = _BY_CHUNK[called]
@@ -155,7 +155,7 @@ def _as_body(answer: Answer) -> Answer:
         "system_fingerprint": counts["system_fingerprint"],
         "usage": _usage(counts["usage"]),
     }
-    return Answer(Form.BODY, json_template(body))
+    return Answer(Encoding.JSON, json_template(body))
 
 
 class _Joined:
@@ -219,7 +219,9 @@ def _as_events(answer: Answer) -> Answer:
     usage = head | {"choices": [], "usage": _without_nulls(_usage(body["usage"]))}
     if body["system_fingerprint"] is not None:
         usage["system_fingerprint"] = _text(body["system_fingerprint"])
-    return Answer(Form.EVENTS, b"".join([*events, with_fingerprint(last, usage)]), sse_event(usage))
+    return Answer(
+        Encoding.SSE, b"".join([*events, with_fingerprint(last, usage)]), sse_event(usage)
+    )
 
 
 def _chat_chunks(choices: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -6,10 +6,21 @@ in the events that it makes of them.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any
 
 ID = b"\x00"
 CREATED = b"\x01"
+
+
+class Encoding(IntEnum):
+    """How the engine gave an answer, and in which encoding a client asks for it."""
+
+    JSON = 0
+    """One JSON body."""
+    SSE = 1
+    """Server-sent events (`data: …`, an empty line), without the final `[DONE]`."""
+
 
 _FRESH_ID = b'"' + ID + b'"'
 _UNFINISHED = (None, "abort", "error")

@@ -42,12 +42,12 @@ from server.protocol import cache_field
 from server.protocol.cache_field import CacheField
 from server.protocol.cache_salt import SALTED, with_cache_salt
 from server.protocol.errors import BadRequestError
-from server.protocol.formats import CHOICES
+from server.protocol.formats import CHOICES, Encoding
 from server.protocol.labels import labels_of
 from server.protocol.model_names import ModelNames, ResolvedModel
 from server.protocol.prompts import Prompts, prompts_in
 from server.protocol.routes import ROUTES, Route
-from tiers import Form, digest
+from tiers import digest
 from tiers.key import scoped
 
 _INT64 = range(-(2**63), 2**63)
@@ -94,7 +94,7 @@ class ParsedRequest(NamedTuple):
     """The body as it was received, but with its model's own name, and without what is ours."""
     body: bytes
     """What the engine is to be sent."""
-    encoding: Form
+    encoding: Encoding
     wants_usage: bool
     deterministic: bool
     repeatable: bool
@@ -192,7 +192,7 @@ def _parse(
         labels=labels_of(name, tenant.name, cache.tags),
         raw=raw,
         body=sent,
-        encoding=Form.EVENTS if stream else Form.BODY,
+        encoding=Encoding.SSE if stream else Encoding.JSON,
         wants_usage=wants_usage,
         repeatable=not any(body.get(name) for name in route.unrepeatable)
         and not _points_elsewhere([body[name] for name in route.media if name in body])

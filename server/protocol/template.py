@@ -7,8 +7,8 @@ from typing import Any
 
 import orjson
 
-from server.protocol.formats import CHOICES, CREATED, ID, OPAQUE, AnswerFormat
-from tiers import Answer, Form
+from server.protocol.formats import CHOICES, CREATED, ID, OPAQUE, AnswerFormat, Encoding
+from tiers import Answer
 
 _UNCOUNTED, _END = b"\x02", b"\x03"
 _MARKS = CHOICES.marks
@@ -115,8 +115,8 @@ def render_item(item: bytes, id_: bytes, created: int, *, wants_usage: bool) -> 
 def render(answer: Answer, id_: bytes, created: int, *, wants_usage: bool, done: bytes) -> bytes:
     """Return an answer in its own form, all of it, as a client gets it; `done` ends a stream."""
     content = answer.content
-    if answer.form is Form.EVENTS:
-        usage = answer.usage if wants_usage else b""
+    if answer.encoding == Encoding.SSE:
+        usage = answer.trailer if wants_usage else b""
         content = strip_usage_marks(content, wants_usage=wants_usage) + usage + done
     return fill_marks(content, id_, created)
 
@@ -125,5 +125,5 @@ def etag(answer: Answer, *, wants_usage: bool) -> str:
     """Return the tag of an answer in its own form: the same for all that differ in marks alone."""
     tag = blake2b(answer.content, digest_size=8)
     if wants_usage:
-        tag.update(answer.usage)
+        tag.update(answer.trailer)
     return f'W/"{tag.hexdigest()}"'

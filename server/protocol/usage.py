@@ -18,12 +18,12 @@ _number = re.compile(rb" ?(\d{1,9})").match
 
 def counts_in(answer: Answer) -> bytes:
     """Return the part of an answer that tells its token counts."""
-    return answer.usage or answer.content[-_TAIL_BYTES:]
+    return answer.trailer or answer.content[-_TAIL_BYTES:]
 
 
 def output_tokens(answer: Answer) -> int | None:
     """Return how many tokens were generated, where that is told."""
-    return output_tokens_in(answer.usage or answer.content)
+    return output_tokens_in(answer.trailer or answer.content)
 
 
 def output_tokens_in(counts: bytes) -> int | None:
@@ -33,7 +33,7 @@ def output_tokens_in(counts: bytes) -> int | None:
 
 def input_tokens(answer: Answer) -> int | None:
     """Return how many tokens the prompt has, where that is told."""
-    return input_tokens_in(answer.usage or answer.content)
+    return input_tokens_in(answer.trailer or answer.content)
 
 
 def input_tokens_in(counts: bytes) -> int | None:

@@ -21,6 +21,7 @@ from server import terminal
 from server.cache import FreshnessRules, build
 from server.config.base import ConfigError
 from server.config.schema import Config, DiskTierConfig, MemoryTierConfig
+from server.protocol.formats import Encoding
 from server.simulation.traces import Trace, TraceRequest
 from tiers import (
     Answer,
@@ -28,7 +29,6 @@ from tiers import (
     Chain,
     DiskCache,
     Entry,
-    Form,
     MemoryCache,
     State,
     Tier,
@@ -140,7 +140,7 @@ def simulate(config: Config, trace: Trace, progress: Progress = unshown) -> Repl
 
 def memory_overhead_bytes(policy: str) -> int:
     """Return what an entry of the memory tier costs beside the answer."""
-    header_bytes = len(Entry(Answer(Form.BODY, b""), 0, 0).encode())
+    header_bytes = len(Entry(Answer(Encoding.JSON, b""), 0, 0).encode())
     return header_bytes + MemoryCache(1, policy=policy).overhead_bytes
 
 
@@ -203,7 +203,7 @@ async def _simulate(config: Config, trace: Trace, progress: Progress) -> Replay:
                 answered_by.append(len(position))
                 renews = True
             if renews:
-                await chain.store(name, Answer(Form.BODY, bytes(size)), freshness)
+                await chain.store(name, Answer(Encoding.JSON, bytes(size)), freshness)
             else:
                 tokens_saved += tokens
             await movement.drain()

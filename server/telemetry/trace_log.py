@@ -79,7 +79,7 @@ class TraceLog:
         if len(self._waiting) >= _WAITING:
             self._unqueued += 1
             return
-        size = len(answer.content) + len(answer.usage)
+        size = len(answer.content) + len(answer.trailer)
         # The whole would keep memory while it waits.
         counts = counts_in(answer)
         self._waiting.append((at, key, size, counts, model[:_MODEL_CHARACTERS], outcome))

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiers.conftest import JSON
 from tiers import (
     Answer,
     Chain,
     DiskCache,
     Entry,
-    Form,
     FrequencySketch,
     Freshness,
     MemoryCache,
@@ -27,7 +27,7 @@ from tiers.movement.queue import PendingWrite, WriteBehindQueue
 
 from .conftest import Remote
 
-ANSWER = Answer(Form.BODY, b"{}")
+ANSWER = Answer(JSON, b"{}")
 
 
 def chain_of(clock, *backends: ByteCache, **options) -> Chain:
@@ -84,7 +84,7 @@ async def test_looking_shows_what_a_lookup_would_give_out(clock) -> None:
         max_answer_bytes=1000,
         clock=clock,
     )
-    new = Answer(Form.BODY, b"new")
+    new = Answer(JSON, b"new")
     await chain.store("k", ANSWER, Freshness(60, 60))
     clock.now += 60
     await renew(shared, "k", new, clock)
@@ -111,7 +111,7 @@ async def test_what_is_stale_does_not_hide_what_others_have_renewed(clock, tmp_p
     hit = await chain.lookup("k")
     assert hit is not None
     assert (hit.tier, hit.state, hit.refresh) == ("memory", State.STALE_WHILE_REVALIDATE, True)
-    newer = Answer(Form.BODY, b"newer")
+    newer = Answer(JSON, b"newer")
     await renew(shared, "k", newer, clock)
     for tier in ("shared", "memory"):
         hit = await chain.lookup("k")
@@ -138,7 +138,7 @@ async def test_what_comes_from_the_future_is_as_good_as_none(clock, ahead_s, is_
     assert (await chain.peek("k") is not None) is is_found
     assert (await chain.find_newer("k", 0) is not None) is is_found
     # Nor does it keep out what comes from elsewhere, and is as new as it can be.
-    new = Entry(Answer(Form.BODY, b"new"), clock.now, clock.now + 60)
+    new = Entry(Answer(JSON, b"new"), clock.now, clock.now + 60)
     adopted = await chain.import_entry("k", new, chain.tiers)
     assert adopted is (ImportResult.OLDER if is_found else ImportResult.STORED)
 
@@ -149,7 +149,7 @@ async def test_the_later_of_two_that_are_not_fresh_counts(clock) -> None:
     chain = Chain([near, shared], frequency=FrequencySketch(64), max_answer_bytes=99, clock=clock)
     await chain.store("k", ANSWER, Freshness(60, 1000))
     clock.now -= 1
-    await renew(shared, "k", Answer(Form.BODY, b"older"), clock, ttl_s=1000)
+    await renew(shared, "k", Answer(JSON, b"older"), clock, ttl_s=1000)
     clock.now += 100
     hit = await chain.lookup("k")
     assert hit is not None
@@ -198,7 +198,7 @@ async def test_a_store_outdates_a_promotion_that_waits(clock, tmp_path: Path) ->
     )
     await renew(tiers[1], "k", ANSWER, clock)
     assert await chain.lookup("k") is not None
-    newer = Answer(Form.BODY, b"newer")
+    newer = Answer(JSON, b"newer")
     await chain.store("k", newer, Freshness(60))
     await chain.drain()
     assert Entry.decode(disk.read("k") or b"").answer == newer

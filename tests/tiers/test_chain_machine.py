@@ -18,13 +18,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from tests.tiers.conftest import JSON
 from tiers import (
     Answer,
     BackgroundWork,
     Chain,
     Demotion,
     DiskCache,
-    Form,
     FrequencySketch,
     Freshness,
     MemoryCache,
@@ -150,7 +150,7 @@ class ChainMachine(RuleBasedStateMachine):
 
     @rule(key=st.sampled_from(KEYS), size=st.sampled_from(SIZES), how=st.sampled_from(FRESHNESS))
     def store(self, key: str, size: int, how: Freshness) -> None:
-        answer = Answer(Form.BODY, random.Random(size).randbytes(size) + b"%d" % next(self.numbers))
+        answer = Answer(JSON, random.Random(size).randbytes(size) + b"%d" % next(self.numbers))
         origin = self.chain.provenance(LABELS.get(key, ()))
         if self.run(self.chain.store(key, answer, how, provenance=origin)):
             self.truth[key] = answer, self.clock.now, how
@@ -170,7 +170,7 @@ class ChainMachine(RuleBasedStateMachine):
             del self.truth[each]
         if purged in ("all", f"key:{key}", *LABELS[key]):
             # What was being made meanwhile is of before.
-            stored = self.chain.store(key, Answer(Form.BODY, b""), FRESHNESS[0], provenance=begun)
+            stored = self.chain.store(key, Answer(JSON, b""), FRESHNESS[0], provenance=begun)
             assert not self.run(stored)
 
     @rule(start=st.integers(0, 40))
@@ -328,7 +328,7 @@ async def test_nothing_older_comes_back_however_calls_interleave(seed, write, po
 
     async def store(key: str) -> None:
         number = begun[key] = next(numbers)
-        answer = Answer(Form.BODY, b"%d" % number, bytes(chance.choice([1, 300, 800])))
+        answer = Answer(JSON, b"%d" % number, bytes(chance.choice([1, 300, 800])))
         origin = chain.provenance([f"tag:{key}"])
         await asyncio.sleep(0)
         await chain.store(key, answer, Freshness(60), provenance=origin)

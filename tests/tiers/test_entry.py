@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiers import Answer, Entry, Form, Provenance, digest
+from tests.tiers.conftest import JSON, SSE
+from tiers import Answer, Entry, Provenance, digest
 
 
 @given(st.lists(st.binary()), st.lists(st.binary()))
@@ -13,7 +14,7 @@ def test_keys_differ_when_parts_do(one: list[bytes], other: list[bytes]) -> None
 
 
 @given(
-    st.sampled_from(Form),
+    st.sampled_from((JSON, SSE)),
     st.binary(),
     st.binary(),
     st.floats(0, 1e10),

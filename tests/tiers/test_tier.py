@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.tiers.conftest import JSON
 from tiers import (
     Answer,
     Chain,
     DiskCache,
     Entry,
-    Form,
     FrequencySketch,
     Freshness,
     MemoryCache,
@@ -37,7 +37,7 @@ PURGES = Purges()
 
 
 def entry(content: bytes, stored_at: float) -> bytes:
-    return Entry(Answer(Form.BODY, content), stored_at, stored_at + 1000).encode()
+    return Entry(Answer(JSON, content), stored_at, stored_at + 1000).encode()
 
 
 class Far(Remote):
@@ -58,7 +58,7 @@ class Far(Remote):
 
 
 def damaged() -> list[bytes]:
-    whole = Entry(Answer(Form.BODY, b"1"), 1_000_000.0, 1_000_060.0)
+    whole = Entry(Answer(JSON, b"1"), 1_000_000.0, 1_000_060.0)
     odd = [whole._replace(packed_labels=b"tag:\xff")]
     for number in (nan, inf, -inf):
         odd += [whole._replace(**{field: number}) for field in TIMES]
@@ -331,7 +331,7 @@ async def test_what_a_server_elsewhere_has_damaged_is_a_miss(clock, value: bytes
     await far.set("k", value, ttl=60)
     assert await chain.lookup("k") is None
     assert await chain.peek("k") is None
-    assert await chain.store("k", Answer(Form.BODY, b"2"), Freshness(60))
+    assert await chain.store("k", Answer(JSON, b"2"), Freshness(60))
     assert await chain.lookup("k") is not None
 
 
@@ -383,7 +383,7 @@ async def test_never_gives_out_what_is_older_than_the_last_stored(seed: int, kno
         key = chance.choice("abcdef")
         if chance.random() < 0.5:
             clock.now += 0.01
-            await chain.store(key, Answer(Form.BODY, b"%d" % number), Freshness(1000))
+            await chain.store(key, Answer(JSON, b"%d" % number), Freshness(1000))
             last[key] = number
         elif (hit := await chain.lookup(key)) is not None:
             assert int(hit.entry.answer.content) == last[key]

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Self
 
-from tiers.entry import Answer, Form, Provenance
+from tiers.entry import Answer, Provenance
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +24,8 @@ _UNKNOWN = Provenance()
 class Flight:
     """One running generation: a log of byte strings, its listeners, and at last its answer."""
 
-    def __init__(self, form: Form, max_bytes: int, origin: Provenance) -> None:
-        self.form = form
+    def __init__(self, form: int, max_bytes: int, origin: Provenance) -> None:
+        self.encoding = form
         self.provenance = origin
         self.answer: Answer | None = None
         self.collapsed = False
@@ -149,7 +149,7 @@ class SingleFlight:
     def join(
         self,
         key: str,
-        form: Form,
+        encoding: int,
         produce: Callable[[Flight], Awaitable[None]],
         provenance: Provenance = _UNKNOWN,
         *,
@@ -169,7 +169,7 @@ class SingleFlight:
         flight = self._by_key.get(at)
         if flight is not None and self._is_open(key, flight):
             return flight.subscribe(), True
-        flight = Flight(form, self.max_bytes, provenance)
+        flight = Flight(encoding, self.max_bytes, provenance)
         listener = flight.subscribe()
         self._by_key[at] = flight
         flight.task = task = asyncio.create_task(self._run(flight, produce))
@@ -192,13 +192,13 @@ class SingleFlight:
     def start_background(
         self,
         key: str,
-        form: Form,
+        encoding: int,
         produce: Callable[[Flight], Awaitable[None]],
         origin: Provenance = _UNKNOWN,
     ) -> None:
         """Start a flight that nobody need listen to, unless there is one under `key`."""
         if key not in self:
-            listener, _ = self.join(key, form, produce, origin)
+            listener, _ = self.join(key, encoding, produce, origin)
             task = asyncio.create_task(_read(listener))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)

@@ -13,8 +13,9 @@ from server.admin import exports
 from server.admin.lines import split
 from server.admin.local import Administration
 from server.admin.operations import AdminError
+from server.protocol.formats import Encoding
 from tests.tiers.conftest import Clock
-from tiers import Answer, Chain, DiskCache, Entry, Form, FrequencySketch, MemoryCache, Tier
+from tiers import Answer, Chain, DiskCache, Entry, FrequencySketch, MemoryCache, Tier
 from tiers.purges.table import label
 
 NOW = Clock().now
@@ -25,7 +26,7 @@ ENTRIES = st.builds(
         Answer(form, content, usage), stored_at, stored_at + ttl_s, *more, generation,
         "\n".join(labels).encode(errors="replace"),
     ),
-    st.sampled_from(Form), st.binary(max_size=200), st.binary(max_size=20), TIMES, TIMES,
+    st.sampled_from(Encoding), st.binary(max_size=200), st.binary(max_size=20), TIMES, TIMES,
     st.tuples(TIMES, TIMES, TIMES), st.integers(0, 2**64 - 1), LABELS,
 )  # fmt: skip
 KEYS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=100)
@@ -37,7 +38,7 @@ def clock() -> Clock:
 
 
 def entry(text: str, stored_at: float = NOW, ttl_s: float = 100, **more: object) -> Entry:
-    return Entry(Answer(Form.BODY, text.encode()), stored_at, stored_at + ttl_s, **more)
+    return Entry(Answer(Encoding.JSON, text.encode()), stored_at, stored_at + ttl_s, **more)
 
 
 def export(*entries: tuple[str, Entry], told: int | None = None) -> list[bytes]:
@@ -71,7 +72,7 @@ def test_what_is_read_is_what_was_written(key: str, written: Entry) -> None:
 async def test_large_answers_are_written_and_read_as_small_ones(more: int, pieces: int) -> None:
     content = bytes(range(256)) * 192 * pieces
     assert len(content) == pieces * exports._PIECE_BYTES
-    written = entry("")._replace(answer=Answer(Form.BODY, content[:more] + bytes(max(more, 0))))
+    written = entry("")._replace(answer=Answer(Encoding.JSON, content[:more] + bytes(max(more, 0))))
     line = await exports.entry_line_of("k", written)
     assert line == exports.entry_line("k", written)
     assert b64encode(written.answer.content) in line
@@ -212,7 +213,7 @@ def test_a_line_that_verifies_but_can_t_be_is_named(fields: dict, said: str) -> 
         "stale_if_error_s": 0, "generation": 0, "labels": [], "form": "body", "content": "",
         "usage": "",
     }  # fmt: skip
-    assert exports.read(exports._line(whole)) == ("k", Entry(Answer(Form.BODY, b""), 1, 2))
+    assert exports.read(exports._line(whole)) == ("k", Entry(Answer(Encoding.JSON, b""), 1, 2))
     with pytest.raises(ValueError, match=said):
         exports.read(exports._line(whole | fields))
 

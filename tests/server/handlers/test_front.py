@@ -19,7 +19,8 @@ from multidict import CIMultiDict
 
 from server.config.load import load
 from server.protocol import template
-from tiers import Answer, Chain, DiskCache, Form, FrequencySketch, Freshness, Tier
+from server.protocol.formats import Encoding
+from tiers import Answer, Chain, DiskCache, FrequencySketch, Freshness, Tier
 
 from .conftest import (
     CHAT,
@@ -862,7 +863,7 @@ async def plant(front: Front, asked: dict, stored_at: float, ttl_s: float) -> No
         max_answer_bytes=10_000,
         clock=clock,
     )
-    answer = Answer(Form.BODY, template.json_template(body("old")))
+    answer = Answer(Encoding.JSON, template.json_template(body("old")))
     assert await chain.store(front.key(asked), answer, Freshness(ttl_s))
     await chain.close()
 

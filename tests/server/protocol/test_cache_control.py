@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.protocol.cache_control import CacheControl, parse_cache_control
-from tiers import Answer, Entry, Form, State
+from server.protocol.formats import Encoding
+from tiers import Answer, Entry, State
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ FRESH, STALE, FALLBACK = 50, 130, 180
 )
 def test_what_is_taken(value: str, takes: set[int]) -> None:
     # Stored at 0, fresh until 100, given while a new one is made until 150.
-    entry = Entry(Answer(Form.BODY, b""), 0, 100, 0, 50, 1000)
+    entry = Entry(Answer(Encoding.JSON, b""), 0, 100, 0, 50, 1000)
     control = parse_cache_control(value)
     ages = {
         age for age in (FRESH, STALE, FALLBACK) if control.accepts(entry, entry.state(age), age)

@@ -6,8 +6,8 @@ import orjson
 import pytest
 
 from server.protocol import convert, template
-from server.protocol.formats import are_finished
-from tiers import Answer, Form
+from server.protocol.formats import Encoding, are_finished
+from tiers import Answer
 
 HEAD = {"id": "x", "object": "chat.completion", "created": 1, "model": "m"}
 CHUNK = HEAD | {"object": "chat.completion.chunk"}
@@ -25,13 +25,13 @@ END = {"index": 0, "delta": {}, "finish_reason": "stop"}
 def body_of(message=SAYS, /, *, choice=None, **more) -> Answer:
     made = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
     parsed = HEAD | {"choices": [made | (choice or {})], "usage": USAGE} | more
-    return Answer(Form.BODY, template.json_template(parsed))
+    return Answer(Encoding.JSON, template.json_template(parsed))
 
 
 def events_of(*choices: dict, counts=COUNTS, head=CHUNK, **more) -> Answer:
     chunks = [head | {"choices": [choice]} | more for choice in choices]
     return Answer(
-        Form.EVENTS,
+        Encoding.SSE,
         b"".join(map(template.sse_event, chunks)),
         template.sse_event(head | counts | more),
     )
@@ -42,13 +42,13 @@ def rendered(content: bytes) -> bytes:
 
 
 def body_made_of(answer: Answer) -> dict:
-    return orjson.loads(rendered(convert.convert(answer, Form.BODY).content))
+    return orjson.loads(rendered(convert.convert(answer, Encoding.JSON).content))
 
 
 @pytest.mark.parametrize("text", ["hi\n\nthere", ""])
 def test_a_body_survives_becoming_events(text: str) -> None:
     message = {"role": "assistant", "content": text}
-    events = convert.convert(body_of(message, system_fingerprint="fp"), Form.EVENTS)
+    events = convert.convert(body_of(message, system_fingerprint="fp"), Encoding.SSE)
     again = body_made_of(events)
     (choice,) = again["choices"]
     # The rest is there as null, as vLLM has it.
@@ -60,7 +60,7 @@ def test_a_body_survives_becoming_events(text: str) -> None:
     )
     assert (again["id"], again["created"], again["object"]) == ("new", 7, "chat.completion")
     assert again["system_fingerprint"] == "fp"
-    assert convert.convert(convert.convert(events, Form.BODY), Form.EVENTS) == events
+    assert convert.convert(convert.convert(events, Encoding.JSON), Encoding.SSE) == events
 
 
 def test_only_the_outer_id_and_created_are_fresh() -> None:
@@ -111,8 +111,8 @@ chat = partial(events_of, ROLE)
 @pytest.mark.parametrize(
     "answer",
     [
-        Answer(Form.EVENTS, b""),
-        Answer(Form.EVENTS, b"", template.sse_event(CHUNK | COUNTS)),
+        Answer(Encoding.SSE, b""),
+        Answer(Encoding.SSE, b"", template.sse_event(CHUNK | COUNTS)),
         # No role, none with its text, or two.
         events_of(HI, END),
         events_of(ROLE | {"delta": SAYS}, END),
@@ -126,7 +126,7 @@ chat = partial(events_of, ROLE)
         events_of(ROLE | {"index": 1}, END | {"index": 1}),
         events_of({name: ROLE[name] for name in ("delta",)}, END),
         Answer(
-            Form.EVENTS,
+            Encoding.SSE,
             template.sse_event(CHUNK | {"choices": [ROLE, ROLE | {"index": 1}]}),
             template.sse_event(CHUNK | COUNTS),
         ),
@@ -162,8 +162,8 @@ chat = partial(events_of, ROLE)
         chat(END, head=CHUNK | {"object": ""}),
         # An event with more than data.
         chat(END)._replace(content=b"id: 7\n" + chat(END).content),
-        Answer(Form.BODY, b'{"choices":[]}'),
-        Answer(Form.BODY, b"[]"),
+        Answer(Encoding.JSON, b'{"choices":[]}'),
+        Answer(Encoding.JSON, b"[]"),
         body_of(choices=[]),
         body_of(choice={"index": 1}),
         body_of(choice={"finish_reason": None}),
@@ -185,19 +185,19 @@ chat = partial(events_of, ROLE)
     ],
 )
 def test_what_has_no_other_form_is_said(answer: Answer) -> None:
-    other = Form.BODY if answer.form is Form.EVENTS else Form.EVENTS
+    other = Encoding.JSON if answer.encoding == Encoding.SSE else Encoding.SSE
     with pytest.raises(convert.NotConvertibleError):
         convert.convert(answer, other)
 
 
 def test_the_fingerprint_is_where_vllm_puts_it() -> None:
-    events = convert.convert(body_of(system_fingerprint="fp"), Form.EVENTS)
+    events = convert.convert(body_of(system_fingerprint="fp"), Encoding.SSE)
     for wants_usage in (False, True):
         content = template.strip_usage_marks(events.content, wants_usage=wants_usage)
         chunks = [orjson.loads(rendered(part)[6:]) for part in content.split(b"\n\n") if part]
         fingerprints = [chunk.get("system_fingerprint") for chunk in chunks]
         assert fingerprints == [None, None if wants_usage else "fp"]
-    assert orjson.loads(rendered(events.usage)[6:])["system_fingerprint"] == "fp"
+    assert orjson.loads(rendered(events.trailer)[6:])["system_fingerprint"] == "fp"
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ import pytest
 
 from server.handlers.recording import record_answer
 from server.protocol import convert
-from server.protocol.formats import CHOICES
+from server.protocol.formats import CHOICES, Encoding
 from server.protocol.routes import PLAIN_PARSERS
-from tiers import Answer, Form
+from tiers import Answer
 
 pytestmark = pytest.mark.engine
 
@@ -53,9 +53,9 @@ class Reply:
 
     status = 200
 
-    def __init__(self, raw: bytes, form: Form) -> None:
+    def __init__(self, raw: bytes, form: Encoding) -> None:
         self._raw, self.headers, self.content = raw, {}, self
-        self.content_type = "text/event-stream" if form is Form.EVENTS else "application/json"
+        self.content_type = "text/event-stream" if form is Encoding.SSE else "application/json"
 
     async def read(self) -> bytes:
         return self._raw
@@ -65,7 +65,7 @@ class Reply:
             yield self._raw[at : at + 100]
 
 
-async def recorded(raw: bytes, form: Form) -> Answer:
+async def recorded(raw: bytes, form: Encoding) -> Answer:
     async def publish(_: bytes) -> None:
         pass
 
@@ -207,12 +207,12 @@ async def body_of(vllm: SimpleNamespace, route: str, case: Case) -> bytes:
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("route", ["chat", "text"])
 async def test_either_form_becomes_vllms_other(vllm, route: str, case: Case) -> None:
-    body = await recorded(await body_of(vllm, route, case), Form.BODY)
+    body = await recorded(await body_of(vllm, route, case), Encoding.JSON)
     for at_once in (True, False):
-        events = await recorded(await stream_of(vllm, route, case, at_once=at_once), Form.EVENTS)
-        assert convert.convert(events, Form.BODY) == body
-    events = await recorded(await stream_of(vllm, route, case, at_once=True), Form.EVENTS)
-    assert convert.convert(body, Form.EVENTS) == events
+        events = await recorded(await stream_of(vllm, route, case, at_once=at_once), Encoding.SSE)
+        assert convert.convert(events, Encoding.JSON) == body
+    events = await recorded(await stream_of(vllm, route, case, at_once=True), Encoding.SSE)
+    assert convert.convert(body, Encoding.SSE) == events
 
 
 def test_all_fields_of_vllms_are_known(vllm) -> None:

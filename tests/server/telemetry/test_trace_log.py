@@ -13,15 +13,16 @@ import pytest
 from aiohttp import web
 
 from server.config.base import ConfigError
+from server.protocol.formats import Encoding
 from server.simulation.traces import TraceRequest, read
 from server.telemetry.trace_log import TraceLog, earlier
-from tiers import Answer, Form
+from tiers import Answer
 
 from .conftest import Front, Upstream, alike, body, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-ANSWER = Answer(Form.BODY, b'{"choices":[],"usage":{"completion_tokens":7}}', b"")
+ANSWER = Answer(Encoding.JSON, b'{"choices":[],"usage":{"completion_tokens":7}}', b"")
 
 
 def add(trace: TraceLog, number: int, answer: Answer = ANSWER, model: str = "m") -> None:
@@ -88,11 +89,11 @@ async def test_its_lines_are_requests(tmp_path: Path) -> None:
     add(trace, 0, model='"\ud800\n')
     # Text that an engine was made to say is no token count.
     said = orjson.dumps({"content": '"completion_tokens":9'})
-    add(trace, 1, Answer(Form.BODY, said))
+    add(trace, 1, Answer(Encoding.JSON, said))
     usage = b'data: {"usage":{"completion_tokens":3}}\n\n'
-    add(trace, 2, Answer(Form.EVENTS, b"data: {}\n\n", usage))
+    add(trace, 2, Answer(Encoding.SSE, b"data: {}\n\n", usage))
     message = b'data: {"usage":{"output_tokens":0}}\n\ndata: {"usage":{"output_tokens":5}}\n\n'
-    add(trace, 3, Answer(Form.EVENTS, message))
+    add(trace, 3, Answer(Encoding.SSE, message))
     trace.close()
     first, *_ = map(orjson.loads, file.read_bytes().splitlines())
     assert first == {

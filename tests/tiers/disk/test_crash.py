@@ -23,11 +23,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.tiers.conftest import JSON
 from tiers import (
     Answer,
     Chain,
     DiskCache,
-    Form,
     FrequencySketch,
     Freshness,
     MemoryCache,
@@ -477,7 +477,7 @@ async def test_a_file_that_another_process_grows_is_read_again_soon(tmp_path, mo
     chain = chain_on(tmp_path)
     disk = chain.tiers[1].backend
     for key in ("k", "purged"):
-        assert await chain.store(key, Answer(Form.BODY, b"{}"), Freshness(3600))
+        assert await chain.store(key, Answer(JSON, b"{}"), Freshness(3600))
     with Child(grow_and_purge, tmp_path) as child:
         assert next(child.receive()) is None
         assert disk.statistics() is None
@@ -533,7 +533,7 @@ def store_and_look_up(connection: Connection, folder: Path) -> None:
             if connection.recv() == "store":
                 await chain.store(
                     "k",
-                    Answer(Form.BODY, b"{}"),
+                    Answer(JSON, b"{}"),
                     Freshness(3600),
                     provenance=chain.provenance(LABELS),
                 )
@@ -566,7 +566,7 @@ def purge_and_wait(connection: Connection, folder: Path, durability: Durability)
         chain = chain_on(folder, durability)
         for key in ("k", "other"):
             await chain.store(
-                key, Answer(Form.BODY, b"{}"), Freshness(3600), provenance=chain.provenance(LABELS)
+                key, Answer(JSON, b"{}"), Freshness(3600), provenance=chain.provenance(LABELS)
             )
         await chain.purge("key:k")
         connection.send("purged")

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiers.conftest import JSON
 from tiers import (
     Answer,
     BackgroundWork,
     Chain,
     Demotion,
     DiskCache,
-    Form,
     FrequencySketch,
     Freshness,
     MemoryCache,
@@ -28,7 +28,7 @@ from tiers.movement.background import _refill
 from .conftest import Remote
 
 ROOM_FOR_TWO = 6000
-ANSWER = Answer(Form.BODY, bytes(1800))
+ANSWER = Answer(JSON, bytes(1800))
 WEEK = Freshness(7 * 24 * 3600)
 
 
@@ -237,7 +237,7 @@ async def test_at_the_end_the_hottest_are_written_first(tmp_path: Path, clock, m
 
 async def test_on_evict_never_brings_back_an_older_answer(tmp_path: Path, clock) -> None:
     house = House(tmp_path, clock, write=WritePolicy.ON_EVICT)
-    older, newer = Answer(Form.BODY, b"1" * 1800), Answer(Form.BODY, b"2" * 1800)
+    older, newer = Answer(JSON, b"1" * 1800), Answer(JSON, b"2" * 1800)
     for key in "abc":
         await house.tier_of(key)
     await house.chain.store("a", older, WEEK)
@@ -261,7 +261,7 @@ async def test_a_store_outdates_what_waits_to_be_demoted(tmp_path: Path, clock) 
         await house.tier_of(key)
         await house.chain.store(key, ANSWER, WEEK)
     assert not house.memory.holds("a")
-    await house.chain.store("a", Answer(Form.BODY, b"newer"), WEEK)
+    await house.chain.store("a", Answer(JSON, b"newer"), WEEK)
     await house.demotion.finish()
     assert not house.disk.holds("a")
     await house.close()
@@ -287,7 +287,7 @@ async def test_a_chain_without_tiers_only_misses(clock) -> None:
     )
     chain = Chain([], frequency=frequency, max_answer_bytes=10, clock=clock)
     await movement.start()
-    assert not await chain.store("k", Answer(Form.BODY, b"{}"), WEEK)
+    assert not await chain.store("k", Answer(JSON, b"{}"), WEEK)
     assert await chain.lookup("k") is None
     await movement.close()
     await chain.close()

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.tiers.conftest import JSON
 from tiers import (
     Answer,
     Chain,
     DiskCache,
-    Form,
     FrequencySketch,
     Freshness,
     MemoryCache,
@@ -25,7 +25,7 @@ from tiers.disk.recovery import LOCK
 from tiers.purges.table import ALL, MAX_BYTES, MAX_LABELS, PurgeTable, label
 from tiers.singleflight.flight import Flight, SingleFlight
 
-ANSWER = Answer(Form.BODY, b"{}")
+ANSWER = Answer(JSON, b"{}")
 LABELS = ["all", "key:k", "model:m", "tenant:t", "tag:é", "tag:two words"]
 tables = st.dictionaries(st.sampled_from(LABELS), st.integers(1, 20)).map(PurgeTable)
 
@@ -262,7 +262,7 @@ async def test_requests_that_are_alike_join_before_the_file_is_open(clock, tmp_p
             flight.end(ANSWER)
 
         joined = [
-            flights.join("k", Form.BODY, produce, purges.provenance(["tag:a"]))[1] for _ in range(3)
+            flights.join("k", JSON, produce, purges.provenance(["tag:a"]))[1] for _ in range(3)
         ]
         assert not disk.is_open
         assert joined == [False, True, True]
@@ -271,7 +271,7 @@ async def test_requests_that_are_alike_join_before_the_file_is_open(clock, tmp_p
     for label_, joins in (("tag:b", True), ("tag:a", False)):
         await purges.purge(label_)
         known = purges.provenance(["tag:a"])
-        assert flights.join("k", Form.BODY, produce, known)[1] is joins
+        assert flights.join("k", JSON, produce, known)[1] is joins
     go.set()
     await flights.drain(60)
     await disk.close()

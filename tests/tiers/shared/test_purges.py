@@ -11,12 +11,12 @@ from aiocache.base import BaseCache
 from aiocache.serializers import NullSerializer
 
 from tests.servers import SERVERS
+from tests.tiers.conftest import JSON
 from tiers import (
     Answer,
     Chain,
     DiskCache,
     Entry,
-    Form,
     FrequencySketch,
     Freshness,
     MemoryCache,
@@ -182,7 +182,7 @@ async def test_nothing_shared_is_given_out_before_the_purges_are_known(clock, co
     backend = connect()
     one = Machine(backend, clock)
     tier = Tier("shared", backend, shared=True, clock=clock)
-    value = Entry(Answer(Form.BODY, b"1"), clock.now, clock.now + 60).encode()
+    value = Entry(Answer(JSON, b"1"), clock.now, clock.now + 60).encode()
     await one.shared.sync()
     for key in ("k", "purged"):
         await tier.put(key, value, 60)
@@ -209,7 +209,7 @@ async def test_a_process_that_stood_still_looks_before_it_gives_anything_out(
         shared_purges=two.shared,
     )
     assert await two.shared.sync()
-    assert await chain.store("k", Answer(Form.BODY, b"1"), Freshness(60))
+    assert await chain.store("k", Answer(JSON, b"1"), Freshness(60))
     await one.shared.purge("all")
     now_s = 2.2
     assert await chain.lookup("k") is not None

@@ -4,9 +4,10 @@ import asyncio
 
 import pytest
 
-from tiers import Answer, Flight, Form, Provenance, SingleFlight
+from tests.tiers.conftest import JSON, SSE
+from tiers import Answer, Flight, Provenance, SingleFlight
 
-ANSWER = Answer(Form.EVENTS, b"")
+ANSWER = Answer(SSE, b"")
 
 
 async def read(listener) -> list[bytes]:
@@ -25,7 +26,7 @@ async def test_many_listeners_share_one_generation() -> None:
             await flight.publish(b"%d" % number)
         flight.end(ANSWER)
 
-    joined = [flights.join("k", Form.EVENTS, produce) for _ in range(200)]
+    joined = [flights.join("k", SSE, produce) for _ in range(200)]
     results = await asyncio.gather(*(read(listener) for listener, _ in joined))
     assert started == 1
     assert results == [[b"0", b"1", b"2", b"3", b"4"]] * 200
@@ -45,8 +46,8 @@ async def test_ends_when_the_last_listener_leaves() -> None:
             cancelled.set()
             raise
 
-    first, _ = flights.join("k", Form.EVENTS, produce)
-    second, _ = flights.join("k", Form.EVENTS, produce)
+    first, _ = flights.join("k", SSE, produce)
+    second, _ = flights.join("k", SSE, produce)
     async with second:
         async with first:
             assert await anext(first) == b"first"
@@ -64,9 +65,9 @@ async def test_a_newcomer_does_not_join_a_flight_that_is_ending() -> None:
         await flight.publish(b"x")
         flight.end(ANSWER)
 
-    async with flights.join("k", Form.EVENTS, produce)[0]:
+    async with flights.join("k", SSE, produce)[0]:
         pass
-    listener, collapsed = flights.join("k", Form.EVENTS, produce)
+    listener, collapsed = flights.join("k", SSE, produce)
     assert not collapsed
     assert await read(listener) == [b"x"]
 
@@ -78,7 +79,7 @@ async def test_an_error_reaches_every_listener() -> None:
         await flight.publish(b"x")
         raise OSError("engine died")
 
-    listeners = [flights.join("k", Form.EVENTS, produce)[0] for _ in range(3)]
+    listeners = [flights.join("k", SSE, produce)[0] for _ in range(3)]
     results = await asyncio.gather(*(read(each) for each in listeners), return_exceptions=True)
     assert [type(result) for result in results] == [OSError] * 3
 
@@ -93,7 +94,7 @@ async def test_a_slow_listener_holds_the_producer_and_not_memory() -> None:
             published += 1
         flight.end(ANSWER)
 
-    slow, _ = flights.join("k", Form.EVENTS, produce)
+    slow, _ = flights.join("k", SSE, produce)
     async with slow:
         for _ in range(10):
             await asyncio.sleep(0)
@@ -107,7 +108,7 @@ async def test_finish_cancels_what_takes_too_long() -> None:
     async def produce(flight: Flight) -> None:
         await asyncio.Event().wait()
 
-    listener, _ = flights.join("k", Form.EVENTS, produce)
+    listener, _ = flights.join("k", SSE, produce)
     await flights.drain(0)
     with pytest.raises(ConnectionAbortedError):
         await read(listener)
@@ -120,16 +121,16 @@ async def test_nobody_joins_what_has_been_purged() -> None:
 
     async def produce(flight: Flight) -> None:
         await go.wait()
-        flight.end(Answer(Form.BODY, b"{}"))
+        flight.end(Answer(JSON, b"{}"))
 
     first, second = Provenance(1, b"model:m"), Provenance(2, b"model:m")
-    listeners = [flights.join("k", Form.BODY, produce, first)[0]]
-    assert flights.join("k", Form.BODY, produce, second)[1]
+    listeners = [flights.join("k", JSON, produce, first)[0]]
+    assert flights.join("k", JSON, produce, second)[1]
     purged.add(("k", first))
-    listener, collapsed = flights.join("k", Form.BODY, produce, second)
+    listener, collapsed = flights.join("k", JSON, produce, second)
     assert not collapsed
     assert listener.flight.provenance == second
-    assert flights.join("k", Form.BODY, produce, second)[1]
+    assert flights.join("k", JSON, produce, second)[1]
     go.set()
     for each in (*listeners, listener):
         assert [item async for item in each] == []
@@ -143,14 +144,14 @@ async def test_flights_are_kept_apart_and_known_by_their_key() -> None:
 
     purged: list[str] = []
     flights = SingleFlight(max_bytes=1024, purged=lambda key, _: key in purged)
-    first, _ = flights.join("k", Form.EVENTS, produce)
-    other, joined = flights.join("k", Form.EVENTS, produce, variant="x")
+    first, _ = flights.join("k", SSE, produce)
+    other, joined = flights.join("k", SSE, produce, variant="x")
     assert not joined
-    again, joined = flights.join("k", Form.EVENTS, produce, variant="x")
+    again, joined = flights.join("k", SSE, produce, variant="x")
     assert joined
     assert again.flight is other.flight is not first.flight
     purged.append("k")
-    _, joined = flights.join("k", Form.EVENTS, produce, variant="x")
+    _, joined = flights.join("k", SSE, produce, variant="x")
     assert not joined
     await flights.drain(0)
 
@@ -161,18 +162,18 @@ async def test_a_flight_is_landing_until_its_producer_returns() -> None:
     async def produce(flight: Flight) -> None:
         went[flight] = asyncio.Event()
         await flight.publish(b"item")
-        flight.end(Answer(Form.EVENTS, b"item"))
+        flight.end(Answer(SSE, b"item"))
         flights.mark_storing("k", flight)
         await went[flight].wait()
 
     purged: list[str] = []
     flights = SingleFlight(max_bytes=1024, purged=lambda key, _: key in purged)
     assert flights.storing("k") is None
-    first, _ = flights.join("k", Form.EVENTS, produce)
+    first, _ = flights.join("k", SSE, produce)
     assert flights.storing("k") is None
     assert await read(first) == [b"item"]
     assert flights.storing("k") is first.flight
-    second, _ = flights.join("k", Form.EVENTS, produce, variant="x")
+    second, _ = flights.join("k", SSE, produce, variant="x")
     assert await read(second) == [b"item"]
     last = flights.storing("k")
     assert last is second.flight

@@ -6,11 +6,12 @@ import os
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiers import Answer, Flight, Form, SingleFlight
+from tests.tiers.conftest import SSE
+from tiers import Answer, Flight, SingleFlight
 
 LONG = os.environ.get("TIERSERVE_LONG") == "1"
 MAX_BYTES = 20
-ANSWER = Answer(Form.EVENTS, b"")
+ANSWER = Answer(SSE, b"")
 SIZES = st.sampled_from([1, 5, 10, 30])
 STEPS = st.lists(
     st.one_of(
@@ -96,7 +97,7 @@ class Sky:
     async def join(self) -> None:
         before = self.producers[-1] if self.producers else None
         made = Producer()
-        listener, collapsed = self.flights.join("k", Form.EVENTS, made)
+        listener, collapsed = self.flights.join("k", SSE, made)
         if collapsed:
             assert before is not None
             assert not any((before.failed, before.cancelled, before.returned))
@@ -109,7 +110,7 @@ class Sky:
     async def launch(self) -> None:
         if "k" not in self.flights:
             self.producers.append(Producer())
-        self.flights.start_background("k", Form.EVENTS, self.producers[-1])
+        self.flights.start_background("k", SSE, self.producers[-1])
 
     async def order(self, order: str, size: int = 0) -> None:
         if self.producers:

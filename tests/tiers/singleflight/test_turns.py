@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiers.conftest import JSON
 from tiers import (
     Answer,
     Chain,
     DiskCache,
     FileLeases,
-    Form,
     FrequencySketch,
     Freshness,
     GenerationLock,
@@ -22,7 +22,7 @@ from tiers import (
 )  # fmt: skip
 from tiers.singleflight.turns import LockStats
 
-OLD, NEW = Answer(Form.BODY, b"{1}"), Answer(Form.BODY, b"{2}")
+OLD, NEW = Answer(JSON, b"{1}"), Answer(JSON, b"{2}")
 
 
 class Waiting:
