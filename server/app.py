@@ -46,7 +46,7 @@ from server.web.listener import addresses, listen, make_server
 from server.web.middleware import wrap
 from server.web.request import Handler, Traced
 from server.web.tls import Certificate
-from tiers import BackgroundWork, Chain, DiskCache, SingleFlight
+from tiers import BackgroundWork, Chain, SingleFlight
 from tiers.disk import EncryptionKeyError, UntrustedError
 
 logger = logging.getLogger(__name__)
@@ -240,14 +240,13 @@ async def _serve(
 async def _unsealed(chain: Chain) -> None:
     """Fail if the disk tier's file turns out to need another key, once it has been verified."""
     for tier in chain.tiers:
-        if isinstance(tier.backend, DiskCache):
-            try:
-                await tier.backend.opened()
-            except EncryptionKeyError:
-                raise
-            except (OSError, UntrustedError):
-                # Said in the log; what goes on does so without that tier.
-                return
+        try:
+            await tier.opened()
+        except EncryptionKeyError:
+            raise
+        except (OSError, UntrustedError):
+            # It is logged already, and we serve without that tier.
+            return
 
 
 async def _closed(movement: BackgroundWork, chain: Chain) -> bool:

@@ -52,7 +52,7 @@ _PURGES_PART = 32
 def build(
     config: Config,
     *,
-    sets_aside: bool = True,
+    quarantines: bool = True,
     clock: Callable[[], float] = time.time,
     chance: Callable[[], float] = random,
 ) -> tuple[Chain, BackgroundWork]:
@@ -60,13 +60,13 @@ def build(
 
     Args:
         config: says which tiers there are, and how entries move.
-        sets_aside: whether a disk tier's file that can't be trusted gives way to a new one.
+        quarantines: whether a disk tier's file that can't be used gives way to a new one.
         clock: returns Unix seconds.
         chance: returns a number from 0 to below 1.
 
     Raises:
         ConfigError: the disk tier's folder, or a file that the shared tier needs, can't be used.
-        UntrustedError: the disk tier's file can't be trusted, and isn't to be set aside.
+        UntrustedError: the disk tier's file can't be used, and isn't to be quarantined.
     """
     where, cache, farther = config.tiers, config.cache, []
     # First, since a disk tier that is open has to be closed again.
@@ -80,7 +80,7 @@ def build(
             disk = DiskCache(
                 on_disk.path,
                 on_disk.max_bytes,
-                sets_aside=sets_aside,
+                quarantines=quarantines,
                 encryption_key=encryption_key(on_disk),
                 durability=on_disk.durability,
                 interval_s=on_disk.interval_ms / 1000,
@@ -185,8 +185,7 @@ def build_turns(config: Config, chain: Chain) -> GenerationLock:
 
 def _is_open(chain: Chain) -> bool:
     """Return whether answers that other processes store on disk are found here."""
-    backends = (tier.backend for tier in chain.tiers)
-    return all(backend.is_open for backend in backends if isinstance(backend, DiskCache))
+    return all(tier.is_open for tier in chain.tiers)
 
 
 def _shared(config: SharedTierConfig, tier: type[Tier], clock: Callable[[], float]) -> Tier:

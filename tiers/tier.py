@@ -16,7 +16,6 @@ from aiocache.base import BaseCache
 from tiers.backend import ByteCache
 from tiers.entry import Entry
 from tiers.failed_writes import FailedWrites
-from tiers.memory.cache import MemoryCache
 from tiers.purges.purges import Purges
 from tiers.shared.calls import Bulkhead, BusyError
 from tiers.shared.circuit import FAILURES, CircuitBreaker
@@ -76,9 +75,10 @@ class Tier:
         self.shared = shared
         self._write_s = max(deadline_s, _WRITE_S) if deadline_s else 0
         self._clock = clock
-        # Our own backends answer at once; aiocache's layers cost more than such a read.
-        self._near = backend if isinstance(backend, ByteCache) else None
-        self._decode = Entry.decode_untrusted if self._near is None else Entry.decode
+        self.local = backend if isinstance(backend, ByteCache) else None
+        """The backend if it is one of ours, which answers at once; aiocache's own layers cost more
+        than such a read."""
+        self._decode = Entry.decode_untrusted if self.local is None else Entry.decode
         self._reads = Bulkhead(_READS, deadline_s)
         self._writes = Bulkhead(_WRITES, self._write_s)
         self._probes = Bulkhead(1, deadline_s)
@@ -93,9 +93,23 @@ class Tier:
         return not self._breaker.is_open
 
     @property
-    def writes_at_once(self) -> bool:
-        """Whether a write is done without waiting for anything."""
-        return isinstance(self.backend, MemoryCache)
+    def in_memory(self) -> bool:
+        """Whether entries are in this process alone: a write waits for nothing."""
+        return self.local is not None and self.local.in_memory
+
+    @property
+    def is_open(self) -> bool:
+        """Whether entries can be read; a file may still have to be verified."""
+        return self.local is None or self.local.is_open
+
+    async def opened(self) -> None:
+        """Return when entries can be read.
+
+        Raises:
+            OSError: they never can.
+        """
+        if self.local is not None:
+            await self.local.opened()
 
     async def get(
         self, key: str, purges: Purges, *, counted: bool = True
@@ -106,8 +120,8 @@ class Tier:
         """
         try:
             value: bytes | None
-            if self._near is not None:
-                value = self._near.read(key)
+            if self.local is not None:
+                value = self.local.read(key)
             elif self._breaker.is_open or (self.shared and purges.shared_unknown):
                 # What may have been purged elsewhere can't be told from the rest.
                 value = None
@@ -136,8 +150,8 @@ class Tier:
         """Return the entry under `key`, which doesn't count as asking for it, or `None`."""
         try:
             value: bytes | None
-            if self._near is not None:
-                held = self._near.peek(key)
+            if self.local is not None:
+                held = self.local.peek(key)
                 value = None if held is None else held[0]
             else:
                 value = await self._read(key) if self.available else None
@@ -203,11 +217,11 @@ class Tier:
 
     def victim(self, value_bytes: int) -> str | None:
         """Return the key that would leave first for a value of that size, or `None` for room."""
-        return None if self._near is None else self._near.victim(value_bytes)
+        return None if self.local is None else self.local.victim(value_bytes)
 
     def entries(self) -> Iterator[tuple[str, bytes, float | None]]:
         """Yield key, encoded entry and expiry (Unix s) of all, where the backend can tell."""
-        return iter(()) if self._near is None else self._near.entries()
+        return iter(()) if self.local is None else self.local.entries()
 
     async def close(self) -> None:
         """Flush and release the backend."""
@@ -238,20 +252,20 @@ class Tier:
         return done
 
     async def _exists(self, key: str) -> bool:
-        if self._near is not None:
-            return self._near.holds(key)
+        if self.local is not None:
+            return self.local.holds(key)
         return bool(await self.backend.exists(key, timeout=self._write_s))
 
     async def _holds_other(self, key: str, value: bytes) -> bool:
-        if self._near is None:
+        if self.local is None:
             return await self._exists(key)
         # What waits for its file to be opened isn't stored yet, and is the latest all the same.
-        held = self._near.peek(key)
+        held = self.local.peek(key)
         return held is not None and held[0] != value
 
     def _settle(self, key: str, stored_at: float) -> None:
         """Note that a write has succeeded where an earlier one hadn't."""
-        if self._near is not None:
+        if self.local is not None:
             self._losses.discard(key)
         else:
             # What failed may still be on its way there.
@@ -280,7 +294,7 @@ class Tier:
             return
         self.counts.errors += 1
         in_a_row = self._failing[action] = self._failing.get(action, 0) + 1
-        if self._near is not None:
+        if self.local is not None:
             if in_a_row == 1:
                 # What a system refuses needs no traceback.
                 trace = None if isinstance(exc, OSError) else exc

@@ -9,7 +9,7 @@ from typing import Any
 
 from server.admin.operations import AdminError, Query
 from server.admin.pace import Pace
-from tiers import Chain, DiskCache, Entry, State, Tier
+from tiers import Chain, Entry, State, Tier
 from tiers.backend import ByteCache
 
 # A page of what is rare ends after so many others.
@@ -31,7 +31,7 @@ class Listing:
 
     def __init__(self, chain: Chain, tiers: Sequence[Tier]) -> None:
         self._chain = chain
-        self._backends = {t.name: t.backend for t in tiers if isinstance(t.backend, ByteCache)}
+        self._backends = {t.name: t.local for t in tiers if t.local is not None}
         self._walks: dict[Query, Iterator[tuple[int, str]]] = {}
 
     def backends(self) -> list[ByteCache]:
@@ -41,7 +41,7 @@ class Listing:
             AdminError: one of them is still being opened.
         """
         backends = list(self._backends.values())
-        if not all(each.is_open for each in backends if isinstance(each, DiskCache)):
+        if not all(each.is_open for each in backends):
             raise AdminError(503, "The disk tier is being opened; try again.")
         return backends
 
@@ -98,7 +98,7 @@ class Listing:
             part = query._replace(after=at, limit=query.limit - len(rows))
             at = (
                 await self._page_of_disk(backend, part, nearer, rows)
-                if isinstance(backend, DiskCache)
+                if backend.is_ordered
                 else await self._page_of_memory(backend, part, rows)
             )
             if at:
@@ -161,7 +161,7 @@ class Listing:
 
     async def _page_of_disk(
         self,
-        disk: DiskCache,
+        disk: ByteCache,
         query: Query,
         nearer: Sequence[ByteCache],
         rows: list[dict[str, Any]],
@@ -190,12 +190,12 @@ class Listing:
         return entry is not None and query.label in entry.labels
 
 
-def _places(disk: DiskCache, query: Query) -> Iterator[tuple[str, str]]:
+def _places(disk: ByteCache, query: Query) -> Iterator[tuple[str, str]]:
     """Yield the place and the key of each entry after the query's place."""
     if query.prefix:
         # The key that is the prefix comes before those after it.
         first = [] if query.after else [query.prefix]
-        for key in joined(first, disk.sorted_keys(query.after or query.prefix)):
+        for key in joined(first, disk.keys_after(query.after or query.prefix)):
             if not key.startswith(query.prefix):
                 return
             yield key, key
@@ -204,8 +204,8 @@ def _places(disk: DiskCache, query: Query) -> Iterator[tuple[str, str]]:
         below = bytes.fromhex(query.after) if query.after else None
     except ValueError as exc:
         raise AdminError(400, _AFTER, param="after") from exc
-    for rank, found in disk.ranked(below):
-        yield rank.hex(), found.key.decode()
+    for rank, key in disk.ranked_keys(below):
+        yield rank.hex(), key
 
 
 def _place(after: str) -> tuple[float, str]:

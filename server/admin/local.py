@@ -15,9 +15,8 @@ from server.config.schema import Config
 from server.protocol import template
 from server.protocol.formats import CHOICES
 from server.protocol.labels import label_problem
-from tiers import Chain, DiskCache, MemoryCache, PurgeError, Tier
-from tiers.backend import ByteCache
-from tiers.disk import check
+from tiers import Chain, PurgeError, Tier
+from tiers.disk import verify_in_use
 from tiers.purges.table import ALL, MAX_LABELS, label
 
 # Of a name that can't be.
@@ -83,7 +82,7 @@ class Administration(Operations):
         entries = 0
         yield exports.first_line()
         for number, backend in enumerate(backends, 1):
-            keys = backend.sorted_keys() if isinstance(backend, DiskCache) else backend.keys()
+            keys = backend.keys_after() if backend.is_ordered else backend.keys()
             for key in keys:
                 if key not in told and (entry := self._listing.peek(backend, key)) is not None:
                     entries += 1
@@ -103,8 +102,8 @@ class Administration(Operations):
 
     async def verify(self) -> dict[str, Any]:
         for backend in self._listing.backends():
-            if isinstance(backend, DiskCache):
-                return (await check(backend.path))._asdict()
+            if backend.path is not None:
+                return (await verify_in_use(backend.path))._asdict()
         raise AdminError(409, "There is no disk tier.")
 
 
@@ -115,16 +114,15 @@ async def offline(config: Config) -> AsyncIterator[Administration]:
     Raises:
         ConfigError: its folder can't be used.
         OSError: it can't be opened.
-        UntrustedError: it can't be trusted. Only a server sets it aside.
+        UntrustedError: it can't be used. Only a server quarantines it.
     """
-    chain, movement = build(config, sets_aside=False)
+    chain, movement = build(config, quarantines=False)
     try:
         for tier in chain.tiers:
-            if isinstance(tier.backend, DiskCache):
-                await tier.backend.opened()
+            await tier.opened()
         await movement.load_sketch()
         # Nothing is in this process's memory.
-        tiers = [tier for tier in chain.tiers if not isinstance(tier.backend, MemoryCache)]
+        tiers = [tier for tier in chain.tiers if not tier.in_memory]
         yield Administration(chain, tiers)
     finally:
         await chain.close()
@@ -132,10 +130,8 @@ async def offline(config: Config) -> AsyncIterator[Administration]:
 
 def _statistics(tier: Tier) -> dict[str, Any]:
     told: dict[str, Any] = {"tier": tier.name, **asdict(tier.counts)}
-    if isinstance(backend := tier.backend, ByteCache):
-        told |= asdict(backend.usage)
-    if isinstance(backend, MemoryCache | DiskCache):
-        told["max_bytes"] = backend.max_bytes
-    if isinstance(backend, DiskCache) and (file := backend.statistics()) is not None:
-        told["file"] = asdict(file)
+    if (backend := tier.local) is not None:
+        told |= asdict(backend.usage) | {"max_bytes": backend.max_bytes}
+        if (file := backend.statistics()) is not None:
+            told["file"] = asdict(file)
     return told

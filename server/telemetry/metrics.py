@@ -17,7 +17,6 @@ from server.auth.collector import _Tenants
 from server.auth.limits import RateLimiter
 from server.engine.collector import ModelState, _Models
 from tiers import Chain
-from tiers.backend import ByteCache
 from tiers.singleflight.turns import LockStats
 
 _BOUNDS_S = (
@@ -146,7 +145,7 @@ class _Tiers(Collector):
 
     def collect(self) -> Iterable[Metric]:
         tiers = self._chain.tiers
-        usages = [(t.name, t.backend.usage) for t in tiers if isinstance(t.backend, ByteCache)]
+        usages = [(tier.name, tier.local.usage) for tier in tiers if tier.local is not None]
         for name in ("entries", "bytes"):
             gauge = GaugeMetricFamily(f"tierserve_tier_{name}", f"{name} held", labels=("tier",))
             for tier, usage in usages:

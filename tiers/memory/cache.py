@@ -40,6 +40,7 @@ class MemoryCache(ByteCache):
     """
 
     NAME = "memory"
+    in_memory = True
 
     def __init__(
         self,
@@ -50,14 +51,13 @@ class MemoryCache(ByteCache):
         clock: Callable[[], float] = time.time,
         namespace: str | None = None,
     ) -> None:
-        super().__init__(clock=clock, namespace=namespace)
+        super().__init__(max_bytes, clock=clock, namespace=namespace)
         if isinstance(policy, str):
             if policy not in POLICIES:
                 raise ValueError(f"unknown policy {policy!r}; there are {', '.join(POLICIES)}")
             policy = POLICIES[policy].within(max_bytes)
         elif policy.max_bytes > max_bytes:
             raise ValueError(f"the policy is made for {policy.max_bytes} bytes, not {max_bytes}")
-        self.max_bytes = max_bytes
         self.policy = policy
         self.on_evict = on_evict
         self.overhead_bytes = _OVERHEAD_BYTES + policy.OVERHEAD_BYTES

@@ -56,8 +56,8 @@ class Promotion:
     async def promote(self, copy: Transfer, found: FarHit, tiers: Sequence[Tier]) -> None:
         """Promote to those of `tiers` that should have it; takes `copy` over."""
         tiers = [tier for tier in tiers if self._is_worth(found, tier)]
-        now = [tier for tier in tiers if tier.writes_at_once]
-        later = [tier for tier in tiers if not tier.writes_at_once]
+        now = [tier for tier in tiers if tier.in_memory]
+        later = [tier for tier in tiers if not tier.in_memory]
         try:
             if now:
                 async with copy.writing() as is_latest:

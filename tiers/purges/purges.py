@@ -19,7 +19,7 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from math import inf
 from typing import Any
 
-from tiers.disk import DiskCache
+from tiers.backend import BlobStore
 from tiers.entry import Entry, Provenance
 from tiers.purges.table import (
     ALL,
@@ -63,7 +63,7 @@ class Purges:
 
     def __init__(
         self,
-        disk: DiskCache | None = None,
+        disk: BlobStore | None = None,
         *,
         max_bytes: int = MAX_BYTES,
         clock: Callable[[], float] = time.time,
@@ -213,7 +213,7 @@ class Purges:
         self._head = blob[:HEAD_BYTES]
         self._is_damaged = False
 
-    def _distrust(self, disk: DiskCache, exc: ValueError) -> None:
+    def _distrust(self, disk: BlobStore, exc: ValueError) -> None:
         if self._is_damaged:
             return
         self._is_damaged = True
@@ -221,7 +221,7 @@ class Purges:
         self.table = self.table.with_purge(self._clock_us() + _BEYOND_US, ALL)
         self._keep(self._commit(disk))
 
-    async def _commit(self, disk: DiskCache, labels: Sequence[str] = ()) -> bool:
+    async def _commit(self, disk: BlobStore, labels: Sequence[str] = ()) -> bool:
         """Merge the table with the file's, and purge `labels`. Returns whether it is on disk."""
         made = b""
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.tiers.child import Child, processes
 from tests.tiers.conftest import JSON
 from tiers import (
     Answer,
@@ -36,10 +37,9 @@ from tiers import (
 )  # fmt: skip
 from tiers.disk import Durability
 from tiers.disk.file import DATA, DiskFile
-from tiers.disk.recovery import _ASK_TO_END, verifier
-from tiers.disk.verify import _Pages, verify
-
-from .child import Child, processes
+from tiers.disk.pages import PageVerifier
+from tiers.disk.recovery import _END_SIGNALS
+from tiers.disk.verify import command, verify
 
 MIB = 1024 * 1024
 LONG = os.environ.get("TIERSERVE_LONG") == "1"
@@ -78,7 +78,7 @@ def remount(folder: Path, options: str) -> None:
 def write_for_ever(connection: Connection, folder: Path, max_bytes: int, start: int) -> None:
     async def main() -> None:
         cache = DiskCache(folder, max_bytes)
-        await cache.opened()
+        connection.send(cache.is_open)
 
         async def store(number: int) -> None:
             while True:
@@ -100,6 +100,7 @@ def test_a_kill_loses_nothing_that_was_acknowledged(tmp_path: Path, max_bytes, k
     for start in range(0, kills * 100_000, 100_000):
         with Child(write_for_ever, tmp_path, max_bytes, start) as child:
             left = chance.randrange(1, 120)
+            assert child.connection.recv() is True, "the kill before made the tier cold"
             for key in child.receive():
                 acknowledged.add(key)
                 left -= 1
@@ -179,6 +180,7 @@ async def test_the_smallest_limit_counts(tmp_path: Path) -> None:
 async def test_the_other_process_is_killed(tmp_path: Path) -> None:
     cache = DiskCache(tmp_path, 64 * MIB)
     with Child(write_for_ever, tmp_path, 64 * MIB, 0) as child:
+        assert child.connection.recv()
         for key in child.receive():
             assert await cache.get(str(key)) == value_of(str(key))
             if int(str(key)) > 100:
@@ -207,12 +209,12 @@ async def test_a_full_disk(disk: Path, caplog, monkeypatch) -> None:
     (error,) = errors
     assert error.exc_info is None
     # LMDB calls it an error of input or output where a part of a page found room.
-    said = "(No space left on device|Input/output error); 1 changes are lost so far"
+    said = "(No space left on device|Input/output error); 1 writes have failed so far"
     assert re.search(said, error.message)
     assert cache.usage.refused == 11
     assert all(await cache.multi_get(stored))
     remount(disk, "size=64m")
-    monkeypatch.setattr(cache._writer._episode, "until", 0.0)
+    monkeypatch.setattr(cache._writer._outage, "until", 0.0)
     assert await cache.set("more", os.urandom(10_000))
     assert caplog.records[-1].message.startswith("the disk tier stores again")
     await cache.close()
@@ -238,7 +240,7 @@ async def test_a_full_disk_shows_nothing_that_was_to_be_replaced(
     assert all(cache.read(key) in (new[key], None) for key in keys)
     assert all(value == new[key] for key, value, _ in cache.hottest())
     (disk / "filler").unlink()
-    monkeypatch.setattr(cache._writer._episode, "until", 0.0)
+    monkeypatch.setattr(cache._writer._outage, "until", 0.0)
     assert await cache.set("more", b"1")
     await cache.close()
     again = DiskCache(disk, 64 * MIB)
@@ -329,7 +331,7 @@ def serve_damaged(connection: Connection, whole: Path, folder: Path, trials: lis
 def tree_pages(data: Path) -> list[int]:
     """Return the numbers of the pages that are no values: meta, branch and leaf pages."""
     with data.open("rb") as file:
-        pages = _Pages(file, data.stat().st_size)
+        pages = PageVerifier(file, data.stat().st_size)
         assert pages.verify() == []
         live = [page for page in range(2, pages.next_pgno) if pages.live[page]]
         return [0, 1] + [page for page in live if pages.read_page(page)[10] in (1, 2)]
@@ -403,7 +405,7 @@ def stands_in(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     made = folder / "python"
     made.write_text(f"#!/bin/sh\n{script}\n")
     made.chmod(0o700)
-    monkeypatch.setattr("tiers.disk.opening.sys.executable", str(made))
+    monkeypatch.setattr("tiers.disk.verify.sys.executable", str(made))
 
 
 @pytest.mark.parametrize(
@@ -418,7 +420,7 @@ async def test_a_verifier_that_fails_is_damage(
     await cache.close()
     (tmp_path / "disk" / "clean").unlink()
     stands_in(f"exec 1>&-\n{program}", tmp_path, monkeypatch)
-    monkeypatch.setattr("tiers.disk.opening._VERIFY_S", bound_s)
+    monkeypatch.setattr("tiers.disk.recovery._VERIFY_S", bound_s)
     again = DiskCache(tmp_path / "disk", MIB)
     await again.opened()
     assert await again.get("a") is None
@@ -426,7 +428,7 @@ async def test_a_verifier_that_fails_is_damage(
     await again.close()
 
 
-@pytest.mark.parametrize("number", _ASK_TO_END)
+@pytest.mark.parametrize("number", _END_SIGNALS)
 async def test_a_verifier_that_is_asked_to_end_proves_no_damage(
     tmp_path: Path, monkeypatch, number: signal.Signals
 ) -> None:
@@ -446,9 +448,9 @@ async def test_a_verifier_that_is_asked_to_end_proves_no_damage(
 @pytest.mark.parametrize("how", ["nobody reads", "SIGINT"])
 def test_a_verifier_ends_with_who_started_it(tmp_path: Path, how: str) -> None:
     os.mkfifo(tmp_path / DATA)
-    command, env = verifier(tmp_path)
+    words, env = command(tmp_path)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=env, **pipes) as process:
+    with subprocess.Popen(words, env=env, **pipes) as process:
         # It waits for who writes there, for ever, and a thread of it for the end of its reader.
         while psutil.Process(process.pid).num_threads() < 2:
             time.sleep(0.01)
@@ -581,8 +583,7 @@ async def test_a_kill_brings_back_nothing_that_was_purged(tmp_path: Path, durabi
         assert next(child.receive()) == "purged"
     chain = chain_on(tmp_path)
     disk = chain.tiers[1].backend
-    assert not disk.is_open
-    await disk.opened()
+    assert disk.is_open
     assert await chain.lookup("other") is not None
     assert await chain.lookup("k") is None
     await chain.close()
