@@ -35,7 +35,7 @@ from tiers import (
     WritePolicy,
 )  # fmt: skip
 from tiers.disk import Durability
-from tiers.disk.recovery import MARK
+from tiers.disk.marks import MARK
 from tiers.entry import SKEW_S
 from tiers.policies import POLICIES
 from tiers.shared.redis import RedisBytes

@@ -31,7 +31,7 @@ from tiers.shared.circuit import FAILURES, CircuitBreaker
 
 from .conftest import Clock, Remote
 
-TIMES = ("stored_at", "expires_at", "took_s", "stale_while_revalidate_s", "stale_if_error_s")
+TIMES = ("stored_at", "expires_at", "generation_s", "stale_while_revalidate_s", "stale_if_error_s")
 # Nothing is purged.
 PURGES = Purges()
 

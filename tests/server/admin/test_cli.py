@@ -24,7 +24,7 @@ from server.config.load import load
 from tests.server.conftest import Front, Upstream, alike, answer, body, question, running
 from tiers import Chain, DiskCache, FrequencySketch
 from tiers.disk.file import DATA
-from tiers.disk.recovery import MARK
+from tiers.disk.marks import MARK
 
 from .test_exports import entry, export
 

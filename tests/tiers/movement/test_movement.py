@@ -22,7 +22,7 @@ from tiers import (
     WritePolicy,
 )  # fmt: skip
 from tiers.disk import Durability
-from tiers.disk.recovery import MARK
+from tiers.disk.marks import MARK
 from tiers.movement.background import _refill
 
 from .conftest import Remote
