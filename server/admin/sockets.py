@@ -23,7 +23,7 @@ from server.config.folders import log_if_new
 from server.config.schema import Config, ServerConfig
 from server.web.access import AccessCheck, allow_anyone, require_key
 from server.web.listener import addresses, listen, listen_unix, make_server
-from server.web.request import Handler
+from server.web.request import Endpoint
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ _LOOK_S = 10
 
 @asynccontextmanager
 async def administered(
-    config: Config, wrapped: Callable[[AccessCheck], Handler], tls: ssl.SSLContext | None
+    config: Config, wrapped: Callable[[AccessCheck], Endpoint], tls: ssl.SSLContext | None
 ) -> AsyncIterator[None]:
     """Have the admin API answer meanwhile where that is configured.
 
@@ -51,7 +51,7 @@ async def administered(
 
 
 @asynccontextmanager
-async def _at_socket(config: Config, handler: Handler) -> AsyncIterator[None]:
+async def _at_socket(config: Config, handler: Endpoint) -> AsyncIterator[None]:
     if (path := config.admin.socket) is None:
         yield
         return
@@ -100,7 +100,7 @@ async def _keep(
 
 @asynccontextmanager
 async def _at_port(
-    config: Config, wrapped: Callable[[AccessCheck], Handler], tls: ssl.SSLContext | None
+    config: Config, wrapped: Callable[[AccessCheck], Endpoint], tls: ssl.SSLContext | None
 ) -> AsyncIterator[None]:
     admin = config.admin
     if admin.port is None or admin.key is None:
@@ -119,7 +119,7 @@ async def _at_port(
 
 
 @asynccontextmanager
-async def _served(config: Config, handler: Handler) -> AsyncIterator[web.Server]:
+async def _served(config: Config, handler: Endpoint) -> AsyncIterator[web.Server]:
     server = make_server(handler, config.server)
     runner = web.ServerRunner(server, shutdown_timeout=_GRACE_S)
     await runner.setup()

@@ -11,6 +11,7 @@ import orjson
 from aiohttp import web
 
 from server.engine.models import Models
+from server.telemetry.finished import FinishedRequests
 from server.telemetry.history import History
 from server.web.request import HttpRequest
 from tiers import Chain, Tier
@@ -22,13 +23,15 @@ class Overview:
 
     Args:
         chain: whose tiers are shown.
-        history: of all tenants.
+        finished: has the histories of the tenants, and of all.
         models: whose engines are shown.
         version: of us.
     """
 
-    def __init__(self, *, chain: Chain, history: History, models: Models, version: str) -> None:
-        self._chain, self._history = chain, history
+    def __init__(
+        self, *, chain: Chain, finished: FinishedRequests, models: Models, version: str
+    ) -> None:
+        self._chain, self._finished = chain, finished
         self._models, self._version = models, version
 
     async def answer(self, http: HttpRequest) -> web.Response:
@@ -37,8 +40,8 @@ class Overview:
         if tenant.operator:
             told = self.of_all()
         else:
-            of = History() if tenant.limiter is None else tenant.limiter.history
-            told = self._of(of) | {"tenant": tenant.name}
+            history = self._finished.history_of(tenant.name)
+            told = self._of(history) | {"tenant": tenant.name}
         headers = {"Cache-Control": "no-store"}
         return web.Response(
             body=orjson.dumps(told), content_type="application/json", headers=headers
@@ -46,7 +49,9 @@ class Overview:
 
     def of_all(self) -> dict[str, Any]:
         """Return what an operator may see."""
-        return self._of(self._history) | {"tiers": [self._tier(each) for each in self._chain.tiers]}
+        return self._of(self._finished.history) | {
+            "tiers": [self._tier(each) for each in self._chain.tiers]
+        }
 
     def _of(self, history: History) -> dict[str, Any]:
         return {

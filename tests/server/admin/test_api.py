@@ -21,6 +21,7 @@ from server.admin import exports
 from server.config.base import ConfigError
 from server.config.folders import cache_folder
 from server.config.load import load
+from tests.server.admin.test_exports import entry, export, streamed
 from tests.server.conftest import (
     CHAT,
     WHOLE,
@@ -35,8 +36,6 @@ from tests.server.conftest import (
     running,
     stream,
 )  # fmt: skip
-
-from .test_exports import entry, export, streamed
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

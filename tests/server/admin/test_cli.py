@@ -21,12 +21,11 @@ from server.admin.local import Administration
 from server.admin.sockets import administered
 from server.cli import main
 from server.config.load import load
+from tests.server.admin.test_exports import entry, export
 from tests.server.conftest import Front, Upstream, alike, answer, body, question, running
 from tiers import Chain, DiskCache, FrequencySketch
 from tiers.disk.file import DATA
 from tiers.disk.recovery import MARK
-
-from .test_exports import entry, export
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

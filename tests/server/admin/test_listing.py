@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from server.admin import listing
 from server.admin.listing import Listing
 from server.admin.operations import Query
+from tests.server.admin.test_exports import NOW, entry
 from tests.tiers.conftest import Clock
 from tiers import Chain, FrequencySketch, MemoryCache, Tier
-
-from .test_exports import NOW, entry
 
 
 class Counted(MemoryCache):
