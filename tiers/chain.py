@@ -22,6 +22,9 @@ from tiers.tier import Tier
 
 # Promotions that wait for the disk.
 _PROMOTION_BYTES = 16 * 1024**2
+# By how many times the time of its generation an answer is refreshed early at the most: the
+# logarithm of chance is beyond 40 once in 10^17 times.
+_EARLIEST = 40
 
 
 class Hit(NamedTuple):
@@ -124,7 +127,8 @@ class Chain:
         then the farther tiers are asked too, and the latest entry counts.
         """
         asked = self._frequency.record(key)
-        await self._know_purges()
+        if self._shared_purges is not None:
+            await self._know_purges()
         best = None
         if self.tiers and (found := await self.tiers[0].get(key, self.purges)) is not None:
             value, entry = found
@@ -132,7 +136,8 @@ class Chain:
             state = entry.state(now)
             if state is State.FRESH:
                 # Nearly every hit ends here, and pays for each call.
-                refresh = self._is_refreshed_early(entry, now)
+                may_refresh = entry.expires_at - now < _EARLIEST * entry.generation_s
+                refresh = may_refresh and self._is_refreshed_early(entry, now)
                 return Hit(entry, self.tiers[0].name, state, refresh)
             best = None if state is State.EXPIRED else _Seen(0, value, entry, state)
         if len(self.tiers) > 1:
@@ -356,7 +361,4 @@ class Chain:
         (Vattani et al., «Optimal Probabilistic Cache Stampede Prevention», 2015).
         """
         left_s = entry.expires_at - now
-        # The logarithm is beyond 40 once in 10^17 times.
-        return 0 < left_s < 40 * entry.generation_s and left_s < -entry.generation_s * log(
-            1 - self._chance()
-        )
+        return 0 < left_s < -entry.generation_s * log(1 - self._chance())

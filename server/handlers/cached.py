@@ -89,7 +89,8 @@ class CachedRoutes:
             )
         if request.id is not None:
             http.take_id_from_body(request.id)
-        request.prompts.check(self._policy.max_prompts)
+        if request.prompts.number > self._policy.max_prompts:
+            request.prompts.check(self._policy.max_prompts)
         if request.cache.variants is not None and not self._takes_variants(request):
             text = "cache.variants is for answers that are kept by chance; cache.mode should be use"
             refused = error_response(400, text, param="cache.variants")

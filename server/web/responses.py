@@ -51,6 +51,10 @@ class PrebuiltResponse(web.StreamResponse):
         engine_headers: of the engine's reply.
     """
 
+    # Not properties, which would be two calls more.
+    status = 200  # type: ignore[assignment]
+    prepared = True  # type: ignore[assignment]
+
     def __init__(
         self,
         http: HttpRequest,
@@ -78,14 +82,6 @@ class PrebuiltResponse(web.StreamResponse):
             f"Server: {SERVER}\r\nDate: {rfc822_formatted_time()}\r\n{end}\r\n"
         )
         self._whole = head.encode() + body
-
-    @property
-    def status(self) -> int:
-        return 200
-
-    @property
-    def prepared(self) -> bool:
-        return True
 
     @property
     def keep_alive(self) -> bool:
