@@ -52,8 +52,8 @@ class PrebuiltResponse(web.StreamResponse):
     """
 
     # Not properties, which would be two calls more.
-    status = 200  # type: ignore[assignment]
-    prepared = True  # type: ignore[assignment]
+    status = 200
+    prepared = True
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ YOUNG, STALE_TOO = Acceptance(max_age_s=10), Acceptance(max_stale_s=inf)
 
 
 def hit(state: State = State.FRESH, answer: Answer = OLD) -> Hit:
-    """Stored at 0, fresh until 100, then served until 150 while revalidated, until 200 on errors."""
+    """Stored at 0, fresh until 100, served stale until 150, and on errors until 200."""
     return Hit(Entry(answer, 0, 100, 0, 50, 100), "memory", state)
 
 
