@@ -399,7 +399,7 @@ def administering(
 async def test_a_socket_that_was_removed_is_made_anew(
     cache: Cache, config: Path, monkeypatch, caplog
 ) -> None:
-    monkeypatch.setattr("server.admin.listener._LOOK_S", 0.01)
+    monkeypatch.setattr("server.admin.sockets._LOOK_S", 0.01)
     socket = load(config).admin.socket
     lock = socket.with_name(f"{socket.name}.lock")
 

@@ -17,8 +17,8 @@ from schemathesis import Case, Response
 from server.config.secrets import hash_key, new_key
 from server.protocol.routes import ROUTES, Route
 from tests.openapi import RIGHT, check, operations, requests_of, send
+from tests.server.conftest import Front, Upstream, answer, body, free_port, question, running
 
-from .conftest import Front, Upstream, answer, body, free_port, question, running
 from .test_openapi import engine_document
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
