@@ -15,11 +15,11 @@ from typing import Any
 import uvloop
 from aiohttp import web
 
-from server.admin.api_document import document as admin_document
-from server.admin.exports import max_line_bytes
-from server.admin.handler import Admin
-from server.admin.local import Administration
-from server.admin.sockets import administered
+from server.admin.api_document import build_admin_document as admin_document
+from server.admin.export_format import max_line_bytes
+from server.admin.handler import AdminHandler
+from server.admin.local import LocalOperations
+from server.admin.sockets import serve_admin_api
 from server.auth.tenants import Tenants
 from server.cache import FreshnessRules, build, build_turns
 from server.config.base import ConfigError
@@ -29,10 +29,10 @@ from server.config.schema import Config
 from server.engine.models import Models
 from server.handlers.cached import CachedRoutes
 from server.handlers.proxied import ProxiedRoutes
-from server.pages.document import Document
-from server.pages.files import FRONT, Files
-from server.pages.openapi import document
+from server.pages.openapi import build_document
+from server.pages.openapi_handler import OpenApiHandler
 from server.pages.overview import Overview
+from server.pages.static_files import FRONT_PAGES, StaticFiles
 from server.protocol.routes import ROUTES, engine_keeps_responses
 from server.router import _admin_door, _owned, _pages, _router, _routes
 from server.telemetry.history import History
@@ -158,11 +158,11 @@ async def _serve(
         max_prompts=config.server.max_prompts,
         prefixes=prefixes,
     )
-    admin = Admin(
-        Administration(chain),
+    admin = AdminHandler(
+        LocalOperations(chain),
         max_line_bytes=max_line_bytes(config),
-        server={
-            "/overview": overview.of_all,
+        reports={
+            "/overview": overview.for_operator,
             "/prefixes": prefixes.report,
             "/config": lambda: redact(config.model_dump(mode="json")),
             "/openapi.json": partial(admin_document, version("tierserve")),
@@ -173,7 +173,7 @@ async def _serve(
         return wrap(handler, metrics, history, access, trace, enter=enter)
 
     described = partial(
-        document,
+        build_document,
         kept=ROUTES,
         version=version("tierserve"),
         has_keys=not tenants.is_open,
@@ -182,7 +182,9 @@ async def _serve(
     readers = allow_anyone if config.tenants.open_metrics else door.require_operator
     others = ProxiedRoutes(models, config.server.max_prompts)
     owned = _owned(others, wrapped, metrics, readers)
-    owned |= _pages(Files(FRONT), overview, Document(models, described), wrapped, door)
+    owned |= _pages(
+        StaticFiles(FRONT_PAGES), overview, OpenApiHandler(models, described), wrapped, door
+    )
     routes = _routes(road, models, wrapped, traced, door)
     router = _router(routes, owned, others, models, wrapped, traced, door)
     router = with_cors(
@@ -210,7 +212,7 @@ async def _serve(
         # What is there now stays: looking it over again and again would cost 5% of all hits.
         gc.freeze()
         gc.set_threshold(*_GC_THRESHOLDS)
-        async with administered(config, _admin_door(admin, wrapped), tls):
+        async with serve_admin_api(config, _admin_door(admin, wrapped), tls):
             go_on(_unsealed(chain))
             for run in models.runs():
                 go_on(run)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from server.admin.options import add_cache
+from server.admin.arguments import add_cache_command
 from server.config.base import ConfigError
 from server.config.load import load, redact
 from server.config.schema import Config
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--config", type=Path, required=True, metavar="FILE")
     _add_simulate(commands)
-    add_cache(commands)
+    add_cache_command(commands)
     commands.add_parser("version", help="print the version")
     _add_keys(commands)
     options = parser.parse_args(arguments)
@@ -123,8 +123,8 @@ def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _simulate(config: Config, options: argparse.Namespace) -> int:
-    from server.simulation.report import as_json, as_text, notes, report
-    from server.simulation.simulate import limit
+    from server.simulation.report import as_json, as_text, build_report, list_omissions
+    from server.simulation.simulate import with_limits
     from server.simulation.traces import TraceError, read
     from server.terminal import progress
 
@@ -134,15 +134,15 @@ def _simulate(config: Config, options: argparse.Namespace) -> int:
         traces = [read(file) for file in options.traces]
     except TraceError as exc:
         raise ConfigError([str(exc)]) from exc
-    configs = [limit(config, trace, options.memory, options.disk, _say) for trace in traces]
+    configs = [with_limits(config, trace, options.memory, options.disk, _say) for trace in traces]
     reports, plots = [], []
     for trace, limited in zip(traces, configs, strict=True):
-        told, replay = report(limited, trace, progress, recommends=options.recommend)
+        told, replay = build_report(limited, trace, progress, recommends=options.recommend)
         reports.append(told)
         plots.append((trace, replay, told.recommendation))
         if not options.json:
             print(as_text(told), flush=True)
-    missing = notes(configs[0])
+    missing = list_omissions(configs[0])
     if options.json:
         print(as_json(reports, missing))
     elif missing:

@@ -5,15 +5,15 @@ from collections.abc import Awaitable, Callable, Mapping
 from aiohttp import web
 from prometheus_client import generate_latest
 
-from server.admin.handler import Admin
+from server.admin.handler import AdminHandler
 from server.engine.models import Models
 from server.handlers.cached import CachedRoutes
 from server.handlers.model_list import PATH as MODELS
 from server.handlers.model_list import ModelList, is_one_model
 from server.handlers.proxied import ProxiedRoutes, refuse_adapters
-from server.pages.document import Document
-from server.pages.files import ADMIN, Files
+from server.pages.openapi_handler import OpenApiHandler
 from server.pages.overview import Overview
+from server.pages.static_files import ADMIN_PAGES, StaticFiles
 from server.protocol.routes import ROUTES
 from server.protocol.surface import ADAPTER_PATHS
 from server.telemetry.metrics import Metrics
@@ -48,7 +48,11 @@ def _owned(
 
 
 def _pages(
-    files: Files, overview: Overview, about: Document, wrapped: _Wrapped, door: AccessControl
+    files: StaticFiles,
+    overview: Overview,
+    about: OpenApiHandler,
+    wrapped: _Wrapped,
+    door: AccessControl,
 ) -> dict[str, Handler]:
     """Return the handlers of what browsers ask for."""
     return dict.fromkeys(files.paths, wrapped(read_only(files.answer), allow_anyone)) | {
@@ -96,9 +100,9 @@ def _router(
     return route
 
 
-def _admin_door(admin: Admin, wrapped: _Wrapped) -> Callable[[AccessCheck], Handler]:
+def _admin_door(admin: AdminHandler, wrapped: _Wrapped) -> Callable[[AccessCheck], Handler]:
     """Return what makes the admin listeners' handlers: the pages' files need no key."""
-    files = Files(ADMIN)
+    files = StaticFiles(ADMIN_PAGES)
     open_to_all = wrapped(read_only(files.answer), allow_anyone)
 
     def handler(enter: AccessCheck) -> Handler:

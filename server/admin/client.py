@@ -12,18 +12,18 @@ import aiohttp
 import orjson
 from yarl import URL
 
-from server.admin.lines import split
-from server.admin.operations import AdminError, Operations, Query
+from server.admin.export_format import split_lines
+from server.admin.operations import AdminError, AdminOperations, EntryQuery
 from tiers.purges.table import ALL
 
 _CONNECT_S = 10
-_SILENT_S = 60.0
+_READ_TIMEOUT_S = 60.0
 # To verify or import a large file takes minutes, through which its server is looked at.
-_LOOK_EVERY_S = 5.0
+_CHECK_EVERY_S = 5.0
 _ENDED = AdminError(502, "The server ended before it had answered.")
 
 
-def is_answered(path: Path) -> bool:
+def is_answering(path: Path) -> bool:
     """Return whether a server answers at the socket `path`.
 
     Raises:
@@ -38,7 +38,7 @@ def is_answered(path: Path) -> bool:
     return True
 
 
-class AdminClient(Operations):
+class AdminClient(AdminOperations):
     """The operations through a server.
 
     Args:
@@ -52,7 +52,7 @@ class AdminClient(Operations):
     async def stats(self) -> dict[str, Any]:
         return await self._ask("GET", "/stats")
 
-    async def page(self, query: Query) -> dict[str, Any]:
+    async def page(self, query: EntryQuery) -> dict[str, Any]:
         given = {name: str(value) for name, value in query._asdict().items() if value}
         return await self._ask("GET", "/entries", params=given)
 
@@ -68,14 +68,14 @@ class AdminClient(Operations):
         try:
             async with self._session.get("/export") as response:
                 await _check(response)
-                async for line in split(response.content.iter_any(), self._max_line_bytes):
+                async for line in split_lines(response.content.iter_any(), self._max_line_bytes):
                     yield line + b"\n"
         except TimeoutError as exc:
             raise _silent() from exc
         except aiohttp.ClientError as exc:
             raise _ENDED from exc
 
-    async def take(self, lines: AsyncIterator[bytes]) -> dict[str, Any]:
+    async def import_(self, lines: AsyncIterator[bytes]) -> dict[str, Any]:
         ended = (line + b"\n" async for line in lines)
         return await self._ask_patiently("/import", data=ended)
 
@@ -102,7 +102,7 @@ class AdminClient(Operations):
         """Fail once the server answers no more."""
         while True:
             await self.stats()
-            await asyncio.sleep(_LOOK_EVERY_S)
+            await asyncio.sleep(_CHECK_EVERY_S)
 
     async def _ask(self, method: str, path: str | URL, **options: Any) -> dict[str, Any]:
         try:
@@ -117,10 +117,10 @@ class AdminClient(Operations):
 
 
 @asynccontextmanager
-async def connected(path: Path, max_line_bytes: int) -> AsyncIterator[AdminClient]:
+async def connect(path: Path, max_line_bytes: int) -> AsyncIterator[AdminClient]:
     """Yield a client of the server at the socket `path`."""
     connector = aiohttp.UnixConnector(str(path))
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_SILENT_S)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_READ_TIMEOUT_S)
     async with aiohttp.ClientSession("http://admin", connector=connector, timeout=timeout) as made:
         yield AdminClient(made, max_line_bytes)
 
@@ -137,5 +137,5 @@ async def _check(response: aiohttp.ClientResponse) -> None:
 
 
 def _silent() -> AdminError:
-    said = f"What listens at admin.socket has said nothing for {_SILENT_S:g} seconds; it should be "
+    said = f"What listens at admin.socket has said nothing for {_READ_TIMEOUT_S:g} seconds; it should be "
     return AdminError(504, said + "a tierserve that works. Stop it, and the file can be used.")

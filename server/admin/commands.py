@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from server.admin.operations import MAX_PAGE, AdminError, Operations, Query
+from server.admin.operations import MAX_PAGE, AdminError, AdminOperations, EntryQuery
 from server.config.folders import NO_HOME
 from server.config.schema import Config
 from server.terminal import human_size, table
@@ -77,7 +77,7 @@ async def _stats(config: Config, options: argparse.Namespace) -> int:
 
 async def _ls(config: Config, options: argparse.Namespace) -> int:
     limit = MAX_PAGE if options.all else min(options.limit, MAX_PAGE)
-    query = Query(options.tier, options.prefix, options.label, limit, options.after)
+    query = EntryQuery(options.tier, options.prefix, options.label, limit, options.after)
     left = None if options.all else options.limit
     async with _operations(config) as operations:
         page = await operations.page(query)
@@ -175,8 +175,7 @@ async def _export(config: Config, options: argparse.Namespace) -> int:
 
 
 async def _import(config: Config, options: argparse.Namespace) -> int:
-    from server.admin.exports import max_line_bytes
-    from server.admin.lines import split
+    from server.admin.export_format import max_line_bytes, split_lines
 
     with _named("an export that can be read", options.file):
         source = (
@@ -187,7 +186,7 @@ async def _import(config: Config, options: argparse.Namespace) -> int:
     with source:
         async with _operations(config, makes_file=True) as operations:
             pieces = _pieces(iter(lambda: source.read(_PIECE_BYTES), b""))
-            told = await operations.take(split(pieces, max_line_bytes(config)))
+            told = await operations.import_(split_lines(pieces, max_line_bytes(config)))
     problems = told.pop("problems")
     for problem in problems:
         _say(f"{options.file}: {problem}")
@@ -229,34 +228,36 @@ async def _verify(config: Config, options: argparse.Namespace) -> int:
 
 
 @asynccontextmanager
-async def _operations(config: Config, *, makes_file: bool = False) -> AsyncIterator[Operations]:
+async def _operations(
+    config: Config, *, makes_file: bool = False
+) -> AsyncIterator[AdminOperations]:
     """Yield the operations through a server if one answers, else on the disk tier's file."""
     async with _server(config) as client:
         if client is not None:
             yield client
             return
-        from server.admin.local import offline
+        from server.admin.local import open_local
 
         if makes_file and (disk := config.tiers.disk) is not None and disk.path is not None:
             _say(f"in {disk.path}, since no server answers at {config.admin.socket}")
         else:
             _file(config)
-        async with offline(config) as administration:
+        async with open_local(config) as administration:
             yield administration
 
 
 @asynccontextmanager
-async def _server(config: Config) -> AsyncIterator[Operations | None]:
+async def _server(config: Config) -> AsyncIterator[AdminOperations | None]:
     """Yield a client of the server, or `None` if none answers."""
-    from server.admin.client import connected, is_answered
-    from server.admin.exports import max_line_bytes
+    from server.admin.client import connect, is_answering
+    from server.admin.export_format import max_line_bytes
 
     path = config.admin.socket
-    if path is None or not is_answered(path):
+    if path is None or not is_answering(path):
         yield None
         return
     _say(f"through the server at {path}")
-    async with connected(path, max_line_bytes(config)) as client:
+    async with connect(path, max_line_bytes(config)) as client:
         yield client
 
 

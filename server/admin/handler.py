@@ -5,7 +5,7 @@
     GET    /entries/KEY
     DELETE /entries/KEY
     POST   /purge          {"key" | "model" | "tenant" | "tag": NAME or [NAME, …]} or {"all": true}
-    GET    /export         lines, as `server.admin.exports` describes them
+    GET    /export         lines, as `server.admin.export_format` describes them
     POST   /import         the same
     POST   /compact
     POST   /verify
@@ -29,8 +29,8 @@ from typing import Any
 import orjson
 from aiohttp import hdrs, web
 
-from server.admin.lines import split
-from server.admin.operations import MAX_PAGE, AdminError, Operations, Query
+from server.admin.export_format import split_lines
+from server.admin.operations import MAX_PAGE, AdminError, AdminOperations, EntryQuery
 from server.web.offload import offload
 from server.web.request import HttpRequest
 from server.web.responses import error_response, server_headers
@@ -39,7 +39,7 @@ from tiers.purges.table import ALL, KEY, KINDS
 
 logger = logging.getLogger(__name__)
 
-LINES = "application/jsonl"
+JSONL = "application/jsonl"
 _is_number = re.compile("[0-9]{1,9}").fullmatch
 _Operation = Callable[[HttpRequest], Awaitable[Any]]
 _ENTRIES = "/entries/"
@@ -47,7 +47,7 @@ _ENTRIES = "/entries/"
 _PIECE_CHARACTERS = 64 * 1024
 
 
-class Admin:
+class AdminHandler:
     """The handler of all requests to the admin API.
 
     Args:
@@ -58,10 +58,10 @@ class Admin:
 
     def __init__(
         self,
-        operations: Operations,
+        operations: AdminOperations,
         *,
         max_line_bytes: int,
-        server: Mapping[str, Callable[[], dict[str, Any]]] = MappingProxyType({}),
+        reports: Mapping[str, Callable[[], dict[str, Any]]] = MappingProxyType({}),
     ) -> None:
         self._operations, self._max_line_bytes = operations, max_line_bytes
         self._routes: dict[str, dict[str, _Operation]] = {
@@ -74,7 +74,7 @@ class Admin:
             "/compact": {"POST": lambda _: operations.compact()},
             "/verify": {"POST": lambda _: operations.verify()},
         }
-        self._routes |= {path: {"GET": partial(_told, tell)} for path, tell in server.items()}
+        self._routes |= {path: {"GET": partial(_told, tell)} for path, tell in reports.items()}
 
     async def answer(self, http: HttpRequest) -> web.StreamResponse:
         """Answer one request."""
@@ -103,10 +103,10 @@ class Admin:
 
     async def _page(self, http: HttpRequest) -> Any:
         given = http.query
-        if unknown := sorted(given.keys() - set(Query._fields)):
-            known = ", ".join(Query._fields)
+        if unknown := sorted(given.keys() - set(EntryQuery._fields)):
+            known = ", ".join(EntryQuery._fields)
             raise AdminError(400, f"There are only {known}, no {unknown[0]}.", param=unknown[0])
-        limit = given.get("limit", str(Query().limit))
+        limit = given.get("limit", str(EntryQuery().limit))
         if not (_is_number(limit) and 1 <= int(limit) <= MAX_PAGE):
             raise AdminError(400, f"limit should be from 1 to {MAX_PAGE}.", param="limit")
         texts = {name: text for name, text in given.items() if name != "limit"}
@@ -114,7 +114,7 @@ class Admin:
             if len(text.encode(errors="replace")) > 2 * MAX_KEY_BYTES:
                 raise AdminError(400, f"{name} is too long.", param=name)
         _check_key(texts.get("prefix", ""), "prefix")
-        return await self._operations.page(Query(limit=int(limit), **texts))
+        return await self._operations.page(EntryQuery(limit=int(limit), **texts))
 
     async def _entry(self, http: HttpRequest) -> Any:
         return await self._operations.entry(_key(http))
@@ -132,7 +132,7 @@ class Admin:
         lines = self._operations.export()
         # What can't be done at all is said before the response begins.
         first = await anext(lines)
-        response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: LINES} | server_headers(http))
+        response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: JSONL} | server_headers(http))
         await response.prepare(http)
         await http.write(response, first)
         try:
@@ -145,7 +145,7 @@ class Admin:
         return response
 
     async def _import(self, http: HttpRequest) -> Any:
-        return await self._operations.take(split(http.iter_body(), self._max_line_bytes))
+        return await self._operations.import_(split_lines(http.iter_body(), self._max_line_bytes))
 
 
 def _json(told: dict[str, Any]) -> bytes:

@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from server.admin import exports
+from server.admin import export_format
 from server.admin.operations import AdminError
-from server.admin.pace import Pace
+from server.admin.time_slice import TimeSlice
 from tiers import Chain, DiskCache, ImportResult, MemoryCache, State
 
 # Stored at once, as the disk tier commits together what comes together.
@@ -17,7 +17,7 @@ _DRAIN_S = 0.01
 _NAMED = 100
 
 
-class Import:
+class ImportJob:
     """One import into a chain.
 
     It goes to all tiers but memory: what may never be asked for mustn't push out what is.
@@ -32,45 +32,45 @@ class Import:
             ("stored", "unchanged", "older", "expired", "purged", "refused", "damaged"), 0
         )
         self._problems: list[str] = []
-        self._batch: list[exports.Keyed] = []
+        self._batch: list[export_format.ExportedEntry] = []
         self._batch_bytes = self._entries = 0
-        self._told: int | None = None
+        self._declared: int | None = None
 
     async def run(self, lines: AsyncIterator[bytes]) -> dict[str, Any]:
-        """Store what `lines` hold, and return as `Operations.take` describes it.
+        """Store what `lines` hold, and return as `AdminOperations.import_` describes it.
 
         Raises:
             AdminError: they aren't an export.
         """
         try:
-            exports.check_first(await anext(lines, b""))
+            export_format.check_header(await anext(lines, b""))
         except ValueError as exc:
             raise AdminError(400, f"The import {exc}.") from exc
-        number, pace = 1, Pace()
+        number, pace = 1, TimeSlice()
         async for line in lines:
             number += 1
             await self._read(number, line)
             if len(self._batch) >= _BATCH or self._batch_bytes > _BATCH_BYTES:
                 await self._store()
-            await pace.give_way()
+            await pace.yield_if_over()
         await self._store()
-        if self._told is None:
+        if self._declared is None:
             self._problems.append("the last line is missing: the export was cut")
-        elif self._told != self._entries:
-            told = f"the last line tells of {self._told} entries"
+        elif self._declared != self._entries:
+            told = f"the last line tells of {self._declared} entries"
             self._problems.append(f"{told}, and {self._entries} could be read")
         return {**self._counts, "problems": self._problems}
 
     async def _read(self, number: int, line: bytes) -> None:
         try:
-            found = await exports.read_of(line)
+            found = await export_format.decode_line_offloaded(line)
         except ValueError as exc:
             self._counts["damaged"] += 1
             if len(self._problems) < _NAMED:
                 self._problems.append(f"line {number} {exc}")
             return
         if isinstance(found, int):
-            self._told = found
+            self._declared = found
             return
         self._entries += 1
         if found.entry.state(self._chain.clock()) is State.EXPIRED:
@@ -87,5 +87,5 @@ class Import:
             while disk.queued_bytes > _QUEUED_BYTES:  # noqa: ASYNC110 - commits take their time.
                 await asyncio.sleep(_DRAIN_S)
 
-    async def _adopt(self, found: exports.Keyed) -> ImportResult:
+    async def _adopt(self, found: export_format.ExportedEntry) -> ImportResult:
         return await self._chain.import_entry(*found, self._into)

@@ -7,8 +7,8 @@ from itertools import chain as joined
 from math import inf
 from typing import Any
 
-from server.admin.operations import AdminError, Query
-from server.admin.pace import Pace
+from server.admin.operations import AdminError, EntryQuery
+from server.admin.time_slice import TimeSlice
 from tiers import Chain, DiskCache, Entry, State, Tier
 from tiers.backend import ByteCache
 
@@ -21,7 +21,7 @@ _WALKS, _KEPT_S = 4, 60
 _AFTER = "after should be as the page before gave it"
 
 
-class Listing:
+class EntryListing:
     """The entries of those tiers that can tell them.
 
     Args:
@@ -32,9 +32,9 @@ class Listing:
     def __init__(self, chain: Chain, tiers: Sequence[Tier]) -> None:
         self._chain = chain
         self._backends = {t.name: t.backend for t in tiers if isinstance(t.backend, ByteCache)}
-        self._walks: dict[Query, Iterator[tuple[int, str]]] = {}
+        self._walks: dict[EntryQuery, Iterator[tuple[int, str]]] = {}
 
-    def backends(self) -> list[ByteCache]:
+    def open_backends(self) -> list[ByteCache]:
         """Return the backends of the tiers, nearest first.
 
         Raises:
@@ -53,14 +53,14 @@ class Listing:
         except ValueError:
             # Of another version of ours.
             return None
-        return entry if entry is not None and self.is_alive(key, entry) else None
+        return entry if entry is not None and self.is_servable(key, entry) else None
 
-    def is_alive(self, key: str, entry: Entry) -> bool:
+    def is_servable(self, key: str, entry: Entry) -> bool:
         """Return whether an entry may still be given out."""
         is_purged = self._chain.purges.is_purged(key, entry)
         return not is_purged and entry.state(self._chain.clock()) is not State.EXPIRED
 
-    def row(self, key: str, entry: Entry, of: ByteCache | None = None) -> dict[str, Any]:
+    def describe(self, key: str, entry: Entry, of: ByteCache | None = None) -> dict[str, Any]:
         """Return what is told of an entry, which is held by `of` at least."""
         now = self._chain.clock()
         return {
@@ -74,13 +74,13 @@ class Listing:
             "labels": list(entry.labels),
         }
 
-    async def page(self, query: Query) -> dict[str, Any]:
-        """Return a page as `Operations.page` describes it.
+    async def page(self, query: EntryQuery) -> dict[str, Any]:
+        """Return a page as `AdminOperations.page` describes it.
 
         Raises:
             AdminError: the query is wrong.
         """
-        self.backends()
+        self.open_backends()
         names = [name for name in self._backends if query.tier in ("", name)]
         if query.tier and not names:
             known = ", ".join(self._backends)
@@ -106,31 +106,31 @@ class Listing:
         return {"entries": rows, "after": None}
 
     async def _page_of_memory(
-        self, backend: ByteCache, query: Query, rows: list[dict[str, Any]]
+        self, backend: ByteCache, query: EntryQuery, rows: list[dict[str, Any]]
     ) -> str:
         """Add the entries that are asked for most; return where that ended, nothing at the end."""
         walk = self._walks.pop(query._replace(limit=0), None)
         if walk is None:
             walk = await self._walk(backend, query)
-        left, pace = query.limit, Pace()
+        left, pace = query.limit, TimeSlice()
         for frequency, key in walk:
             # What is gone, expired or purged since leaves a page shorter.
             left -= 1
             if (entry := self.peek(backend, key)) is not None:
-                rows.append(self.row(key, entry, backend))
-            await pace.give_way()
+                rows.append(self.describe(key, entry, backend))
+            await pace.yield_if_over()
             if not left:
                 after = f"{frequency}:{key}"
                 self._keep(query._replace(limit=0, after=after), walk)
                 return after
         return ""
 
-    async def _walk(self, backend: ByteCache, query: Query) -> Iterator[tuple[int, str]]:
+    async def _walk(self, backend: ByteCache, query: EntryQuery) -> Iterator[tuple[int, str]]:
         """Return frequency and key of the entries after the query's place, in their order.
 
         Sorted piece by piece, and merged as they are asked for, so that nobody waits for it long.
         """
-        (below, after), pace = _place(query.after), Pace()
+        (below, after), pace = _place(query.after), TimeSlice()
         pieces: dict[int, list[list[str]]] = {}
         keys = backend.keys()
         for key in keys:
@@ -142,16 +142,16 @@ class Listing:
                 if len(of_frequency[-1]) == _SORTED:
                     of_frequency[-1].sort()
                     of_frequency.append([])
-            await pace.give_way()
+            await pace.yield_if_over()
         for of_frequency in pieces.values():
             of_frequency[-1].sort()
-            await pace.give_way()
+            await pace.yield_if_over()
         return (
             (frequency, key) for frequency in sorted(pieces, reverse=True)
             for key in merge(*pieces[frequency])
         )  # fmt: skip
 
-    def _keep(self, query: Query, walk: Iterator[tuple[int, str]]) -> None:
+    def _keep(self, query: EntryQuery, walk: Iterator[tuple[int, str]]) -> None:
         """Keep a walk for the next page of its query; without it, all would be sorted anew."""
         while len(self._walks) >= _WALKS:
             del self._walks[next(iter(self._walks))]
@@ -162,12 +162,12 @@ class Listing:
     async def _page_of_disk(
         self,
         disk: DiskCache,
-        query: Query,
+        query: EntryQuery,
         nearer: Sequence[ByteCache],
         rows: list[dict[str, Any]],
     ) -> str:
         """Add what nearer tiers don't hold; return where that ended, nothing at the end."""
-        pace, left, at = Pace(), query.limit, query.after
+        pace, left, at = TimeSlice(), query.limit, query.after
         for scanned, (place, key) in enumerate(_places(disk, query)):
             if not left or scanned == _SCANNED:
                 return at
@@ -175,12 +175,12 @@ class Listing:
             if not any(near.holds(key) for near in nearer):
                 entry = self.peek(disk, key)
                 if entry is not None and query.label in ("", *entry.labels):
-                    rows.append(self.row(key, entry, disk))
+                    rows.append(self.describe(key, entry, disk))
                     left -= 1
-            await pace.give_way()
+            await pace.yield_if_over()
         return ""
 
-    def _matches(self, backend: ByteCache, key: str, query: Query) -> bool:
+    def _matches(self, backend: ByteCache, key: str, query: EntryQuery) -> bool:
         if not key.startswith(query.prefix):
             return False
         if not query.label:
@@ -190,7 +190,7 @@ class Listing:
         return entry is not None and query.label in entry.labels
 
 
-def _places(disk: DiskCache, query: Query) -> Iterator[tuple[str, str]]:
+def _places(disk: DiskCache, query: EntryQuery) -> Iterator[tuple[str, str]]:
     """Yield the place and the key of each entry after the query's place."""
     if query.prefix:
         # The key that is the prefix comes before those after it.

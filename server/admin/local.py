@@ -5,11 +5,11 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
-from server.admin import exports
-from server.admin.imports import Import
-from server.admin.listing import Listing
-from server.admin.operations import STOP_FIRST, AdminError, Operations, Query
-from server.admin.pace import Pace
+from server.admin import export_format
+from server.admin.imports import ImportJob
+from server.admin.listing import EntryListing
+from server.admin.operations import STOP_FIRST, AdminError, AdminOperations, EntryQuery
+from server.admin.time_slice import TimeSlice
 from server.cache import build
 from server.config.schema import Config
 from server.protocol import template
@@ -24,7 +24,7 @@ from tiers.purges.table import ALL, MAX_LABELS, label
 _SHOWN = 64
 
 
-class Administration(Operations):
+class LocalOperations(AdminOperations):
     """The operations on a chain.
 
     Args:
@@ -35,12 +35,12 @@ class Administration(Operations):
     def __init__(self, chain: Chain, tiers: Sequence[Tier] | None = None) -> None:
         self._chain = chain
         self._tiers = chain.tiers if tiers is None else tuple(tiers)
-        self._listing = Listing(chain, self._tiers)
+        self._listing = EntryListing(chain, self._tiers)
 
     async def stats(self) -> dict[str, Any]:
         return {"tiers": [_statistics(tier) for tier in self._tiers]}
 
-    async def page(self, query: Query) -> dict[str, Any]:
+    async def page(self, query: EntryQuery) -> dict[str, Any]:
         return await self._listing.page(query)
 
     async def entry(self, key: str) -> dict[str, Any]:
@@ -50,12 +50,12 @@ class Administration(Operations):
         # Events that have types end by themselves.
         done = b"" if entry.answer.content.startswith(b"event:") else CHOICES.done
         content = template.render(entry.answer, b"", 0, wants_usage=False, done=done)
-        return self._listing.row(key, entry) | {
+        return self._listing.describe(key, entry) | {
             "stored_at": entry.stored_at,
             "expires_at": entry.expires_at,
             "kept_until": entry.kept_until,
             "took_s": entry.generation_s,
-            "form": exports.ENCODINGS[entry.answer.encoding],
+            "form": export_format.ENCODING_NAMES[entry.answer.encoding],
             "content": content.decode(errors="replace"),
         }
 
@@ -77,11 +77,11 @@ class Administration(Operations):
         return labels
 
     async def export(self) -> AsyncIterator[bytes]:
-        backends, pace = self._listing.backends(), Pace()
+        backends, pace = self._listing.open_backends(), TimeSlice()
         # What memory has told of, which is no more than it holds.
         told: set[str] = set()
         entries = 0
-        yield exports.first_line()
+        yield export_format.header_line()
         for number, backend in enumerate(backends, 1):
             keys = backend.sorted_keys() if isinstance(backend, DiskCache) else backend.keys()
             for key in keys:
@@ -89,27 +89,27 @@ class Administration(Operations):
                     entries += 1
                     if number < len(backends):
                         told.add(key)
-                    yield await exports.entry_line_of(key, entry)
-                await pace.give_way()
-        yield exports.last_line(entries)
+                    yield await export_format.encode_entry_offloaded(key, entry)
+                await pace.yield_if_over()
+        yield export_format.footer_line(entries)
 
-    async def take(self, lines: AsyncIterator[bytes]) -> dict[str, Any]:
+    async def import_(self, lines: AsyncIterator[bytes]) -> dict[str, Any]:
         # A disk tier that isn't open would lose what it is given.
-        self._listing.backends()
-        return await Import(self._chain).run(lines)
+        self._listing.open_backends()
+        return await ImportJob(self._chain).run(lines)
 
     async def compact(self) -> dict[str, Any]:
         raise AdminError(409, STOP_FIRST)
 
     async def verify(self) -> dict[str, Any]:
-        for backend in self._listing.backends():
+        for backend in self._listing.open_backends():
             if isinstance(backend, DiskCache):
                 return (await check(backend.path))._asdict()
         raise AdminError(409, "There is no disk tier.")
 
 
 @asynccontextmanager
-async def offline(config: Config) -> AsyncIterator[Administration]:
+async def open_local(config: Config) -> AsyncIterator[LocalOperations]:
     """Open the disk tier's file, which servers may use meanwhile.
 
     Raises:
@@ -125,7 +125,7 @@ async def offline(config: Config) -> AsyncIterator[Administration]:
         await movement.load_sketch()
         # Nothing is in this process's memory.
         tiers = [tier for tier in chain.tiers if not isinstance(tier.backend, MemoryCache)]
-        yield Administration(chain, tiers)
+        yield LocalOperations(chain, tiers)
     finally:
         await chain.close()
 

@@ -22,7 +22,7 @@ class AdminError(Exception):
         self.status, self.param = status, param
 
 
-class Query(NamedTuple):
+class EntryQuery(NamedTuple):
     """Which entries to list; a field that is empty leaves none out."""
 
     tier: str = ""
@@ -34,7 +34,7 @@ class Query(NamedTuple):
     """Where the page before ended."""
 
 
-class Operations(Protocol):
+class AdminOperations(Protocol):
     """What can be done; all raise `AdminError` where it can't.
 
     Nothing counts as asking for an entry but a purge, which drops it.
@@ -43,7 +43,7 @@ class Operations(Protocol):
     async def stats(self) -> dict[str, Any]:
         """Return what the tiers hold and did."""
 
-    async def page(self, query: Query) -> dict[str, Any]:
+    async def page(self, query: EntryQuery) -> dict[str, Any]:
         """Return `entries`, and `after`: where the next page begins, or `None` at the end.
 
         Nearest tier first; in each, what is asked for most first or, on disk with a prefix, by key.
@@ -60,9 +60,9 @@ class Operations(Protocol):
         """
 
     def export(self) -> AsyncIterator[bytes]:
-        """Yield the lines of an export (`server.admin.exports`) of what memory and disk hold."""
+        """Yield the lines of an export (`server.admin.export_format`) of what memory and disk hold."""
 
-    async def take(self, lines: AsyncIterator[bytes]) -> dict[str, Any]:
+    async def import_(self, lines: AsyncIterator[bytes]) -> dict[str, Any]:
         """Store the entries of an export, and return how many.
 
         They keep their times. Left out is what is held already or has expired, and what isn't newer

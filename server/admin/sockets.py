@@ -29,11 +29,11 @@ logger = logging.getLogger(__name__)
 
 # An export can be asked for again.
 _GRACE_S = 1
-_LOOK_S = 10
+_CHECK_EVERY_S = 10
 
 
 @asynccontextmanager
-async def administered(
+async def serve_admin_api(
     config: Config, wrapped: Callable[[AccessCheck], Handler], tls: ssl.SSLContext | None
 ) -> AsyncIterator[None]:
     """Have the admin API answer meanwhile where that is configured.
@@ -84,7 +84,7 @@ async def _keep(
     """Listen anew when somebody has removed the socket, such as a cleaner of folders."""
     logged = ""
     while True:
-        await asyncio.sleep(_LOOK_S)
+        await asyncio.sleep(_CHECK_EVERY_S)
         try:
             if await asyncio.to_thread(path.exists):
                 continue

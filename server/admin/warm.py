@@ -21,7 +21,7 @@ _CONNECT_S = 10
 _NAMED = 20
 
 
-class Warmed(NamedTuple):
+class WarmResult(NamedTuple):
     """How many requests met what."""
 
     hits: int
@@ -33,7 +33,7 @@ class Warmed(NamedTuple):
     """Lines that are no request, and weren't sent."""
 
 
-class Asked(NamedTuple):
+class WarmRequest(NamedTuple):
     """A request of the file."""
 
     line: int
@@ -41,7 +41,9 @@ class Asked(NamedTuple):
     body: bytes
 
 
-async def warm(config: Config, file: Path, concurrency: int, say: Callable[[str], None]) -> Warmed:
+async def warm(
+    config: Config, file: Path, concurrency: int, say: Callable[[str], None]
+) -> WarmResult:
     """Send the requests in `file`, and count what became of them.
 
     Each line is the body of a chat completion or, with a `prompt`, of a completion; or an object
@@ -58,7 +60,7 @@ async def warm(config: Config, file: Path, concurrency: int, say: Callable[[str]
         AdminError: no server answers.
         OSError: the file can't be read.
     """
-    counts = dict.fromkeys(Warmed._fields, 0)
+    counts = dict.fromkeys(WarmResult._fields, 0)
     total = 0
     for number, line in _lines(file):
         try:
@@ -83,7 +85,7 @@ async def warm(config: Config, file: Path, concurrency: int, say: Callable[[str]
         await _check(session, _url(config))
         free = asyncio.Semaphore(concurrency)
 
-        async def send(asked: Asked) -> None:
+        async def send(asked: WarmRequest) -> None:
             try:
                 met, problem = await _send(session, asked)
             finally:
@@ -96,7 +98,7 @@ async def warm(config: Config, file: Path, concurrency: int, say: Callable[[str]
             for asked in progress(_requests(file), "warm", total=total):
                 await free.acquire()
                 group.create_task(send(asked))
-    return Warmed(**counts)
+    return WarmResult(**counts)
 
 
 async def _check(session: aiohttp.ClientSession, url: str) -> None:
@@ -109,7 +111,7 @@ async def _check(session: aiohttp.ClientSession, url: str) -> None:
         raise AdminError(502, f"no server answers at {url}; {should}") from exc
 
 
-async def _send(session: aiohttp.ClientSession, asked: Asked) -> tuple[str, str]:
+async def _send(session: aiohttp.ClientSession, asked: WarmRequest) -> tuple[str, str]:
     """Return what a request met, and what went wrong."""
     try:
         async with session.post(asked.route, data=asked.body) as response:
@@ -125,7 +127,7 @@ async def _send(session: aiohttp.ClientSession, asked: Asked) -> tuple[str, str]
     return ("not_kept" if "fwd=bypass" in status or not status else "misses"), ""
 
 
-def _requests(file: Path) -> Iterator[Asked]:
+def _requests(file: Path) -> Iterator[WarmRequest]:
     for number, line in _lines(file):
         try:
             yield _request(number, line)
@@ -141,7 +143,7 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _request(number: int, line: bytes) -> Asked:
+def _request(number: int, line: bytes) -> WarmRequest:
     """Return the request of a line.
 
     Raises:
@@ -154,7 +156,7 @@ def _request(number: int, line: bytes) -> Asked:
     if not isinstance(told, dict):
         raise ValueError("should be an object, the body of a request")
     if "body" not in told and "route" not in told:
-        return Asked(number, _COMPLETIONS if "prompt" in told else _CHAT, line.strip())
+        return WarmRequest(number, _COMPLETIONS if "prompt" in told else _CHAT, line.strip())
     if unknown := sorted(told.keys() - {"route", "body"}):
         raise ValueError(f"should have only route and body, not {unknown[0]!r}")
     route, body = told.get("route", _CHAT), told.get("body")
@@ -162,7 +164,7 @@ def _request(number: int, line: bytes) -> Asked:
         raise ValueError(f"route should be one of {', '.join(ROUTES)}, not {route!r}")
     if not isinstance(body, dict):
         raise ValueError("body should be an object")
-    return Asked(number, route, orjson.dumps(body))
+    return WarmRequest(number, route, orjson.dumps(body))
 
 
 def _url(config: Config) -> str:

@@ -35,7 +35,7 @@ class Overview:
         """Answer with what the request's tenant may see."""
         tenant = http.tenant
         if tenant.operator:
-            told = self.of_all()
+            told = self.for_operator()
         else:
             of = History() if tenant.limiter is None else tenant.limiter.history
             told = self._of(of) | {"tenant": tenant.name}
@@ -44,7 +44,7 @@ class Overview:
             body=orjson.dumps(told), content_type="application/json", headers=headers
         )
 
-    def of_all(self) -> dict[str, Any]:
+    def for_operator(self) -> dict[str, Any]:
         """Return what an operator may see."""
         return self._of(self._history) | {"tiers": [self._tier(each) for each in self._chain.tiers]}
 

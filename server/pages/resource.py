@@ -7,7 +7,7 @@ from aiohttp import hdrs, web
 from server.web.request import HttpRequest
 
 
-class Resource:
+class ETagResource:
     """Bytes with their type and ETag.
 
     Args:

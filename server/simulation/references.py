@@ -18,7 +18,7 @@ _UNITS = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
+class ReferenceResult:
     """What a policy made of a trace. Ratios are of all requests."""
 
     policy: str
@@ -32,7 +32,7 @@ def is_installed() -> bool:
     return find_spec("libcachesim") is not None
 
 
-def compare(trace: Trace, policy: str, max_bytes: int, overhead_bytes: int) -> Reference:
+def compare(trace: Trace, policy: str, max_bytes: int, overhead_bytes: int) -> ReferenceResult:
     """Replay a trace against one cache of libcachesim's.
 
     An entry costs `overhead_bytes` beside its size, as in our memory tier. Nothing expires.
@@ -43,7 +43,9 @@ def compare(trace: Trace, policy: str, max_bytes: int, overhead_bytes: int) -> R
     hit_bytes = sum(request.size for request, hit in zip(requests, hits, strict=True) if hit)
     all_bytes = sum(request.size for request in requests)
     hit_ratio = sum(hits) / len(requests)
-    return Reference(policy, sum(hits), hit_ratio, hit_bytes / all_bytes if all_bytes else 0.0)
+    return ReferenceResult(
+        policy, sum(hits), hit_ratio, hit_bytes / all_bytes if all_bytes else 0.0
+    )
 
 
 def replay(policy: str, requests: Sequence[tuple[str, int]], max_bytes: int) -> bytearray:

@@ -8,12 +8,12 @@ import orjson
 from server.config.schema import Config
 from server.simulation import references
 from server.simulation.prefix_report import PrefixReuse, measure
-from server.simulation.recommend import Recommendation, recommend
-from server.simulation.references import Reference
+from server.simulation.recommend import SizeRecommendation, recommend
+from server.simulation.references import ReferenceResult
 from server.simulation.simulate import (
+    ChainResult,
     Progress,
     Replay,
-    Result,
     memory_overhead_bytes,
     ratio,
     simulate,
@@ -33,14 +33,14 @@ class SimulationReport:
     """What all different keys take together."""
     span_s: float
     """From the first request to the last; 0 where the trace doesn't tell."""
-    chain: Result
-    references: list[Reference]
+    chain: ChainResult
+    references: list[ReferenceResult]
     """At the memory tier's size."""
     prefixes: list[PrefixReuse]
-    recommendation: Recommendation | None
+    recommendation: SizeRecommendation | None
 
 
-def report(
+def build_report(
     config: Config, trace: Trace, progress: Progress, *, recommends: bool
 ) -> tuple[SimulationReport, Replay]:
     """Replay a trace in all ways.
@@ -49,7 +49,7 @@ def report(
         ConfigError: the temporary folder can't be used.
     """
     replay = simulate(config, trace, progress)
-    compared: list[Reference] = []
+    compared: list[ReferenceResult] = []
     policies: tuple[str, ...] = ()
     if (memory := config.tiers.memory) is not None:
         policies = (memory.policy,)
@@ -74,7 +74,7 @@ def report(
     return told, replay
 
 
-def notes(config: Config) -> list[str]:
+def list_omissions(config: Config) -> list[str]:
     """Return what is missing from all reports, and why."""
     missing = []
     if config.tiers.memory is None:
@@ -146,7 +146,7 @@ def _of_chain(told: SimulationReport) -> list[str]:
     return lines
 
 
-def _of_references(compared: Sequence[Reference]) -> list[str]:
+def _of_references(compared: Sequence[ReferenceResult]) -> list[str]:
     rows = [
         (each.policy, f"{each.hits:,}", f"{each.hit_ratio:.2%}", f"{each.byte_hit_ratio:.2%}")
         for each in compared
@@ -167,7 +167,7 @@ def _of_prefixes(prefixes: Sequence[PrefixReuse]) -> list[str]:
     return ["prefix blocks, the leading run of each prompt", *table(head, rows)]
 
 
-def _of_recommendation(found: Recommendation) -> list[str]:
+def _of_recommendation(found: SizeRecommendation) -> list[str]:
     rows = [
         (human_size(point.max_bytes), f"{point.hits:,}", f"{point.hit_ratio:.2%}")
         for point in found.curve

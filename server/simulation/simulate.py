@@ -47,7 +47,7 @@ Progress = Callable[[Sequence[TraceRequest], str], Iterable[TraceRequest]]
 """Passes requests on and shows how far it is, by the name given."""
 
 
-def unshown(requests: Sequence[TraceRequest], _name: str) -> Iterable[TraceRequest]:
+def no_progress(requests: Sequence[TraceRequest], _name: str) -> Iterable[TraceRequest]:
     """Show no progress."""
     return requests
 
@@ -73,7 +73,7 @@ class TierResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class ChainResult:
     """What a chain made of a trace. Ratios are of all requests."""
 
     hits: int
@@ -91,12 +91,12 @@ class Result:
 class Replay(NamedTuple):
     """A result, and by which tier each request was answered."""
 
-    result: Result
+    result: ChainResult
     answered_by: bytearray
     """The tier's position in the chain, or the number of tiers where none had an answer."""
 
 
-def limit(
+def with_limits(
     config: Config,
     trace: Trace,
     memory: str | None,
@@ -128,7 +128,7 @@ def limit(
     return config.model_copy(update={"tiers": tiers})
 
 
-def simulate(config: Config, trace: Trace, progress: Progress = unshown) -> Replay:
+def simulate(config: Config, trace: Trace, progress: Progress = no_progress) -> Replay:
     """Replay a trace against an empty chain.
 
     Raises:
@@ -214,7 +214,7 @@ async def _simulate(config: Config, trace: Trace, progress: Progress) -> Replay:
 
 def _result(
     chain: Chain, movement: BackgroundWork, trace: Trace, answered_by: bytearray, tokens_saved: int
-) -> Result:
+) -> ChainResult:
     requests, all_bytes = len(answered_by), sum(request.size for request in trace.requests)
     hits = [0] * (len(chain.tiers) + 1)
     hit_bytes = hits.copy()
@@ -228,7 +228,7 @@ def _result(
         asked -= tier_hits
         asked_bytes -= tier_hit_bytes
     disk_writes = sum(tier.stores for tier in tiers if tier.name == DiskCache.NAME)
-    return Result(
+    return ChainResult(
         hits=requests - asked,
         hit_ratio=ratio(requests - asked, requests),
         byte_hit_ratio=ratio(all_bytes - asked_bytes, all_bytes),

@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from server.admin import exports
+from server.admin import export_format
 from server.config.base import ConfigError
 from server.config.folders import cache_folder
 from server.config.load import load
@@ -139,7 +139,7 @@ async def test_a_large_answer_is_told_whole(front: Front, admin, upstream, strea
         line = next(line for line in (await response.read()).splitlines() if key.encode() in line)
     async with admin.delete(f"/entries/{key}") as response:
         assert response.status == 204
-    assert len(exports.read(line).entry.answer.content) > len(text.encode())
+    assert len(export_format.decode_line(line).entry.answer.content) > len(text.encode())
 
 
 async def paged(admin: aiohttp.ClientSession, tier: str) -> list[str]:

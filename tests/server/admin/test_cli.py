@@ -16,9 +16,9 @@ import orjson
 import pytest
 from aiohttp import web
 
-from server.admin.handler import Admin
-from server.admin.local import Administration
-from server.admin.sockets import administered
+from server.admin.handler import AdminHandler
+from server.admin.local import LocalOperations
+from server.admin.sockets import serve_admin_api
 from server.cli import main
 from server.config.load import load
 from tests.server.conftest import Front, Upstream, alike, answer, body, question, running
@@ -373,7 +373,7 @@ async def test_a_server_that_says_nothing_is_not_waited_for(
     cache: Cache, tmp_path: Path, config: Path, monkeypatch, arguments: list[str]
 ) -> None:
     """Not even one that doesn't read what it is sent, as it is more than the system buffers."""
-    monkeypatch.setattr("server.admin.client._SILENT_S", 0.2)
+    monkeypatch.setattr("server.admin.client._READ_TIMEOUT_S", 0.2)
     if arguments[0] == "import":
         sizes = {"small": 1, "large": 400}
         texts = {f"{n}": "x" * 9000 for n in range(sizes[arguments[1]])}
@@ -388,18 +388,18 @@ async def test_a_server_that_says_nothing_is_not_waited_for(
 
 
 def administering(
-    config: Path, operations: type[Administration]
+    config: Path, operations: type[LocalOperations]
 ) -> AbstractAsyncContextManager[None]:
     """Answer at the admin socket, in this process, with `operations` on no tiers."""
     chain = Chain([], frequency=FrequencySketch(1), max_answer_bytes=1)
-    admin = Admin(operations(chain), max_line_bytes=99)
-    return administered(load(config), lambda _: admin.answer, None)
+    admin = AdminHandler(operations(chain), max_line_bytes=99)
+    return serve_admin_api(load(config), lambda _: admin.answer, None)
 
 
 async def test_a_socket_that_was_removed_is_made_anew(
     cache: Cache, config: Path, monkeypatch, caplog
 ) -> None:
-    monkeypatch.setattr("server.admin.sockets._LOOK_S", 0.01)
+    monkeypatch.setattr("server.admin.sockets._CHECK_EVERY_S", 0.01)
     socket = load(config).admin.socket
     lock = socket.with_name(f"{socket.name}.lock")
 
@@ -408,7 +408,7 @@ async def test_a_socket_that_was_removed_is_made_anew(
             while not is_so():  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
-    async with administering(config, Administration):
+    async with administering(config, LocalOperations):
         lock.unlink()
         # As long as it can't be made.
         lock.mkdir()
@@ -426,16 +426,16 @@ async def test_a_server_that_goes_on_is_waited_for(
     cache: Cache, tmp_path: Path, config: Path, monkeypatch
 ) -> None:
     """It takes longer than it may be silent."""
-    monkeypatch.setattr("server.admin.client._SILENT_S", 3)
-    monkeypatch.setattr("server.admin.client._LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr("server.admin.client._READ_TIMEOUT_S", 3)
+    monkeypatch.setattr("server.admin.client._CHECK_EVERY_S", 0.05)
     told = {"entries": 1, "damaged": 0, "problem": None}
 
-    class Slow(Administration):
+    class Slow(LocalOperations):
         async def verify(self) -> dict:
             await asyncio.sleep(4)
             return told
 
-        async def take(self, lines) -> dict:
+        async def import_(self, lines) -> dict:
             async for _ in lines:
                 pass
             await asyncio.sleep(4)
@@ -451,11 +451,11 @@ async def test_a_server_that_goes_on_is_waited_for(
 async def test_a_server_that_goes_on_no_more_is_not_waited_for(
     cache: Cache, tmp_path: Path, config: Path, monkeypatch, action: str
 ) -> None:
-    monkeypatch.setattr("server.admin.client._SILENT_S", 0.5)
-    monkeypatch.setattr("server.admin.client._LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr("server.admin.client._READ_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("server.admin.client._CHECK_EVERY_S", 0.05)
     looks = itertools.count()
 
-    class Hanging(Administration):
+    class Hanging(LocalOperations):
         async def stats(self) -> dict:
             if next(looks):
                 await asyncio.Event().wait()
@@ -465,7 +465,7 @@ async def test_a_server_that_goes_on_no_more_is_not_waited_for(
             await asyncio.Event().wait()
             return {}
 
-        async def take(self, lines) -> dict:
+        async def import_(self, lines) -> dict:
             return await self.verify()
 
     async with administering(config, Hanging):

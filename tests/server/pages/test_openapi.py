@@ -6,7 +6,7 @@ import orjson
 import pytest
 from aiohttp import web
 
-from server.pages.openapi import document
+from server.pages.openapi import build_document
 from server.protocol.cache_field import SCHEMA, parse_cache_field
 from server.protocol.errors import BadRequestError
 from server.protocol.routes import ROUTES
@@ -45,7 +45,7 @@ def engine_document(**paths: dict) -> dict:
 
 def made(engine: dict | None, **options: bool) -> dict:
     engines = [] if engine is None else [engine]
-    return document(engines, kept=ROUTES, version="1.2.3", **options)
+    return build_document(engines, kept=ROUTES, version="1.2.3", **options)
 
 
 def operations(told: dict) -> Iterator[tuple[str, str, dict]]:
@@ -255,7 +255,7 @@ def test_the_field_cache_is_described_as_it_is_read() -> None:
 
 def test_routes_that_no_engine_has_are_not_told() -> None:
     def summary(*engines: dict | None) -> str | None:
-        told = document(engines, kept=ROUTES, version="1")["paths"]
+        told = build_document(engines, kept=ROUTES, version="1")["paths"]
         return told["/rerank"]["post"]["summary"] if "/rerank" in told else None
 
     other = {"paths": {"/rerank": {"post": {"responses": {}}}}}

@@ -14,7 +14,7 @@ from server.config.schema import CacheConfig, Config, MemoryTierConfig, TiersCon
 from server.simulation import references
 from server.simulation.prefix_report import PrefixReuse, measure, reuse
 from server.simulation.recommend import recommend
-from server.simulation.simulate import limit, memory_overhead_bytes, simulate
+from server.simulation.simulate import memory_overhead_bytes, simulate, with_limits
 from server.simulation.traces import Trace, TraceError, TraceRequest, read
 from tests.tiers.policies.replay import SEED_EXAMPLE, count_hits, count_hits_of_optimum
 from tiers import WritePolicy, digest
@@ -93,7 +93,7 @@ def test_references_have_no_least_room(policy: str, cost: int, max_bytes: int) -
 
 def test_disk_answers_what_memory_evicted() -> None:
     config = memory_for(1, 10)
-    config = limit(config, SEED, None, "1MiB")
+    config = with_limits(config, SEED, None, "1MiB")
     trace = Trace("ab", [TraceRequest(key, 10, tokens=3) for key in "ABABA"])
     replay = simulate(config, trace)
     memory, disk = replay.result.tiers
@@ -107,7 +107,7 @@ def test_disk_answers_what_memory_evicted() -> None:
 
 
 def test_what_memory_evicts_is_demoted_before_the_next_request() -> None:
-    config = limit(memory_for(1, 10), SEED, None, "1MiB")
+    config = with_limits(memory_for(1, 10), SEED, None, "1MiB")
     tiers = config.tiers.model_copy(update={"write": WritePolicy.ON_EVICT})
     trace = Trace("abc", [TraceRequest(key, 10) for key in "ABCA"])
     replay = simulate(config.model_copy(update={"tiers": tiers}), trace)
@@ -141,12 +141,12 @@ def test_limits_are_sizes_or_shares_of_the_footprint() -> None:
         "big",
         [TraceRequest("A", 4 * 1024**2), TraceRequest("A", 1), TraceRequest("B", 4 * 1024**2)],
     )
-    tiers = limit(Config(), trace, "10%", "2MiB").tiers
+    tiers = with_limits(Config(), trace, "10%", "2MiB").tiers
     assert tiers.memory is not None
     assert tiers.disk is not None
     assert tiers.memory.max_bytes == 8 * 1024**2 // 10
     assert tiers.disk.max_bytes == 2 * 1024**2
-    assert limit(Config(), trace, "1MiB", "none").tiers.disk is None
+    assert with_limits(Config(), trace, "1MiB", "none").tiers.disk is None
 
 
 def test_a_share_is_at_least_what_a_tier_can_have(tmp_path: Path, capsys) -> None:
@@ -184,7 +184,7 @@ def test_whoever_reads_may_stop(tmp_path: Path) -> None:
 )
 def test_wrong_limits_are_mistakes(memory: str | None, disk: str | None, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        limit(Config(), SEED, memory, disk)
+        with_limits(Config(), SEED, memory, disk)
 
 
 def test_prefixes_are_reused_from_their_beginning_only() -> None:

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from server.engine.models import Models
 from server.engine.upstream import UnavailableError, Upstreams
-from server.pages.resource import Resource
+from server.pages.resource import ETagResource
 from server.web.request import HttpRequest
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ _ENGINE_S = 10
 _MAX_BYTES = 8 * 1024**2
 
 
-class Document:
+class OpenApiHandler:
     """The document of one server.
 
     Args:
@@ -36,14 +36,14 @@ class Document:
     ) -> None:
         self._models, self._make = models, make
         self._without_engine = self._as_resource([])
-        self._made: tuple[Hashable, Resource] = (None, self._without_engine)
-        self._making: asyncio.Task[Resource] | None = None
+        self._made: tuple[Hashable, ETagResource] = (None, self._without_engine)
+        self._making: asyncio.Task[ETagResource] | None = None
 
     async def answer(self, http: HttpRequest) -> web.Response:
         """Answer with the document as it is now."""
         return (await self._current()).response(http)
 
-    async def _current(self) -> Resource:
+    async def _current(self) -> ETagResource:
         ready = [model.upstreams for model in self._models.all if model.upstreams.ready]
         if not ready:
             return self._without_engine
@@ -55,7 +55,7 @@ class Document:
         # It is for all who wait, and outlives those who leave.
         return await asyncio.shield(self._making)
 
-    async def _made_anew(self, ready: Sequence[Upstreams], since: Hashable) -> Resource:
+    async def _made_anew(self, ready: Sequence[Upstreams], since: Hashable) -> ETagResource:
         try:
             told = [await _asked(upstreams) for upstreams in ready]
             # It takes some milliseconds.
@@ -66,14 +66,14 @@ class Document:
         self._made = since, made
         return made
 
-    def _merged(self, told: Sequence[bytes | None]) -> Resource:
+    def _merged(self, told: Sequence[bytes | None]) -> ETagResource:
         engines = [None if raw is None else orjson.loads(raw) for raw in told]
         if not all(isinstance(engine, dict | None) for engine in engines):
             raise ValueError("it is no object")
         return self._as_resource(engines)
 
-    def _as_resource(self, engines: Sequence[Mapping[str, Any] | None]) -> Resource:
-        return Resource(orjson.dumps(self._make(engines)), "application/json")
+    def _as_resource(self, engines: Sequence[Mapping[str, Any] | None]) -> ETagResource:
+        return ETagResource(orjson.dumps(self._make(engines)), "application/json")
 
 
 async def _asked(upstreams: Upstreams) -> bytes | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from server.pages.resource import Resource
+from server.pages.resource import ETagResource
 from server.web.request import HttpRequest
 
 _FOLDER = Path(__file__).with_name("static")
@@ -27,11 +27,11 @@ _POLICY = (
 )
 _HEADERS = {"Content-Security-Policy": _POLICY, "Referrer-Policy": "no-referrer"}
 
-FRONT = {"/": "home.html", "/docs": "docs.html"}
-ADMIN = {"/admin": "admin.html"}
+FRONT_PAGES = {"/": "home.html", "/docs": "docs.html"}
+ADMIN_PAGES = {"/admin": "admin.html"}
 
 
-class Files:
+class StaticFiles:
     """The files under `/pages/`, and pages at paths of their own.
 
     Args:
@@ -40,7 +40,7 @@ class Files:
 
     def __init__(self, pages: Mapping[str, str]) -> None:
         resources = {
-            file.name: Resource(file.read_bytes(), _TYPES[file.suffix], _HEADERS)
+            file.name: ETagResource(file.read_bytes(), _TYPES[file.suffix], _HEADERS)
             for file in sorted(_FOLDER.iterdir())
         }
         shared = {f"{_PREFIX}{n}": r for n, r in resources.items() if not n.endswith(".html")}

@@ -6,7 +6,7 @@ from pathlib import Path
 from tiers.purges.table import KINDS, MAX_LABELS
 
 
-def add_cache(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_cache_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command's parser."""
     text = "look into the tiers, purge, warm, export and import, of a running server or its file"
     actions = commands.add_parser("cache", help=text, description=text).add_subparsers(

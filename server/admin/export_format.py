@@ -11,6 +11,7 @@ The format is independent of those in which tiers store entries, so it outlives 
 """
 
 from base64 import b64decode, b64encode
+from collections.abc import AsyncIterator
 from math import isfinite
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -23,12 +24,12 @@ from server.web.offload import offload
 from tiers import Answer, Entry, Provenance
 from tiers.disk import MAX_KEY_BYTES
 
-NAME, VERSION = "tierserve-export", 1
+FORMAT_NAME, VERSION = "tierserve-export", 1
 
 _CHECK = b',"crc32":"'
 _CHECK_BYTES = len(_CHECK) + len(b'00000000"}')
 _FORMS = {"body": Encoding.JSON, "events": Encoding.SSE}
-ENCODINGS = {int(encoding): name for name, encoding in _FORMS.items()}
+ENCODING_NAMES = {int(encoding): name for name, encoding in _FORMS.items()}
 """What an encoding is called in exports and in the admin API."""
 # By their names in an entry.
 _TIMES = {
@@ -44,7 +45,7 @@ _ROOM_BYTES = 64 * 1024
 _PIECE_BYTES, _PIECE_DIGITS = 48 * 1024, 64 * 1024
 
 
-class Keyed(NamedTuple):
+class ExportedEntry(NamedTuple):
     """An entry and its key."""
 
     key: str
@@ -56,12 +57,12 @@ def max_line_bytes(config: Config) -> int:
     return 2 * config.cache.max_answer_bytes + _ROOM_BYTES
 
 
-def first_line() -> bytes:
+def header_line() -> bytes:
     """Return the line that tells the format."""
-    return _line({"format": NAME, "version": VERSION})
+    return _line({"format": FORMAT_NAME, "version": VERSION})
 
 
-def entry_line(key: str, entry: Entry) -> bytes:
+def encode_entry(key: str, entry: Entry) -> bytes:
     """Return the line of an entry."""
     return _line(
         {
@@ -69,36 +70,36 @@ def entry_line(key: str, entry: Entry) -> bytes:
             **{name: getattr(entry, field) for field, name in _TIMES.items()},
             "generation": entry.purge_epoch,
             "labels": entry.labels,
-            "form": ENCODINGS[entry.answer.encoding],
+            "form": ENCODING_NAMES[entry.answer.encoding],
             "content": _in_base64(entry.answer.content),
             "usage": _in_base64(entry.answer.trailer),
         }
     )
 
 
-async def entry_line_of(key: str, entry: Entry) -> bytes:
+async def encode_entry_offloaded(key: str, entry: Entry) -> bytes:
     """Return the same without stopping others for long, however large the answer is."""
-    return await offload(len(entry.answer.content), entry_line, key, entry)
+    return await offload(len(entry.answer.content), encode_entry, key, entry)
 
 
-def last_line(entries: int) -> bytes:
+def footer_line(entries: int) -> bytes:
     """Return the line that tells how many entries there are."""
     return _line({"entries": entries})
 
 
-def check_first(line: bytes) -> None:
+def check_header(line: bytes) -> None:
     """Raise `ValueError` unless what follows `line` can be read."""
     try:
         said = _read(line)
     except ValueError as exc:
         raise ValueError(f"should begin as an export of tierserve; its first line {exc}") from exc
-    if said.get("format") != NAME:
+    if said.get("format") != FORMAT_NAME:
         raise ValueError("should be an export of tierserve; its first line names another format")
     if said.get("version") != VERSION:
         raise ValueError(f"should be an export of version {VERSION}, not {said.get('version')!r}")
 
 
-def read(line: bytes) -> Keyed | int:
+def decode_line(line: bytes) -> ExportedEntry | int:
     """Return the entry of a line, or the number of entries of the last one.
 
     Raises:
@@ -127,12 +128,26 @@ def read(line: bytes) -> Keyed | int:
     if not isinstance(origin.purge_epoch, int) or not 0 <= origin.purge_epoch < 1 << 64:
         raise ValueError("has a generation that can't be")
     entry = Entry(answer, *times)
-    return Keyed(key, entry._replace(**origin._asdict()))
+    return ExportedEntry(key, entry._replace(**origin._asdict()))
 
 
-async def read_of(line: bytes) -> Keyed | int:
+async def decode_line_offloaded(line: bytes) -> ExportedEntry | int:
     """Read the same without stopping others for long, however large the answer is."""
-    return await offload(len(line), read, line)
+    return await offload(len(line), decode_line, line)
+
+
+async def split_lines(pieces: AsyncIterator[bytes], max_bytes: int) -> AsyncIterator[bytes]:
+    """Yield lines without their ends; of a line that is longer, the first `max_bytes`."""
+    line = bytearray()
+    async for piece in pieces:
+        *ended, rest = piece.split(b"\n")
+        for end in ended:
+            line += end[: max_bytes - len(line)]
+            yield bytes(line)
+            line.clear()
+        line += rest[: max_bytes - len(line)]
+    if line:
+        yield bytes(line)
 
 
 def _in_base64(data: bytes) -> str:

@@ -6,13 +6,13 @@ import time
 _SLICE_S = 0.001
 
 
-class Pace:
+class TimeSlice:
     """Lets others go on in the event loop once a slice of time has been used."""
 
     def __init__(self) -> None:
         self._until = time.perf_counter() + _SLICE_S
 
-    async def give_way(self) -> None:
+    async def yield_if_over(self) -> None:
         """Pause, if it is time to."""
         if time.perf_counter() >= self._until:
             await asyncio.sleep(0)
