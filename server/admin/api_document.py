@@ -49,7 +49,7 @@ _NAMES: Mapping[str, dict[str, Any]] = {
 }
 
 
-def _one_or_more(name: Mapping[str, Any]) -> dict[str, Any]:
+def _one_or_more(name: dict[str, Any]) -> dict[str, Any]:
     one = TEXT | name
     return {"anyOf": [one, _list(one) | {"minItems": 1, "maxItems": MAX_LABELS}]}
 

@@ -1,4 +1,7 @@
-"""What the command `tierserve cache` understands."""
+"""The arguments of the command `tierserve cache`.
+
+They are apart from `commands`, so that other commands start without its imports.
+"""
 
 import argparse
 from pathlib import Path
@@ -8,7 +11,7 @@ from tiers.purges.table import KINDS, MAX_LABELS
 
 def add_cache_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command's parser."""
-    text = "look into the tiers, purge, warm, export and import, of a running server or its file"
+    text = "list, show, purge, warm, export and import entries, of a running server or its file"
     actions = commands.add_parser("cache", help=text, description=text).add_subparsers(
         dest="action", required=True
     )
@@ -18,41 +21,51 @@ def add_cache_command(commands: "argparse._SubParsersAction[argparse.ArgumentPar
         action.add_argument("--config", type=Path, required=True, metavar="FILE")
         return action
 
-    json = {"action": "store_true", "help": "print JSON"}
-    add("stats", "what the tiers hold and did").add_argument("--json", **json)  # type: ignore[arg-type]
-    ls = add("ls", "the entries, nearest tier first, what is asked for most first")
-    ls.add_argument("--tier", default="", help="only that tier's")
-    ls.add_argument("--prefix", default="", help="only those whose keys begin so")
-    ls.add_argument("--label", default="", help="only those with it, such as model:NAME")
-    ls.add_argument("--limit", type=_limit, default=20, metavar="N", help="20 unless told")
-    ls.add_argument("--after", default="", metavar="PLACE", help="where another list ended")
-    ls.add_argument("--all", action="store_true", help="all of them, however many")
-    ls.add_argument("--json", action="store_true", help="print a line of JSON for each")
-    get = add("get", "an entry, with its content as clients get it")
+    _add_json(add("stats", "show sizes and counters of the tiers"))
+    _add_ls(add("ls", "list entries: nearest tier first, most requested first"))
+    get = add("get", "show an entry, with its content as clients get it")
     get.add_argument("key", metavar="KEY")
-    how = get.add_mutually_exclusive_group()
-    how.add_argument("--raw", action="store_true", help="print nothing but the content")
-    how.add_argument("--json", **json)  # type: ignore[arg-type]
-    purge = add("purge", "drop entries, and answers that are being made, for good")
-    what = purge.add_mutually_exclusive_group(required=True)
-    text = f"those entries, up to {MAX_LABELS} at once"
-    what.add_argument("--key", nargs="+", action="extend", metavar="KEY", help=text)
-    for kind in KINDS[1:]:
-        text = f"all of that {kind}"
-        what.add_argument(f"--{kind}", nargs="+", action="extend", metavar="NAME", help=text)
-    what.add_argument("--all", action="store_true", help="everything")
-    purge.add_argument("--yes", action="store_true", help="don't ask before --all")
-    warm = add("warm", "send a running server requests, so that it keeps their answers")
+    output = get.add_mutually_exclusive_group()
+    output.add_argument("--raw", action="store_true", help="print only the content")
+    _add_json(output)
+    _add_purge(add("purge", "drop entries, and answers that are being generated, for good"))
+    warm = add("warm", "send requests to a running server, so that it stores their answers")
     text = 'JSONL of bodies, or of {"route": …, "body": …}; OPENAI_API_KEY is sent if it is set'
     warm.add_argument("file", type=Path, metavar="FILE", help=text)
-    warm.add_argument("--concurrency", type=_limit, default=8, metavar="N", help="8 unless told")
+    warm.add_argument("--concurrency", type=_limit, default=8, metavar="N", help="default: 8")
     export = add("export", "write all entries to a file")
     export.add_argument("file", nargs="?", default="-", metavar="FILE", help="- for stdout")
-    import_ = add("import", "store the entries of an export, unless newer ones are held")
+    import_ = add("import", "store the entries of an export, unless the tiers have newer ones")
     import_.add_argument("file", metavar="FILE", help="- for stdin")
-    add("compact", "make the disk tier's file as small as its entries; the server must not run")
-    verify = add("verify", "look for damage in the disk tier's file; in its records, if in use")
-    verify.add_argument("--repair", action="store_true", help="drop damaged entries of a file")
+    add("compact", "shrink the disk tier's file to its entries; the server must be stopped")
+    text = "find damage in the disk tier's file, or only in its entries while a server uses it"
+    verify = add("verify", text)
+    verify.add_argument("--repair", action="store_true", help="drop damaged entries from the file")
+
+
+def _add_json(parser: "argparse._ActionsContainer") -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_ls(ls: argparse.ArgumentParser) -> None:
+    ls.add_argument("--tier", default="", help="only entries of this tier")
+    ls.add_argument("--prefix", default="", help="only keys that begin with this")
+    ls.add_argument("--label", default="", help="only entries with this, such as model:NAME")
+    ls.add_argument("--limit", type=_limit, default=20, metavar="N", help="default: 20")
+    ls.add_argument("--after", default="", metavar="PLACE", help="continue an earlier list")
+    ls.add_argument("--all", action="store_true", help="list all entries")
+    ls.add_argument("--json", action="store_true", help="print a line of JSON for each entry")
+
+
+def _add_purge(purge: argparse.ArgumentParser) -> None:
+    what = purge.add_mutually_exclusive_group(required=True)
+    text = f"the entries with these keys, up to {MAX_LABELS} at once"
+    what.add_argument("--key", nargs="+", action="extend", metavar="KEY", help=text)
+    for kind in KINDS[1:]:
+        text = f"all entries of these {kind}s"
+        what.add_argument(f"--{kind}", nargs="+", action="extend", metavar="NAME", help=text)
+    what.add_argument("--all", action="store_true", help="all entries")
+    purge.add_argument("--yes", action="store_true", help="don't ask before --all")
 
 
 def _limit(text: str) -> int:

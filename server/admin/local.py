@@ -1,4 +1,4 @@
-"""The operations on tiers in this process: a running server's, or a file's."""
+"""The operations in this process, on a running server's chain or on the disk tier's file."""
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -20,16 +20,16 @@ from tiers.backend import ByteCache
 from tiers.disk import check
 from tiers.purges.table import ALL, MAX_LABELS, label
 
-# Of a name that can't be.
-_SHOWN = 64
+# Of a wrong name, in an error message.
+_MAX_SHOWN = 64
 
 
 class LocalOperations(AdminOperations):
     """The operations on a chain.
 
     Args:
-        chain: what is administered.
-        tiers: those to look at; by default the chain's.
+        chain: the tiers' chain.
+        tiers: the tiers to list, export and import into; by default the chain's.
     """
 
     def __init__(self, chain: Chain, tiers: Sequence[Tier] | None = None) -> None:
@@ -47,7 +47,7 @@ class LocalOperations(AdminOperations):
         entry = await self._chain.peek(key)
         if entry is None:
             raise AdminError(404, "There is no entry under this key.", param="key")
-        # Events that have types end by themselves.
+        # Streams of typed events have no `[DONE]`.
         done = b"" if entry.answer.content.startswith(b"event:") else CHOICES.done
         content = template.render(entry.answer, b"", 0, wants_usage=False, done=done)
         return self._listing.describe(key, entry) | {
@@ -65,7 +65,9 @@ class LocalOperations(AdminOperations):
             raise AdminError(400, f"{problem}; nothing was purged.", param=kind)
         for name in names:
             if (should := label_problem(kind, name)) is not None:
-                problem = f"{kind} should be {should}, not {name[:_SHOWN]!r}; nothing was purged."
+                problem = (
+                    f"{kind} should be {should}, not {name[:_MAX_SHOWN]!r}; nothing was purged."
+                )
                 raise AdminError(400, problem, param=kind)
         labels = [ALL] if kind == ALL else [label(kind, name) for name in names]
         try:
@@ -77,24 +79,24 @@ class LocalOperations(AdminOperations):
         return labels
 
     async def export(self) -> AsyncIterator[bytes]:
-        backends, pace = self._listing.open_backends(), TimeSlice()
-        # What memory has told of, which is no more than it holds.
-        told: set[str] = set()
+        backends, time_slice = self._listing.open_backends(), TimeSlice()
+        # Keys of nearer tiers, so that each entry is exported once.
+        exported: set[str] = set()
         entries = 0
         yield export_format.header_line()
         for number, backend in enumerate(backends, 1):
             keys = backend.sorted_keys() if isinstance(backend, DiskCache) else backend.keys()
             for key in keys:
-                if key not in told and (entry := self._listing.peek(backend, key)) is not None:
+                if key not in exported and (entry := self._listing.peek(backend, key)) is not None:
                     entries += 1
                     if number < len(backends):
-                        told.add(key)
+                        exported.add(key)
                     yield await export_format.encode_entry_offloaded(key, entry)
-                await pace.yield_if_over()
+                await time_slice.yield_if_over()
         yield export_format.footer_line(entries)
 
     async def import_(self, lines: AsyncIterator[bytes]) -> dict[str, Any]:
-        # A disk tier that isn't open would lose what it is given.
+        # A disk tier that is still opening would drop the entries.
         self._listing.open_backends()
         return await ImportJob(self._chain).run(lines)
 
@@ -110,12 +112,12 @@ class LocalOperations(AdminOperations):
 
 @asynccontextmanager
 async def open_local(config: Config) -> AsyncIterator[LocalOperations]:
-    """Open the disk tier's file, which servers may use meanwhile.
+    """Open the disk tier's file, which a server may use at the same time.
 
     Raises:
         ConfigError: its folder can't be used.
         OSError: it can't be opened.
-        UntrustedError: it can't be trusted. Only a server sets it aside.
+        UntrustedError: it is damaged. Only a server quarantines it.
     """
     chain, movement = build(config, sets_aside=False)
     try:
@@ -123,7 +125,7 @@ async def open_local(config: Config) -> AsyncIterator[LocalOperations]:
             if isinstance(tier.backend, DiskCache):
                 await tier.backend.opened()
         await movement.load_sketch()
-        # Nothing is in this process's memory.
+        # This process's memory tier is empty.
         tiers = [tier for tier in chain.tiers if not isinstance(tier.backend, MemoryCache)]
         yield LocalOperations(chain, tiers)
     finally:

@@ -1,4 +1,4 @@
-"""How long work on many entries goes on before requests have their turn."""
+"""Cooperative scheduling: long loops over entries let the event loop run between time slices."""
 
 import asyncio
 import time
@@ -7,13 +7,13 @@ _SLICE_S = 0.001
 
 
 class TimeSlice:
-    """Lets others go on in the event loop once a slice of time has been used."""
+    """Lets the event loop run whenever a time slice of 1 ms is over."""
 
     def __init__(self) -> None:
-        self._until = time.perf_counter() + _SLICE_S
+        self._ends_at = time.perf_counter() + _SLICE_S
 
     async def yield_if_over(self) -> None:
-        """Pause, if it is time to."""
-        if time.perf_counter() >= self._until:
+        """Let other tasks run if the slice is over, and start the next one."""
+        if time.perf_counter() >= self._ends_at:
             await asyncio.sleep(0)
-            self._until = time.perf_counter() + _SLICE_S
+            self._ends_at = time.perf_counter() + _SLICE_S

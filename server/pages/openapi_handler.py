@@ -1,4 +1,4 @@
-"""The OpenAPI document as it is served: made anew whenever an engine has become ready."""
+"""Serves `/openapi.json`: the document is built again whenever an engine becomes ready."""
 
 import asyncio
 import logging
@@ -16,31 +16,32 @@ from server.web.request import HttpRequest
 
 logger = logging.getLogger(__name__)
 
-_ENGINE_S = 10
-# vLLM's has 300 kB.
+_ENGINE_TIMEOUT_S = 10
+# vLLM's document has 300 kB.
 _MAX_BYTES = 8 * 1024**2
 
 
 class OpenApiHandler:
-    """The document of one server.
+    """The handler of `/openapi.json`.
 
     Args:
-        models: the engines of all that are ready are asked for theirs.
-        make: returns ours, given theirs; `None` stands for that of one that tells none.
+        models: whose engines' documents are merged.
+        build: builds our document from those of the engines that are ready; `None` stands for an
+            engine without a document.
     """
 
     def __init__(
         self,
         models: Models,
-        make: Callable[[Sequence[Mapping[str, Any] | None]], dict[str, Any]],
+        build: Callable[[Sequence[Mapping[str, Any] | None]], dict[str, Any]],
     ) -> None:
-        self._models, self._make = models, make
+        self._models, self._build = models, build
         self._without_engine = self._as_resource([])
-        self._made: tuple[Hashable, ETagResource] = (None, self._without_engine)
-        self._making: asyncio.Task[ETagResource] | None = None
+        self._built: tuple[Hashable, ETagResource] = (None, self._without_engine)
+        self._building: asyncio.Task[ETagResource] | None = None
 
     async def answer(self, http: HttpRequest) -> web.Response:
-        """Answer with the document as it is now."""
+        """Answer a request for the document."""
         return (await self._current()).response(http)
 
     async def _current(self) -> ETagResource:
@@ -48,36 +49,36 @@ class OpenApiHandler:
         if not ready:
             return self._without_engine
         since = tuple(each.ready_since for upstreams in ready for each in upstreams.all)
-        if since == self._made[0]:
-            return self._made[1]
-        if self._making is None or self._making.done():
-            self._making = asyncio.create_task(self._made_anew(ready, since))
-        # It is for all who wait, and outlives those who leave.
-        return await asyncio.shield(self._making)
+        if since == self._built[0]:
+            return self._built[1]
+        if self._building is None or self._building.done():
+            self._building = asyncio.create_task(self._rebuild(ready, since))
+        # All requests share the task, so it goes on when one of them is cancelled.
+        return await asyncio.shield(self._building)
 
-    async def _made_anew(self, ready: Sequence[Upstreams], since: Hashable) -> ETagResource:
+    async def _rebuild(self, ready: Sequence[Upstreams], since: Hashable) -> ETagResource:
         try:
-            told = [await _asked(upstreams) for upstreams in ready]
-            # It takes some milliseconds.
-            made = await asyncio.to_thread(self._merged, told)
+            bodies = [await _fetch(upstreams) for upstreams in ready]
+            # Merging takes some milliseconds.
+            document = await asyncio.to_thread(self._merge, bodies)
         except (UnavailableError, aiohttp.ClientError, OSError, ValueError) as exc:
-            logger.warning("the engine's OpenAPI document can't be had: %s", exc)
+            logger.warning("the engine's OpenAPI document can't be used: %s", exc)
             return self._without_engine
-        self._made = since, made
-        return made
+        self._built = since, document
+        return document
 
-    def _merged(self, told: Sequence[bytes | None]) -> ETagResource:
-        engines = [None if raw is None else orjson.loads(raw) for raw in told]
+    def _merge(self, bodies: Sequence[bytes | None]) -> ETagResource:
+        engines = [None if body is None else orjson.loads(body) for body in bodies]
         if not all(isinstance(engine, dict | None) for engine in engines):
-            raise ValueError("it is no object")
+            raise ValueError("it is not a JSON object")
         return self._as_resource(engines)
 
     def _as_resource(self, engines: Sequence[Mapping[str, Any] | None]) -> ETagResource:
-        return ETagResource(orjson.dumps(self._make(engines)), "application/json")
+        return ETagResource(orjson.dumps(self._build(engines)), "application/json")
 
 
-async def _asked(upstreams: Upstreams) -> bytes | None:
-    """Return the engine's document; `None` where it doesn't tell one.
+async def _fetch(upstreams: Upstreams) -> bytes | None:
+    """Return the engine's document, or `None` if it has none.
 
     Raises:
         ValueError: it is too large.
@@ -85,14 +86,14 @@ async def _asked(upstreams: Upstreams) -> bytes | None:
     """
     headers = {"Accept-Encoding": "identity"}
     async with (
-        asyncio.timeout(_ENGINE_S),
+        asyncio.timeout(_ENGINE_TIMEOUT_S),
         upstreams.request("GET", "/openapi.json", data=None, headers=headers) as reply,
     ):
         if reply.status != 200:
             return None
-        raw = bytearray()
-        async for piece in reply.content.iter_any():
-            raw += piece
-            if len(raw) > _MAX_BYTES:
-                raise ValueError("it is too large")
-        return bytes(raw)
+        body = bytearray()
+        async for chunk in reply.content.iter_any():
+            body += chunk
+            if len(body) > _MAX_BYTES:
+                raise ValueError(f"it is larger than {_MAX_BYTES} bytes")
+        return bytes(body)

@@ -99,7 +99,7 @@ async def test_an_export_is_not_encrypted_and_says_so(
         assert (await cache(config, "import", file)).status == 0
         ended = await cache(config, "export", str(tmp_path / "out"))
         assert ended.status == 0
-        assert ended.told.count("is encrypted, and what is exported isn't") == notes
+        assert ended.told.count("is encrypted, but the export is not") == notes
 
 
 async def test_a_file_is_administered_while_no_server_runs(
@@ -111,7 +111,7 @@ async def test_a_file_is_administered_while_no_server_runs(
     assert made.status == 0
     assert made.said == counts(stored=3)
     assert (await cache(config, "import", file)).said == counts(unchanged=3)
-    assert f"in {tmp_path / 'disk'}, since no server answers at " in made.told
+    assert f"using the file in {tmp_path / 'disk'}: no server answers at " in made.told
     rows = (await cache(config, "ls", "--prefix", "a", "--json")).rows
     assert [(row["key"], row["tiers"], row["bytes"]) for row in rows] == [
         (a, ["disk"], 2), (ab, ["disk"], 2),
@@ -121,21 +121,21 @@ async def test_a_file_is_administered_while_no_server_runs(
     assert (await cache(config, "get", a, "--raw")).said == "{}"
     purged = await cache(config, "purge", "--key", a, "--key", b)
     assert purged.status == 0
-    assert f"purged key:{a}, key:{b}: nothing of it from before is given out" in purged.told
+    assert f"purged key:{a}, key:{b}: no entry from before the purge is served" in purged.told
     gone = await cache(config, "get", a)
     assert (gone.status, gone.said) == (1, "")
     assert "There is no entry under this key." in gone.told
     assert [row["key"] for row in (await cache(config, "ls", "--all", "--json")).rows] == [ab]
     verified = await cache(config, "verify")
     assert verified.said == "3 entries, 0 damaged\n"
-    assert "what was purged or has expired counts until it gives way" in verified.told
+    assert "purged and expired entries count until" in verified.told
     compacted = await cache(config, "compact")
     assert re.fullmatch(r"[\d.]+KiB before, [\d.]+KiB after\n", compacted.said)
     exported_ = await cache(config, "export")
     assert len(exported_.said.splitlines()) == 3
     nowhere = await cache(config, "export", "/no/e")
     assert nowhere.status == 1
-    assert "FILE should be where a file can be made, not /no/e: No such file" in nowhere.told
+    assert "FILE should be a writable path, not /no/e: No such file" in nowhere.told
 
 
 async def test_a_running_server_is_administered_and_its_leftovers(
@@ -148,7 +148,7 @@ async def test_a_running_server_is_administered_and_its_leftovers(
         await front.until_metric('tierserve_tier_stores_total{tier="disk"}', 1)
         listed = await cache(front.config, "ls", "--json", "--limit", "1")
         (row,) = listed.rows
-        assert listed.told.startswith(f"through the server at {front.socket}\n")
+        assert listed.told.startswith(f"using the server at {front.socket}\n")
         got = await cache(front.config, "get", row["key"])
         assert re.search(r"^frequency: 2$", got.said, re.MULTILINE)
         assert orjson.loads(got.said.splitlines()[-1]) == body() | {"id": "", "created": 0}
@@ -202,7 +202,7 @@ async def test_a_model_that_the_configuration_does_not_name_is_noted(
         ended = await cache(file, "purge", "--model", name)
         assert ended.status == 0
         assert f"purged model:{known_as}: " in ended.told
-        noted = "note: no model is called n now, and no adapter" in ended.told
+        noted = "note: the configuration has no model or adapter n" in ended.told
         assert noted is (name == "n")
 
 
@@ -282,11 +282,11 @@ async def test_damaged_lines_are_named(cache: Cache, tmp_path: Path, config: Pat
     ("arguments", "status", "said"),
     [
         (["ls"], 1, "no server answers at "),
-        (["export"], 1, "there is no file of a disk tier in "),
-        (["compact"], 1, "there is no file of a disk tier in "),
-        (["verify"], 1, "there is no file of a disk tier in "),
-        (["import", "/no/e"], 1, "FILE should be an export that can be read, not /no/e: No such"),
-        (["warm", "/no/e"], 1, "FILE should be a JSONL file that can be read, not /no/e: No such"),
+        (["export"], 1, "there is no disk tier's file in "),
+        (["compact"], 1, "there is no disk tier's file in "),
+        (["verify"], 1, "there is no disk tier's file in "),
+        (["import", "/no/e"], 1, "FILE should be a readable export, not /no/e: No such"),
+        (["warm", "/no/e"], 1, "FILE should be a readable JSONL file, not /no/e: No such"),
         (["warm", "/dev/null"], 1, "server.host and server.port should be those of a running"),
         (["ls", "--limit", "0"], 2, "should be a number from 1 on, not '0'"),
         (["purge"], 2, "one of the arguments --key --model --tenant --tag --all is required"),
@@ -384,7 +384,7 @@ async def test_a_server_that_says_nothing_is_not_waited_for(
         ended = await cache(config, *arguments)
     assert (ended.status, ended.said) == (1, "")
     gc.collect()
-    assert "admin.socket has said nothing for 0.2 seconds; it should be a tierserve" in ended.told
+    assert "admin.socket did not answer within 0.2 seconds" in ended.told
 
 
 def administering(
@@ -416,7 +416,7 @@ async def test_a_socket_that_was_removed_is_made_anew(
         await until(lambda: "admin.socket: should be a path where a socket can be" in caplog.text)
         lock.rmdir()
         await until(socket.exists)
-        assert "through the server at" in (await cache(config, "stats")).told
+        assert "using the server at" in (await cache(config, "stats")).told
         assert socket.stat().st_mode & 0o777 == 0o600
     assert caplog.text.count(f"admin.socket: {socket} was removed, and is made anew") == 1
     assert not socket.exists()
@@ -472,7 +472,7 @@ async def test_a_server_that_goes_on_no_more_is_not_waited_for(
         arguments = [exported(tmp_path, a="{}")] if action == "import" else []
         ended = await cache(config, action, *arguments)
     assert ended.status == 1
-    assert "admin.socket has said nothing for 0.5 seconds" in ended.told
+    assert "admin.socket did not answer within 0.5 seconds" in ended.told
 
 
 async def test_whoever_reads_may_stop(cache: Cache, tmp_path: Path, config: Path) -> None:
@@ -488,4 +488,4 @@ async def test_whoever_reads_may_stop(cache: Cache, tmp_path: Path, config: Path
         told = (await process.stderr.read()).decode()
         assert await process.wait() == 141
         assert told.count("\n") == 1
-        assert "since no server answers" in told
+        assert "no server answers" in told

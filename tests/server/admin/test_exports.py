@@ -187,7 +187,7 @@ async def test_damage_is_named_and_the_rest_is_imported(tmp_path: Path, clock: C
     assert [problem.split(" is ")[0] for problem in told["problems"][:3]] == [
         "line 3", "line 4", "line 5",
     ]  # fmt: skip
-    assert told["problems"][3] == "the last line tells of 3 entries, and 1 could be read"
+    assert told["problems"][3] == "the last line counts 3 entries, but 1 could be read"
     told = await LocalOperations(chain).import_(streamed([first, one]))
     assert told["problems"] == ["the last line is missing: the export was cut"]
     await chain.close()
@@ -201,7 +201,7 @@ async def test_damage_is_named_and_the_rest_is_imported(tmp_path: Path, clock: C
         ({"labels": ["a\nb"]}, "no entry"),
         ({"labels": 1}, "no entry"),
         ({"stored_at": None}, "no entry"),
-        ({"took_s": -1}, "times"),
+        ({"took_s": -1}, "time that is negative"),
         ({"generation": -1}, "generation"),
         ({"generation": 0.5}, "generation"),
         ({"key": ""}, "key"),

@@ -82,11 +82,11 @@ async def test_few_lists_are_kept_at_once() -> None:
     listed = EntryListing(chain, chain.tiers)
     for limit in range(1, 10):
         await keys_of(listed, limit=limit)
-    assert len(listed._walks) == listing._WALKS
+    assert len(listed._walks) == listing._MAX_WALKS
 
 
 async def test_a_list_that_nobody_goes_on_with_is_dropped(monkeypatch) -> None:
-    monkeypatch.setattr(listing, "_KEPT_S", 0)
+    monkeypatch.setattr(listing, "_WALK_LIFETIME_S", 0)
     chain, backend = await made({f"{n}": 0 for n in range(10)})
     listed = EntryListing(chain, chain.tiers)
     first, after = await keys_of(listed, limit=5)
