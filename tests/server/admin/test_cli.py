@@ -418,7 +418,7 @@ async def test_a_socket_that_was_removed_is_made_anew(
         await until(socket.exists)
         assert "using the server at" in (await cache(config, "stats")).told
         assert socket.stat().st_mode & 0o777 == 0o600
-    assert caplog.text.count(f"admin.socket: {socket} was removed, and is made anew") == 1
+    assert caplog.text.count(f"admin.socket: {socket} was removed; it is created again") == 1
     assert not socket.exists()
 
 
