@@ -1,4 +1,4 @@
-"""A recommendation: the size of the memory tier beyond which more of it buys little."""
+"""Recommends a size of the memory tier, beyond which hits hardly increase."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from server.simulation.traces import Trace
 
 _GIB = 1024**3
 _HALVINGS = 10
-_LEAST_GAIN = 0.01
+_MIN_GAIN = 0.01
 _STEP_SHARE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class SizePoint:
-    """What the memory tier alone finds at a size."""
+    """The hits of the memory tier alone at a size."""
 
     max_bytes: int
     hits: int
@@ -25,12 +25,12 @@ class SizePoint:
 
 @dataclass(frozen=True, slots=True)
 class SizeRecommendation:
-    """A size beyond which another `step_bytes` add less than 1% to the hits at any larger size."""
+    """The size from which on another `step_bytes` add less than 1% to the hits."""
 
     max_bytes: int
     step_bytes: int
     curve: list[SizePoint]
-    """Up to where everything fits."""
+    """Hits by size, up to the size of the whole trace."""
 
 
 def recommend(config: Config, trace: Trace, progress: Progress = no_progress) -> SizeRecommendation:
@@ -48,18 +48,18 @@ def recommend(config: Config, trace: Trace, progress: Progress = no_progress) ->
 
 
 def _enough(curve: Sequence[SizePoint], step_bytes: int) -> int:
-    """Return the least size of the curve from which on no step gains much."""
-    least_gain = _LEAST_GAIN * max(point.hits for point in curve)
+    """Return the smallest size of the curve from which on no step gains 1% of the hits."""
+    min_gain = _MIN_GAIN * max(point.hits for point in curve)
     enough = curve[-1].max_bytes
     for point in reversed(curve[:-1]):
-        if _hits_at(curve, point.max_bytes + step_bytes) - point.hits >= least_gain > 0:
+        if _hits_at(curve, point.max_bytes + step_bytes) - point.hits >= min_gain > 0:
             break
         enough = point.max_bytes
     return enough
 
 
 def _hits_at(curve: Sequence[SizePoint], max_bytes: int) -> float:
-    """Return the hits at a size, on a straight line between those that are known."""
+    """Return the hits at a size, interpolated linearly."""
     after = bisect_left(curve, max_bytes, key=lambda point: point.max_bytes)
     if after == len(curve):
         return curve[-1].hits
