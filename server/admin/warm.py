@@ -62,13 +62,7 @@ async def warm(
         OSError: the file can't be read.
     """
     counts = dict.fromkeys(WarmResult._fields, 0)
-    total = 0
-    for request in _parse(file):
-        if isinstance(request, WarmRequest):
-            total += 1
-        else:
-            counts["malformed"] += 1
-            report(f"{file}:{request}")
+    total, counts["malformed"] = _count_lines(file, report)
     async with _session(config) as session:
         await _check_server(session, _url(config))
         free = asyncio.Semaphore(concurrency)
@@ -131,6 +125,18 @@ async def _send(session: aiohttp.ClientSession, request: WarmRequest) -> tuple[s
     if "tierserve; hit" in status:
         return "hits", ""
     return ("not_kept" if "fwd=bypass" in status or not status else "misses"), ""
+
+
+def _count_lines(file: Path, report: Callable[[str], None]) -> tuple[int, int]:
+    """Return how many lines are requests and how many are not, and report the latter."""
+    good = malformed = 0
+    for request in _parse(file):
+        if isinstance(request, WarmRequest):
+            good += 1
+        else:
+            malformed += 1
+            report(f"{file}:{request}")
+    return good, malformed
 
 
 def _parse(file: Path) -> Iterator[WarmRequest | str]:

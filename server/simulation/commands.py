@@ -15,16 +15,17 @@ from server.config.schema import Config
 
 def add_simulate_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command's parser."""
-    text = "replay traces of keys and sizes against the tiers, and print the hit ratios"
+    text = "replay traces of keys and sizes against the tiers, and print what they would do"
     command = commands.add_parser("simulate", help=text, description=text)
     command.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="CSV or JSONL")
     command.add_argument(
         "--config", type=Path, default=Path(os.devnull), metavar="FILE", help="describes the tiers"
     )
     for tier in ("memory", "disk"):
-        text = "another limit of that tier: 64MiB, 10%% of the trace's footprint, or none"
+        text = f"another limit of the {tier} tier: 64MiB, 10%% of the trace's footprint, or none"
         command.add_argument(f"--{tier}", metavar="SIZE|P%", help=text)
-    command.add_argument("--recommend", action="store_true", help="recommend a memory size")
+    text = "print the size beyond which more memory gains little"
+    command.add_argument("--recommend", action="store_true", help=text)
     command.add_argument("--json", action="store_true", help="print JSON instead of tables")
     text = "plot hit ratios over time or, with --recommend, against size"
     command.add_argument("--plot", type=Path, metavar="FILE.png|svg", help=text)

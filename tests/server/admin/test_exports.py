@@ -41,9 +41,9 @@ def entry(text: str, stored_at: float = NOW, ttl_s: float = 100, **more: object)
     return Entry(Answer(Encoding.JSON, text.encode()), stored_at, stored_at + ttl_s, **more)
 
 
-def export(*entries: tuple[str, Entry], told: int | None = None) -> list[bytes]:
+def export(*entries: tuple[str, Entry], declared: int | None = None) -> list[bytes]:
     lines = [export_format.encode_entry(*each) for each in entries]
-    last = export_format.footer_line(len(entries) if told is None else told)
+    last = export_format.footer_line(len(entries) if declared is None else declared)
     return [export_format.header_line(), *lines, last]
 
 
@@ -106,9 +106,12 @@ def test_an_import_of_an_export_gives_the_same_entries(
         alive = {key: e for key, e in entries.items() if e.kept_until > clock.now}
         for name in ("one", "other"):
             chain = made(folder / name, clock)
-            told = await LocalOperations(chain).import_(streamed(lines))
-            assert told.pop("problems") == []
-            assert (told["stored"], told["expired"]) == (len(alive), len(lines) - 2 - len(alive))
+            result = await LocalOperations(chain).import_(streamed(lines))
+            assert result.pop("problems") == []
+            assert (result["stored"], result["expired"]) == (
+                len(alive),
+                len(lines) - 2 - len(alive),
+            )
             lines = [line async for line in LocalOperations(chain).export()]
             found = dict(
                 each
@@ -135,7 +138,7 @@ async def test_an_import_overwrites_nothing_newer_and_keeps_what_was_purged_away
     of_model = entry("m", NOW - 5, packed_labels=b"model:m")
     await chain.purge(label("model", "m"))
     clock.now += 1
-    told = await administration.import_(
+    result = await administration.import_(
         streamed(
             export(
                 ("held", entry("imported", NOW - 1)),
@@ -149,7 +152,7 @@ async def test_an_import_overwrites_nothing_newer_and_keeps_what_was_purged_away
             )
         )
     )
-    assert told == {
+    assert result == {
         "stored": 2, "unchanged": 1, "older": 2, "expired": 1, "purged": 1, "refused": 1,
         "damaged": 0, "problems": [],
     }  # fmt: skip
@@ -172,8 +175,10 @@ async def test_an_import_overwrites_nothing_newer_in_a_farther_tier(
     old, new = entry("old", NOW - 30), entry("new", NOW - 10)
     for tier, held in zip(chain.tiers, (old, new), strict=True):
         await tier.put("k", held.encode(), 100)
-    told = await LocalOperations(chain).import_(streamed(export(("k", entry("between", NOW - 20)))))
-    assert (told["stored"], told["older"]) == (0, 1)
+    result = await LocalOperations(chain).import_(
+        streamed(export(("k", entry("between", NOW - 20))))
+    )
+    assert (result["stored"], result["older"]) == (0, 1)
     assert [await tier.peek("k") for tier in chain.tiers] == [old, new]
     await chain.close()
 
@@ -182,19 +187,19 @@ async def test_damage_is_named_and_the_rest_is_imported(tmp_path: Path, clock: C
     first, one, two, three, last = export(*((key, entry(key)) for key in "123"))
     lines = [first, one, two[:50], b"", three.replace(b"key", b"KEY"), last]
     chain = made(tmp_path, clock)
-    told = await LocalOperations(chain).import_(streamed(lines))
-    assert (told["stored"], told["damaged"]) == (1, 3)
-    assert [problem.split(" is ")[0] for problem in told["problems"][:3]] == [
+    result = await LocalOperations(chain).import_(streamed(lines))
+    assert (result["stored"], result["damaged"]) == (1, 3)
+    assert [problem.split(" is ")[0] for problem in result["problems"][:3]] == [
         "line 3", "line 4", "line 5",
     ]  # fmt: skip
-    assert told["problems"][3] == "the last line counts 3 entries, but 1 could be read"
-    told = await LocalOperations(chain).import_(streamed([first, one]))
-    assert told["problems"] == ["the last line is missing: the export was cut"]
+    assert result["problems"][3] == "the last line counts 3 entries, but 1 could be read"
+    result = await LocalOperations(chain).import_(streamed([first, one]))
+    assert result["problems"] == ["the last line is missing: the export was cut"]
     await chain.close()
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"form": "odd"}, "no entry"),
         ({"content": "?"}, "no entry"),
@@ -209,7 +214,7 @@ async def test_damage_is_named_and_the_rest_is_imported(tmp_path: Path, clock: C
         ({"key": 1}, "key"),
     ],
 )
-def test_a_line_that_verifies_but_can_t_be_is_named(fields: dict, said: str) -> None:
+def test_a_line_that_verifies_but_can_t_be_is_named(fields: dict, message: str) -> None:
     whole = {
         "key": "k", "stored_at": 1, "expires_at": 2, "took_s": 0, "stale_while_revalidate_s": 0,
         "stale_if_error_s": 0, "generation": 0, "labels": [], "form": "body", "content": "",
@@ -219,12 +224,12 @@ def test_a_line_that_verifies_but_can_t_be_is_named(fields: dict, said: str) -> 
         "k",
         Entry(Answer(Encoding.JSON, b""), 1, 2),
     )
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         export_format.decode_line(export_format._line(whole | fields))
 
 
 @pytest.mark.parametrize(
-    ("first", "said"),
+    ("first", "message"),
     [
         (b"", "should begin as an export of tierserve"),
         (b'{"format":"tierserve-export","version":1}', "should begin as an export"),
@@ -235,9 +240,9 @@ def test_a_line_that_verifies_but_can_t_be_is_named(fields: dict, said: str) -> 
         ),
     ],
 )
-async def test_what_is_no_export_is_refused(tmp_path: Path, clock: Clock, first, said) -> None:
+async def test_what_is_no_export_is_refused(tmp_path: Path, clock: Clock, first, message) -> None:
     chain = made(tmp_path, clock)
-    with pytest.raises(AdminError, match=said) as caught:
+    with pytest.raises(AdminError, match=message) as caught:
         await LocalOperations(chain).import_(streamed([first]))
     assert caught.value.status == 400
     await chain.close()

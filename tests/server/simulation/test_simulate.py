@@ -152,11 +152,11 @@ def test_limits_are_sizes_or_shares_of_the_footprint() -> None:
 def test_a_share_is_at_least_what_a_tier_can_have(tmp_path: Path, capsys) -> None:
     file = write(tmp_path, "t.csv", "key,size\na,1000\na,1000\nb,1000\n")
     assert main(["simulate", str(file), "--disk", "50%", "--json"]) == 0
-    said, told = capsys.readouterr()
-    disk = orjson.loads(said)["traces"][0]["chain"]["tiers"][1]
+    out, err = capsys.readouterr()
+    disk = orjson.loads(out)["traces"][0]["chain"]["tiers"][1]
     assert (disk["name"], disk["max_bytes"]) == ("disk", 1024**2)
     expected = "--disk: 50% of t is 1000B; raised to the smallest limit, 1.0MiB\n"
-    assert told == expected
+    assert err == expected
 
 
 def test_whoever_reads_may_stop(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_whoever_reads_may_stop(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("memory", "disk", "said"),
+    ("memory", "disk", "message"),
     [
         ("much", None, "--memory: should be as 64MiB, 10%, or none, not 'much'"),
         ("nan%", None, "--memory: should be as"),
@@ -182,8 +182,8 @@ def test_whoever_reads_may_stop(tmp_path: Path) -> None:
         ("none", "none", "tiers: should be at least one"),
     ],
 )
-def test_wrong_limits_are_mistakes(memory: str | None, disk: str | None, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_wrong_limits_are_mistakes(memory: str | None, disk: str | None, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         with_limits(Config(), SEED, memory, disk)
 
 
@@ -245,7 +245,7 @@ def test_reads_mooncake() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
         ("t.csv", "", "t.csv:1: should hold requests, each with its key, size; or lbn, size; or"),
         ("t.csv", "key,size\n", "t.csv:1: should hold requests"),
@@ -262,11 +262,11 @@ def test_reads_mooncake() -> None:
     ],
 )  # fmt: skip
 def test_mistakes_name_the_line(
-    tmp_path: Path, capsys, name: str, text: str | bytes, said: str
+    tmp_path: Path, capsys, name: str, text: str | bytes, message: str
 ) -> None:
     file = tmp_path / name
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(TraceError, match=said):
+    with pytest.raises(TraceError, match=message):
         read(file)
     assert main(["simulate", str(file)]) == 2
     assert str(file) in capsys.readouterr().err
@@ -282,41 +282,41 @@ def test_prints_tables_for_every_trace(capsys) -> None:
     traces = ["azure_llm_code.csv", "mooncake_synthetic_trace.jsonl"]
     paths = [str(DATA / name) for name in traces]
     assert main(["simulate", *paths, "--memory", "50%", "--disk", "1MiB", "--recommend"]) == 0
-    said = capsys.readouterr()
-    assert said.err == ""
+    printed = capsys.readouterr()
+    assert printed.err == ""
     for part in ("azure_llm_code: 200 requests", "mooncake_synthetic_trace: 60 requests",
                  "promotions", "disk writes per request", "output tokens saved", "prefix blocks",
                  "recommended"):  # fmt: skip
-        assert part in said.out
+        assert part in printed.out
 
 
 def test_prints_json(tmp_path: Path, capsys) -> None:
     config = write(tmp_path, "c.yaml", "tiers: {disk: {compression: zstd}}")
     trace = str(DATA / "mooncake_synthetic_trace.jsonl")
     assert main(["simulate", trace, "--json", "--config", str(config)]) == 0
-    told = orjson.loads(capsys.readouterr().out)
-    (report,) = told["traces"]
+    printed = orjson.loads(capsys.readouterr().out)
+    (report,) = printed["traces"]
     assert report["requests"] == 60
     assert [tier["name"] for tier in report["chain"]["tiers"]] == ["memory", "disk"]
     assert report["prefixes"][2]["blocks"] > report["prefixes"][2]["reused"] > 0
-    assert any("compression" in note for note in told["notes"])
+    assert any("compression" in note for note in printed["notes"])
 
 
 def test_a_shared_tier_is_left_out_and_said_so(tmp_path: Path, capsys) -> None:
     config = write(tmp_path, "c.yaml", "tiers: {shared: {url: 'redis://nowhere'}}")
     trace = str(DATA / "azure_llm_code.csv")
     assert main(["simulate", trace, "--config", str(config), "--json"]) == 0
-    told = orjson.loads(capsys.readouterr().out)
-    assert [tier["name"] for tier in told["traces"][0]["chain"]["tiers"]] == ["memory", "disk"]
-    assert any(note.startswith("no shared tier") for note in told["notes"])
+    printed = orjson.loads(capsys.readouterr().out)
+    assert [tier["name"] for tier in printed["traces"][0]["chain"]["tiers"]] == ["memory", "disk"]
+    assert any(note.startswith("no shared tier") for note in printed["notes"])
 
 
 def test_says_that_libcachesim_is_missing(monkeypatch, capsys) -> None:
     monkeypatch.setattr(references, "is_installed", lambda: False)
     assert main(["simulate", str(DATA / "azure_llm_code.csv"), "--disk", "none"]) == 0
-    said = capsys.readouterr().out
-    assert "libcachesim isn't installed" in said
-    assert "Belady" not in said
+    printed = capsys.readouterr().out
+    assert "libcachesim isn't installed" in printed
+    assert "Belady" not in printed
 
 
 @pytest.mark.parametrize("options", [[], ["--recommend"]], ids=["time", "size"])
