@@ -18,11 +18,11 @@ from typing import Any
 import uvloop
 from aiohttp import web
 
-from server.admin.api_document import document as admin_document
-from server.admin.exports import max_line_bytes
-from server.admin.handler import Admin
-from server.admin.local import Administration
-from server.admin.sockets import administered
+from server.admin.api_document import build_admin_document
+from server.admin.export_format import max_line_bytes
+from server.admin.handler import AdminHandler
+from server.admin.local import LocalOperations
+from server.admin.sockets import serve_admin_api
 from server.auth.collector import TenantCollector
 from server.auth.tenants import Tenants
 from server.cache import FreshnessRules, TierStack, open_stack
@@ -35,8 +35,8 @@ from server.handlers.cached import CachedRoutes, CachingPolicy
 from server.handlers.generation import Engines
 from server.handlers.model_list import ModelList
 from server.handlers.proxied import ProxiedRoutes
-from server.pages.document import Document
-from server.pages.openapi import document
+from server.pages.openapi import build_document
+from server.pages.openapi_handler import OpenApiHandler
 from server.pages.overview import Overview
 from server.protocol.routes import ROUTES, engine_keeps_responses
 from server.router import Handlers, Router
@@ -220,26 +220,26 @@ class Server:
             ),
         )
 
-    def _document(self, *, has_keys: bool) -> Document:
+    def _document(self, *, has_keys: bool) -> OpenApiHandler:
         make = partial(
-            document,
+            build_document,
             kept=ROUTES,
             version=VERSION,
             has_keys=has_keys,
             open_metrics=self._config.tenants.open_metrics,
         )
-        return Document(self._models, make)
+        return OpenApiHandler(self._models, make)
 
-    def _admin_handler(self, overview: Overview) -> Admin:
+    def _admin_handler(self, overview: Overview) -> AdminHandler:
         config = self._config
-        return Admin(
-            Administration(self._stack.chain),
+        return AdminHandler(
+            LocalOperations(self._stack.chain),
             max_line_bytes=max_line_bytes(config),
-            server={
-                "/overview": overview.of_all,
+            reports={
+                "/overview": overview.for_operator,
                 "/prefixes": self._prefixes.report,
                 "/config": lambda: redact(config.model_dump(mode="json")),
-                "/openapi.json": partial(admin_document, VERSION),
+                "/openapi.json": partial(build_admin_document, VERSION),
             },
         )
 
@@ -262,7 +262,7 @@ class Server:
             # What exists now stays: to look it over again and again would cost 5% of all hits.
             gc.freeze()
             gc.set_threshold(*_GC_THRESHOLDS)
-            async with administered(self._config, self._router.admin(self._admin), tls):
+            async with serve_admin_api(self._config, self._router.admin(self._admin), tls):
                 self._start(_check_encryption_key(self._stack.chain), stop)
                 for work in self._models.runs():
                     self._start(work, stop)

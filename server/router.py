@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from aiohttp import web
 from prometheus_client import generate_latest
 
-from server.admin.handler import Admin
+from server.admin.handler import AdminHandler
 from server.handlers.cached import CachedRoutes
 from server.handlers.model_list import PATH as MODELS
 from server.handlers.model_list import ModelList, is_one_model
 from server.handlers.proxied import ProxiedRoutes, refuse_adapters
-from server.pages.document import Document
-from server.pages.files import ADMIN, FRONT, Files
+from server.pages.openapi_handler import OpenApiHandler
 from server.pages.overview import Overview
+from server.pages.static_files import ADMIN_PAGES, FRONT_PAGES, StaticFiles
 from server.protocol.routes import ROUTES
 from server.protocol.surface import ADAPTER_PATHS
 from server.telemetry.metrics import Metrics
@@ -32,7 +32,7 @@ class Handlers:
     model_list: ModelList
     metrics: Metrics
     overview: Overview
-    document: Document
+    document: OpenApiHandler
 
 
 class Router:
@@ -76,9 +76,9 @@ class Router:
         preflight = wrap(own(answer_preflight), allow_anyone)
         return with_cors(allowed_origins, endpoint, preflight)
 
-    def admin(self, admin: Admin) -> Callable[[AccessCheck], Endpoint]:
+    def admin(self, admin: AdminHandler) -> Callable[[AccessCheck], Endpoint]:
         """Return what makes the endpoint of an admin listener; the pages' files need no key."""
-        files = Files(ADMIN)
+        files = StaticFiles(ADMIN_PAGES)
         pages = self._middleware.wrap(read_only(own(files.answer)), allow_anyone)
 
         def endpoint_for(check: AccessCheck) -> Endpoint:
@@ -124,7 +124,11 @@ class Router:
 
     def _page_endpoints(self) -> dict[str, Endpoint]:
         """Return the endpoints of what browsers ask for."""
-        wrap, files, known = self._middleware.wrap, Files(FRONT), self._access.identify_tenant
+        wrap, files, known = (
+            self._middleware.wrap,
+            StaticFiles(FRONT_PAGES),
+            self._access.identify_tenant,
+        )
         page = wrap(read_only(own(files.answer)), allow_anyone)
         return dict.fromkeys(files.paths, page) | {
             "/openapi.json": wrap(read_only(own(self._handlers.document.answer)), known),
