@@ -53,3 +53,9 @@ def test_configuration_of_the_readme_is_right(tmp_path: Path) -> None:
     lines = [line[4:] for line in section.splitlines() if line.startswith("    ")]
     (tmp_path / "config.yaml").write_text("\n".join(lines))
     assert load(tmp_path / "config.yaml").tiers.shared is not None
+
+
+def test_names_in_the_readme_are_there() -> None:
+    named = re.findall(r"`(\S+\.py)`: `(\w+)`", Path("README.md").read_text())
+    assert named
+    assert [name for file, name in named if name not in Path(file).read_text()] == []
