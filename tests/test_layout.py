@@ -28,6 +28,7 @@ LAYERS = (
 ANYWHERE = ("server.terminal", "server.process")
 """What knows nothing of the rest."""
 TIERS = (
+    ("tiers.memory", "tiers.disk"),
     ("tiers.answer_cache",),
     ("tiers.singleflight",),
     ("tiers.chain",),
@@ -35,7 +36,6 @@ TIERS = (
     ("tiers.shared",),
     ("tiers.tier",),
     ("tiers.purges",),
-    ("tiers.memory", "tiers.disk"),
     (
         "tiers.backend",
         "tiers.policies",

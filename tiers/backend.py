@@ -166,7 +166,7 @@ class ByteCache(BaseCache):
     def victim(self, value_bytes: int) -> str | None:
         """Return the key that would leave first for a value of `value_bytes`.
 
-        `None` where there is room, or where the backend can't tell.
+        `None` where there is room, or where the backend doesn't know.
         """
         return None
 
@@ -179,7 +179,7 @@ class ByteCache(BaseCache):
         return iter(())
 
     def entries(self) -> Iterator[tuple[str, bytes, float | None]]:
-        """Yield key, value and expiry (Unix s) of all entries, where the backend can tell."""
+        """Yield key, value and expiry (Unix s) of all entries, where the backend supports it."""
         return iter(())
 
     def _expiry(self, ttl: float | None) -> float | None:

@@ -37,7 +37,7 @@ from tiers import DiskCache, MemoryCache, digest
 from tiers.backend import ByteCache
 from tiers.disk import Durability
 from tiers.disk.file import DATA, DiskFile
-from tiers.disk.marks import MARK, Marks
+from tiers.disk.marks import CLEAN, Marks
 from tiers.disk.recovery import Recovery
 from tiers.disk.transaction import Change
 from tiers.shared.memcached import MemcachedBytes
@@ -213,7 +213,7 @@ async def _start(folder: Path, options: argparse.Namespace) -> None:
     await cache.close()
     Marks(folder).mark_open(syncs=True)
     rows.append(("start after a kill", await _opening(folder)))
-    (folder / MARK).unlink()
+    (folder / CLEAN).unlink()
     rows.append(("start with verifying", await _opening(folder)))
     each = [size / options.entries for size in (raw_bytes, used_bytes, file_bytes)]
     print(f"\n{options.entries:,} entries; bytes each: {each[0]:,.0f} in the answer,"

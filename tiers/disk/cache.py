@@ -219,8 +219,8 @@ class DiskCache(ByteCache):
         """Yield committed entries with their expiry (Unix s), those of the highest priority first.
 
         Each is read when it is asked for, so what changes meanwhile may be seen or not; but an
-        entry that is being replaced or dropped isn't yielded. What has expired is, so that
-        whoever iterates can pause.
+        entry that is being replaced or deleted isn't yielded. Expired ones are, so that a caller
+        that iterates can pause.
         """
         with contextlib.suppress(OSError):
             for _, (key, value, expires_at) in self._ranked(None):
@@ -380,7 +380,7 @@ class DiskCache(ByteCache):
         return None
 
     def _may_show(self, key: str) -> bool:
-        """Return whether `_find` may find something, now or once it can read what it can't now."""
+        """Return whether `_find` may find something, now or where a read fails now, later."""
         if (submission := self._pending.get(key)) is not None:
             return submission.change.value is not None
         try:
@@ -392,7 +392,7 @@ class DiskCache(ByteCache):
         return found[1] > self.clock()
 
     def _check_namespace(self) -> None:
-        """Raise `OSError` while the file is open in another PID namespace, however long that is."""
+        """Raise `OSError` while the file is open in another PID namespace: that may take long."""
         if self._recovery.waits_for_others:
             raise OSError(errno.EBUSY, "its file is open in another container", str(self.path))
 
@@ -407,15 +407,16 @@ class DiskCache(ByteCache):
 
     def _drop_damaged(self, key: str) -> None:
         self.usage.damaged += 1
-        # There may be more.
+        # There may be more of them.
         self._recovery.distrust()
         logger.warning("a record of the disk tier does not verify and is dropped")
         with contextlib.suppress(RuntimeError):  # Without a loop nothing can be written.
             self._submit(Change(key, None))
 
     async def _commit(self, change: Change) -> bool:
+        """Queue a change, and return whether it was committed."""
         done = asyncio.get_running_loop().create_future()
-        # Shielded: the thread settles the future even if this caller goes away.
+        # Shielded, since the thread settles the future even if this caller is cancelled.
         return self._submit(change, done) and await asyncio.shield(done)
 
     def _submit(self, change: Change, done: "asyncio.Future[bool] | None" = None) -> bool:

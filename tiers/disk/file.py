@@ -1,7 +1,7 @@
 """The disk tier's LMDB file: its databases, how they are opened and read, and their statistics.
 
-`transaction` has what a write transaction does to them. Invariant: whoever uses the map holds the
-lock, but for the one thread that writes, so the map can be replaced or closed safely. LMDB is
+`transaction` has what a write transaction does to them. Invariant: a thread that uses the map holds
+the lock, but for the one that writes, so the map can be replaced or closed safely. LMDB is
 described at http://www.lmdb.tech/doc/ and py-lmdb at https://lmdb.readthedocs.io.
 """
 

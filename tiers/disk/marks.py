@@ -18,13 +18,13 @@ from pathlib import Path
 from tiers.disk.file import DATA
 from tiers.disk.pages import holds_all_pages
 
-MARK, IN_USE = "clean", "in-use"
+CLEAN, IN_USE = "clean", "in-use"
 _FILE, _UNSYNCED, _DAMAGED = "file", "unsynced", "damaged"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Marks:
-    """The marks in a folder. Those who share a file append lines to `in-use` at the same time.
+    """The marks in a folder. Processes that share a file append lines to `in-use` concurrently.
 
     Args:
         folder: holds the file, if there is one.
@@ -32,7 +32,7 @@ class Marks:
 
     def __init__(self, folder: Path) -> None:
         self._data = folder / DATA
-        self._clean = folder / MARK
+        self._clean = folder / CLEAN
         self._in_use = folder / IN_USE
 
     def is_clean(self) -> bool:
@@ -73,17 +73,17 @@ class Marks:
             self._in_use.unlink(missing_ok=True)
 
     def mark_damaged(self) -> None:
-        """Have the file verified when it is opened next, whoever closes it."""
+        """Have the file verified when it is opened next, even if it is closed cleanly."""
         with self._or_without():
             self._append(_DAMAGED)
             self._clean.unlink(missing_ok=True)
 
     def is_damaged(self) -> bool:
-        """Return whether somebody has marked it so."""
+        """Return whether `mark_damaged` was called, in any process."""
         return _DAMAGED in self._lines()
 
     def clear(self) -> None:
-        """Remove the marks of a file that is about to go. Needs the exclusive lock."""
+        """Remove all marks, so that the file isn't trusted."""
         self._clean.unlink(missing_ok=True)
         self._in_use.unlink(missing_ok=True)
 
@@ -136,7 +136,7 @@ def _identity(data: Path) -> str:
 
 
 def _boot_id() -> str:
-    """Return what names this boot of the system; nothing where that can't be told."""
+    """Return the id of this boot of the system, or `""` where it isn't known."""
     with contextlib.suppress(OSError):
         return _BOOT_ID.read_text().strip()
     return ""

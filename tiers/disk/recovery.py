@@ -1,18 +1,19 @@
-"""Who may open the disk tier's folder, and when.
+"""Which process may open the disk tier's file, and when.
 
 A file that its marks trust is opened at once, also after a kill. Any other is verified first by
 another process, which drops damaged entries; a file that can't be used is quarantined.
 
-Every open file holds a shared lock on `in-use.lock`; who verifies, compacts or marks it holds the
-exclusive one. Invariants: while the mark `clean` describes the file, it is whole and nobody writes
-it; all who have the file open are in one PID namespace, such as one container.
+A process that has the file open holds a shared lock on `in-use.lock`; one that verifies, compacts
+or marks it holds the exclusive lock. Invariants: while the mark `clean` describes the file, it is
+whole and no process writes it; all processes that have it open are in one PID namespace, such as
+one container.
 
 LMDB knows its users by their process and thread ids. Where these aren't unique, as between
 containers, two of one process id can't both read, and one that is killed while it waits for the
 writer's lock frees that of another thread of the same id, which then isn't alone (the kernel's
-`handle_futex_death` compares nothing but the id). So those in one namespace wait until those in
-another have closed the file: whoever has it open also locks the byte of `in-use.lock` whose offset
-is the namespace's number.
+`handle_futex_death` compares nothing but the id). So processes in one namespace wait until those in
+another have closed the file: a process that has it open also locks the byte of `in-use.lock` whose
+offset is the namespace's number.
 """
 
 import contextlib
@@ -102,10 +103,10 @@ class Recovery:
         is_alone, is_elsewhere = self.try_exclusive(), self._is_elsewhere()
         if is_alone and not self._is_ready():
             return False
-        # A lock of ours could keep those elsewhere from being alone at their end.
+        # Our lock could keep processes elsewhere from being alone when they close the file.
         if not is_elsewhere and self._take(fcntl.LOCK_SH):
             self._set_namespace(fcntl.F_RDLCK)
-            # Changing the lock lets others in between, so look again.
+            # While the lock changes, another process can open the file, so look again.
             if (not is_alone or self._is_ready()) and not self._is_elsewhere():
                 return True
         self._leave()
@@ -130,7 +131,7 @@ class Recovery:
                     is_logged = True
                     logger.warning("the disk tier can't be used yet: %s", _ELSEWHERE)
                 if self.try_exclusive() and not self._is_ready():
-                    # If it was not us who ended the verifier, we look again.
+                    # Look again if the verifier was ended by something else than `cancel`.
                     with contextlib.suppress(InterruptedError):
                         self._make_ready()
                 else:
@@ -146,7 +147,7 @@ class Recovery:
             verifier.kill()
 
     def try_exclusive(self) -> bool:
-        """Return whether nobody else has the file open; they can't open it then."""
+        """Return whether no other process has the file open; none can open it then."""
         return self._take(fcntl.LOCK_EX)
 
     def verify_and_repair(self) -> None:
@@ -192,7 +193,7 @@ class Recovery:
         status = self._verifier.returncode
         if self._cancelled.is_set():
             raise InterruptedError("closed before the file was open")
-        # A service manager may signal each process of a service, which proves no damage.
+        # A service manager may signal each process of a service; that isn't damage.
         if -status in _END_SIGNALS:
             raise InterruptedError("verifying the file was interrupted")
         if timed_out:
@@ -251,7 +252,7 @@ class Recovery:
 
     def release(self, *, closed: bool) -> None:
         """Give up the lock, and mark the file clean if it was synced and `closed`."""
-        # Without the mark, on a full disk for instance, it counts as left by a kill.
+        # Without the mark, as on a full disk, the file counts as left by a kill.
         with contextlib.suppress(OSError):
             is_whole = closed and not self._is_distrusted and not self._marks.is_damaged()
             if is_whole and self.try_exclusive():
@@ -275,13 +276,13 @@ class Recovery:
         return self.is_trusted() and not self._is_too_large()
 
     def _is_elsewhere(self) -> bool:
-        """Return whether somebody in another PID namespace has the file open."""
+        """Return whether a process in another PID namespace has the file open."""
         with contextlib.suppress(OSError):
             self.waits_for_others = are_others_locked(self._lock, self._namespace)
         return self.waits_for_others
 
     def _set_namespace(self, kind: int) -> None:
-        # Where there are no such locks, others can't be told apart.
+        # Where the system has no such locks, namespaces aren't noticed.
         with contextlib.suppress(OSError):
             set_lock(self._lock, kind, self._namespace)
 
@@ -298,7 +299,7 @@ class Recovery:
 
 
 def _namespace() -> int:
-    """Return the number of the PID namespace that we are in; 0 where that can't be told."""
+    """Return the number of the PID namespace that we are in, or 0 where it isn't known."""
     try:
         return Path("/proc/self/ns/pid").stat().st_ino
     except OSError:

@@ -75,9 +75,15 @@ def remount(folder: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
 
 
-def write_for_ever(connection: Connection, folder: Path, max_bytes: int, start: int) -> None:
+def write_for_ever(
+    connection: Connection,
+    folder: Path,
+    max_bytes: int,
+    start: int,
+    durability: Durability = Durability.COMMIT,
+) -> None:
     async def main() -> None:
-        cache = DiskCache(folder, max_bytes)
+        cache = DiskCache(folder, max_bytes, durability=durability)
         connection.send(cache.is_open)
 
         async def store(number: int) -> None:
@@ -92,13 +98,22 @@ def write_for_ever(connection: Connection, folder: Path, max_bytes: int, start: 
 
 
 @pytest.mark.parametrize(
-    ("max_bytes", "kills"), [(1024 * MIB, KILLS), (MIB, KILLS // 3)], ids=["large", "evicting"]
+    ("max_bytes", "kills", "durability"),
+    [
+        (1024 * MIB, KILLS, Durability.COMMIT),
+        (1024 * MIB, KILLS // 3, Durability.OS),
+        (MIB, KILLS // 3, Durability.COMMIT),
+    ],
+    ids=["large", "unsynced", "evicting"],
 )
-def test_a_kill_loses_nothing_that_was_acknowledged(tmp_path: Path, max_bytes, kills) -> None:
+def test_a_kill_loses_nothing_that_was_acknowledged(
+    tmp_path: Path, max_bytes: int, kills: int, durability: Durability
+) -> None:
+    """Nor does it make the tier cold: the next start opens the file at once."""
     chance = random.Random(kills)
     acknowledged: set[str] = set()
     for start in range(0, kills * 100_000, 100_000):
-        with Child(write_for_ever, tmp_path, max_bytes, start) as child:
+        with Child(write_for_ever, tmp_path, max_bytes, start, durability) as child:
             left = chance.randrange(1, 120)
             assert child.connection.recv() is True, "the kill before made the tier cold"
             for key in child.receive():

@@ -12,7 +12,7 @@ from tests.tiers.child import Child
 from tiers import DiskCache
 from tiers.disk import Durability
 from tiers.disk.file import DATA
-from tiers.disk.marks import IN_USE, MARK, Marks
+from tiers.disk.marks import CLEAN, IN_USE, Marks
 
 MIB = 1024 * 1024
 
@@ -62,7 +62,7 @@ async def test_only_unsynced_commits_of_another_boot_are_verified(
     assert cache.read("a") == b"1" * 9000
     await cache.close()
     assert ("verifying" in caplog.text) is is_verified
-    assert (folder / MARK).exists()
+    assert (folder / CLEAN).exists()
     assert not (folder / IN_USE).exists()
 
 
