@@ -489,7 +489,7 @@ class DiskCache(ByteCache):
             if isinstance(exc, _DAMAGED):
                 self._recovery.distrust()
             raise OSError(f"can't open the disk tier in {self.path}: {exc}") from exc
-        self._recovery.mark_open(syncs=self._syncs)
+        self._recovery.marks.mark_open(syncs=self._syncs)
         found = file.statistics()
         self.usage.entries, self.usage.bytes = found.entries, found.used_bytes
         return file

@@ -43,13 +43,13 @@ def compact(folder: Path) -> Compacted:
     data = folder / DATA
     before = data.stat().st_size
     with _exclusively(folder) as recovery:
-        if not recovery.is_trusted():
+        if not recovery.marks.is_trusted():
             recovery.verify_and_repair()
         try:
             shrink(folder)
         except lmdb.Error as exc:
             raise OSError(errno.EIO, f"LMDB can't read the file: {exc}", str(data)) from exc
-        recovery.mark_clean()
+        recovery.marks.mark_clean()
         return Compacted(before, data.stat().st_size)
 
 
@@ -63,7 +63,7 @@ def verify(folder: Path, *, repair: bool = False) -> VerifyReport:
     with _exclusively(folder) as recovery:
         report = recovery.verify(repair=repair)
         if repair and report.problem is None:
-            recovery.mark_clean()
+            recovery.marks.mark_clean()
         return report
 
 

@@ -85,7 +85,7 @@ class Recovery:
         """Whether the file is open in another PID namespace, and so can't be in ours yet."""
         self._clock = clock
         self._data = folder / DATA
-        self._marks = Marks(folder)
+        self.marks = Marks(folder)
         self._is_distrusted = False
         self._verifier: subprocess.Popen[str] | None = None
         self._cancelled = threading.Event()
@@ -99,7 +99,7 @@ class Recovery:
             ) from exc
 
     def try_open(self) -> bool:
-        """Return whether the file may be opened at once; `mark_open` has to follow."""
+        """Return whether the file may be opened at once; `Marks.mark_open` has to follow."""
         is_alone, is_elsewhere = self.try_exclusive(), self._is_elsewhere()
         if is_alone and not self._is_ready():
             return False
@@ -226,54 +226,42 @@ class Recovery:
         for earlier in self.folder.glob(f"{DATA}.aside-*"):
             earlier.unlink()
         aside = self.folder / f"{DATA}.aside-{int(self._clock())}"
-        self._marks.clear()
+        self.marks.clear()
         self._data.rename(aside)
         logger.warning(
             "the disk tier starts empty: %s; the file is quarantined as %s", problem, aside
         )
 
-    def mark_open(self, *, syncs: bool) -> None:
-        """Note that we have opened the file, and whether its commits are synced."""
-        self._marks.mark_open(syncs=syncs)
-
-    def mark_clean(self) -> None:
-        """Note that the file is whole. Needs the exclusive lock."""
-        self._marks.mark_clean()
-
-    def is_trusted(self) -> bool:
-        """Return whether the file needn't be verified. Needs the exclusive lock."""
-        return self._marks.is_trusted()
-
     def distrust(self) -> None:
         """Have the file verified when it is opened next, since it looks damaged."""
         if not self._is_distrusted:
             self._is_distrusted = True
-            self._marks.mark_damaged()
+            self.marks.mark_damaged()
 
     def release(self, *, closed: bool) -> None:
         """Give up the lock, and mark the file clean if it was synced and `closed`."""
         # Without the mark, as on a full disk, the file counts as left by a kill.
         with contextlib.suppress(OSError):
-            is_whole = closed and not self._is_distrusted and not self._marks.is_damaged()
+            is_whole = closed and not self._is_distrusted and not self.marks.is_damaged()
             if is_whole and self.try_exclusive():
-                self.mark_clean()
+                self.marks.mark_clean()
         os.close(self._lock)
 
     def _make_ready(self) -> None:
-        if not self.is_trusted():
+        if not self.marks.is_trusted():
             self.verify_and_repair()
         if self._is_too_large():
             try:
                 shrink(self.folder, self._max_bytes)
             except OtherFormatError as exc:
                 self.quarantine(str(exc))
-        self.mark_clean()
+        self.marks.mark_clean()
 
     def _is_too_large(self) -> bool:
         return self._data.exists() and self._data.stat().st_size > self._max_bytes
 
     def _is_ready(self) -> bool:
-        return self.is_trusted() and not self._is_too_large()
+        return self.marks.is_trusted() and not self._is_too_large()
 
     def _is_elsewhere(self) -> bool:
         """Return whether a process in another PID namespace has the file open."""

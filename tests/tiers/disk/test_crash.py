@@ -224,8 +224,8 @@ async def test_a_full_disk(disk: Path, caplog, monkeypatch) -> None:
     (error,) = errors
     assert error.exc_info is None
     # LMDB calls it an error of input or output where a part of a page found room.
-    said = "(No space left on device|Input/output error); 1 writes have failed so far"
-    assert re.search(said, error.message)
+    message = "(No space left on device|Input/output error); 1 writes have failed so far"
+    assert re.search(message, error.message)
     assert cache.usage.refused == 11
     assert all(await cache.multi_get(stored))
     remount(disk, "size=64m")
@@ -309,8 +309,8 @@ def open_as_nobody(connection: Connection, folder: Path) -> None:
 def test_a_folder_of_somebody_else(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir(mode=0o700)
     with Child(open_as_nobody, tmp_path / "disk") as child:
-        (said,) = child.receive()
-    assert "the disk tier can't use the folder: Permission denied" in said
+        (message,) = child.receive()
+    assert "the disk tier can't use the folder: Permission denied" in message
 
 
 def serve_damaged(connection: Connection, whole: Path, folder: Path, trials: list[int]) -> None:
@@ -424,11 +424,11 @@ def stands_in(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("program", "bound_s", "said"),
+    ("program", "bound_s", "message"),
     [("kill -SEGV $$", 60.0, "ended with status -11"), ("exec sleep 600", -1e9, "took too long")],
 )
 async def test_a_verifier_that_fails_is_damage(
-    tmp_path: Path, monkeypatch, caplog, program: str, bound_s: float, said: str
+    tmp_path: Path, monkeypatch, caplog, program: str, bound_s: float, message: str
 ) -> None:
     cache = DiskCache(tmp_path / "disk", MIB)
     await cache.set("a", b"1")
@@ -439,7 +439,7 @@ async def test_a_verifier_that_fails_is_damage(
     again = DiskCache(tmp_path / "disk", MIB)
     await again.opened()
     assert await again.get("a") is None
-    assert said in caplog.text
+    assert message in caplog.text
     await again.close()
 
 

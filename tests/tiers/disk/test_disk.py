@@ -305,9 +305,9 @@ async def test_the_writer_survives_whatever_a_batch_raises(opened, monkeypatch, 
     failing = False
     assert await cache.set("a", b"1")
     assert await cache.get("a") == b"1"
-    said = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    message = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
     unexpected = "the disk tier can't store, and tries again: ZeroDivisionError"
-    assert said == [
+    assert message == [
         f"{unexpected}; 1 writes have failed so far",
         "the disk tier stores again; 3 writes failed",
     ]

@@ -69,7 +69,7 @@ async def test_nothing_stands_in_the_file_and_all_is_read(opened, tmp_path, comp
 
 
 @pytest.mark.parametrize(
-    ("first", "then", "said"),
+    ("first", "then", "message"),
     [
         (KEY, OTHER_KEY, "encrypted with another key"),
         (KEY, None, "is encrypted, and there is no key"),
@@ -79,7 +79,7 @@ async def test_nothing_stands_in_the_file_and_all_is_read(opened, tmp_path, comp
 )
 @pytest.mark.parametrize("is_clean", [True, False])
 async def test_another_key_is_refused_and_nothing_lost(
-    opened, tmp_path: Path, caplog, first, then, said: str, is_clean: bool
+    opened, tmp_path: Path, caplog, first, then, message: str, is_clean: bool
 ) -> None:
     cache = await opened(first)
     await fill(cache, 3)
@@ -87,10 +87,10 @@ async def test_another_key_is_refused_and_nothing_lost(
     if not is_clean:
         (tmp_path / "clean").unlink()
     before = (tmp_path / DATA).read_bytes()
-    with pytest.raises(EncryptionKeyError, match=said):
+    with pytest.raises(EncryptionKeyError, match=message):
         await opened(then)
     if not is_clean:
-        assert said in caplog.text
+        assert message in caplog.text
     else:
         # Nor has the next one to verify it.
         assert (tmp_path / "clean").exists()
