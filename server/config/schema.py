@@ -31,7 +31,7 @@ from server.config.shared_url import mask_url, validate_url
 from server.config.tracing import TracingConfig
 from tiers.disk import MIN_BYTES, Durability
 from tiers.movement.demotion import WritePolicy
-from tiers.policies import DEFAULT, POLICIES
+from tiers.policies import DEFAULT_POLICY, POLICIES
 
 MAX_VARIANTS = 64
 _has_shape_of_origin = re.compile(r"[a-z][a-z0-9+.-]*://[^/\sA-Z]+").fullmatch
@@ -144,7 +144,7 @@ class MemoryTierConfig(Section):
     """Answers in this process; `policy` says which leave for room."""
 
     max_bytes: Annotated[ByteSize, Field(ge=64 * 1024)] = ByteSize(256 * 1024**2)
-    policy: Annotated[str, AfterValidator(_is_policy)] = DEFAULT
+    policy: Annotated[str, AfterValidator(_is_policy)] = DEFAULT_POLICY
 
 
 class DiskTierConfig(Section):

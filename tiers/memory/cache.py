@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from tiers.backend import ByteCache
 from tiers.key import scope_of
 from tiers.memory.shares import Shares
-from tiers.policies import DEFAULT, POLICIES, Policy
+from tiers.policies import DEFAULT_POLICY, POLICIES, Policy
 
 _OVERHEAD_BYTES = sys.getsizeof("k" * 64) + sys.getsizeof(b"") + sys.getsizeof((0, 0)) + 24 + 100
 """Key, object headers, expiry and a share of the dictionary; the policy's own comes on top."""
@@ -45,7 +45,7 @@ class MemoryCache(ByteCache):
         self,
         max_bytes: int,
         *,
-        policy: str | Policy = DEFAULT,
+        policy: str | Policy = DEFAULT_POLICY,
         on_evict: OnEvict | None = None,
         clock: Callable[[], float] = time.time,
         namespace: str | None = None,
@@ -75,7 +75,7 @@ class MemoryCache(ByteCache):
             self.usage.expirations += 1
             return None
         self.policy.access(key)
-        if self._shares.held:
+        if self._shares.keys_by_scope:
             self._shares.access(key)
         return value
 
@@ -113,7 +113,7 @@ class MemoryCache(ByteCache):
         return found if alive else None
 
     def victim(self, value_bytes: int) -> str | None:
-        share_bytes = Shares.OVERHEAD_BYTES if self._shares.held else 0
+        share_bytes = Shares.OVERHEAD_BYTES if self._shares.keys_by_scope else 0
         cost = value_bytes + self.overhead_bytes + share_bytes
         if self.usage.bytes + cost <= self.policy.max_bytes:
             return None
@@ -124,7 +124,7 @@ class MemoryCache(ByteCache):
         return iter([(key, *entry) for key, entry in self._entries.items()])
 
     def _evict(self) -> None:
-        key = self._shares.instead_of(self.policy.victim()) if self._shares.held else None
+        key = self._shares.instead_of(self.policy.victim()) if self._shares.keys_by_scope else None
         if key is None:
             key = self.policy.evict()
         else:

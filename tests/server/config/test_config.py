@@ -197,8 +197,8 @@ def test_what_others_set_is_not_ours(tmp_path: Path, monkeypatch) -> None:
         ("cache: {ttl_s: 1, ttl_s: 2}", "ttl_s stands twice"),
         ("cache: {ttl_s: 2024-13-45}", "can't be read as YAML"),
         (
-            "tiers: {memory: {policy: best}}",
-            "tiers.memory.policy: should be one of adaptive, arc, fifo",
+            "tiers: {memory: {policy: adaptive}}",
+            "tiers.memory.policy: should be one of arc, fifo",
         ),
         ("model: m", r"model: unknown key; did you mean models\?"),
     ],

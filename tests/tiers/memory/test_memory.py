@@ -129,5 +129,5 @@ async def test_takes_a_policy_that_fits() -> None:
     assert policy.victim() == "a"
     with pytest.raises(ValueError, match="made for 2000"):
         MemoryCache(1000, policy=policy)
-    with pytest.raises(ValueError, match="unknown policy 'mru'; there are adaptive"):
+    with pytest.raises(ValueError, match="unknown policy 'mru'; there are arc"):
         MemoryCache(3000, policy="mru")
