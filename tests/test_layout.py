@@ -35,14 +35,8 @@ TIERS = (
     ("tiers.tier",),
     ("tiers.purges",),
     ("tiers.memory", "tiers.disk"),
-    (
-        "tiers.backend",
-        "tiers.policies",
-        "tiers.frequency",
-        "tiers.failed_writes",
-        "tiers.file_locks",
-    ),
-    ("tiers.entry", "tiers.key"),
+    ("tiers.backend", "tiers.policies"),
+    ("tiers.entry", "tiers.key", "tiers.frequency", "tiers.resilience", "tiers.file_locks"),
 )
 HTTP = ("server.web", "server.handlers", "server.pages", "server.admin", "server.engine.upstream",
         "server.app", "server.router")  # fmt: skip

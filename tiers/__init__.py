@@ -11,7 +11,7 @@ from tiers.frequency import FrequencySketch
 from tiers.key import digest
 from tiers.memory.cache import MemoryCache
 from tiers.movement.background import BackgroundWork
-from tiers.movement.copies import Transfers
+from tiers.movement.transfers import Transfers
 from tiers.movement.demotion import Demotion, WritePolicy
 from tiers.purges.purges import PurgeError, Purges
 from tiers.singleflight.flight import Flight, SingleFlight

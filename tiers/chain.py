@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from tiers.entry import Answer, Entry, Freshness, Provenance, State
 from tiers.frequency import FrequencySketch
-from tiers.movement.copies import Transfer, Transfers
+from tiers.movement.transfers import Transfer, Transfers
 from tiers.movement.demotion import WritePolicy
 from tiers.movement.promotion import FarHit, Promotion
 from tiers.purges.purges import Purges
@@ -286,7 +286,7 @@ class Chain:
 
     async def drain(self) -> None:
         """Finish the promotions that are under way."""
-        await self._promotion.finish()
+        await self._promotion.drain()
 
     async def close(self) -> None:
         """Finish promotions, then flush and close the tiers, nearest first."""

@@ -44,7 +44,7 @@ class Provenance(NamedTuple):
     packed_labels: bytes = b""
 
     @classmethod
-    def of(cls, generation: int, labels: Iterable[str]) -> Self:
+    def of(cls, purge_epoch: int, labels: Iterable[str]) -> Self:
         """Return the origin of an answer that may be purged by `labels`.
 
         Raises:
@@ -53,7 +53,7 @@ class Provenance(NamedTuple):
         labels = tuple(labels)
         if not all(label and "\n" not in label for label in labels):
             raise ValueError("a label should be text without a line's end")
-        return cls(generation, "\n".join(labels).encode())
+        return cls(purge_epoch, "\n".join(labels).encode())
 
     @property
     def labels(self) -> tuple[str, ...]:

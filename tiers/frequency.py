@@ -108,7 +108,7 @@ class FrequencySketch:
         # One copy of what may be megabytes: the caller's event loop waits for it.
         return b"".join((head, self._table))
 
-    def restoring(self, data: bytes) -> Iterator[None]:
+    def load(self, data: bytes) -> Iterator[None]:
         """Add the counts that `dump` wrote of a sketch of the same capacity, a part at each step.
 
         Between steps, so that whoever iterates can pause, requests may be recorded. If the

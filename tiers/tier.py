@@ -15,11 +15,11 @@ from aiocache.base import BaseCache
 
 from tiers.backend import ByteCache
 from tiers.entry import Entry
-from tiers.failed_writes import FailedWrites
+from tiers.resilience.failed_writes import FailedWrites
 from tiers.memory.cache import MemoryCache
 from tiers.purges.purges import Purges
-from tiers.shared.calls import Bulkhead, BusyError
-from tiers.shared.circuit import FAILURES, CircuitBreaker
+from tiers.resilience.bulkhead import Bulkhead, BusyError
+from tiers.resilience.circuit_breaker import FAILURES, CircuitBreaker
 
 logger = logging.getLogger(__name__)
 
@@ -77,13 +77,13 @@ class Tier:
         self._write_s = max(deadline_s, _WRITE_S) if deadline_s else 0
         self._clock = clock
         # Our own backends answer at once; aiocache's layers cost more than such a read.
-        self._near = backend if isinstance(backend, ByteCache) else None
-        self._decode = Entry.decode_untrusted if self._near is None else Entry.decode
+        self._own_backend = backend if isinstance(backend, ByteCache) else None
+        self._decode = Entry.decode_untrusted if self._own_backend is None else Entry.decode
         self._reads = Bulkhead(_READS, deadline_s)
         self._writes = Bulkhead(_WRITES, self._write_s)
         self._probes = Bulkhead(1, deadline_s)
         self._breaker = CircuitBreaker(self._probe, self._answers_again)
-        self._losses = FailedWrites()
+        self._failed_writes = FailedWrites()
         self._failing: dict[str, int] = {}
         self.counts = Counts()
 
@@ -106,15 +106,15 @@ class Tier:
         """
         try:
             value: bytes | None
-            if self._near is not None:
-                value = self._near.read(key)
+            if self._own_backend is not None:
+                value = self._own_backend.read(key)
             elif self._breaker.is_open or (self.shared and purges.shared_unknown):
                 # What may have been purged elsewhere can't be told from the rest.
                 value = None
             else:
                 value = await self._read(key)
         except Exception as exc:
-            self._failed("read", exc)
+            self._record_failure("read", exc)
             return None
         if self._failing:
             self._failing.pop("read", None)
@@ -125,7 +125,9 @@ class Tier:
                 # Of another version of ours, or damaged; the next answer replaces it.
                 logger.debug("the %s tier holds what can't be read: %s", self.name, exc)
             else:
-                is_lost = self._losses.has_any and self._losses.may_be_stale(key, entry.stored_at)
+                is_lost = self._failed_writes.has_any and self._failed_writes.may_be_stale(
+                    key, entry.stored_at
+                )
                 if not is_lost and not purges.is_purged(key, entry):
                     self.counts.hits += counted
                     return value, entry
@@ -136,20 +138,22 @@ class Tier:
         """Return the entry under `key`, which doesn't count as asking for it, or `None`."""
         try:
             value: bytes | None
-            if self._near is not None:
-                held = self._near.peek(key)
+            if self._own_backend is not None:
+                held = self._own_backend.peek(key)
                 value = None if held is None else held[0]
             else:
                 value = await self._read(key) if self.available else None
             entry = None if value is None else self._decode(value)
             return (
-                None if entry is None or self._losses.may_be_stale(key, entry.stored_at) else entry
+                None
+                if entry is None or self._failed_writes.may_be_stale(key, entry.stored_at)
+                else entry
             )
         except ValueError:
             # Of another version of ours, or damaged.
             return None
         except Exception as exc:
-            self._failed("read", exc)
+            self._record_failure("read", exc)
             return None
 
     async def put(self, key: str, value: bytes, ttl_s: float) -> bool:
@@ -161,12 +165,12 @@ class Tier:
                 stored = await self._write("write", write)
                 may_be_older = not stored and await self._holds_other(key, value)
         except Exception as exc:
-            self._failed("write", exc)
+            self._record_failure("write", exc)
         finally:
             if may_be_older:
-                self._losses.add(key, self._stored_at(value))
-            elif key in self._losses:
-                self._settle(key, self._stored_at(value))
+                self._failed_writes.add(key, self._stored_at(value))
+            elif key in self._failed_writes:
+                self._note_success(key, self._stored_at(value))
         self.counts.stores += stored
         return stored
 
@@ -179,12 +183,12 @@ class Tier:
                 await self._write("remove", remove)
                 removed = True
         except Exception as exc:
-            self._failed("remove", exc)
+            self._record_failure("remove", exc)
         finally:
             if not removed:
-                self._losses.add(key, self._clock())
-            elif key in self._losses:
-                self._settle(key, self._clock())
+                self._failed_writes.add(key, self._clock())
+            elif key in self._failed_writes:
+                self._note_success(key, self._clock())
 
     async def holds(self, key: str) -> bool:
         """Return whether there is an entry under `key`, which doesn't count as asking for it.
@@ -193,21 +197,21 @@ class Tier:
         """
         if not self.available:
             return True
-        if key in self._losses:
+        if key in self._failed_writes:
             return False
         try:
             return await self._exists(key)
         except Exception as exc:
-            self._failed("read", exc)
+            self._record_failure("read", exc)
             return True
 
     def victim(self, value_bytes: int) -> str | None:
         """Return the key that would leave first for a value of that size, or `None` for room."""
-        return None if self._near is None else self._near.victim(value_bytes)
+        return None if self._own_backend is None else self._own_backend.victim(value_bytes)
 
     def entries(self) -> Iterator[tuple[str, bytes, float | None]]:
         """Yield key, encoded entry and expiry (Unix s) of all, where the backend can tell."""
-        return iter(()) if self._near is None else self._near.entries()
+        return iter(()) if self._own_backend is None else self._own_backend.entries()
 
     async def close(self) -> None:
         """Flush and release the backend."""
@@ -238,24 +242,24 @@ class Tier:
         return done
 
     async def _exists(self, key: str) -> bool:
-        if self._near is not None:
-            return self._near.holds(key)
+        if self._own_backend is not None:
+            return self._own_backend.holds(key)
         return bool(await self.backend.exists(key, timeout=self._write_s))
 
     async def _holds_other(self, key: str, value: bytes) -> bool:
-        if self._near is None:
+        if self._own_backend is None:
             return await self._exists(key)
         # What waits for its file to be opened isn't stored yet, and is the latest all the same.
-        held = self._near.peek(key)
+        held = self._own_backend.peek(key)
         return held is not None and held[0] != value
 
-    def _settle(self, key: str, stored_at: float) -> None:
+    def _note_success(self, key: str, stored_at: float) -> None:
         """Note that a write has succeeded where an earlier one hadn't."""
-        if self._near is not None:
-            self._losses.discard(key)
+        if self._own_backend is not None:
+            self._failed_writes.discard(key)
         else:
             # What failed may still be on its way there.
-            self._losses.add(key, stored_at)
+            self._failed_writes.add(key, stored_at)
 
     def _stored_at(self, value: bytes) -> float:
         try:
@@ -273,14 +277,14 @@ class Tier:
     def _answers_again(self) -> None:
         logger.warning("the %s tier answers again", self.name)
 
-    def _failed(self, action: str, exc: Exception) -> None:
+    def _record_failure(self, action: str, exc: Exception) -> None:
         """Count a failure, and tell it once until the same succeeds, not for each request."""
         if isinstance(exc, BusyError):
             self.counts.busy += 1
             return
         self.counts.errors += 1
         in_a_row = self._failing[action] = self._failing.get(action, 0) + 1
-        if self._near is not None:
+        if self._own_backend is not None:
             if in_a_row == 1:
                 # What a system refuses needs no traceback.
                 trace = None if isinstance(exc, OSError) else exc

@@ -217,12 +217,12 @@ async def test_promotions_are_bounded(clock) -> None:
     for key, size in (("a", 60), ("b", 41), ("c", 40)):
         queue.offer(PendingWrite(copies.begin(key), size, partial(write, key)))
     assert (queue.dropped, len(copies)) == (1, 2)
-    await queue.finish()
+    await queue.drain()
     assert (written, len(copies)) == (["a", "c"], 0)
     for number in range(10_001):
         queue.offer(PendingWrite(copies.begin(f"{number}"), 0, partial(write, "")))
     assert queue.dropped == 2
-    await queue.finish()
+    await queue.drain()
     assert (len(written), len(copies)) == (10_002, 0)
 
 

@@ -187,7 +187,7 @@ class ChainMachine(RuleBasedStateMachine):
             crowd = f"crowd{number}"
             self.look_up([crowd] * 4)
             self.store(crowd, 3000, FRESHNESS[0])
-            self.run(self.demotion.finish())
+            self.run(self.demotion.drain())
         self.look_up([key])
 
     @rule(keys=st.lists(st.sampled_from(KEYS), min_size=1, max_size=4))
@@ -216,9 +216,9 @@ class ChainMachine(RuleBasedStateMachine):
 
     @rule()
     def let_movement_end(self) -> None:
-        self.run(self.demotion.finish())
+        self.run(self.demotion.drain())
         self.run(self.chain.drain())
-        self.run(self.demotion.finish())
+        self.run(self.demotion.drain())
         assert len(self.copies) == 0
 
     @rule()
@@ -231,7 +231,7 @@ class ChainMachine(RuleBasedStateMachine):
     @rule()
     def kill(self) -> None:
         """Go on with what a kill at this moment would leave of the file."""
-        self.run(self.demotion.finish())
+        self.run(self.demotion.drain())
         self.run(self.chain.drain())
         write, durability = self.options[1], self.options[3]
         if durability is Durability.INTERVAL:
@@ -357,6 +357,6 @@ async def test_nothing_older_comes_back_however_calls_interleave(seed, write, po
             group.create_task(come_and_go())
     for key in begun:
         await look_up(key)
-    await demotion.finish()
+    await demotion.drain()
     assert len(copies) == 0
     assert memory.usage.bytes <= 2500

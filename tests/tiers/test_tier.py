@@ -24,14 +24,14 @@ from tiers import (
 )  # fmt: skip
 from tiers.disk import Durability
 from tiers.disk.file import DiskFile
-from tiers.failed_writes import FailedWrites
+from tiers.resilience.failed_writes import FailedWrites
 from tiers.purges.purges import Purges
-from tiers.shared.calls import Bulkhead, BusyError
-from tiers.shared.circuit import FAILURES, CircuitBreaker
+from tiers.resilience.bulkhead import Bulkhead, BusyError
+from tiers.resilience.circuit_breaker import FAILURES, CircuitBreaker
 
 from .conftest import Clock, Remote
 
-TIMES = ("stored_at", "expires_at", "took_s", "stale_while_revalidate_s", "stale_if_error_s")
+TIMES = ("stored_at", "expires_at", "generation_s", "stale_while_revalidate_s", "stale_if_error_s")
 # Nothing is purged.
 PURGES = Purges()
 
@@ -346,11 +346,11 @@ async def test_what_waits_for_a_file_to_be_opened_hides_nothing(clock, tmp_path)
     clock.now += 1
     disk = DiskCache(tmp_path, 1 << 20, clock=clock)
     tier = Tier("disk", disk, clock=clock)
-    tier._losses = FailedWrites(2)
+    tier._failed_writes = FailedWrites(2)
     for key in "bcdef":
         assert not await tier.put(key, entry(b"2", clock.now), 60)
     assert not disk.is_open
-    assert not tier._losses.has_any
+    assert not tier._failed_writes.has_any
     assert await content_of(tier, "b") == b"2"
     await disk.opened()
     assert [await content_of(tier, key) for key in "abf"] == [b"1", b"2", b"2"]
@@ -368,7 +368,7 @@ async def test_never_gives_out_what_is_older_than_the_last_stored(seed: int, kno
     backends = [Far(clock), Far(clock)]
     tiers = [Tier(str(number), backend, clock=clock) for number, backend in enumerate(backends)]
     for tier in tiers:
-        tier._losses = FailedWrites(known)
+        tier._failed_writes = FailedWrites(known)
     chain = Chain(
         tiers, frequency=FrequencySketch(64), max_answer_bytes=99, promote_after=1, clock=clock
     )

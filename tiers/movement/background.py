@@ -78,7 +78,7 @@ class BackgroundWork:
         """Take over how often each key was asked for, from the disk tier's file, if it is open."""
         if self._disk is not None and (saved := self._disk.load(_SKETCH)) is not None:
             try:
-                for _ in self._frequency.restoring(saved):
+                for _ in self._frequency.load(saved):
                     # Requests go first.
                     await asyncio.sleep(0)
             except ValueError as exc:
@@ -86,7 +86,7 @@ class BackgroundWork:
 
     async def drain(self) -> None:
         """Finish the demotions that are under way."""
-        await self._demotion.finish()
+        await self._demotion.drain()
 
     async def close(self) -> None:
         """Finish demotions and save what is to be remembered; the tiers must still be open."""

@@ -5,7 +5,7 @@ from enum import StrEnum
 from functools import partial
 
 from tiers.frequency import FrequencySketch
-from tiers.movement.copies import Transfers
+from tiers.movement.transfers import Transfers
 from tiers.movement.queue import PendingWrite, WriteBehindQueue, write_all
 from tiers.purges.purges import Purges
 from tiers.tier import Tier
@@ -34,15 +34,15 @@ class Demotion:
 
     def __init__(
         self,
-        to: Sequence[Tier],
+        farther: Sequence[Tier],
         frequency: FrequencySketch,
-        copies: Transfers,
+        transfers: Transfers,
         purges: Purges,
         *,
         max_bytes: int,
         clock: Callable[[], float],
     ) -> None:
-        self._to, self._frequency, self._copies = tuple(to), frequency, copies
+        self._farther, self._frequency, self._transfers = tuple(farther), frequency, transfers
         self._purges, self._clock = purges, clock
         self._queue = WriteBehindQueue(max_bytes)
 
@@ -54,28 +54,28 @@ class Demotion:
     def offer(self, key: str, value: bytes, expires_at: float | None) -> None:
         """Take what was evicted; never waits."""
         if expires_at is not None and self._frequency.estimate(key) > 0:
-            self._queue.offer(self._waiting(key, value, expires_at))
+            self._queue.offer(self._pending(key, value, expires_at))
 
     async def write_all(self, entries: Iterable[tuple[str, bytes, float | None]]) -> None:
         """Write entries that were not evicted, many at once."""
         await write_all(
-            self._waiting(key, value, expires_at)
+            self._pending(key, value, expires_at)
             for key, value, expires_at in entries
             if expires_at is not None
         )
 
-    async def finish(self) -> None:
+    async def drain(self) -> None:
         """Write what is left in the queue."""
-        await self._queue.finish()
+        await self._queue.drain()
 
-    def _waiting(self, key: str, value: bytes, expires_at: float) -> PendingWrite:
+    def _pending(self, key: str, value: bytes, expires_at: float) -> PendingWrite:
         write = partial(self._demote, key, value, expires_at)
-        return PendingWrite(self._copies.begin(key), len(value), write)
+        return PendingWrite(self._transfers.begin(key), len(value), write)
 
     async def _demote(self, key: str, value: bytes, expires_at: float) -> None:
         if self._purges.is_encoded_known_purged(key, value):
             return
-        for tier in self._to:
+        for tier in self._farther:
             left_s = expires_at - self._clock()
             if left_s > 0 and not await tier.holds(key):
                 demoted = await tier.put(key, value, left_s)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from tiers.entry import Entry
 from tiers.frequency import FrequencySketch
-from tiers.movement.copies import Transfer
+from tiers.movement.transfers import Transfer
 from tiers.movement.queue import PendingWrite, WriteBehindQueue
 from tiers.tier import Tier
 
@@ -18,7 +18,7 @@ class FarHit(NamedTuple):
     value: bytes
     """The entry as it is encoded."""
     entry: Entry
-    asked: int
+    frequency: int
     """How often it was asked for lately."""
     older_in: Collection[Tier]
     """The nearer tiers that hold an older entry under the key."""
@@ -53,40 +53,40 @@ class Promotion:
         """How many found no room in the queue."""
         return self._queue.dropped
 
-    async def promote(self, copy: Transfer, found: FarHit, tiers: Sequence[Tier]) -> None:
+    async def promote(self, transfer: Transfer, hit: FarHit, tiers: Sequence[Tier]) -> None:
         """Promote to those of `tiers` that should have it; takes `copy` over."""
-        tiers = [tier for tier in tiers if self._is_worth(found, tier)]
+        tiers = [tier for tier in tiers if self._is_worth(hit, tier)]
         now = [tier for tier in tiers if tier.writes_at_once]
         later = [tier for tier in tiers if not tier.writes_at_once]
         try:
             if now:
-                async with copy.writing() as is_latest:
+                async with transfer.writing() as is_latest:
                     if is_latest:
-                        await self._write(found, now)
+                        await self._write(hit, now)
         except BaseException:
-            copy.release()
+            transfer.release()
             raise
         if later:
-            write = partial(self._write, found, later)
-            self._queue.offer(PendingWrite(copy, len(found.value), write))
+            write = partial(self._write, hit, later)
+            self._queue.offer(PendingWrite(transfer, len(hit.value), write))
         else:
-            copy.release()
+            transfer.release()
 
-    async def finish(self) -> None:
+    async def drain(self) -> None:
         """Write what is left in the queue."""
-        await self._queue.finish()
+        await self._queue.drain()
 
-    def _is_worth(self, found: FarHit, tier: Tier) -> bool:
-        if tier in found.older_in:
+    def _is_worth(self, hit: FarHit, tier: Tier) -> bool:
+        if tier in hit.older_in:
             return True
-        if found.asked < self._promote_after:
+        if hit.frequency < self._promote_after:
             return False
-        victim = tier.victim(len(found.value))
-        return victim is None or found.asked > self._frequency.estimate(victim)
+        victim = tier.victim(len(hit.value))
+        return victim is None or hit.frequency > self._frequency.estimate(victim)
 
-    async def _write(self, found: FarHit, tiers: Sequence[Tier]) -> None:
+    async def _write(self, hit: FarHit, tiers: Sequence[Tier]) -> None:
         for tier in tiers:
-            left_s = found.entry.kept_until - self._clock()
-            if left_s > 0 and (tier in found.older_in or not await tier.holds(found.key)):
-                promoted = await tier.put(found.key, found.value, left_s)
+            left_s = hit.entry.kept_until - self._clock()
+            if left_s > 0 and (tier in hit.older_in or not await tier.holds(hit.key)):
+                promoted = await tier.put(hit.key, hit.value, left_s)
                 tier.counts.promotions += promoted

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from itertools import islice
 from typing import NamedTuple
 
-from tiers.movement.copies import Transfer
+from tiers.movement.transfers import Transfer
 
 _MOST_COPIES = 10_000
 _AT_ONCE = 64
@@ -15,7 +15,7 @@ _AT_ONCE = 64
 class PendingWrite(NamedTuple):
     """A copy that is to be written."""
 
-    copy: Transfer
+    transfer: Transfer
     bytes: int
     write: Callable[[], Awaitable[None]]
     """Called only if nothing newer has been stored meanwhile; raises nothing."""
@@ -35,19 +35,19 @@ class WriteBehindQueue:
         self._queue_bytes = 0
         self._running: asyncio.Task[None] | None = None
 
-    def offer(self, waiting: PendingWrite) -> None:
+    def offer(self, pending: PendingWrite) -> None:
         """Take a copy over, to write or to drop it; never waits."""
-        has_room = self._queue_bytes + waiting.bytes <= self._max_bytes
+        has_room = self._queue_bytes + pending.bytes <= self._max_bytes
         if not has_room or len(self._queue) >= _MOST_COPIES:
             self.dropped += 1
-            waiting.copy.release()
+            pending.transfer.release()
             return
-        self._queue.append(waiting)
-        self._queue_bytes += waiting.bytes
+        self._queue.append(pending)
+        self._queue_bytes += pending.bytes
         if self._running is None:
             self._running = asyncio.create_task(self._run())
 
-    async def finish(self) -> None:
+    async def drain(self) -> None:
         """Write what is left."""
         if self._running is not None:
             await self._running
@@ -69,7 +69,7 @@ async def write_all(copies: Iterable[PendingWrite]) -> None:
 
 
 async def _write(waiting: PendingWrite) -> None:
-    with waiting.copy:
-        async with waiting.copy.writing() as is_latest:
+    with waiting.transfer:
+        async with waiting.transfer.writing() as is_latest:
             if is_latest:
                 await waiting.write()

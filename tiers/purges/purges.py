@@ -75,9 +75,9 @@ class Purges:
         """Whether other machines have purges that weren't taken over yet, as far as is known."""
         self._disk, self._max_bytes, self._deadline_s = disk, max_bytes, deadline_s
         self._clock, self._monotonic = clock, monotonic
-        self._look_at = inf if disk is None else -inf
+        self._refresh_at = inf if disk is None else -inf
         self._head = b""
-        self._is_blind = self._is_damaged = False
+        self._is_unreadable = self._is_damaged = False
         # Their numbers are given when they are committed, so until then nothing is newer.
         self._under_way: list[frozenset[str]] = []
         self._tasks: set[asyncio.Task[bool]] = set()
@@ -88,27 +88,31 @@ class Purges:
         Raises:
             ValueError: a label can't be one.
         """
-        if self._monotonic() >= self._look_at:
-            self._look()
+        if self._monotonic() >= self._refresh_at:
+            self._refresh()
         return Provenance.of(self.table.latest, labels)
 
     def is_purged(self, key: str, entry: Entry | Provenance) -> bool:
         """Return whether what was stored under `key`, or is being made for it, is purged."""
-        if self._monotonic() >= self._look_at:
-            self._look()
-        if entry.purge_epoch >= self.table.latest and not self._under_way and not self._is_blind:
+        if self._monotonic() >= self._refresh_at:
+            self._refresh()
+        if (
+            entry.purge_epoch >= self.table.latest
+            and not self._under_way
+            and not self._is_unreadable
+        ):
             # As nearly always.
             return False
-        return self._is_blind or self._cover_as_known(key, entry)
+        return self._is_unreadable or self._covers(key, entry)
 
-    def is_known_purged(self, key: str, origin: Provenance) -> bool:
+    def is_known_purged(self, key: str, provenance: Provenance) -> bool:
         """Return whether what has that origin isn't worth storing, since it is known to be purged.
 
         Where the file can't be read it may be purged and stored: `cover` tells once it is found.
         """
-        if self._monotonic() >= self._look_at:
-            self._look()
-        return self._cover_as_known(key, origin)
+        if self._monotonic() >= self._refresh_at:
+            self._refresh()
+        return self._covers(key, provenance)
 
     def is_encoded_known_purged(self, key: str, value: bytes) -> bool:
         """Return the same of an encoded entry, as far as it can be read."""
@@ -172,7 +176,7 @@ class Purges:
         if not awaits_opening and not disk.is_open:
             # What waits there already will write the table as it is then.
             if not self._tasks:
-                self._keep(self._commit(disk))
+                self._start(self._commit(disk))
         elif not await self._in_time(self._commit(disk)):
             raise PurgeError("the disk tier could not store purges in time")
 
@@ -181,14 +185,14 @@ class Purges:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=self._deadline_s)
 
-    def _cover_as_known(self, key: str, entry: Entry | Provenance) -> bool:
+    def _covers(self, key: str, entry: Entry | Provenance) -> bool:
         if self._under_way:
             own = {ALL, f"key:{key}", *entry.labels}
             if not all(map(own.isdisjoint, self._under_way)):
                 return True
         return self.table.purges(key, entry.purge_epoch, entry.packed_labels)
 
-    def _look(self) -> None:
+    def _refresh(self) -> None:
         """Take over what is in the file, if it has changed."""
         disk = self._disk
         if disk is None or not disk.is_open:
@@ -198,28 +202,28 @@ class Purges:
         try:
             blob = disk.reload(_NAME, self._head)
             if blob is not None:
-                self._take(blob)
+                self._adopt(blob)
         except OSError:
             # Rather a miss than an entry that was purged elsewhere.
-            self._is_blind = True
+            self._is_unreadable = True
             return
         except ValueError as exc:
-            self._distrust(disk, exc)
-        self._is_blind = False
-        self._look_at = now + FRESH_S
+            self._purge_all_for_damage(disk, exc)
+        self._is_unreadable = False
+        self._refresh_at = now + FRESH_S
 
-    def _take(self, blob: bytes) -> None:
+    def _adopt(self, blob: bytes) -> None:
         self.table = self.table.merged(PurgeTable.unpack(blob, max_bytes=self._max_bytes))
         self._head = blob[:HEAD_BYTES]
         self._is_damaged = False
 
-    def _distrust(self, disk: DiskCache, exc: ValueError) -> None:
+    def _purge_all_for_damage(self, disk: DiskCache, exc: ValueError) -> None:
         if self._is_damaged:
             return
         self._is_damaged = True
         logger.error("everything is purged, since what was purged can't be read: %s", exc)
         self.table = self.table.with_purge(self._clock_us() + _BEYOND_US, ALL)
-        self._keep(self._commit(disk))
+        self._start(self._commit(disk))
 
     async def _commit(self, disk: DiskCache, labels: Sequence[str] = ()) -> bool:
         """Merge the table with the file's, and purge `labels`. Returns whether it is on disk."""
@@ -238,16 +242,16 @@ class Purges:
 
         is_kept = await disk.update(_NAME, change)
         if is_kept:
-            self._take(made)
+            self._adopt(made)
         return is_kept
 
     async def _in_time(self, commit: Coroutine[Any, Any, bool]) -> bool:
         """Return whether it succeeds before the deadline. It goes on if it needs longer."""
-        task = self._keep(commit)
+        task = self._start(commit)
         await asyncio.wait([task], timeout=self._deadline_s)
         return task.done() and task.result()
 
-    def _keep(self, commit: Coroutine[Any, Any, bool]) -> asyncio.Task[bool]:
+    def _start(self, commit: Coroutine[Any, Any, bool]) -> asyncio.Task[bool]:
         task = asyncio.create_task(commit)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -62,13 +62,11 @@ class PurgeTable:
     A table that would outgrow `max_bytes` purges everything instead, and forgets the labels.
     """
 
-    __slots__ = ("_max_bytes", "_numbers", "latest")
+    __slots__ = ("_max_bytes", "_epochs", "latest")
 
-    def __init__(
-        self, numbers: Mapping[str, int] = _NOTHING, *, max_bytes: int = MAX_BYTES
-    ) -> None:
-        of_all = numbers.get(ALL, 0)
-        kept = {label: number for label, number in numbers.items() if number > of_all}
+    def __init__(self, epochs: Mapping[str, int] = _NOTHING, *, max_bytes: int = MAX_BYTES) -> None:
+        of_all = epochs.get(ALL, 0)
+        kept = {label: number for label, number in epochs.items() if number > of_all}
         self.latest = max(kept.values(), default=of_all)
         """The highest number, or 0."""
         if of_all:
@@ -76,18 +74,18 @@ class PurgeTable:
         if _bytes(kept) > max_bytes:
             self.latest += 1
             kept = {ALL: self.latest}
-        self._numbers, self._max_bytes = kept, max_bytes
+        self._epochs, self._max_bytes = kept, max_bytes
 
-    def purges(self, key: str, generation: int, labels: bytes) -> bool:
+    def purges(self, key: str, purge_epoch: int, labels: bytes) -> bool:
         """Return whether an entry is purged, by its key, its generation, and its packed labels."""
-        if generation >= self.latest:
+        if purge_epoch >= self.latest:
             return False
-        number_of = self._numbers.get
-        if number_of(ALL, 0) > generation or number_of(f"key:{key}", 0) > generation:
+        number_of = self._epochs.get
+        if number_of(ALL, 0) > purge_epoch or number_of(f"key:{key}", 0) > purge_epoch:
             return True
         # A generator would cost half a microsecond more.
         for each in labels.decode().split("\n"):  # noqa: SIM110
-            if number_of(each, 0) > generation:
+            if number_of(each, 0) > purge_epoch:
                 return True
         return False
 
@@ -95,20 +93,20 @@ class PurgeTable:
         """Return a table in which `labels` have the highest number, one for all of them."""
         number = max(clock_us, self.latest + 1)
         news = dict.fromkeys(labels, number)
-        return type(self)(self._numbers | news, max_bytes=self._max_bytes)
+        return type(self)(self._epochs | news, max_bytes=self._max_bytes)
 
     def merged(self, other: Self) -> Self:
         """Return a table of all labels, each with its higher number. The order doesn't matter."""
-        mine = self._numbers
-        news = {label: n for label, n in other._numbers.items() if n > mine.get(label, 0)}
+        mine = self._epochs
+        news = {label: n for label, n in other._epochs.items() if n > mine.get(label, 0)}
         return type(self)(mine | news, max_bytes=self._max_bytes) if news else self
 
     def pack(self) -> bytes:
         """Return bytes that begin like no others, in `HEAD_BYTES`."""
-        count = len(self._numbers)
+        count = len(self._epochs)
         head = _HEAD.pack(_FORMAT, os.urandom(8), count)
-        numbers = pack(f"<{count}Q", *self._numbers.values())
-        return head + numbers + "\n".join(self._numbers).encode()
+        numbers = pack(f"<{count}Q", *self._epochs.values())
+        return head + numbers + "\n".join(self._epochs).encode()
 
     @classmethod
     def unpack(cls, data: bytes, *, max_bytes: int = MAX_BYTES) -> Self:
@@ -129,13 +127,13 @@ class PurgeTable:
         return cls(dict(zip(names, numbers, strict=True)), max_bytes=max_bytes)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, PurgeTable) and self._numbers == other._numbers
+        return isinstance(other, PurgeTable) and self._epochs == other._epochs
 
     def __hash__(self) -> int:
-        return hash(frozenset(self._numbers.items()))
+        return hash(frozenset(self._epochs.items()))
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._epochs)
 
 
 HEAD_BYTES = _HEAD.size

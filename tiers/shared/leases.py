@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from aiocache.base import BaseCache
 from aiocache.lock import OptimisticLock, OptimisticLockError
 
-from tiers.shared.calls import in_time
+from tiers.resilience.bulkhead import in_time
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from aiocache.lock import OptimisticLock, OptimisticLockError
 
 from tiers.purges.purges import PurgeError, Purges
 from tiers.purges.table import PurgeTable, check_labels
-from tiers.shared.calls import in_time
+from tiers.resilience.bulkhead import in_time
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class SharedPurges:
             data = await self._backend.get(_KEY)
             if data is not None and data != self._known:
                 # Who purges is told whether it will last; nobody else need wait for the disk.
-                await self._adopt(data, awaits_opening=bool(labels))
+                await self._merge(data, awaits_opening=bool(labels))
             self._purges.shared_unknown = False
             known = PurgeTable() if data is None else self._table
             # Here the purge holds only once it is there, so that nothing can begin here that knows
@@ -130,11 +130,11 @@ class SharedPurges:
                 return
             made = b64encode(wanted.pack())
             if await self._is_replaced(data, made):
-                await self._adopt(made)
+                await self._merge(made)
                 return
         raise TimeoutError("others wrote at the same time, again and again")
 
-    async def _adopt(self, data: bytes, *, awaits_opening: bool = True) -> None:
+    async def _merge(self, data: bytes, *, awaits_opening: bool = True) -> None:
         table = self._purges.read(_decoded(data))
         await self._purges.merge(table, awaits_opening=awaits_opening)
         self._known, self._table = data, table

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiers.conftest import JSON
+from tests.tiers.conftest import JSON, Remote
 from tiers import (
     Answer,
     BackgroundWork,
@@ -25,7 +25,6 @@ from tiers.disk import Durability
 from tiers.disk.recovery import MARK
 from tiers.movement.background import _refill
 
-from .conftest import Remote
 
 ROOM_FOR_TWO = 6000
 ANSWER = Answer(JSON, bytes(1800))
@@ -100,7 +99,7 @@ async def test_on_evict_writes_to_disk_what_memory_evicts(tmp_path: Path, clock)
     for key in "abc":
         await house.tier_of(key)
         await house.chain.store(key, ANSWER, WEEK)
-    await house.demotion.finish()
+    await house.demotion.drain()
     on_disk = [key for key in "abc" if house.disk.holds(key)]
     assert len(on_disk) == 1
     assert not house.memory.holds(on_disk[0])
@@ -127,7 +126,7 @@ async def test_what_is_too_cold_is_not_demoted(tmp_path: Path, clock) -> None:
     house = House(tmp_path, clock, write=WritePolicy.ON_EVICT)
     for key in "abc":
         await house.chain.store(key, ANSWER, WEEK)
-    await house.demotion.finish()
+    await house.demotion.drain()
     assert [key for key in "abc" if house.disk.holds(key)] == []
     await house.close()
 
@@ -141,7 +140,7 @@ async def test_demotion_is_bounded_and_keeps_what_is_newer(house: House) -> None
     house.demotion.offer("old", b"older", expires_at)
     house.demotion.offer("large", bytes(9_990), expires_at)
     house.demotion.offer("other", bytes(100), expires_at)
-    await house.demotion.finish()
+    await house.demotion.drain()
     assert house.demotion.dropped == 1
     assert await house.disk.get("old") == b"newer"
     assert house.disk.holds("large")
@@ -203,7 +202,7 @@ async def test_what_is_purged_is_neither_demoted_nor_refilled(tmp_path: Path, cl
         await house.chain.store(
             key, ANSWER, WEEK, provenance=house.chain.provenance([f"tag:{key}"])
         )
-        await house.demotion.finish()
+        await house.demotion.drain()
     assert [key for key in "abcd" if house.disk.holds(key)] == ["a", "b"]
     for key in "ac":
         await house.chain.purge(f"tag:{key}")
@@ -243,12 +242,12 @@ async def test_on_evict_never_brings_back_an_older_answer(tmp_path: Path, clock)
     await house.chain.store("a", older, WEEK)
     for key in "bc":
         await house.chain.store(key, ANSWER, WEEK)
-    await house.demotion.finish()
+    await house.demotion.drain()
     assert house.disk.holds("a")
     await house.chain.store("a", newer, WEEK)
     for key in "bc":
         await house.chain.store(key, ANSWER, WEEK)
-    await house.demotion.finish()
+    await house.demotion.drain()
     hit = await house.chain.lookup("a")
     assert hit is not None
     assert hit.entry.answer == newer
@@ -262,7 +261,7 @@ async def test_a_store_outdates_what_waits_to_be_demoted(tmp_path: Path, clock) 
         await house.chain.store(key, ANSWER, WEEK)
     assert not house.memory.holds("a")
     await house.chain.store("a", Answer(JSON, b"newer"), WEEK)
-    await house.demotion.finish()
+    await house.demotion.drain()
     assert not house.disk.holds("a")
     await house.close()
 

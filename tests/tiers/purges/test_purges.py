@@ -57,7 +57,7 @@ def test_a_table_survives_packing_and_no_two_begin_alike(table) -> None:
 
 @given(tables, st.data())
 def test_a_table_that_is_cut_or_of_another_format_is_refused(table, data) -> None:
-    packed = table.stamped(1, "tag:last").pack()
+    packed = table.with_purge(1, "tag:last").pack()
     size = data.draw(st.integers(0, len(packed) - len("tag:last") - 2))
     with pytest.raises(ValueError, match=r"purges|argument|decode"):
         PurgeTable.unpack(packed[:size])
