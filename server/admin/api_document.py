@@ -5,9 +5,9 @@ from typing import Any
 
 from server.admin.operations import MAX_PAGE
 from server.pages.openapi import ERROR
-from server.protocol.labels import A_TAG, MAX_TAG_CHARACTERS, TENANT
+from server.protocol.labels import A_TAG, KINDS, MAX_TAG_CHARACTERS, TENANT
 from tiers.key import KEY_PATTERN
-from tiers.purges.table import ALL, KEY, KINDS, MAX_LABELS
+from tiers.purges.table import ALL, KEY, MAX_LABELS
 
 
 def _list(items: Mapping[str, Any]) -> dict[str, Any]:

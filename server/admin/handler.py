@@ -31,11 +31,12 @@ from aiohttp import hdrs, web
 
 from server.admin.lines import split
 from server.admin.operations import MAX_PAGE, AdminError, Operations, Query
+from server.protocol.labels import KINDS
 from server.web.offload import offload
 from server.web.request import HttpRequest
 from server.web.responses import error_response, server_headers
 from tiers.disk import MAX_KEY_BYTES
-from tiers.purges.table import ALL, KEY, KINDS
+from tiers.purges.table import ALL, KEY
 
 logger = logging.getLogger(__name__)
 

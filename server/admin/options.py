@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from tiers.purges.table import KINDS, MAX_LABELS
+from server.protocol.labels import KINDS
+from tiers.purges.table import MAX_LABELS
 
 
 def add_cache(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -7,6 +7,8 @@ from typing import Any
 from tiers.key import is_key
 from tiers.purges.table import KEY, label
 
+KINDS = (KEY, "model", "tenant", "tag")
+"""The kinds of labels by which clients of the admin API purge."""
 TENANT = "[A-Za-z0-9._-]{1,64}"
 """The names of tenants."""
 MAX_TAGS = 16

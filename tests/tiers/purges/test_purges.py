@@ -155,10 +155,10 @@ async def test_what_was_being_made_when_it_was_purged_is_not_stored(clock, tmp_p
     await chain.close()
 
 
-@pytest.mark.parametrize("wrong", ["", "all:", "key", "key:", "colour:red", "tag:a\nb", "m"])
+@pytest.mark.parametrize("wrong", ["", "all:", ":red", "key", "key:", "colour:", "tag:a\nb", "m"])
 async def test_says_what_a_label_should_be(clock, wrong: str) -> None:
     purges = Purges(clock=clock)
-    with pytest.raises(ValueError, match="a label should be all or one of key:…"):
+    with pytest.raises(ValueError, match="a label should be all, key:… or KIND:NAME"):
         await purges.purge(wrong)
     with pytest.raises(ValueError, match="without a line's end"):
         purges.provenance(["a\nb"])
