@@ -11,8 +11,8 @@ from tiers.frequency import FrequencySketch
 from tiers.key import digest
 from tiers.memory.cache import MemoryCache
 from tiers.movement.background import BackgroundWork
-from tiers.movement.transfers import Transfers
 from tiers.movement.demotion import Demotion, WritePolicy
+from tiers.movement.transfers import Transfers
 from tiers.purges.purges import PurgeError, Purges
 from tiers.singleflight.flight import Flight, SingleFlight
 from tiers.singleflight.leases import FileLeases

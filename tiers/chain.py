@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from tiers.entry import Answer, Entry, Freshness, Provenance, State
 from tiers.frequency import FrequencySketch
-from tiers.movement.transfers import Transfer, Transfers
 from tiers.movement.demotion import WritePolicy
 from tiers.movement.promotion import FarHit, Promotion
+from tiers.movement.transfers import Transfer, Transfers
 from tiers.purges.purges import Purges
 from tiers.shared.purges import SharedPurges
 from tiers.tier import Tier

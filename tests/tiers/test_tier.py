@@ -24,10 +24,9 @@ from tiers import (
 )  # fmt: skip
 from tiers.disk import Durability
 from tiers.disk.file import DiskFile
-from tiers.resilience.failed_writes import FailedWrites
 from tiers.purges.purges import Purges
-from tiers.resilience.bulkhead import Bulkhead, BusyError
-from tiers.resilience.circuit_breaker import FAILURES, CircuitBreaker
+from tiers.resilience.circuit_breaker import FAILURES
+from tiers.resilience.failed_writes import FailedWrites
 
 from .conftest import Clock, Remote
 
@@ -98,32 +97,6 @@ async def test_an_outage_costs_a_few_calls_and_one_line(clock, caplog, how: str)
     await tier.close()
 
 
-async def test_a_call_that_takes_too_long_goes_on_without_its_caller(clock) -> None:
-    """So a slow connection is made once, and not begun again and again."""
-    go, ended = asyncio.Event(), []
-
-    async def call() -> int:
-        await go.wait()
-        ended.append(1)
-        return 1
-
-    calls = Bulkhead(2, 0.01)
-    for _ in range(2):
-        with pytest.raises(TimeoutError):
-            await calls.run(call)
-    for _ in range(2):
-        with pytest.raises(BusyError):
-            await calls.run(call)
-    go.set()
-    assert await calls.run(call) == 1
-    assert len(ended) == 3
-    go.clear()
-    with pytest.raises(TimeoutError):
-        await calls.run(call)
-    await calls.close()
-    assert len(asyncio.all_tasks()) == 1
-
-
 async def test_an_event_loop_that_is_late_is_no_outage(clock) -> None:
     """Each turn takes longer than the deadline, which is for what is elsewhere."""
     far = Remote(clock, delay=lambda: 1)
@@ -170,23 +143,6 @@ async def test_a_success_between_failures_keeps_the_breaker_closed(clock) -> Non
         await tier.get("k", PURGES)
     assert tier.available
     assert tier.counts.errors == 4
-
-
-async def test_the_breaker_waits_for_a_probe_that_succeeds() -> None:
-    outcomes = [OSError("still"), TimeoutError(), None]
-    closed = asyncio.Event()
-
-    async def probe() -> None:
-        if (outcome := outcomes.pop(0)) is not None:
-            raise outcome
-
-    breaker = CircuitBreaker(probe, closed.set, pause_s=0)
-    assert [breaker.failed() for _ in range(4)] == [False, False, True, False]
-    assert breaker.is_open
-    await asyncio.wait_for(closed.wait(), 60)
-    assert not breaker.is_open
-    assert outcomes == []
-    assert not breaker.failed()
 
 
 async def test_a_breaker_that_is_closed_leaves_no_task(clock) -> None:
@@ -350,7 +306,7 @@ async def test_what_waits_for_a_file_to_be_opened_hides_nothing(clock, tmp_path)
     for key in "bcdef":
         assert not await tier.put(key, entry(b"2", clock.now), 60)
     assert not disk.is_open
-    assert not tier._failed_writes.has_any
+    assert tier._failed_writes.is_empty
     assert await content_of(tier, "b") == b"2"
     await disk.opened()
     assert [await content_of(tier, key) for key in "abf"] == [b"1", b"2", b"2"]

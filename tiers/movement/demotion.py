@@ -5,8 +5,8 @@ from enum import StrEnum
 from functools import partial
 
 from tiers.frequency import FrequencySketch
-from tiers.movement.transfers import Transfers
 from tiers.movement.queue import PendingWrite, WriteBehindQueue, write_all
+from tiers.movement.transfers import Transfers
 from tiers.purges.purges import Purges
 from tiers.tier import Tier
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from tiers.entry import Entry
 from tiers.frequency import FrequencySketch
-from tiers.movement.transfers import Transfer
 from tiers.movement.queue import PendingWrite, WriteBehindQueue
+from tiers.movement.transfers import Transfer
 from tiers.tier import Tier
 
 

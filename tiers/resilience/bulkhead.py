@@ -1,4 +1,8 @@
-"""Calls to a backend elsewhere: few at once, and waited for no longer than a deadline."""
+"""A bulkhead: a bound on the calls to one backend that are under way at the same time.
+
+So a slow backend holds up a few callers, each for no longer than a deadline (Nygard, «Release It!»,
+2018, chapter 5).
+"""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -6,102 +10,65 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_SLICES = 8
-"""More turns of the event loop than a call takes to be sent and its reply to be read."""
-
 
 class BusyError(Exception):
-    """So many calls are under way that another one waited in vain for its turn."""
-
-
-async def _wait(task: asyncio.Task[Any], deadline_s: float) -> None:
-    """Wait until a task is done, or its deadline is over; it goes on then.
-
-    The deadline is for what the task waits for. So it passes in slices, and one in which our own
-    event loop is late, for all that goes on there, counts as one that isn't.
-
-    Raises:
-        TimeoutError: it isn't done.
-    """
-    for _ in range(_SLICES):
-        await asyncio.wait([task], timeout=deadline_s / _SLICES)
-        if task.done():
-            return
-    raise TimeoutError
-
-
-async def in_time(call: Coroutine[Any, Any, T], deadline_s: float) -> T:
-    """Return what `call` does, which is ended at its deadline.
-
-    Raises:
-        TimeoutError: it isn't done.
-    """
-    task = asyncio.create_task(call)
-    try:
-        await _wait(task, deadline_s)
-    finally:
-        if task.cancel():
-            await asyncio.gather(task, return_exceptions=True)
-    return task.result()
+    """As many calls as may be were under way until the deadline."""
 
 
 class Bulkhead:
-    """Makes at most `most` calls at once.
+    """Runs at most `max_calls` calls at the same time.
 
-    A call that isn't done at its deadline goes on without its caller, and keeps its place: a
-    connection that takes longer to be made than a caller can wait is there for those that follow.
+    A call that misses its deadline goes on without its caller, and keeps its place: a connection
+    that takes longer than a caller waits serves the callers that follow.
 
     Args:
-        most: a few keep a connection each busy, and with more each would take longer.
-        deadline_s: seconds that a caller waits for its turn, and then for its call.
+        max_calls: a few keep a connection each busy; with more, each call takes longer.
+        deadline_s: seconds that a caller waits for a place, and then for its call.
+        limit_s: seconds after which a call is cancelled.
     """
 
-    def __init__(self, most: int, deadline_s: float) -> None:
-        self._deadline_s = deadline_s
-        self._places = asyncio.Semaphore(most)
+    def __init__(self, max_calls: int, deadline_s: float, *, limit_s: float) -> None:
+        self._deadline_s, self._limit_s = deadline_s, limit_s
+        self._places = asyncio.Semaphore(max_calls)
         self._running: set[asyncio.Task[Any]] = set()
 
     async def run(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Return what `call` does, which must end by itself.
+        """Return what `call` returns.
 
         Raises:
-            BusyError: its turn didn't come.
-            TimeoutError: it has begun and isn't done.
+            BusyError: no place became free in time; `call` isn't called.
+            TimeoutError: the call has begun and isn't done in time.
         """
-        if self._places.locked():
-            await self._take_place()
-        else:
-            await self._places.acquire()
-        task = asyncio.create_task(call())
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                await self._places.acquire()
+        except TimeoutError:
+            raise BusyError from None
+        task = asyncio.create_task(self._limited(call))
         self._running.add(task)
-        task.add_done_callback(self._end)
-        await _wait(task, self._deadline_s)
+        task.add_done_callback(self._release)
+        # The deadline starts when the call has, however late the event loop is.
+        await asyncio.sleep(0)
+        await asyncio.wait([task], timeout=self._deadline_s)
+        if not task.done():
+            raise TimeoutError
         return task.result()
 
-    async def _take_place(self) -> None:
-        place = asyncio.create_task(self._places.acquire())
-        try:
-            await _wait(place, self._deadline_s)
-        except TimeoutError:
-            place.cancel()
-            raise BusyError from None
-        except asyncio.CancelledError:
-            if not place.cancel():
-                # It came in the moment in which nobody wanted it any more.
-                self._places.release()
-            raise
-
     async def close(self) -> None:
-        """End the calls that are under way."""
+        """Cancel the calls that are under way."""
         running = list(self._running)
         for task in running:
             task.cancel()
         if running:
             await asyncio.wait(running)
 
-    def _end(self, task: asyncio.Task[Any]) -> None:
+    async def _limited(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        async with asyncio.timeout(self._limit_s):
+            return await call()
+
+    def _release(self, task: asyncio.Task[Any]) -> None:
         self._running.discard(task)
         self._places.release()
         if not task.cancelled():
-            # Retrieved, since nobody may be waiting for it any more.
+            # Retrieve the exception, which nobody may be waiting for any more.
             task.exception()

@@ -25,7 +25,6 @@ from tiers.disk import Durability
 from tiers.disk.recovery import MARK
 from tiers.movement.background import _refill
 
-
 ROOM_FOR_TWO = 6000
 ANSWER = Answer(JSON, bytes(1800))
 WEEK = Freshness(7 * 24 * 3600)
