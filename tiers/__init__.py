@@ -1,7 +1,7 @@
-"""The cache: answers, their keys, and the tiers that hold them.
+"""A multi-tier cache of answers: `Chain` over `Tier`s over aiocache backends.
 
-Knows nothing of HTTP and nothing of vLLM. `Chain` is the way in; `MemoryCache` and `DiskCache`
-are aiocache backends that also work without the rest.
+`tiers/README.md` shows its use. `MemoryCache` and `DiskCache` are aiocache backends that also work
+alone. Callers decide what an answer's bytes and labels mean.
 """
 
 from tiers.chain import Chain, Hit, ImportResult

@@ -1,4 +1,4 @@
-"""Promotion: what a farther tier had is copied to nearer ones."""
+"""Promotion: an entry found in a farther tier is copied to nearer ones."""
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -12,28 +12,29 @@ from tiers.tier import Tier
 
 
 class FarHit(NamedTuple):
-    """What a lookup has found in a farther tier."""
+    """An entry that a lookup has found in a farther tier."""
 
     key: str
     value: bytes
-    """The entry as it is encoded."""
+    """The encoded entry."""
     entry: Entry
     frequency: int
-    """How often it was asked for lately."""
+    """How often it was requested lately."""
     older_in: Collection[Tier]
     """The nearer tiers that hold an older entry under the key."""
 
 
 class Promotion:
-    """Copies an entry to a tier if it is asked for often, or if that holds an older one.
+    """Copies an entry to a tier if it is requested often, or if the tier holds an older one.
 
-    Often is at least `promote_after` times lately, and more often than what would be pushed out. A
-    tier that writes at once gets it before the request goes on, any other in the background.
+    Often means at least `promote_after` times lately, and more often than the entry that would be
+    evicted for it. Tiers that write at once are written before the request goes on, all others in
+    the background.
 
     Args:
-        frequency: tells how often what would be pushed out was asked for.
+        frequency: counts the requests of the entry that would be evicted.
         promote_after: a number of requests.
-        max_bytes: of what waits in the background; what doesn't fit isn't promoted.
+        max_bytes: of the write-behind queue; what doesn't fit isn't promoted.
         clock: returns Unix seconds.
     """
 
@@ -50,19 +51,19 @@ class Promotion:
 
     @property
     def dropped(self) -> int:
-        """How many found no room in the queue."""
+        """How many promotions found no room in the queue."""
         return self._queue.dropped
 
     async def promote(self, transfer: Transfer, hit: FarHit, tiers: Sequence[Tier]) -> None:
-        """Promote to those of `tiers` that should have it; takes `copy` over."""
+        """Promote `hit` to those of `tiers` that are worth it. Takes over `transfer`."""
         tiers = [tier for tier in tiers if self._is_worth(hit, tier)]
-        now = [tier for tier in tiers if tier.writes_at_once]
+        at_once = [tier for tier in tiers if tier.writes_at_once]
         later = [tier for tier in tiers if not tier.writes_at_once]
         try:
-            if now:
+            if at_once:
                 async with transfer.writing() as is_latest:
                     if is_latest:
-                        await self._write(hit, now)
+                        await self._write(hit, at_once)
         except BaseException:
             transfer.release()
             raise
@@ -73,7 +74,7 @@ class Promotion:
             transfer.release()
 
     async def drain(self) -> None:
-        """Write what is left in the queue."""
+        """Wait until the queue is empty."""
         await self._queue.drain()
 
     def _is_worth(self, hit: FarHit, tier: Tier) -> bool:

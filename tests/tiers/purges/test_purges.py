@@ -160,7 +160,7 @@ async def test_says_what_a_label_should_be(clock, wrong: str) -> None:
     purges = Purges(clock=clock)
     with pytest.raises(ValueError, match="a label should be all, key:… or KIND:NAME"):
         await purges.purge(wrong)
-    with pytest.raises(ValueError, match="without a line's end"):
+    with pytest.raises(ValueError, match="without a line break"):
         purges.provenance(["a\nb"])
 
 
