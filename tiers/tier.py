@@ -77,8 +77,8 @@ class Tier:
         self._write_s = max(deadline_s, _WRITE_S) if deadline_s else 0
         self._clock = clock
         # Our own backends answer at once, so reads of them skip aiocache's layers, which cost more.
-        self._own_backend = backend if isinstance(backend, ByteCache) else None
-        self._decode = Entry.decode_untrusted if self._own_backend is None else Entry.decode
+        self.local = backend if isinstance(backend, ByteCache) else None
+        self._decode = Entry.decode_untrusted if self.local is None else Entry.decode
         self._reads = Bulkhead(_MAX_READS, deadline_s, limit_s=self._write_s)
         self._writes = Bulkhead(_MAX_WRITES, self._write_s, limit_s=self._write_s)
         self._probes = Bulkhead(1, deadline_s, limit_s=self._write_s)
@@ -106,8 +106,8 @@ class Tier:
         """
         try:
             value: bytes | None
-            if self._own_backend is not None:
-                value = self._own_backend.read(key)
+            if self.local is not None:
+                value = self.local.read(key)
             elif self._breaker.is_open or (self.shared and purges.shared_unknown):
                 # Other machines may have purged it.
                 value = None
@@ -137,8 +137,8 @@ class Tier:
         """Return the entry under `key`, or `None`. Doesn't count as a request for it."""
         try:
             value: bytes | None
-            if self._own_backend is not None:
-                held = self._own_backend.peek(key)
+            if self.local is not None:
+                held = self.local.peek(key)
                 value = None if held is None else held[0]
             else:
                 value = await self._read(key) if self.available else None
@@ -204,11 +204,11 @@ class Tier:
 
     def victim(self, value_bytes: int) -> str | None:
         """Return the key that would be evicted first for a value of that size, `None` if none."""
-        return None if self._own_backend is None else self._own_backend.victim(value_bytes)
+        return None if self.local is None else self.local.victim(value_bytes)
 
     def entries(self) -> Iterator[tuple[str, bytes, float | None]]:
         """Yield key, encoded entry and expiry (Unix s) of all, if the backend can list them."""
-        return iter(()) if self._own_backend is None else self._own_backend.entries()
+        return iter(()) if self.local is None else self.local.entries()
 
     async def close(self) -> None:
         """Flush and release the backend."""
@@ -239,20 +239,20 @@ class Tier:
         return done
 
     async def _exists(self, key: str) -> bool:
-        if self._own_backend is not None:
-            return self._own_backend.holds(key)
+        if self.local is not None:
+            return self.local.holds(key)
         return bool(await self.backend.exists(key, timeout=self._write_s))
 
     async def _holds_other(self, key: str, value: bytes) -> bool:
-        if self._own_backend is None:
+        if self.local is None:
             return await self._exists(key)
         # A value that waits for the disk tier's file to be opened is readable, though not stored.
-        held = self._own_backend.peek(key)
+        held = self.local.peek(key)
         return held is not None and held[0] != value
 
     def _note_success(self, key: str, stored_at: float) -> None:
         """Record that a write has succeeded after an earlier one had failed."""
-        if self._own_backend is not None:
+        if self.local is not None:
             self._failed_writes.discard(key)
         else:
             # The write that failed may still arrive there.
@@ -280,7 +280,7 @@ class Tier:
             return
         self.counts.errors += 1
         in_a_row = self._failing[action] = self._failing.get(action, 0) + 1
-        if self._own_backend is not None:
+        if self.local is not None:
             if in_a_row == 1:
                 # An operating system's error needs no traceback.
                 trace = None if isinstance(exc, OSError) else exc

@@ -1,4 +1,4 @@
-"""A tier: its failures are misses, bounded, told once, and never bring back something older."""
+"""A tier: its failures are misses, bounded, logged once, and never bring back something older."""
 
 import asyncio
 import logging
@@ -40,7 +40,7 @@ def entry(content: bytes, stored_at: float) -> bytes:
 
 
 class Far(Remote):
-    """A backend elsewhere that fails or hangs when told so; `calls` counts what reaches it."""
+    """A backend elsewhere that fails or hangs on demand; `calls` counts what reaches it."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__(clock, delay=lambda: 0)
@@ -90,10 +90,10 @@ async def test_an_outage_costs_a_few_calls_and_one_line(clock, caplog, how: str)
     await asyncio.wait_for(tier._breaker._recovery, 60)
     assert tier.available
     assert await content_of(tier, "k") == b"1"
-    told = [record.getMessage() for record in caplog.records if record.name == "tiers.tier"]
-    assert len(told) == 2
-    assert "failed to read and is left out until it answers again" in told[0]
-    assert told[1] == "the far tier answers again"
+    messages = [record.getMessage() for record in caplog.records if record.name == "tiers.tier"]
+    assert len(messages) == 2
+    assert "failed to read and is left out until it answers again" in messages[0]
+    assert messages[1] == "the far tier answers again"
     await tier.close()
 
 
@@ -155,7 +155,7 @@ async def test_a_breaker_that_is_closed_leaves_no_task(clock) -> None:
     assert len(asyncio.all_tasks()) == 1
 
 
-async def test_a_near_tier_tells_once_until_it_succeeds(clock, caplog) -> None:
+async def test_a_near_tier_logs_once_until_it_succeeds(clock, caplog) -> None:
     class Broken(MemoryCache):
         fails = True
 
@@ -167,13 +167,13 @@ async def test_a_near_tier_tells_once_until_it_succeeds(clock, caplog) -> None:
     tier = Tier("near", backend := Broken(10_000, clock=clock), clock=clock)
     for backend.fails in (True, True, False, True):
         await tier.get("k", PURGES)
-    told = [record.getMessage() for record in caplog.records]
-    assert told == ["the near tier failed to read: no such disk"] * 2
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == ["the near tier failed to read: no such disk"] * 2
     assert tier.counts.errors == 3
     assert tier.available
 
 
-async def test_a_failure_of_one_kind_is_told_once(clock, caplog) -> None:
+async def test_a_failure_of_one_kind_is_logged_once(clock, caplog) -> None:
     """Such as writing to a Redis that others may only read."""
     far = Far(clock)
     tier = Tier("far", far, clock=clock)
@@ -188,7 +188,7 @@ async def test_a_failure_of_one_kind_is_told_once(clock, caplog) -> None:
     assert tier.available
 
 
-async def test_what_can_not_be_told_counts_as_held(clock) -> None:
+async def test_a_failing_tier_counts_as_holding_everything(clock) -> None:
     far = Far(clock)
     tier = Tier("far", far, clock=clock)
     assert not await tier.holds("k")
