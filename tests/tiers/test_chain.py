@@ -293,7 +293,7 @@ async def test_cuts_ttls_by_chance_within_the_jitter(clock) -> None:
 
 
 async def test_refreshes_early_the_likelier_the_closer_the_end(clock) -> None:
-    """With a chance of one half, from took_s * ln 2 = 6.9 s before the end on."""
+    """With a chance of one half, from generation_s * ln 2 = 6.9 s before the end on."""
     chain = chain_of(clock, MemoryCache(10_000, clock=clock), chance=lambda: 0.5)
     await chain.store("k", ANSWER, Freshness(60), generation_s=10)
     refreshed = []

@@ -75,7 +75,7 @@ class Purges:
         self._clock, self._monotonic = clock, monotonic
         self._refresh_at = inf if disk is None else -inf
         self._head = b""
-        self._is_unreadable = self._is_damaged = False
+        self._unreadable = self._is_damaged = False
         # Labels get their epochs at the commit, so until then every entry with one is purged.
         self._under_way: list[frozenset[str]] = []
         self._tasks: set[asyncio.Task[bool]] = set()
@@ -94,14 +94,10 @@ class Purges:
         """Return whether an entry under `key`, or an answer being generated for it, is purged."""
         if self._monotonic() >= self._refresh_at:
             self._refresh()
-        if (
-            entry.purge_epoch >= self.table.latest
-            and not self._under_way
-            and not self._is_unreadable
-        ):
+        if entry.purge_epoch >= self.table.latest and not self._under_way and not self._unreadable:
             # The common case.
             return False
-        return self._is_unreadable or self._covers(key, entry)
+        return self._unreadable or self._covers(key, entry)
 
     def is_known_purged(self, key: str, provenance: Provenance) -> bool:
         """Return whether an answer isn't worth storing, since it is known to be purged.
@@ -160,7 +156,7 @@ class Purges:
         """Apply the purges of another machine at once, and write them to disk.
 
         Unless it `awaits_opening`, they are written in the background while the disk tier isn't
-        open yet, which may take minutes.
+        open yet.
 
         Raises:
             PurgeError: they could not be written in time; the next successful write includes them.
@@ -203,11 +199,11 @@ class Purges:
                 self._adopt(blob)
         except OSError:
             # Rather a miss than an entry that another process has purged.
-            self._is_unreadable = True
+            self._unreadable = True
             return
         except ValueError as exc:
             self._purge_all_for_damage(disk, exc)
-        self._is_unreadable = False
+        self._unreadable = False
         self._refresh_at = now + FRESH_S
 
     def _adopt(self, blob: bytes) -> None:
