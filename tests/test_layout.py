@@ -28,6 +28,7 @@ LAYERS = (
 ANYWHERE = ("server.terminal", "server.process")
 """What knows nothing of the rest."""
 TIERS = (
+    ("tiers.answer_cache",),
     ("tiers.singleflight",),
     ("tiers.chain",),
     ("tiers.movement",),
@@ -36,6 +37,7 @@ TIERS = (
     ("tiers.purges",),
     ("tiers.memory", "tiers.disk"),
     ("tiers.backend", "tiers.policies"),
+    ("tiers.acceptance",),
     ("tiers.entry", "tiers.key", "tiers.frequency", "tiers.resilience", "tiers.file_locks"),
 )
 HTTP = ("server.web", "server.handlers", "server.pages", "server.admin", "server.engine.upstream",
@@ -126,9 +128,10 @@ def test_no_public_class_has_the_name_of_another() -> None:
 
 def test_what_tiers_offers() -> None:
     assert sorted(tiers.__all__) == [
-        "Adoption", "Answer", "Chain", "Copies", "Demotion", "DiskCache", "Entry", "FileLeases",
-        "Flight", "Flights", "Form", "FrequencySketch", "Freshness", "Hit", "MemoryCache",
-        "Movement", "Origin", "PurgeError", "Purges", "State", "Tier", "Turns", "Write", "digest",
+        "Acceptance", "Answer", "AnswerCache", "BackgroundWork", "Chain", "Demotion", "DiskCache",
+        "Entry", "FileLeases", "Flight", "FrequencySketch", "Freshness", "GenerationLock", "Hit",
+        "ImportResult", "MemoryCache", "Pending", "Provenance", "PurgeError", "Purges",
+        "SingleFlight", "State", "Tier", "Transfers", "WritePolicy", "digest",
     ]  # fmt: skip
 
 

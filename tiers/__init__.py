@@ -1,9 +1,11 @@
-"""A multi-tier cache of answers: `Chain` over `Tier`s over aiocache backends.
+"""A multi-tier cache of answers: `AnswerCache` over a `Chain` of `Tier`s over aiocache backends.
 
 `tiers/README.md` shows its use. `MemoryCache` and `DiskCache` are aiocache backends that also work
 alone. Callers decide what an answer's bytes and labels mean.
 """
 
+from tiers.acceptance import Acceptance
+from tiers.answer_cache import AnswerCache, Pending
 from tiers.chain import Chain, Hit, ImportResult
 from tiers.disk import DiskCache
 from tiers.entry import Answer, Entry, Freshness, Provenance, State
@@ -16,11 +18,13 @@ from tiers.movement.transfers import Transfers
 from tiers.purges.purges import PurgeError, Purges
 from tiers.singleflight.flight import Flight, SingleFlight
 from tiers.singleflight.leases import FileLeases
-from tiers.singleflight.turns import GenerationLock
+from tiers.singleflight.lock import GenerationLock
 from tiers.tier import Tier
 
 __all__ = [
+    "Acceptance",
     "Answer",
+    "AnswerCache",
     "BackgroundWork",
     "Chain",
     "Demotion",
@@ -34,6 +38,7 @@ __all__ = [
     "Hit",
     "ImportResult",
     "MemoryCache",
+    "Pending",
     "Provenance",
     "PurgeError",
     "Purges",

@@ -18,7 +18,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.tiers.conftest import JSON
+from tests.tiers.conftest import JSON, Clock, Remote
 from tiers import (
     Answer,
     BackgroundWork,
@@ -39,8 +39,6 @@ from tiers.disk.recovery import MARK
 from tiers.entry import SKEW_S
 from tiers.policies import POLICIES
 from tiers.shared.redis import RedisBytes
-
-from .conftest import Clock, Remote
 
 MIB = 1024 * 1024
 MEMORY_BYTES = 16 * 1024
@@ -104,8 +102,8 @@ class ChainMachine(RuleBasedStateMachine):
 
     async def open(self, path: Path) -> None:
         policy, write, promote_after, durability = self.options
-        frequency, copies, clock = FrequencySketch(1024), Transfers(), self.clock
-        self.path, self.copies = path, copies
+        frequency, transfers, clock = FrequencySketch(1024), Transfers(), self.clock
+        self.path, self.transfers = path, transfers
         self.backend = DiskCache(
             path,
             MIB,
@@ -117,7 +115,7 @@ class ChainMachine(RuleBasedStateMachine):
         self.disk = Tier("disk", self.backend)
         purges = Purges(self.backend, clock=clock)
         self.demotion = Demotion(
-            [self.disk], frequency, copies, purges, max_bytes=30_000, clock=clock
+            [self.disk], frequency, transfers, purges, max_bytes=30_000, clock=clock
         )
         self.memory = MemoryCache(
             MEMORY_BYTES, policy=policy, on_evict=self.demotion.offer, clock=clock
@@ -131,7 +129,7 @@ class ChainMachine(RuleBasedStateMachine):
             frequency=frequency,
             max_answer_bytes=50_000,
             promote_after=promote_after,
-            copies=copies,
+            transfers=transfers,
             purges=purges,
             write=write,
             clock=clock,
@@ -219,7 +217,7 @@ class ChainMachine(RuleBasedStateMachine):
         self.run(self.demotion.drain())
         self.run(self.chain.drain())
         self.run(self.demotion.drain())
-        assert len(self.copies) == 0
+        assert len(self.transfers) == 0
 
     @rule()
     def restart(self) -> None:
@@ -308,17 +306,17 @@ def test_finds_the_last_stored_answer_or_nothing(redis_server, monkeypatch) -> N
 async def test_nothing_older_comes_back_however_calls_interleave(seed, write, policy) -> None:
     chance, clock, numbers = random.Random(seed), Clock(), count(1)
     remote = Remote(clock, delay=lambda: chance.randrange(4))
-    frequency, copies = FrequencySketch(1024), Transfers()
+    frequency, transfers = FrequencySketch(1024), Transfers()
     farther = Tier("remote", remote, shared=chance.random() < 0.5)
     purges = Purges(clock=clock)
-    demotion = Demotion([farther], frequency, copies, purges, max_bytes=5000, clock=clock)
+    demotion = Demotion([farther], frequency, transfers, purges, max_bytes=5000, clock=clock)
     memory = MemoryCache(2500, policy=policy, on_evict=demotion.offer, clock=clock)
     chain = Chain(
         [Tier("memory", memory), farther],
         frequency=frequency,
         max_answer_bytes=10_000,
         promote_after=1,
-        copies=copies,
+        transfers=transfers,
         purges=purges,
         write=write,
         clock=clock,
@@ -358,5 +356,5 @@ async def test_nothing_older_comes_back_however_calls_interleave(seed, write, po
     for key in begun:
         await look_up(key)
     await demotion.drain()
-    assert len(copies) == 0
+    assert len(transfers) == 0
     assert memory.usage.bytes <= 2500

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tiers.conftest import JSON
+from tests.tiers.conftest import JSON, Clock, Remote
 from tiers import (
     Answer,
     Chain,
@@ -27,8 +27,6 @@ from tiers.disk.file import DiskFile
 from tiers.purges.purges import Purges
 from tiers.resilience.circuit_breaker import FAILURES
 from tiers.resilience.failed_writes import FailedWrites
-
-from .conftest import Clock, Remote
 
 TIMES = ("stored_at", "expires_at", "generation_s", "stale_while_revalidate_s", "stale_if_error_s")
 # Nothing is purged.

@@ -39,9 +39,11 @@ class House:
             folder, 1 << 20, worth=lambda key, _: self.frequency.estimate(key), clock=clock
         )
         disk = Tier("disk", self.disk)
-        copies = Transfers()
+        transfers = Transfers()
         purges = Purges(self.disk, clock=clock)
-        demotion = Demotion([disk], self.frequency, copies, purges, max_bytes=10_000, clock=clock)
+        demotion = Demotion(
+            [disk], self.frequency, transfers, purges, max_bytes=10_000, clock=clock
+        )
         self.demotion = demotion
         self.memory = MemoryCache(ROOM_FOR_TWO, on_evict=demotion.offer, clock=clock)
         tiers = [Tier("memory", self.memory), disk]
@@ -49,7 +51,7 @@ class House:
             tiers,
             frequency=self.frequency,
             max_answer_bytes=10_000,
-            copies=copies,
+            transfers=transfers,
             purges=purges,
             write=write,
             clock=clock,
@@ -266,15 +268,19 @@ async def test_a_store_outdates_what_waits_to_be_demoted(tmp_path: Path, clock) 
 
 
 async def test_the_end_writes_many_entries_at_once(clock) -> None:
-    frequency, copies, remote = FrequencySketch(1024), Transfers(), Remote(clock, delay=lambda: 1)
+    frequency, transfers, remote = (
+        FrequencySketch(1024),
+        Transfers(),
+        Remote(clock, delay=lambda: 1),
+    )
     tier = Tier("remote", remote)
-    demotion = Demotion([tier], frequency, copies, Purges(), max_bytes=10_000, clock=clock)
+    demotion = Demotion([tier], frequency, transfers, Purges(), max_bytes=10_000, clock=clock)
     entries = [(f"{number}", b"1", clock.now + number) for number in range(100)]
     await demotion.write_all([*entries, ("never expires", b"1", None)])
     # The first has expired.
     assert tier.counts.demotions == len(remote.held) == 99
     assert 10 < remote.most_at_once <= 64
-    assert len(copies) == 0
+    assert len(transfers) == 0
 
 
 async def test_a_chain_without_tiers_only_misses(clock) -> None:

@@ -255,7 +255,7 @@ async def test_requests_that_are_alike_join_before_the_file_is_open(clock, tmp_p
         fcntl.flock(lock, fcntl.LOCK_EX)
         disk = DiskCache(tmp_path, 1 << 20, clock=clock)
         purges, go = Purges(disk, clock=clock), asyncio.Event()
-        flights = SingleFlight(max_bytes=100, purged=purges.is_purged)
+        flights = SingleFlight(max_bytes=100, is_purged=purges.is_purged)
 
         async def produce(flight: Flight) -> None:
             await go.wait()
