@@ -327,10 +327,19 @@ async def _check_encryption_key(chain: Chain) -> None:
                 return
 
 
-def _handle_signals(
-    stop: asyncio.Event, reloads: Reloads, clock: Callable[[], float] = time.monotonic
-) -> None:
-    """Stop at SIGTERM and SIGINT, at once at a second one, and reload files at SIGHUP."""
+def _handle_signals(stop: asyncio.Event, reloads: Reloads) -> None:
+    """Stop at SIGTERM and SIGINT, and read files again at SIGHUP."""
+    loop = asyncio.get_running_loop()
+    on_stop = _stop_handler(stop)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_stop)
+    loop.add_signal_handler(signal.SIGHUP, reloads.ask)
+
+
+def _stop_handler(
+    stop: asyncio.Event, clock: Callable[[], float] = time.monotonic
+) -> Callable[[], None]:
+    """Return what sets `stop` at the first call, and ends the process at the second one."""
     stopped_at = inf
 
     def on_stop() -> None:
@@ -342,7 +351,4 @@ def _handle_signals(
         stopped_at = min(stopped_at, now)
         stop.set()
 
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_stop)
-    loop.add_signal_handler(signal.SIGHUP, reloads.ask)
+    return on_stop
