@@ -47,7 +47,7 @@ if __name__ == "__main__":
         signal.pause()
 """
 MAIN = ("-m", "server.engine.guard")
-AT_ONCE = "import sys; from server import guard; guard._GRACE_S = 0; sys.exit(guard.main())"
+AT_ONCE = "import sys; from server.engine import guard; guard._GRACE_S = 0; sys.exit(guard.main())"
 
 
 @pytest.fixture

@@ -204,7 +204,7 @@ async def test_cancelling_ends_the_child_and_removes_its_folder(
     engine: Engine, children: Children, monkeypatch, script: str
 ) -> None:
     # One that heeds a signal is never killed.
-    monkeypatch.setattr(server.engine, "_STOP_S", 0.01 if script == STUBBORN else 1000)
+    monkeypatch.setattr(server.engine.supervisor, "_STOP_S", 0.01 if script == STUBBORN else 1000)
     async with running(engine, script.format(port=children.port)):
         child = await children._came.get()
         assert engine.folder.stat().st_mode & 0o777 == 0o700
@@ -246,8 +246,8 @@ async def test_what_a_dead_engine_left_behind_is_replaced(
 async def test_an_engine_that_nobody_can_reach_any_more_is_started_anew(
     engine: Engine, children: Children, monkeypatch, caplog, removed: str
 ) -> None:
-    monkeypatch.setattr(server.engine, "_LOOK_S", 0.01)
-    monkeypatch.setattr(server.engine, "_STOP_S", 1000)
+    monkeypatch.setattr(server.engine.supervisor, "_LOOK_S", 0.01)
+    monkeypatch.setattr(server.engine.supervisor, "_STOP_S", 1000)
     socket = engine.folder / "engine.sock"
     script = LISTENS.format(socket=str(socket)) + CHILD.format(port=children.port)
     async with running(engine, script):
@@ -268,7 +268,7 @@ async def test_an_engine_that_nobody_can_reach_any_more_is_started_anew(
 async def test_last_words_are_logged(engine: Engine, sleep: Sleep, caplog, monkeypatch) -> None:
     caplog.set_level(logging.INFO)
     # However slow this machine is.
-    monkeypatch.setattr(server.engine, "_LAST_WORDS_S", 1000)
+    monkeypatch.setattr(server.engine.supervisor, "_LAST_WORDS_S", 1000)
     script = "for n in range(5000): print('word', n)\nprint('ERROR last', end='', flush=True)"
     async with running(engine, script):
         await sleep.delays.get()
@@ -317,7 +317,7 @@ async def test_a_line_without_end_is_logged_in_pieces(caplog) -> None:
     output.feed_eof()
     await _log_lines(SimpleNamespace(stdout=output), logging.getLogger("m"), asyncio.Event())
     assert "".join(said(caplog)) == "x" * 100_000
-    assert max(map(len, said(caplog))) <= 2 * server.engine._LINE_BYTES
+    assert max(map(len, said(caplog))) <= 2 * server.engine.supervisor._LINE_BYTES
 
 
 async def test_engines_load_one_after_another(

@@ -8,8 +8,7 @@ import pytest
 from aiohttp import web
 
 from server.engine.upstream import Upstream as Asked
-
-from .conftest import CHAT, Front, Upstream, answer, question, running
+from tests.server.conftest import CHAT, Front, Upstream, answer, question, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -155,7 +154,7 @@ async def test_who_answers_requests_may_take_its_time_to_list_models(
         while True:
             (await asked.request("GET", "/x", None, {}, repeatable=True)).release()
 
-    monkeypatch.setattr("server.upstream._PROBE_S", 0.2)
+    monkeypatch.setattr("server.engine.upstream._PROBE_S", 0.2)
     monkeypatch.setattr(upstream, "lists", never)
     upstream.handler = empty
     asked = Asked(upstream.url, timeout_s=60)
