@@ -132,7 +132,8 @@ async def _serve(
     metrics = Metrics(
         chain,
         models=lambda: [
-            (model.name, model.state, model.restarts, model.upstreams.asked) for model in models.all
+            (model.name, model.state, model.restarts, model.upstreams.in_flight)
+            for model in models.all
         ],
         dropped=lambda: movement.dropped,
         waits=turns.stats,

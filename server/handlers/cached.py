@@ -329,7 +329,9 @@ class CachedRoutes:
         finished = finished and freshness is not None
         flight.end(answer, kept=finished)
         if finished and request.route.format.hides_aborts:
-            finished = await upstreams.goes_on(reply, request.path, request.model, headers)
+            finished = await upstreams.keeps_generating(
+                reply, path=request.path, since=started, model=request.model, headers=headers
+            )
         if finished and freshness is not None:
             took_s = time.monotonic() - started
             self._flights.mark_storing(request.key, flight)

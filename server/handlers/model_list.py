@@ -22,9 +22,9 @@ PATH = "/v1/models"
 _ONE = f"{PATH}/"
 # An engine that is busy may take long, and most clients want no more than the names.
 _DEADLINE_S = 2
-_MOST_BYTES = 1024 * 1024
-_THEIRS = ("created", "max_model_len", "owned_by", "permission")
-_REFUSALS = (401, 403)
+_MAX_BYTES = 1024 * 1024
+_ENGINE_FIELDS = ("created", "max_model_len", "owned_by", "permission")
+_REFUSED = (401, 403)
 
 Cards = Mapping[str, Mapping[str, Any]]
 """What an engine says of each of its models, by name."""
@@ -58,10 +58,10 @@ class ModelList:
         if wanted is None:
             models = self._models.all
         else:
-            models = (self._models.of(self._models.names().resolve(wanted).name),)
-        told = await asyncio.gather(*(_told(http, model) for model in models))
+            models = (self._models.get(self._models.names().resolve(wanted).name),)
+        told = await asyncio.gather(*(_list_of_engine(http, model) for model in models))
         statuses = [status for status, _ in told if status is not None]
-        if statuses and all(status in _REFUSALS for status in statuses):
+        if statuses and all(status in _REFUSED for status in statuses):
             return error_response(statuses[0], "The engine wants another API key.")
         listed = [
             card
@@ -75,7 +75,7 @@ class ModelList:
         return web.Response(body=orjson.dumps(body), content_type="application/json")
 
     def _cards(self, model: Model, cards: Cards) -> Iterator[dict[str, Any]]:
-        for name, known_as in model.asked_as():
+        for name, known_as in model.served_names():
             is_adapter = known_as != model.name
             card: dict[str, Any] = {
                 "id": name,
@@ -88,10 +88,10 @@ class ModelList:
                 "permission": [],
             }
             theirs = cards.get(known_as, {})
-            yield card | {field: theirs[field] for field in _THEIRS if field in theirs}
+            yield card | {field: theirs[field] for field in _ENGINE_FIELDS if field in theirs}
 
 
-async def _told(http: HttpRequest, model: Model) -> tuple[int | None, Cards]:
+async def _list_of_engine(http: HttpRequest, model: Model) -> tuple[int | None, Cards]:
     """Return what an engine of the model says of itself, and the status with which it does."""
     try:
         async with (
@@ -102,7 +102,7 @@ async def _told(http: HttpRequest, model: Model) -> tuple[int | None, Cards]:
         ):
             if reply.status != 200:
                 return reply.status, {}
-            said = orjson.loads(await _whole(reply))
+            said = orjson.loads(await _read_bounded(reply))
             return 200, {card["id"]: card for card in said["data"]}
     except (aiohttp.ClientError, OSError, UnavailableError):
         return None, {}
@@ -111,10 +111,10 @@ async def _told(http: HttpRequest, model: Model) -> tuple[int | None, Cards]:
         return 200, {}
 
 
-async def _whole(reply: aiohttp.ClientResponse) -> bytes:
+async def _read_bounded(reply: aiohttp.ClientResponse) -> bytes:
     body = b""
     async for piece in reply.content.iter_any():
         body += piece
-        if len(body) > _MOST_BYTES:
+        if len(body) > _MAX_BYTES:
             raise ValueError("no list of models is as long")
     return body

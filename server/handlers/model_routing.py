@@ -24,7 +24,7 @@ from server.protocol.prompts import prompts_in
 from server.web.offload import offload
 from server.web.request import HttpRequest
 
-_PROMPTED = SALTED | {"/v1/completions/render"}
+_WITH_PROMPTS = SALTED | {"/v1/completions/render"}
 _FORM = "multipart/form-data"
 _boundary = re.compile(r'(?i)boundary="?([^";,]{1,70})"?').search
 _is_model = re.compile(rb'(?im)^content-disposition:\s*form-data\s*;\s*name="?model"?\s*$').search
@@ -34,7 +34,7 @@ _BLANK = b"\r\n\r\n"
 class RoutedRequest(NamedTuple):
     """Where a request goes."""
 
-    named: ResolvedModel
+    model: ResolvedModel
     body: bytes | None
     """Its body as the engine may be sent it; `None` if it wasn't read."""
     id: Any = None
@@ -53,10 +53,10 @@ async def route_to_model(http: HttpRequest, names: ModelNames, max_prompts: int)
     boundary = _boundary(http.headers[hdrs.CONTENT_TYPE]) if is_form else None
     asked = http.query.get("model") if "?" in http.raw_path else None
     look: Callable[[bytes], RoutedRequest]
-    if http.body_exists and http.path in _PROMPTED:
-        look = partial(_prompted, names, asked, http, max_prompts)
+    if http.body_exists and http.path in _WITH_PROMPTS:
+        look = partial(_in_prompts, names, asked, http, max_prompts)
     elif names.is_single or not http.body_exists:
-        return RoutedRequest(_named(names, asked), None)
+        return RoutedRequest(_resolve_default(names, asked), None)
     elif http.media_type.endswith("json"):
         look = partial(_in_json, names, asked)
     elif boundary is not None:
@@ -67,35 +67,35 @@ async def route_to_model(http: HttpRequest, names: ModelNames, max_prompts: int)
     return await offload(len(body), look, body)
 
 
-def _named(names: ModelNames, asked: Any) -> ResolvedModel:
+def _resolve_default(names: ModelNames, asked: Any) -> ResolvedModel:
     return names.default if names.is_single else names.resolve(asked)
 
 
-def _prompted(
+def _in_prompts(
     names: ModelNames, asked: str | None, http: HttpRequest, max_prompts: int, raw: bytes
 ) -> RoutedRequest:
-    raw, fields = _read(raw)
+    raw, fields = _parse(raw)
     is_salted = http.path in SALTED and http.tenant.salt is not None
     if not isinstance(fields, dict):
         if fields is None and is_salted:
             raise BadRequestError("the body should be JSON", "body")
-        return RoutedRequest(_named(names, asked), raw)
+        return RoutedRequest(_resolve_default(names, asked), raw)
     prompts_in(http.path, fields).check(max_prompts)
-    named, raw, fields = _renamed(names, asked, raw, fields)
+    named, raw, fields = _with_engine_name(names, asked, raw, fields)
     if is_salted:
         raw, _ = with_cache_salt(raw, fields, http.tenant)
     return RoutedRequest(named, raw, fields.get("request_id"))
 
 
 def _in_json(names: ModelNames, asked: str | None, raw: bytes) -> RoutedRequest:
-    raw, fields = _read(raw)
+    raw, fields = _parse(raw)
     if not isinstance(fields, dict):
-        return RoutedRequest(_named(names, asked), raw)
-    named, raw, fields = _renamed(names, asked, raw, fields)
+        return RoutedRequest(_resolve_default(names, asked), raw)
+    named, raw, fields = _with_engine_name(names, asked, raw, fields)
     return RoutedRequest(named, raw, fields.get("request_id"))
 
 
-def _read(raw: bytes) -> tuple[bytes, Any]:
+def _parse(raw: bytes) -> tuple[bytes, Any]:
     """Return a body and what it says: nothing, if it isn't JSON, which is for engines to refuse."""
     try:
         return raw, orjson.loads(raw)
@@ -109,13 +109,13 @@ def _read(raw: bytes) -> tuple[bytes, Any]:
         return raw, None
 
 
-def _renamed(
+def _with_engine_name(
     names: ModelNames, asked: str | None, raw: bytes, fields: dict[str, Any]
 ) -> tuple[ResolvedModel, bytes, dict[str, Any]]:
     """Return whom a body is for, and both its forms with the model as the engine knows it."""
     model = fields.get("model")
     if names.is_single or not model:
-        return _named(names, asked), raw, fields
+        return _resolve_default(names, asked), raw, fields
     named = names.resolve(model)
     if isinstance(model, str) and model != named.name:
         try:

@@ -31,7 +31,7 @@ class ProxiedRoutes:
         """
         if asked := http.query.get("model"):
             try:
-                models = [self._models.of(self._models.names().resolve(asked).name)]
+                models = [self._models.get(self._models.names().resolve(asked).name)]
             except UnknownModelError:
                 # Whoever has no key isn't told which there are.
                 return error_response(404, "There is no such model.", param="model")

@@ -61,9 +61,9 @@ async def record_answer(
         return answer, finished
     await publish(b"")
     if format_ is CHOICES:
-        events: _Choices | _Typed = _Choices(publish, max_bytes)
+        events: _ChoiceEvents | _TypedEvents = _ChoiceEvents(publish, max_bytes)
     else:
-        events = _Typed(format_, publish, max_bytes)
+        events = _TypedEvents(format_, publish, max_bytes)
     async for event in read_events(reply.content.iter_any()):
         if await events.take(event):
             break
@@ -94,13 +94,13 @@ class _Events:
         self._bytes = 0
         self._is_understood = True
 
-    async def _give(self, event: bytes) -> None:
+    async def _keep(self, event: bytes) -> None:
         self._bytes += len(event)
         if self._bytes <= self._max_bytes:
             self._kept.append(event)
         await self._publish(event)
 
-    async def _pass_on(self, event: Event) -> None:
+    async def _publish_verbatim(self, event: Event) -> None:
         """Publish what is no part of the answer: a comment, or what isn't understood."""
         if event.data:
             self._is_understood = False
@@ -113,7 +113,7 @@ class _Events:
         return Answer(Encoding.SSE, b"".join(self._kept), usage), finished
 
 
-class _Typed(_Events):
+class _TypedEvents(_Events):
     """A stream whose events have types, of which the last one says that it ends."""
 
     def __init__(
@@ -136,9 +136,9 @@ class _Typed(_Events):
                 self._finished = shape.is_finished(chunk[verdict])
             made = template.sse_event(chunk, shape, event.lines)
         except (AttributeError, KeyError, TypeError, ValueError):
-            await self._pass_on(event)
+            await self._publish_verbatim(event)
         else:
-            await self._give(made)
+            await self._keep(made)
         return False
 
     async def end(self) -> tuple[Answer, bool]:
@@ -150,7 +150,7 @@ class _Typed(_Events):
         raise ConnectionAbortedError("the engine's stream was cut")
 
 
-class _Choices(_Events):
+class _ChoiceEvents(_Events):
     """A stream of chat completions or completions."""
 
     def __init__(self, publish: Callable[[bytes], Awaitable[None]], max_bytes: int) -> None:
@@ -178,7 +178,7 @@ class _Choices(_Events):
             choices, usage = chunk.get("choices"), chunk.get("usage")
             if chunk.get("error"):
                 if not isinstance(choices, list):
-                    await self._release()
+                    await self._publish_held()
                     raise _error_in_stream(chunk)
                 raise ValueError("an answer isn't one that has an error in it")
             is_count = choices in (None, []) and isinstance(usage, dict)
@@ -186,11 +186,11 @@ class _Choices(_Events):
             made = template.sse_event(chunk, lines=event.lines)
         except (AttributeError, KeyError, TypeError, ValueError):
             if event.data:
-                await self._release()
-            await self._pass_on(event)
+                await self._publish_held()
+            await self._publish_verbatim(event)
             return False
         if self._counts or not is_count:
-            await self._release()
+            await self._publish_held()
         for index, reason in reasons.items():
             self._reasons[index] = reason or self._reasons.get(index)
         if is_count:
@@ -198,21 +198,21 @@ class _Choices(_Events):
         elif any(reasons.values()):
             self._held = made
         else:
-            await self._give(made)
+            await self._keep(made)
         return False
 
-    async def _release(self) -> None:
+    async def _publish_held(self) -> None:
         """Publish what was kept back, since it wasn't the last."""
         held, self._held = self._held, b""
         counts, self._counts, self._usage = self._counts, b"", {}
         for event in (held, counts):
             if event:
-                await self._give(event)
+                await self._keep(event)
 
     async def end(self) -> tuple[Answer, bool]:
         """Publish what was kept back; returns what `record` does."""
         if self._held:
-            await self._give(template.with_fingerprint(self._held, self._usage))
+            await self._keep(template.with_fingerprint(self._held, self._usage))
         reasons = [{"finish_reason": reason} for reason in self._reasons.values()]
         if not self._is_done:
             # It may say no more, or have been cut where no more than counts were to come.

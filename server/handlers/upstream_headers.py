@@ -19,7 +19,7 @@ from server.web.request import HttpRequest
 LOAD_FORMAT = istr("Endpoint-Load-Metrics-Format")
 LOAD = istr("Endpoint-Load-Metrics")
 """An engine's report of its load (ORCA), in the format that a load balancer asks for."""
-_GO_ON = frozenset(map(str.lower, KEY_HEADERS)) | {
+_FORWARDED_OF_CACHEABLE = frozenset(map(str.lower, KEY_HEADERS)) | {
     "accept-encoding", "authorization", "cache-control", "content-type", "traceparent",
     "tracestate", "user-agent", "x-api-key", "x-request-id",
     LOAD_FORMAT.lower(),
@@ -28,26 +28,26 @@ _GO_ON = frozenset(map(str.lower, KEY_HEADERS)) | {
 }  # fmt: skip
 
 
-def cacheable_request_headers(http: HttpRequest, also: CacheControl) -> CIMultiDict[str]:
+def cacheable_request_headers(http: HttpRequest, control: CacheControl) -> CIMultiDict[str]:
     """Return the headers with which an engine is asked for an answer that is to be kept.
 
     `also` is said to caches on the way, such as another tierserve.
     """
     headers = forwarded_headers(http)
-    for name in {name for name in headers if name.lower() not in _GO_ON}:
+    for name in {name for name in headers if name.lower() not in _FORWARDED_OF_CACHEABLE}:
         headers.popall(name)
-    return with_cache_control(headers, also)
+    return with_cache_control(headers, control)
 
 
-def with_cache_control(headers: CIMultiDict[str], also: CacheControl) -> CIMultiDict[str]:
+def with_cache_control(headers: CIMultiDict[str], control: CacheControl) -> CIMultiDict[str]:
     """Return the headers, and what `also` says without times."""
-    for directive in also.directives:
+    for directive in control.directives:
         headers.add("Cache-Control", directive)
     return headers
 
 
 # Of one connection only (RFC 9110, section 7.6.1), or set anew by us.
-_OURS = frozenset(
+_NOT_FORWARDED = frozenset(
     {
         "connection", "content-length", "expect", "host", "keep-alive", "proxy-authenticate",
         "proxy-authorization", "server", "te", "trailer", "transfer-encoding", "upgrade",
@@ -57,11 +57,11 @@ _OURS = frozenset(
 
 
 # Which of us a client is, no engine has to know.
-_KEYS = frozenset({"authorization", "x-api-key"})
+_CREDENTIALS = frozenset({"authorization", "x-api-key"})
 
 
 # An answer belongs to whom these name, so no `Connection` keeps them from its engine.
-_END_TO_END = _KEYS | frozenset(map(str.lower, KEY_HEADERS))
+_END_TO_END = _CREDENTIALS | frozenset(map(str.lower, KEY_HEADERS))
 
 
 UNBUFFERED = {"X-Accel-Buffering": "no"}
@@ -71,9 +71,9 @@ UNBUFFERED = {"X-Accel-Buffering": "no"}
 def forwarded_headers(http: HttpRequest) -> CIMultiDict[str]:
     """Return the headers with which a request goes on to an engine."""
     hop = {name.lower() for name in http.list_header("Connection")} - _END_TO_END
-    keys = _KEYS if http.tenant.has_key else frozenset()
+    keys = _CREDENTIALS if http.tenant.has_key else frozenset()
     undone = {"content-encoding"} if http.content_coding in DECODED else frozenset()
-    headers = _without(http.headers, _OURS | keys | hop | undone)
+    headers = _without(http.headers, _NOT_FORWARDED | keys | hop | undone)
     # We must be able to read what comes back.
     headers["Accept-Encoding"] = "identity"
     if not http.body_may_hold_id:
@@ -86,7 +86,7 @@ def returned_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
     """Return the headers with which an engine's reply goes back to the client."""
     # Which pages may ask us is not an engine's to say (`server.web.cors`).
     sharing = {name for name in map(str.lower, headers) if name.startswith("access-control-")}
-    return _without(headers, _OURS | sharing)
+    return _without(headers, _NOT_FORWARDED | sharing)
 
 
 def _without(headers: Mapping[str, str], names: Collection[str]) -> CIMultiDict[str]:

@@ -38,7 +38,7 @@ class LogStream:
 
     def __init__(self, target: BinaryIO, max_bytes: int = 8 * 1024**2) -> None:
         self._target, self._max_bytes = target, max_bytes
-        self._path = _path_of(target)
+        self._path = _file_path(target)
         self._queue: SimpleQueue[bytes | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._queued_bytes = self._dropped = 0
@@ -52,7 +52,7 @@ class LogStream:
             if self._queued_bytes + len(data) > self._max_bytes:
                 self._dropped += 1
                 return
-            data = self._drops() + data
+            data = self._drop_notice() + data
             self._queued_bytes += len(data)
         self._queue.put(data)
 
@@ -62,13 +62,13 @@ class LogStream:
     def close(self) -> None:
         """Write what is queued, but don't wait long for a reader that stalls."""
         with self._lock:
-            data = self._drops()
+            data = self._drop_notice()
             self._queued_bytes += len(data)
         self._queue.put(data)
         self._queue.put(None)
         self._thread.join(_CLOSE_S)
 
-    def _drops(self) -> bytes:
+    def _drop_notice(self) -> bytes:
         """Return the line that says what was dropped, if anything was; it is said once."""
         dropped, self._dropped = self._dropped, 0
         return b"%d log writes were dropped\n" % dropped if dropped else b""
@@ -102,7 +102,7 @@ def is_at(path: Path, file: int) -> bool:
         return False
 
 
-def _path_of(target: BinaryIO) -> Path | None:
+def _file_path(target: BinaryIO) -> Path | None:
     """Return by which path a stream is a file, if it is one."""
     try:
         path = Path(f"/proc/self/fd/{target.fileno()}").readlink()
@@ -134,7 +134,7 @@ class AccessLog:
         self._stream = stream
         self._enabled = logging.getLogger().isEnabledFor(logging.INFO)
         self._line = _json_line if _is_json(log) else _text_line
-        self._waiting: list[_Access] = []
+        self._pending: list[_Access] = []
 
     def add(self, *access: *_Access) -> None:
         """Note a request; its line is written within a fraction of a second.
@@ -143,17 +143,17 @@ class AccessLog:
         """
         if not self._enabled:
             return
-        if not self._waiting:
+        if not self._pending:
             asyncio.get_running_loop().call_later(_FLUSH_S, self.flush)
-        self._waiting.append(access)
-        if len(self._waiting) >= _BATCH:
+        self._pending.append(access)
+        if len(self._pending) >= _BATCH:
             self.flush()
 
     def flush(self) -> None:
         """Write the lines that wait."""
-        if self._waiting:
-            lines = "".join(map(self._line, self._waiting))
-            self._waiting.clear()
+        if self._pending:
+            lines = "".join(map(self._line, self._pending))
+            self._pending.clear()
             self._stream.write(lines)
 
 

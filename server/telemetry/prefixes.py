@@ -25,23 +25,23 @@ from server.protocol.usage import input_tokens_in, reused_tokens_in
 from server.telemetry.heavy_hitters import HeavyHitters
 
 _COUNTERS = 1000
-_TOLD = 100
+_MAX_REPORTED = 100
 _HALVED_EVERY_S = 86400
-_LOOKED_AT_BYTES = 32 * 1024
+_PARSED_BYTES = 32 * 1024
 _PARTS = 10
 _CUTS = (1024, 4096, 16384)
 _HEAD, _TAIL = 100, 60
 """Characters of a preview."""
 
 
-class _Beginning(NamedTuple):
+class _Prefix(NamedTuple):
     number: int
     characters: int
     preview: str
 
 
 @dataclass(slots=True)
-class _Known:
+class _PrefixStats:
     """What is known of a beginning that is counted."""
 
     model: str
@@ -53,9 +53,9 @@ class _Known:
     asked_at: float = 0
     tokens: float | None = None
     """About so many, by the last prompt that it was of."""
-    told: float = 0
+    counted_tokens: float = 0
     """Its tokens in all requests of which engines told what they reused."""
-    reused: float = 0
+    reused_tokens: float = 0
 
 
 class Prefixes:
@@ -67,7 +67,7 @@ class Prefixes:
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._counters: HeavyHitters[_Known] = HeavyHitters(_COUNTERS)
+        self._counters: HeavyHitters[_PrefixStats] = HeavyHitters(_COUNTERS)
         self._halve_at = clock() + _HALVED_EVERY_S
 
     def note(self, request: ParsedRequest, counts: bytes) -> None:
@@ -79,7 +79,7 @@ class Prefixes:
             return
         self._age()
         try:
-            fields = _looked_at(request.raw)
+            fields = _parse_start(request.raw)
         except ValueError:
             # Nested more deeply than we look.
             return
@@ -87,9 +87,9 @@ class Prefixes:
             fields = request.route.normalize(fields)
         model, tenant = request.model, request.tenant
         seed = hash((model, tenant, str(fields.get("cache_salt"))))
-        is_whole = len(request.raw) <= _LOOKED_AT_BYTES
+        is_whole = len(request.raw) <= _PARSED_BYTES
         parts = list(_parts(fields))
-        found = list(_beginnings(seed, parts, is_whole=is_whole))
+        found = list(_prefixes_of(seed, parts, is_whole=is_whole))
         if not found:
             return
         of_a_character = 0.0
@@ -100,14 +100,14 @@ class Prefixes:
             of_a_character = tokens / max(whole, 1)
         now, shorter = self._clock(), None
         for number, characters, preview in found:
-            new = _Known(model, tenant, shorter, characters, preview)
+            new = _PrefixStats(model, tenant, shorter, characters, preview)
             known = self._counters.add(number, new)
             known.asked_at, shorter = now, number
             if of_a_character:
                 known.tokens = of_a_character * characters
                 if reused is not None:
-                    known.told += known.tokens
-                    known.reused += min(reused, known.tokens)
+                    known.counted_tokens += known.tokens
+                    known.reused_tokens += min(reused, known.tokens)
 
     def report(self) -> dict[str, Any]:
         """Return the beginnings that were asked for more than once, those asked for most first.
@@ -129,7 +129,7 @@ class Prefixes:
             if counter.least >= 2 and counter.least > longer.get(number, 0)
         ]
         shared.sort(key=lambda counter: (-counter.least, -counter.value.characters))
-        return {"prefixes": [_row(each.least, each.value) for each in shared[:_TOLD]]}
+        return {"prefixes": [_row(each.least, each.value) for each in shared[:_MAX_REPORTED]]}
 
     def _age(self) -> None:
         now = self._clock()
@@ -141,45 +141,45 @@ class Prefixes:
         factor = 0.5 ** min(days, 60)
         self._counters.scale(factor)
         for counter in self._counters.counters.values():
-            counter.value.told *= factor
-            counter.value.reused *= factor
+            counter.value.counted_tokens *= factor
+            counter.value.reused_tokens *= factor
 
 
-def _row(requests: float, known: _Known) -> dict[str, Any]:
-    is_told = known.told > 0
+def _row(requests: float, known: _PrefixStats) -> dict[str, Any]:
+    is_told = known.counted_tokens > 0
     return {
         "model": known.model,
         "tenant": known.tenant,
         "requests": round(requests),
         "characters": known.characters,
         "tokens": None if known.tokens is None else round(known.tokens),
-        "reused_tokens": round(known.reused) if is_told else None,
-        "reused_ratio": round(known.reused / known.told, 4) if is_told else None,
+        "reused_tokens": round(known.reused_tokens) if is_told else None,
+        "reused_ratio": round(known.reused_tokens / known.counted_tokens, 4) if is_told else None,
         "asked_at": known.asked_at,
         "preview": known.preview,
     }
 
 
-def _looked_at(body: bytes) -> dict[str, Any]:
+def _parse_start(body: bytes) -> dict[str, Any]:
     """Return the fields of a body, as far as they are looked at.
 
     Raises:
         ValueError: it is nested too deeply.
     """
     fields: dict[str, Any] = from_json(
-        body[:_LOOKED_AT_BYTES], allow_partial="trailing-strings", cache_strings="none"
+        body[:_PARSED_BYTES], allow_partial="trailing-strings", cache_strings="none"
     )
-    if len(body) > _LOOKED_AT_BYTES and "tools" not in fields:
+    if len(body) > _PARSED_BYTES and "tools" not in fields:
         # Clients write them after the messages. A quote within a text has a backslash before it, so
         # this is a field's name; where it isn't one of the body's, what follows isn't JSON.
-        at = body.rfind(b'"tools":', len(body) - _LOOKED_AT_BYTES)
+        at = body.rfind(b'"tools":', len(body) - _PARSED_BYTES)
         if at >= 0:
             with suppress(ValueError):
                 fields["tools"] = from_json(b"{" + body[at:])["tools"]
     return fields
 
 
-def _beginnings(seed: int, parts: Sequence[str], *, is_whole: bool) -> Iterator[_Beginning]:
+def _prefixes_of(seed: int, parts: Sequence[str], *, is_whole: bool) -> Iterator[_Prefix]:
     """Yield the beginnings of a prompt, shortest first; what is cut off has no end of its own."""
     number, at, head, tail, tools = seed, 0, "", "", 0
     for index, part in enumerate(parts[:_PARTS]):
@@ -192,7 +192,7 @@ def _beginnings(seed: int, parts: Sequence[str], *, is_whole: bool) -> Iterator[
             # By chance anew in each process, so nobody can find two that share a number.
             number = hash((number, piece))
             head, tail = (head + piece)[:_HEAD], (tail + piece)[-_TAIL:]
-            yield _Beginning(number, at + end, _preview(head, tail, at + end - tools))
+            yield _Prefix(number, at + end, _preview(head, tail, at + end - tools))
         at += len(part)
         if index == 0 and part.startswith(_TOOLS):
             # They are alike, and tell less than what follows.

@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 _FLUSH_S = 0.2
 # Far more than are answered between two flushes.
-_WAITING = 16 * 1024
+_MAX_PENDING = 16 * 1024
 # Few, so that the event loop gets its turn after a fraction of a millisecond.
 _BATCH = 32
-_TURN_S = 0.0005
+_PAUSE_S = 0.0005
 _CLOSE_S = 5
 _MODEL_CHARACTERS = 256
 # No line is longer.
@@ -57,12 +57,12 @@ class TraceLog:
         self._path, self._max_bytes = path, max_bytes
         try:
             self._file = _open(path)
-            self._bytes = _drop_half_line(self._file)
+            self._bytes = _truncate_partial_line(self._file)
         except OSError as exc:
             should = f"should be a file that we can write, not {path}: {exc.strerror or exc}"
             raise ConfigError([f"log.trace: {should}"]) from exc
-        self._waiting: deque[_Line] = deque()
-        self._unqueued = self._unwritten = self._told = 0
+        self._pending: deque[_Line] = deque()
+        self._dropped = self._unwritten = self._logged = 0
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trace", daemon=True)
         self._thread.start()
@@ -70,19 +70,19 @@ class TraceLog:
     @property
     def missing(self) -> int:
         """How many requests are missing from the trace."""
-        return self._unqueued + self._unwritten
+        return self._dropped + self._unwritten
 
     def add(
         self, at: float, key: str, model: str, answer: Answer, outcome: tuple[str, str]
     ) -> None:
         """Note a request that was answered at `at` (Unix s); never waits and never fails."""
-        if len(self._waiting) >= _WAITING:
-            self._unqueued += 1
+        if len(self._pending) >= _MAX_PENDING:
+            self._dropped += 1
             return
         size = len(answer.content) + len(answer.trailer)
         # The whole would keep memory while it waits.
         counts = counts_in(answer)
-        self._waiting.append((at, key, size, counts, model[:_MODEL_CHARACTERS], outcome))
+        self._pending.append((at, key, size, counts, model[:_MODEL_CHARACTERS], outcome))
 
     def close(self) -> None:
         """Write what waits, but don't wait long for a disk that hangs."""
@@ -91,11 +91,11 @@ class TraceLog:
 
     def _run(self) -> None:
         while not self._closing.wait(_FLUSH_S):
-            self._write_waiting()
-        self._write_waiting()
+            self._write_pending()
+        self._write_pending()
         os.close(self._file)
 
-    def _write_waiting(self) -> None:
+    def _write_pending(self) -> None:
         reason = "they came faster than the disk takes them"
         with suppress(OSError):
             # Somebody may have moved the file, or cut it short.
@@ -103,24 +103,24 @@ class TraceLog:
                 self._bytes = os.fstat(self._file).st_size
             else:
                 self._begin()
-        while self._waiting:
-            lines = [self._waiting.popleft() for _ in range(min(_BATCH, len(self._waiting)))]
+        while self._pending:
+            lines = [self._pending.popleft() for _ in range(min(_BATCH, len(self._pending)))]
             try:
                 self._write(b"".join(map(_json_line, lines)))
             except OSError as exc:
                 self._unwritten += len(lines)
                 reason = str(exc)
-            self._closing.wait(_TURN_S)
+            self._closing.wait(_PAUSE_S)
         # A disk that stays full mustn't fill the log, too.
-        if self.missing > 2 * self._told:
-            self._told = self.missing
-            logger.error("%d requests are missing from the trace: %s", self._told, reason)
+        if self.missing > 2 * self._logged:
+            self._logged = self.missing
+            logger.error("%d requests are missing from the trace: %s", self._logged, reason)
 
     def _write(self, data: bytes) -> None:
         if self._bytes + len(data) > self._max_bytes:
             # Whoever took it away has made room as well.
             with suppress(FileNotFoundError):
-                self._path.replace(earlier(self._path))
+                self._path.replace(rotated(self._path))
             self._begin()
         written = os.write(self._file, data)
         if written < len(data):
@@ -132,10 +132,10 @@ class TraceLog:
         """Go on in the file that has the name now; it is made if it isn't there."""
         before, self._file = self._file, _open(self._path)
         os.close(before)
-        self._bytes = _drop_half_line(self._file)
+        self._bytes = _truncate_partial_line(self._file)
 
 
-def earlier(path: Path) -> Path:
+def rotated(path: Path) -> Path:
     """Return the name that a full trace takes: `trace.1.jsonl` for `trace.jsonl`."""
     return path.with_suffix(f".1{path.suffix}")
 
@@ -144,7 +144,7 @@ def _open(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
 
-def _drop_half_line(file: int) -> int:
+def _truncate_partial_line(file: int) -> int:
     """Drop the end of a file that was cut within a line; return the bytes that it has then."""
     size = os.fstat(file).st_size
     start = max(0, size - _LINE_BYTES)

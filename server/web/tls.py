@@ -22,16 +22,16 @@ class Certificate:
     """
 
     def __init__(self, files: TlsConfig) -> None:
-        self._tls = files
-        self._shown = self.read()
+        self._files = files
+        self._current = self.read()
         self.context = self.read()
         """What the listening sockets are given once and for all."""
-        self.context.sni_callback = self._show
+        self.context.sni_callback = self._select_context
 
     @property
     def files(self) -> tuple[Path, ...]:
         """What is read again when it changes."""
-        return self._tls.certificate_file, self._tls.key_file
+        return self._files.certificate_file, self._files.key_file
 
     def read(self) -> ssl.SSLContext:
         """Return what the files hold now.
@@ -47,14 +47,16 @@ class Certificate:
 
     def use(self, read: ssl.SSLContext) -> None:
         """Show what `read` returned from now on."""
-        self._shown = read
+        self._current = read
 
-    def _show(self, connection: ssl.SSLObject, _name: str | None, _: ssl.SSLContext) -> None:
+    def _select_context(
+        self, connection: ssl.SSLObject, _name: str | None, _: ssl.SSLContext
+    ) -> None:
         # Called whether the client has named a host or not.
-        connection.context = self._shown
+        connection.context = self._current
 
     def _load(self, context: ssl.SSLContext) -> None:
-        certificate, key = self._tls.certificate_file, self._tls.key_file
+        certificate, key = self._files.certificate_file, self._files.key_file
         unread = []
         for name, file in (("certificate_file", certificate), ("key_file", key)):
             try:

@@ -43,20 +43,13 @@ class Both:
 
 @asynccontextmanager
 async def both(folder: Path, **of_m) -> AsyncIterator[Both]:
-    pair = Upstream(), Upstream()
-    for each in pair:
-        await each.start()
-    models = {
-        "m": {"upstreams": [pair[0].url], "adapters": {"poet": "hub/poet"}} | of_m,
-        LARGE: {"upstreams": [pair[1].url], "aliases": ["large", "big"]},
-    }
-    front = Front(folder, models)
-    try:
-        async with front:
-            yield Both(front, *pair)
-    finally:
-        for each in pair:
-            await each.stop()
+    async with Upstream() as m, Upstream() as large:
+        models = {
+            "m": {"upstreams": [m.url], "adapters": {"poet": "hub/poet"}} | of_m,
+            LARGE: {"upstreams": [large.url], "aliases": ["large", "big"]},
+        }
+        async with Front(folder, models) as front:
+            yield Both(front, m, large)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

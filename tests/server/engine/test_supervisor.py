@@ -36,7 +36,7 @@ listening = socket.socket(socket.AF_UNIX)
 listening.bind({socket!r})
 listening.listen()
 """
-STUBBORN = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)" + CHILD
+STUBBORN = "import signal; signal.signal(signal.SIGRTMIN, signal.SIG_IGN)" + CHILD
 
 
 class Sleep:
@@ -121,7 +121,7 @@ async def engine(temporary: Path) -> AsyncIterator[Engine]:
 @asynccontextmanager
 async def running(engine: Engine, script: str) -> AsyncIterator[None]:
     """Run the engine's loop with `script` in vLLM's place."""
-    # The guard and its folder stay.
+    # The watchdog and its folder stay.
     engine._command = [*engine._command[:4], sys.executable, "-c", script]
     task = asyncio.create_task(engine.run())
     try:
@@ -246,7 +246,7 @@ async def test_what_a_dead_engine_left_behind_is_replaced(
 async def test_an_engine_that_nobody_can_reach_any_more_is_started_anew(
     engine: Engine, children: Children, monkeypatch, caplog, removed: str
 ) -> None:
-    monkeypatch.setattr(server.engine.supervisor, "_LOOK_S", 0.01)
+    monkeypatch.setattr(server.engine.supervisor, "_SOCKET_CHECK_S", 0.01)
     monkeypatch.setattr(server.engine.supervisor, "_STOP_S", 1000)
     socket = engine.folder / "engine.sock"
     script = LISTENS.format(socket=str(socket)) + CHILD.format(port=children.port)
@@ -268,7 +268,7 @@ async def test_an_engine_that_nobody_can_reach_any_more_is_started_anew(
 async def test_last_words_are_logged(engine: Engine, sleep: Sleep, caplog, monkeypatch) -> None:
     caplog.set_level(logging.INFO)
     # However slow this machine is.
-    monkeypatch.setattr(server.engine.supervisor, "_LAST_WORDS_S", 1000)
+    monkeypatch.setattr(server.engine.supervisor, "_DRAIN_OUTPUT_S", 1000)
     script = "for n in range(5000): print('word', n)\nprint('ERROR last', end='', flush=True)"
     async with running(engine, script):
         await sleep.delays.get()
@@ -282,7 +282,7 @@ async def test_what_is_said_of_a_stop_is_for_debugging(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     says = "print('ERROR ended', flush=True), sys.exit(0)"
-    script = f"import signal, sys; signal.signal(signal.SIGINT, lambda *_: ({says}))"
+    script = f"import signal, sys; signal.signal(signal.SIGRTMIN, lambda *_: ({says}))"
     async with running(engine, script + CHILD.format(port=children.port)):
         child = await children._came.get()
     child[1].close()

@@ -9,7 +9,7 @@ import pytest
 
 from server.config.base import ConfigError
 from server.config.models import ModelConfig
-from server.engine.identity import adapted, fingerprint, identity, tells_time
+from server.engine.identity import adapter_identity, depends_on_date, fingerprint, identity
 from server.engine.weights import Weights, locate
 
 MODEL = ModelConfig(source="s")
@@ -86,18 +86,18 @@ def test_the_engines_environment_is_known(folder: Path) -> None:
 
 
 def test_a_template_that_tells_the_date_is_noticed(folder: Path) -> None:
-    assert not tells_time(MODEL, Weights(str(folder)))
-    assert not tells_time(MODEL, None)
-    assert tells_time(MODEL, Weights("a/hubs"))
+    assert not depends_on_date(MODEL, Weights(str(folder)))
+    assert not depends_on_date(MODEL, None)
+    assert depends_on_date(MODEL, Weights("a/hubs"))
     (folder / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}")
-    assert tells_time(MODEL, Weights(str(folder)))
+    assert depends_on_date(MODEL, Weights(str(folder)))
 
 
 def test_an_adapter_is_known_by_its_content(folder: Path, tmp_path_factory) -> None:
     def known(adapter: str | None) -> str:
         weights = locate("m", model)
         base = identity(model, weights)
-        return base if adapter is None else adapted(base, adapter, model, weights)
+        return base if adapter is None else adapter_identity(base, adapter, model, weights)
 
     adapters = {}
     for name in ("one", "other"):
@@ -116,7 +116,9 @@ def test_an_adapter_is_known_by_its_content(folder: Path, tmp_path_factory) -> N
 def test_an_adapter_that_somebody_else_runs_is_known_by_its_source() -> None:
     model = ModelConfig(upstreams=("http://h",), adapters={"one": "v1", "other": "v2"})
     base = identity(model, None)
-    assert len({base, *(adapted(base, name, model, None) for name in ("one", "other"))}) == 3
+    assert (
+        len({base, *(adapter_identity(base, name, model, None) for name in ("one", "other"))}) == 3
+    )
 
 
 def test_a_hubs_adapter_is_a_folder_too(folder: Path, tmp_path_factory, monkeypatch) -> None:

@@ -94,14 +94,14 @@ async def test_a_page_asks_first_and_needs_no_key_for_that(
     assert upstream.asked == []
 
 
-async def test_limits_and_an_engine_that_is_down_are_said_to_pages_too(tmp_path) -> None:
+async def test_limits_and_an_engine_that_is_down_are_said_to_pages_too(
+    own_upstream: Upstream, tmp_path
+) -> None:
     tenants = tmp_path / "tenants.yaml"
     tenants.write_text(f"a: {{keys: ['{hash_key(KEY)}'], requests_per_minute: 1}}")
-    upstream = Upstream()
-    await upstream.start()
     sections = {"server": {"allowed_origins": ["*"]}, "tenants": {"file": str(tenants)}}
-    async with running(tmp_path, upstream, sections=sections) as front:
-        await upstream.stop()
+    async with running(tmp_path, own_upstream, sections=sections) as front:
+        await own_upstream.stop()
         await front.until_ready(503)
         statuses = []
         for _ in range(2):
