@@ -193,6 +193,7 @@ class Engine:
             start_new_session=True,
         )
         process = await _uninterrupted(start)
+        self.upstream.mark_started()
         logger.info("the engine of %s starts", self._name)
         stopping = asyncio.Event()
         log = asyncio.create_task(_log_lines(process, logger.getChild(self._name), stopping))
@@ -202,7 +203,7 @@ class Engine:
         finally:
             self._last_ready_s = self.upstream.ready_s
             # Before it is stopped: an answer that it aborts must not count as a whole one.
-            self.upstream.ready = False
+            self.upstream.mark_stopped()
             if process.returncode is None:
                 # vLLM logs its own stop as a failure, with tracebacks.
                 stopping.set()

@@ -47,8 +47,8 @@ class Upstream:
     Args:
         url: its base address. A user and a password in it replace clients' credentials.
         timeout_s: how long it may send nothing within a reply.
-        socket: the path of the Unix socket of an engine that we run ourselves. Its supervisor sets
-            `ready` to false before it stops the engine, and when the engine has ended.
+        socket: the path of its Unix socket, if its engine is ours. Then a supervisor calls
+            `mark_started` and `mark_stopped`.
         name: its name in logs; by default its address.
         api_key: replaces clients' credentials.
         model: its name of the model, where it may be another tierserve.
@@ -79,7 +79,7 @@ class Upstream:
         """Set while it is ready."""
         self.loading = False
         """Whether it is a tierserve whose engine isn't ready: it answers what its tiers hold."""
-        self._model, self._socket = model, socket
+        self._model, self._socket, self._is_stopped = model, socket, False
         self._replied_at = 0.0
         self._logged: tuple[bool, str] | None = None
         timeout = aiohttp.ClientTimeout(
@@ -153,6 +153,7 @@ class Upstream:
 
     @ready.setter
     def ready(self, ready: bool) -> None:
+        ready = ready and not self._is_stopped
         if ready != self.ready:
             self._ready_since = time.monotonic() if ready else None
             (self.ready_event.set if ready else self.ready_event.clear)()
@@ -166,6 +167,17 @@ class Upstream:
     def ready_s(self) -> float:
         """Seconds for which it has been ready; 0 if it isn't."""
         return 0.0 if self._ready_since is None else time.monotonic() - self._ready_since
+
+    def mark_started(self) -> None:
+        """Let probes find it ready again."""
+        self._is_stopped = False
+
+    def mark_stopped(self) -> None:
+        """Set `ready` to false until it is started; called before its engine is stopped, too.
+
+        An engine that stops may answer probes still, and aborts what it generates.
+        """
+        self._is_stopped, self.ready = True, False
 
     async def watch(self) -> None:
         """Probe the upstream and set `ready`, until cancelled."""
@@ -217,9 +229,9 @@ class Upstream:
     ) -> bool:
         """Whether its engine has not begun to stop since then (monotonic s).
 
-        An engine of ours stops only when its supervisor has set `ready` to false
-        (`server.engine.signal_shield`), so no request is needed. Any other is asked for one token:
-        a vLLM that stops aborts this request, too.
+        An engine of ours stops only after `mark_stopped` (`server.engine.signal_shield`), so it
+        need not be asked. Any other is asked for one token: a vLLM that stops aborts this request,
+        too.
         """
         if self._socket is not None:
             return self._ready_since is not None and self._ready_since <= since

@@ -1,8 +1,8 @@
 """The headers of requests that are forwarded to engines, and of their replies.
 
 A request whose answer is to be kept forwards three kinds only: credentials, which keep answers of
-tenants apart (`server.auth.tenants`); headers that are part of its key (of a vLLM's key they aren't,
-since it doesn't read them); and headers that change no answer. Others, such as cookies or languages,
+tenants apart (`server.auth.tenants`); headers that are part of its key (a vLLM's key has none,
+since it reads none); and headers that change no answer. Others, such as cookies or languages,
 might change the answer without being in its key. vLLM may refuse some values of the headers that
 control where and when it runs a request; a hit doesn't depend on them.
 """

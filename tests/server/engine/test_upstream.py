@@ -170,20 +170,34 @@ async def test_who_answers_requests_may_take_its_time_to_list_models(
 
 
 @pytest.mark.parametrize(
-    ("changes", "keeps"), [([], True), ([True], True), ([False], False), ([False, True], False)]
+    ("events", "keeps"),
+    [
+        ("", True),
+        ("probed", True),
+        ("unreachable probed", False),
+        ("stopped", False),
+        ("stopped probed", False),
+        ("stopped started probed", False),
+    ],
 )
 async def test_an_engine_of_ours_is_not_asked_whether_it_goes_on(
-    tmp_path, monkeypatch: pytest.MonkeyPatch, changes: list[bool], keeps: bool
+    tmp_path, monkeypatch: pytest.MonkeyPatch, events: str, keeps: bool
 ) -> None:
     now_s = itertools.count()
-    monkeypatch.setattr(
-        "server.engine.upstream.time", SimpleNamespace(monotonic=lambda: next(now_s))
-    )
+    clock = SimpleNamespace(monotonic=lambda: next(now_s))
+    monkeypatch.setattr("server.engine.upstream.time", clock)
     # Nobody listens there.
     asked = Asked("http://engine", timeout_s=60, socket=str(tmp_path / "engine.sock"))
+    happen = {
+        "probed": lambda: asked._set_state(True, False, ""),
+        "started": asked.mark_started,
+        "stopped": asked.mark_stopped,
+        "unreachable": lambda: asked.mark_unreachable(OSError()),
+    }
     asked.ready = True
     since = next(now_s)
-    for ready in changes:
-        asked.ready = ready
+    for event in events.split():
+        happen[event]()
+    assert asked.ready is ("stopped" not in events or "started" in events)
     assert await asked.keeps_generating(since=since, model="m", headers={}) is keeps
     await asked.close()
