@@ -68,12 +68,7 @@ class Upstream:
         # aiohttp refuses a request with both a user in its URL and an `Authorization` header.
         self.url = str(base.with_user(None)).rstrip("/")
         self._name = name or self.url
-        self._credentials = {}
-        if api_key is not None:
-            self._credentials = {"Authorization": f"Bearer {api_key}"}
-        elif base.user is not None:
-            basic = aiohttp.encode_basic_auth(base.user, base.password or "", "utf-8")
-            self._credentials = {"Authorization": basic}
+        self._credentials = _credentials(base, api_key)
         self._ready_since: float | None = None
         self.ready_event = asyncio.Event()
         """Set while it is ready."""
@@ -91,7 +86,7 @@ class Upstream:
         self._pooled = _session(connector, timeout, trace_configs=[reuse])
         self.unpooled = _session(self._connector(force_close=True), timeout)
         """Makes a connection for each request."""
-        # Each probe makes a connection: old ones may work where nobody can make a new one.
+        # Each probe makes a connection: old ones may work where new ones are refused.
         self._probe_session = _session(
             self._connector(force_close=True),
             aiohttp.ClientTimeout(total=_PROBE_TIMEOUT_S),
@@ -257,6 +252,14 @@ class Upstream:
         """Close all connections."""
         for session in (self._pooled, self.unpooled, self._probe_session):
             await session.close()
+
+
+def _credentials(url: URL, api_key: str | None) -> dict[str, str]:
+    if api_key is not None:
+        return {"Authorization": f"Bearer {api_key}"}
+    if url.user is None:
+        return {}
+    return {"Authorization": aiohttp.encode_basic_auth(url.user, url.password or "", "utf-8")}
 
 
 def _session(

@@ -45,8 +45,7 @@ async def record_answer(
         max_bytes: a longer stream is published, but not kept for the answer.
 
     Returns:
-        The answer, without content if it was too long or not understood, and whether it may be
-        stored.
+        The answer, without content if it was too long or odd, and whether it may be stored.
 
     Raises:
         NotAnAnswerError: the reply isn't an answer.

@@ -88,10 +88,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 def ended(process: subprocess.Popen[bytes]) -> int:
     """Return the exit status, once all that hold the output have ended."""
-    said = process.stdout.read()
+    output = process.stdout.read()
     process.wait(60)
-    assert b"Fatal Python error" not in said
-    assert b"Traceback" not in said
+    assert b"Fatal Python error" not in output
+    assert b"Traceback" not in output
     return process.returncode
 
 

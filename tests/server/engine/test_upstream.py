@@ -123,12 +123,12 @@ async def test_what_is_not_ready_says_why_once(own_upstream: Upstream, tmp_path)
         await front.until_logged(f"{own_upstream.url} is not ready: it takes no connection")
         own_upstream.lists = fails
         await own_upstream.start()
-        said = f"{own_upstream.url} is not ready: GET /v1/models has status 502"
+        line = f"{own_upstream.url} is not ready: GET /v1/models has status 502"
         # Of four models, which have looked three times each.
         async with asyncio.timeout(60):
-            while looked < 12 or front.log.read_text().count(said) < 4:
+            while looked < 12 or front.log.read_text().count(line) < 4:
                 await front.ready()
-        assert front.log.read_text().count(said) == 4
+        assert front.log.read_text().count(line) == 4
 
 
 async def test_who_answers_requests_may_take_its_time_to_list_models(

@@ -85,7 +85,7 @@ def test_the_engines_environment_is_known(folder: Path) -> None:
     assert known() == known(VLLM_CPU_KVCACHE_SPACE="3", HF_TOKEN="secret")
 
 
-def test_a_template_that_tells_the_date_is_noticed(folder: Path) -> None:
+def test_a_template_with_the_date_is_noticed(folder: Path) -> None:
     assert not depends_on_date(MODEL, Weights(str(folder)))
     assert not depends_on_date(MODEL, None)
     assert depends_on_date(MODEL, Weights("a/hubs"))
@@ -155,7 +155,7 @@ def test_a_hubs_model_is_pinned_to_the_local_commit(tmp_path: Path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "mistake"),
     [
         ("embedded", "the embedded model isn't prepared; run scripts/serve"),
         ("./nowhere", "should be a folder with a config.json"),
@@ -163,13 +163,15 @@ def test_a_hubs_model_is_pinned_to_the_local_commit(tmp_path: Path, monkeypatch)
         ("a b", "should be 'embedded', a folder, or a hub's name, not 'a b'"),
     ],
 )
-def test_what_is_no_model_is_said(tmp_path: Path, monkeypatch, source: str, said: str) -> None:
+def test_what_is_no_model_is_a_mistake(
+    tmp_path: Path, monkeypatch, source: str, mistake: str
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=mistake):
         locate("m", ModelConfig(source=source.format(empty=tmp_path)))
 
 
-def test_serve_says_it_and_ends(tmp_path: Path) -> None:
+def test_serve_prints_the_mistakes_and_ends(tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
     config.write_text("models: {m: {source: ./nowhere}, n: {source: ./none}}\n")
     command = [sys.executable, "-m", "server.cli", "serve", "--config", config]

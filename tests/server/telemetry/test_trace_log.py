@@ -86,9 +86,9 @@ async def test_its_lines_are_requests(tmp_path: Path) -> None:
     file = tmp_path / "t.jsonl"
     trace = TraceLog(file, 10_000)
     add(trace, 0, model='"\ud800\n')
-    # Text that an engine was made to say is no token count.
-    said = orjson.dumps({"content": '"completion_tokens":9'})
-    add(trace, 1, Answer(Encoding.JSON, said))
+    # Generated text that looks like one is no token count.
+    content = orjson.dumps({"content": '"completion_tokens":9'})
+    add(trace, 1, Answer(Encoding.JSON, content))
     usage = b'data: {"usage":{"completion_tokens":3}}\n\n'
     add(trace, 2, Answer(Encoding.SSE, b"data: {}\n\n", usage))
     message = b'data: {"usage":{"output_tokens":0}}\n\ndata: {"usage":{"output_tokens":5}}\n\n'
@@ -101,7 +101,7 @@ async def test_its_lines_are_requests(tmp_path: Path) -> None:
     }  # fmt: skip
     assert read(file).requests == [
         TraceRequest("key0", len(ANSWER.content), 1e9, 7),
-        TraceRequest("key1", len(said), 1e9 + 1, 0),
+        TraceRequest("key1", len(content), 1e9 + 1, 0),
         TraceRequest("key2", 10 + len(usage), 1e9 + 2, 3),
         TraceRequest("key3", len(message), 1e9 + 3, 5),
     ]
