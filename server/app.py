@@ -192,7 +192,7 @@ class Server:
             collectors=[
                 EngineCollector(
                     lambda: [
-                        (model.name, model.state, model.restarts, model.upstreams.asked)
+                        (model.name, model.state, model.restarts, model.upstreams.in_flight)
                         for model in models.all
                     ]
                 ),

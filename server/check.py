@@ -19,7 +19,7 @@ from server.config.base import ConfigError
 from server.config.folders import NO_HOME, new_engine_folder
 from server.config.load import LoadResult, load_partially
 from server.config.schema import Config, is_dual
-from server.engine.weights import misplaced
+from server.engine.weights import location_mistakes
 from server.web.tls import Certificate
 from tiers.disk import EncryptionKeyError, check_key
 
@@ -59,7 +59,7 @@ def _missing(given: LoadResult) -> Iterator[str]:
         yield from _of_addresses(config)
     for name, model in config.models.items():
         if not model.upstreams:
-            yield from misplaced(name, model)
+            yield from location_mistakes(name, model)
     if not all(model.upstreams for model in config.models.values()):
         yield from _told_by(new_engine_folder)
     yield from _of_tiers(config)

@@ -195,13 +195,13 @@ async def cut(http: web.Request) -> web.StreamResponse:
 
 @pytest.mark.parametrize("form", [False, True], ids=["body", "stream"])
 @pytest.mark.parametrize(
-    "goes_on", [says("abort"), says(None), says(None, 503), cut], ids=["aborts", "odd", "no", "cut"]
+    "token", [says("abort"), says(None), says(None, 503), cut], ids=["aborts", "odd", "no", "cut"]
 )
 async def test_what_a_stopping_engine_calls_whole_is_not_stored(
-    front: Front, upstream: Upstream, goes_on, form: bool
+    front: Front, upstream: Upstream, token, form: bool
 ) -> None:
     upstream.handler = answering(response_events()) if form else json(response())
-    upstream.goes_on = goes_on
+    upstream.token = token
     request = asked(stream=form)
     for _ in range(3):
         status, content = await send(front, RESPONSES, request)
@@ -213,7 +213,7 @@ async def test_what_a_stopping_engine_calls_whole_is_not_stored(
 async def test_what_an_engine_that_is_no_vllm_calls_whole_is_stored(
     front: Front, upstream: Upstream
 ) -> None:
-    upstream.handler, upstream.goes_on = json(response()), says(None, 404)
+    upstream.handler, upstream.token = json(response()), says(None, 404)
     request = asked()
     await send(front, RESPONSES, request)
     async with asyncio.timeout(60):

@@ -171,7 +171,7 @@ def test_an_odd_document_is_refused(odd: dict) -> None:
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_it_is_the_engines_once_that_is_ready(tmp_path) -> None:
+async def test_it_is_the_engines_once_that_is_ready(own_upstream: Upstream, tmp_path) -> None:
     bodies: list[bytes] = []
 
     async def engine(http: web.Request) -> web.StreamResponse:
@@ -189,10 +189,8 @@ async def test_it_is_the_engines_once_that_is_ready(tmp_path) -> None:
             assert reply.content_type == "application/json"
             return await reply.json(), reply.headers["ETag"]
 
-    upstream = Upstream()
-    upstream.handler = engine
-    await upstream.start()
-    async with running(tmp_path, upstream) as front:
+    own_upstream.handler = engine
+    async with running(tmp_path, own_upstream) as front:
         # Neither of them is kept.
         for odd in ("x" * 10, {"paths": 1}):
             serve(odd)
@@ -204,16 +202,15 @@ async def test_it_is_the_engines_once_that_is_ready(tmp_path) -> None:
         assert await fetched(front) == (document, etag)
         async with front.session.get("/openapi.json", headers={"If-None-Match": etag}) as reply:
             assert (reply.status, await reply.read()) == (304, b"")
-        await upstream.stop()
+        await own_upstream.stop()
         await front.until_ready(503, model="m")
         without, _ = await fetched(front)
         assert set(without["paths"]) == OWN | set(ROUTES)
-        await upstream.start()
+        await own_upstream.start()
         await front.until_ready()
         serve(engine_document(**{"/new": {"get": {"responses": {}}}}))
         assert "/new" in (await fetched(front))[0]["paths"]
         assert bodies == []
-    await upstream.stop()
 
 
 @pytest.mark.asyncio(loop_scope="module")
