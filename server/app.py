@@ -33,7 +33,7 @@ from server.pages.document import Document
 from server.pages.files import FRONT, Files
 from server.pages.openapi import document
 from server.pages.overview import Overview
-from server.protocol.routes import ROUTES, engine_keeps_responses
+from server.protocol.routes import CACHED_ROUTES, engine_keeps_responses
 from server.router import _admin_door, _owned, _pages, _router, _routes
 from server.telemetry.history import History
 from server.telemetry.logs import AccessLog, LogStream, configure
@@ -174,7 +174,7 @@ async def _serve(
 
     described = partial(
         document,
-        kept=ROUTES,
+        kept=CACHED_ROUTES,
         version=version("tierserve"),
         has_keys=not tenants.is_open,
         open_metrics=config.tenants.open_metrics,

@@ -14,7 +14,7 @@ from server.handlers.proxied import ProxiedRoutes, refuse_adapters
 from server.pages.document import Document
 from server.pages.files import ADMIN, Files
 from server.pages.overview import Overview
-from server.protocol.routes import ROUTES
+from server.protocol.routes import CACHED_ROUTES
 from server.protocol.surface import ADAPTER_PATHS
 from server.telemetry.metrics import Metrics
 from server.web.access import AccessCheck, AccessControl, allow_anyone
@@ -63,7 +63,7 @@ def _routes(
     """Return the handlers of an engine's routes that aren't passed through."""
     routes = {
         ("POST", path): traced(wrapped(road.answer, door.for_engine_path(path)), path)
-        for path in ROUTES
+        for path in CACHED_ROUTES
     }
     routes |= {
         ("POST", path): wrapped(refuse_adapters, door.require_tenant) for path in ADAPTER_PATHS

@@ -11,7 +11,7 @@ import orjson
 
 from server.admin.operations import AdminError
 from server.config.schema import Config
-from server.protocol.routes import ROUTES
+from server.protocol.routes import CACHED_ROUTES
 from server.terminal import progress
 from server.web.tls import fingerprint
 
@@ -158,8 +158,8 @@ def _request(number: int, line: bytes) -> Asked:
     if unknown := sorted(told.keys() - {"route", "body"}):
         raise ValueError(f"should have only route and body, not {unknown[0]!r}")
     route, body = told.get("route", _CHAT), told.get("body")
-    if route not in ROUTES:
-        raise ValueError(f"route should be one of {', '.join(ROUTES)}, not {route!r}")
+    if route not in CACHED_ROUTES:
+        raise ValueError(f"route should be one of {', '.join(CACHED_ROUTES)}, not {route!r}")
     if not isinstance(body, dict):
         raise ValueError("body should be an object")
     return Asked(number, route, orjson.dumps(body))

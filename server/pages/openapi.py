@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from server.protocol.cache_field import SCHEMA
-from server.protocol.routes import Route
+from server.protocol.routes import CachedRoute
 from server.protocol.surface import ADAPTER_PATHS, is_for_tenants
 from server.web.responses import is_anthropic_path
 
@@ -133,7 +133,7 @@ _REQUEST_ID = {
 def document(
     engines: Sequence[Mapping[str, Any] | None],
     *,
-    kept: Mapping[str, Route],
+    kept: Mapping[str, CachedRoute],
     version: str,
     has_keys: bool = False,
     open_metrics: bool = False,
@@ -196,8 +196,8 @@ def document(
 
 
 def _had(
-    engines: Sequence[Mapping[str, Any] | None], kept: Mapping[str, Route]
-) -> Mapping[str, Route]:
+    engines: Sequence[Mapping[str, Any] | None], kept: Mapping[str, CachedRoute]
+) -> Mapping[str, CachedRoute]:
     """Return the routes that one of the engines has; all, if that isn't known."""
     told = [_mapping(engine.get("paths", {})) for engine in engines if engine is not None]
     if not engines or len(told) < len(engines):
@@ -314,7 +314,7 @@ def _as_owned(path: str, own: _Own) -> dict[str, Any]:
     return made if own.door == "anybody" else made | {"security": _SECURITY}
 
 
-def _plain(route: Route, summary: str) -> dict[str, Any]:
+def _plain(route: CachedRoute, summary: str) -> dict[str, Any]:
     """Return a route that no engine describes."""
     content: dict[str, Any] = {_JSON: {"schema": {}}}
     if route.streams:

@@ -46,7 +46,7 @@ from server.protocol.formats import CHOICES, Encoding
 from server.protocol.labels import labels_of
 from server.protocol.model_names import ModelNames, ResolvedModel
 from server.protocol.prompts import Prompts, prompts_in
-from server.protocol.routes import ROUTES, Route
+from server.protocol.routes import CACHED_ROUTES, CachedRoute
 from tiers import digest
 from tiers.key import scoped
 
@@ -77,7 +77,7 @@ _REMEMBERED_BYTES = 16 * 1024
 class ParsedRequest(NamedTuple):
     """One parsed request."""
 
-    route: Route
+    route: CachedRoute
     path: str
     """The one of the route's paths that it was asked by."""
     model: str
@@ -117,7 +117,7 @@ def parse_request(
     """Parse a body and derive its key. A body that comes again byte for byte is remembered.
 
     Args:
-        path: the request's, one of `ROUTES`.
+        path: the request's, one of `CACHED_ROUTES`.
         raw: the body as received.
         tenant: who asks.
         names: what the model that it asks for is, and what gives its answers.
@@ -137,7 +137,7 @@ def parse_request(
 def _parse(
     path: str, raw: bytes, tenant: Tenant, names: ModelNames, headers: tuple[tuple[str, str], ...]
 ) -> ParsedRequest:
-    route = ROUTES[path]
+    route = CACHED_ROUTES[path]
     raw, body = _read(raw)
     cache, sent_as_is = CacheField(), True
     if "cache" in body:
@@ -234,7 +234,7 @@ def _read(raw: bytes) -> tuple[bytes, dict[str, Any]]:
 
 
 def _canonical(
-    route: Route, body: Mapping[str, Any], *, stream: bool, wants_usage: bool, apart: bool
+    route: CachedRoute, body: Mapping[str, Any], *, stream: bool, wants_usage: bool, apart: bool
 ) -> dict[str, Any]:
     fields = route.normalize(body)
     if route.streams and isinstance(fields.get("stream"), bool | None):
@@ -341,7 +341,7 @@ def _runs_there(tools: Any) -> bool:
     )
 
 
-def _is_kept_elsewhere(route: Route, named: ResolvedModel, store: Any) -> bool:
+def _is_kept_elsewhere(route: CachedRoute, named: ResolvedModel, store: Any) -> bool:
     """Whether an engine that we don't know may keep the answer, by the id that it gives it.
 
     OpenAI keeps Responses unless it is told not to, and other answers if it is told to.

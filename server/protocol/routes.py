@@ -18,7 +18,7 @@ Ignored = dict[str, type | tuple[type, ...]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Route:
+class CachedRoute:
     """One route, by whatever path it is asked."""
 
     paths: tuple[str, ...]
@@ -176,7 +176,7 @@ _ASKED_BY: Ignored = _ID | _RANK | {"user": _TEXT}
 _MARKED: Ignored = {"cache_control": object, "service_tier": object}
 
 _TABLE = (
-    Route(
+    CachedRoute(
         paths=("/v1/chat/completions",),
         format=CHOICES,
         streams=True,
@@ -187,7 +187,7 @@ _TABLE = (
         media=("messages",),
         unrepeatable=_TRANSFERS,
     ),
-    Route(
+    CachedRoute(
         paths=("/v1/completions",),
         format=CHOICES,
         streams=True,
@@ -197,7 +197,7 @@ _TABLE = (
         defaults=_COMPLETION | _null(*_TRANSFERS),
         unrepeatable=_TRANSFERS,
     ),
-    Route(
+    CachedRoute(
         paths=("/v1/responses",),
         format=RESPONSE,
         streams=True,
@@ -225,7 +225,7 @@ _TABLE = (
         ),
         engine_may_keep=True,
     ),
-    Route(
+    CachedRoute(
         paths=("/v1/messages",),
         format=MESSAGE,
         streams=True,
@@ -237,7 +237,7 @@ _TABLE = (
         media=("messages", "system"),
         unrepeatable=(*_TRANSFERS, "container", "mcp_servers"),
     ),
-    Route(
+    CachedRoute(
         paths=("/v1/messages/count_tokens",),
         format=OPAQUE,
         deterministic=True,
@@ -250,7 +250,7 @@ _TABLE = (
         media=("messages", "system"),
         unrepeatable=("container", "mcp_servers"),
     ),
-    Route(
+    CachedRoute(
         paths=("/v1/embeddings",),
         format=OPAQUE,
         id_prefix="embd-",
@@ -259,7 +259,7 @@ _TABLE = (
         defaults=_POOLING | _ENCODING,
         media=("input", "messages"),
     ),
-    Route(
+    CachedRoute(
         paths=("/v2/embed",),
         format=OPAQUE,
         id_prefix="embd-",
@@ -271,7 +271,7 @@ _TABLE = (
         # They may be anywhere.
         unrepeatable=("images",),
     ),
-    Route(
+    CachedRoute(
         paths=("/score", "/v1/score"),
         format=OPAQUE,
         id_prefix="score-",
@@ -280,7 +280,7 @@ _TABLE = (
         defaults=_SCORING,
         media=("queries", "documents", "items", "data_1", "data_2", "text_1", "text_2"),
     ),
-    Route(
+    CachedRoute(
         paths=("/rerank", "/v1/rerank", "/v2/rerank"),
         format=OPAQUE,
         id_prefix="score-",
@@ -289,7 +289,7 @@ _TABLE = (
         defaults=_SCORING | {"top_n": (0,)},
         media=("query", "documents"),
     ),
-    Route(
+    CachedRoute(
         paths=("/pooling",),
         format=OPAQUE,
         id_prefix="pooling-",
@@ -300,7 +300,7 @@ _TABLE = (
         # It is for plugins, which may take it for anything.
         unrepeatable=("data",),
     ),
-    Route(
+    CachedRoute(
         paths=("/classify",),
         format=OPAQUE,
         id_prefix="classify-",
@@ -309,7 +309,7 @@ _TABLE = (
         defaults=_POOLING,
         media=("input", "messages"),
     ),
-    Route(
+    CachedRoute(
         paths=("/tokenize",),
         format=OPAQUE,
         deterministic=True,
@@ -317,10 +317,10 @@ _TABLE = (
         defaults={"return_token_strs": (False, None)},
         media=("messages",),
     ),
-    Route(paths=("/detokenize",), format=OPAQUE, deterministic=True, ignored={}, defaults={}),
+    CachedRoute(paths=("/detokenize",), format=OPAQUE, deterministic=True, ignored={}, defaults={}),
 )
 
-ROUTES: Mapping[str, Route] = {path: route for route in _TABLE for path in route.paths}
+CACHED_ROUTES: Mapping[str, CachedRoute] = {path: route for route in _TABLE for path in route.paths}
 """The routes by each of their paths; all are asked by POST."""
 
 _STORES = "VLLM_ENABLE_RESPONSES_API_STORE"

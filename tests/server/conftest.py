@@ -164,7 +164,7 @@ def skip_unless_runs(*wrapper: str) -> None:
 
 def of_vllm(name: str, identity: str = "", **known: bool) -> ResolvedModel:
     """What a name means that a vLLM answers to which tells the same in both forms."""
-    known = {"is_vllm": True, "has_one_parser": True, "counts_always": False} | known
+    known = {"is_vllm": True, "encodings_agree": True, "always_counts_tokens": False} | known
     return ResolvedModel(name, identity, **known)
 
 

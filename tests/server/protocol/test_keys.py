@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from server.auth.tenants import open_tenant
 from server.protocol.model_names import ModelNames
 from server.protocol.request import ParsedRequest, parse_request
-from server.protocol.routes import ROUTES
+from server.protocol.routes import CACHED_ROUTES
 from tests.server.conftest import of_vllm
 
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
@@ -37,7 +37,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
     max_leaves=8,
 )
-ROUTE = ROUTES[CHAT]
+ROUTE = CACHED_ROUTES[CHAT]
 STRICT = "thinking_token_budget"
 KNOWN = sorted({*ROUTE.defaults, *ROUTE.ignored, *ROUTE.same_in_both_encodings, "stream"})
 NAMES = st.sampled_from(KNOWN) | TEXTS.filter(lambda name: name != "cache")

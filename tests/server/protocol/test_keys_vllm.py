@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticUndefined
 
 from server.protocol.messages import without_ignored_fields
-from server.protocol.routes import ROUTES
+from server.protocol.routes import CACHED_ROUTES
 
 from .test_keys import CHAT, RESPONSES, SAID, TEXT, request
 
@@ -166,9 +166,9 @@ def default(field: Any) -> Any:
 
 
 def may_be_left_out(path: str, name: str, value: Any) -> bool:
-    if name in IRRELEVANT.get(path, ()) and isinstance(value, ROUTES[path].ignored[name]):
+    if name in IRRELEVANT.get(path, ()) and isinstance(value, CACHED_ROUTES[path].ignored[name]):
         return True
-    equal = ROUTES[path].defaults.get(name, ())
+    equal = CACHED_ROUTES[path].defaults.get(name, ())
     return any(value == each and type(value) is type(each) for each in equal)
 
 
@@ -218,7 +218,7 @@ def test_defaults_written_out_change_nothing(made: Made) -> None:
 
 @pytest.mark.parametrize("path", sorted({made.path for made in CLASSES}))
 def test_nothing_is_left_out_that_no_class_has(path: str) -> None:
-    route = ROUTES[path]
+    route = CACHED_ROUTES[path]
     fields = [made.load().model_fields for made in CLASSES if made.path == path]
     known = {name for each in fields for name in each}
     takes_any = {name for name, types in route.ignored.items() if types is object}
@@ -232,15 +232,15 @@ def test_nothing_is_left_out_that_no_class_has(path: str) -> None:
 
 
 def test_all_routes_are_compared() -> None:
-    assert {ROUTES[made.path] for made in CLASSES} == set(ROUTES.values())
+    assert {CACHED_ROUTES[made.path] for made in CLASSES} == set(CACHED_ROUTES.values())
 
 
 @pytest.mark.parametrize("path", sorted({made.path for made in CLASSES}))
 def test_every_field_is_judged(path: str) -> None:
     """A field that a new vLLM brings is kept, until somebody says what it does."""
     known = {name for made in CLASSES if made.path == path for name in made.load().model_fields}
-    judged = {*ROUTES[path].ignored, *ROUTES[path].defaults, *KEPT[path]}
-    assert known - judged == ({"stream"} if ROUTES[path].streams else set())
+    judged = {*CACHED_ROUTES[path].ignored, *CACHED_ROUTES[path].defaults, *KEPT[path]}
+    assert known - judged == ({"stream"} if CACHED_ROUTES[path].streams else set())
     assert KEPT[path] <= known
 
 
@@ -282,7 +282,7 @@ EDGES = (
 
 def understood(made: Made, body: dict[str, Any]) -> dict[str, Any] | None:
     """Return what vLLM makes of the fields that count; `None` if it refuses the body."""
-    route = ROUTES[made.path]
+    route = CACHED_ROUTES[made.path]
     try:
         # As it comes there: validators change what they are given.
         fields = made.load().model_validate(json.loads(request(made.path, body).raw))
@@ -309,13 +309,13 @@ def agree(made: Made, bodies: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("made", CLASSES, ids=lambda made: made.name)
 def test_what_has_one_key_is_refused_or_taken_alike(made: Made) -> None:
-    for name in {*made.load().model_fields, *ROUTES[made.path].ignored} - {"model", "messages"}:
+    for name in {*made.load().model_fields, *CACHED_ROUTES[made.path].ignored} - {"model", "messages"}:
         agree(made, [made.body, *(made.body | {name: value} for value in EDGES)])
 
 
 @pytest.mark.parametrize("made", CLASSES[:4], ids=lambda made: made.name)
 def test_what_has_one_key_is_refused_or_taken_alike_whatever_else_it_says(made: Made) -> None:
-    names = sorted({*made.load().model_fields, *ROUTES[made.path].ignored} - {"messages"})
+    names = sorted({*made.load().model_fields, *CACHED_ROUTES[made.path].ignored} - {"messages"})
     said = st.dictionaries(
         st.sampled_from(names) | st.sampled_from(["stream", "stream_options"]),
         st.sampled_from(EDGES),
@@ -328,7 +328,7 @@ def test_what_has_one_key_is_refused_or_taken_alike_whatever_else_it_says(made: 
         less = [{n: v for n, v in body.items() if n != name or n in made.body} for name in body]
         forms = [body | {"stream": stream} for stream in (True, False, None)]
         floats = {n: float(v) for n, v in body.items() if type(v) is int and abs(v) < 2**70}
-        agree(made, [body, body | floats, *less, *(forms if ROUTES[made.path].streams else ())])
+        agree(made, [body, body | floats, *less, *(forms if CACHED_ROUTES[made.path].streams else ())])
 
     tried()
 

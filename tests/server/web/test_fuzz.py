@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from server.config.secrets import hash_key, new_key
-from server.protocol.routes import ROUTES
+from server.protocol.routes import CACHED_ROUTES
 
 from .conftest import CHAT, Front, Upstream, answer, question, running
 
@@ -112,11 +112,11 @@ def are_refusals(statuses: list[int]) -> bool:
 
 
 OTHERS = "/v1/others"
-paths = st.sampled_from([*sorted(ROUTES), OTHERS])
+paths = st.sampled_from([*sorted(CACHED_ROUTES), OTHERS])
 fields = st.sampled_from(
     sorted(
         {"cache", "model", "seed", "stream", "stream_options", "temperature", "uuid"}.union(
-            *((*r.defaults, *r.ignored, *r.media, *r.unrepeatable) for r in ROUTES.values())
+            *((*r.defaults, *r.ignored, *r.media, *r.unrepeatable) for r in CACHED_ROUTES.values())
         )
     )
 )
