@@ -14,8 +14,7 @@ from server.handlers.proxied import ProxiedRoutes, refuse_adapters
 from server.pages.document import Document
 from server.pages.files import ADMIN, Files
 from server.pages.overview import Overview
-from server.protocol.routes import CACHED_ROUTES
-from server.protocol.surface import ADAPTER_PATHS
+from server.protocol.routes import CACHED_ROUTES, REFUSED_PATHS
 from server.telemetry.metrics import Metrics
 from server.web.access import AccessCheck, AccessControl, allow_anyone
 from server.web.middleware import read_only
@@ -66,7 +65,7 @@ def _routes(
         for path in CACHED_ROUTES
     }
     routes |= {
-        ("POST", path): wrapped(refuse_adapters, door.require_tenant) for path in ADAPTER_PATHS
+        ("POST", path): wrapped(refuse_adapters, door.require_tenant) for path in REFUSED_PATHS
     }
     routes["GET", MODELS] = wrapped(ModelList(models).all, door.require_tenant)
     return routes

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from server.admin.operations import MAX_PAGE
+from server.auth.tenants import TENANT
 from server.pages.openapi import ERROR
-from server.protocol.labels import A_TAG, MAX_TAG_CHARACTERS, TENANT
+from server.protocol.labels import A_TAG, MAX_TAG_CHARACTERS
 from tiers.key import KEY_PATTERN
 from tiers.purges.table import ALL, KEY, KINDS, MAX_LABELS
 

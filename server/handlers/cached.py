@@ -26,7 +26,7 @@ from server.handlers.variants import Variants
 from server.protocol import convert, template
 from server.protocol.cache_control import CacheControl, limit_freshness, parse_cache_control
 from server.protocol.formats import Encoding
-from server.protocol.request import ParsedRequest, key_headers, parse_request
+from server.protocol.request import ParsedRequest, RequestParser, key_headers
 from server.protocol.usage import counts_in
 from server.telemetry.prefixes import Prefixes
 from server.telemetry.spans import step
@@ -79,6 +79,7 @@ class CachedRoutes:
     ) -> None:
         self._chain, self._flights, self._turns = chain, flights, turns
         self._models, self._freshness = models, freshness
+        self._parser = RequestParser()
         self._nondeterministic, self._engine_keeps = nondeterministic, engine_keeps
         self._variants, self._turn_of = variants, Variants()
         self._max_prompts, self._prefixes, self._obeys = max_prompts, prefixes, obeys
@@ -93,7 +94,7 @@ class CachedRoutes:
         with step("parse"):
             names, told = self._models.names(), key_headers(http.headers)
             request = await offload(
-                len(raw), parse_request, http.path, raw, http.tenant, names, told
+                len(raw), self._parser.parse, http.path, raw, http.tenant, names, told
             )
         http.model = request.model
         if request.id is not None:

@@ -3,28 +3,27 @@
 It goes to the engine of the model that it names: that is the `model` of a JSON body, of a form (RFC
 7578), or else of the query. With one model under one name there is nothing to choose. An engine
 must know the model by its own name, have no more prompts than one request may (see
-`server.protocol.prompts`), and keep tenants apart (`server.protocol.cache_salt`). A body that must
+`server.protocol.bodies`), and keep tenants apart (`server.protocol.cache_salt`). A body that must
 be read for any of this is read whole, within `server.max_body_bytes`; all others are passed on as
 they come.
 """
 
-import json
 import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import orjson
 from aiohttp import hdrs
 
-from server.protocol.cache_salt import SALTED, with_cache_salt
+from server.auth.tenants import Tenant
+from server.protocol.bodies import count_prompts, read_leniently, write_leniently
+from server.protocol.cache_salt import with_cache_salt
 from server.protocol.errors import BadRequestError
 from server.protocol.model_names import ModelNames, ResolvedModel
-from server.protocol.prompts import prompts_in
+from server.protocol.routes import Route, route_of
 from server.web.offload import offload
 from server.web.request import HttpRequest
 
-_PROMPTED = SALTED | {"/v1/completions/render"}
 _FORM = "multipart/form-data"
 _boundary = re.compile(r'(?i)boundary="?([^";,]{1,70})"?').search
 _is_model = re.compile(rb'(?im)^content-disposition:\s*form-data\s*;\s*name="?model"?\s*$').search
@@ -53,8 +52,9 @@ async def route_to_model(http: HttpRequest, names: ModelNames, max_prompts: int)
     boundary = _boundary(http.headers[hdrs.CONTENT_TYPE]) if is_form else None
     asked = http.query.get("model") if "?" in http.raw_path else None
     look: Callable[[bytes], RoutedRequest]
-    if http.body_exists and http.path in _PROMPTED:
-        look = partial(_prompted, names, asked, http, max_prompts)
+    route = route_of(http.path)
+    if http.body_exists and (route.salted or route.counts_prompts):
+        look = partial(_prompted, names, asked, route, http.tenant, max_prompts)
     elif names.is_single or not http.body_exists:
         return RoutedRequest(_named(names, asked), None)
     elif http.media_type.endswith("json"):
@@ -72,41 +72,32 @@ def _named(names: ModelNames, asked: Any) -> ResolvedModel:
 
 
 def _prompted(
-    names: ModelNames, asked: str | None, http: HttpRequest, max_prompts: int, raw: bytes
+    names: ModelNames,
+    asked: str | None,
+    route: Route,
+    tenant: Tenant,
+    max_prompts: int,
+    raw: bytes,
 ) -> RoutedRequest:
-    raw, fields = _read(raw)
-    is_salted = http.path in SALTED and http.tenant.salt is not None
+    raw, fields = read_leniently(raw)
+    is_salted = route.salted and tenant.salt is not None
     if not isinstance(fields, dict):
         if fields is None and is_salted:
             raise BadRequestError("the body should be JSON", "body")
         return RoutedRequest(_named(names, asked), raw)
-    prompts_in(http.path, fields).check(max_prompts)
+    count_prompts(fields, is_conversation=route.is_conversation).check(max_prompts)
     named, raw, fields = _renamed(names, asked, raw, fields)
     if is_salted:
-        raw, _ = with_cache_salt(raw, fields, http.tenant)
+        raw, _ = with_cache_salt(raw, fields, tenant)
     return RoutedRequest(named, raw, fields.get("request_id"))
 
 
 def _in_json(names: ModelNames, asked: str | None, raw: bytes) -> RoutedRequest:
-    raw, fields = _read(raw)
+    raw, fields = read_leniently(raw)
     if not isinstance(fields, dict):
         return RoutedRequest(_named(names, asked), raw)
     named, raw, fields = _renamed(names, asked, raw, fields)
     return RoutedRequest(named, raw, fields.get("request_id"))
-
-
-def _read(raw: bytes) -> tuple[bytes, Any]:
-    """Return a body and what it says: nothing, if it isn't JSON, which is for engines to refuse."""
-    try:
-        return raw, orjson.loads(raw)
-    except ValueError:
-        pass
-    try:
-        # Engines take NaN and the like, and other encodings.
-        fields = json.loads(raw)
-        return json.dumps(fields).encode(), fields
-    except (ValueError, RecursionError):
-        return raw, None
 
 
 def _renamed(
@@ -118,13 +109,8 @@ def _renamed(
         return _named(names, asked), raw, fields
     named = names.resolve(model)
     if isinstance(model, str) and model != named.name:
-        try:
-            # The slower way keeps every number as it is.
-            fields = json.loads(raw) | {"model": named.name}
-            raw = json.dumps(fields).encode()
-        except (ValueError, RecursionError) as exc:
-            text = f"the body is nested too deeply, or has too long a number, to ask for {model}"
-            raise BadRequestError(text) from exc
+        fields = fields | {"model": named.name}
+        raw = write_leniently(fields)
     return named, raw, fields
 
 

@@ -9,9 +9,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from server.protocol.cache_field import SCHEMA
-from server.protocol.routes import CachedRoute
-from server.protocol.surface import ADAPTER_PATHS, is_for_tenants
-from server.web.responses import is_anthropic_path
+from server.protocol.routes import (
+    REFUSED_PATHS,
+    CachedRoute,
+    Dialect,
+    is_tenant_allowed,
+    route_of,
+)
 
 _METHODS = frozenset({"delete", "get", "head", "options", "patch", "post", "put", "trace"})
 _KEPT, _ENGINE, _OWN = "Answers that tiers keep", "Passed to the engine", "tierserve"
@@ -208,7 +212,7 @@ def _had(
 def _operations(engine: Mapping[str, Any] | None) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     for path, item in _mapping((engine or {}).get("paths", {})).items():
         # We answer these ourselves, or refuse them whatever the engine says.
-        if path not in _OWNED and path not in ADAPTER_PATHS:
+        if path not in _OWNED and path not in REFUSED_PATHS:
             for method, operation in _mapping(item).items():
                 if method in _METHODS:
                     yield path, method, _mapping(operation)
@@ -232,7 +236,7 @@ def _as_passed(
     if method in _WITH_BODY:
         statuses |= {"408", "413"}
     if has_keys:
-        statuses |= {"401", "429"} if is_for_tenants(path) else {"401", "403", "429"}
+        statuses |= {"401", "429"} if is_tenant_allowed(path) else {"401", "403", "429"}
         made["security"] = _SECURITY
     for status in statuses | {status for status in responses if status >= "400"}:
         said = _mapping(responses.get(status, {}))
@@ -277,7 +281,7 @@ def _refusal(status: str, path: str = "", *, passed: bool = False) -> dict[str, 
     names = [_ERROR_NAME]
     if passed:
         names = [
-            *([_ANTHROPICS_NAME] if is_anthropic_path(path) else []),
+            *([_ANTHROPICS_NAME] if route_of(path).dialect is Dialect.ANTHROPIC else []),
             _ERROR_NAME,
             _DETAIL_NAME,
         ]

@@ -6,7 +6,7 @@ and go on otherwise. Of a body only the first 32 KiB are looked at, and of sever
 one, so that the largest request takes a millisecond or two. Only what an engine has answered
 is counted: what a tier answers pays nothing.
 
-What an engine drops isn't part of its prompts (`server.protocol.messages`).
+What an engine drops isn't part of its prompts (`server.protocol.vllm_fields`).
 
 Prompts of different tenants, models or cache salts are different beginnings, as they are to vLLM.
 All counts are halved every day.
@@ -84,7 +84,7 @@ class Prefixes:
             # Nested more deeply than we look.
             return
         if request.is_vllm:
-            fields = request.route.normalize(fields)
+            fields = request.route.fields.normalize(fields)
         model, tenant = request.model, request.tenant
         seed = hash((model, tenant, str(fields.get("cache_salt"))))
         is_whole = len(request.raw) <= _LOOKED_AT_BYTES

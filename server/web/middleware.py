@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterator
 
 from aiohttp import web
 
+from server.auth.credentials import DuplicateHeaderError
 from server.config.base import SERVER
-from server.protocol.content_coding import UnknownCodingError
 from server.protocol.errors import BadRequestError
 from server.protocol.usage import output_tokens
 from server.telemetry.history import History
 from server.telemetry.logs import AccessLog
 from server.telemetry.metrics import Metrics
 from server.telemetry.trace_log import TraceLog
+from server.web.content_coding import UnknownCodingError
 from server.web.request import X_REQUEST_ID, Handler, HttpRequest, SlowClientError, is_id
 from server.web.responses import ErrorResponse, error_response
 
@@ -32,6 +33,7 @@ _LOOKED_UP = frozenset({"collapsed", "hit", "miss", "stale"})
 _ENGINE = "engine"
 _MISTAKES = (
     BadRequestError,
+    DuplicateHeaderError,
     SlowClientError,
     web.HTTPRequestEntityTooLarge,
     web.RequestPayloadError,
@@ -111,6 +113,8 @@ def _said(exc: Exception) -> web.Response:
         if isinstance(exc, UnknownCodingError):
             refused.headers["Accept-Encoding"] = "gzip, deflate"
         return refused
+    if isinstance(exc, DuplicateHeaderError):
+        return error_response(400, str(exc), param=exc.header)
     if isinstance(exc, web.HTTPRequestEntityTooLarge):
         return error_response(413, "The body is larger than server.max_body_bytes allows.")
     if isinstance(exc, SlowClientError):

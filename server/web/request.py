@@ -12,8 +12,8 @@ from multidict import istr
 
 from server.auth.limits import RateLimiter
 from server.auth.tenants import NOBODY, Tenant
-from server.protocol.content_coding import DECODED, UnknownCodingError, decode
 from server.protocol.request import ParsedRequest
+from server.web.content_coding import DECODED, UnknownCodingError, decode
 from tiers import Answer
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"

@@ -24,6 +24,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from server.config.tracing import TracingConfig as Options
+from server.protocol.routes import route_of
 from server.protocol.usage import input_tokens, output_tokens
 from server.telemetry.spans import UNTRACED, EngineSpan, Step, current
 from server.web.request import Handler, HttpRequest
@@ -40,13 +41,6 @@ _CLOSE_S = 2
 _METHODS = frozenset(
     {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"}
 )
-_OPERATIONS = {
-    "/v1/chat/completions": "chat",
-    "/v1/completions": "text_completion",
-    "/v1/embeddings": "embeddings",
-    "/v1/messages": "chat",
-    "/v1/responses": "chat",
-}
 _CONTEXT = TraceContextTextMapPropagator()
 _PARENT, _STATE = "traceparent", "tracestate"
 
@@ -249,8 +243,8 @@ def _tell_request(span: Span, http: HttpRequest, method: str, route: str | None)
     }
     if route is not None:
         attributes["http.route"] = route
-    if operation := _OPERATIONS.get(route or ""):
-        attributes["gen_ai.operation.name"] = operation
+        if (operation := route_of(route).operation) is not None:
+            attributes["gen_ai.operation.name"] = operation
     if http.model:
         attributes["gen_ai.request.model"] = http.model
     if http.found is not None:

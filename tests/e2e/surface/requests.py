@@ -230,7 +230,7 @@ ALIKE = [
         make(f"Either form, {number}?", **more)
         for make, cases in ((chat, (*_BOTH, *_CHAT)), (text, (*_BOTH[::5], *_TEXT)))
         for number, more in enumerate(cases)
-        if more.keys() <= CACHED_ROUTES[CHAT].same_in_both_encodings - {"messages", "prompt"}
+        if more.keys() <= CACHED_ROUTES[CHAT].fields.same_in_both_encodings - {"messages", "prompt"}
     ),
     text(["One", "Two"]),
 ]

@@ -234,8 +234,11 @@ async def test_what_it_says_of_answers_is_true(front, upstream) -> None:
 
 
 def test_the_field_cache_is_described_as_it_is_read() -> None:
-    parts = SCHEMA["properties"]
-    for name in parts:
+    parts = {}
+    for name, part in SCHEMA["properties"].items():
+        parts[name], null = part["anyOf"]
+        assert null == {"type": "null"}
+        assert part["description"]
         assert parse_cache_field({name: None}) == parse_cache_field(None)
     ttl, tags, variants = parts["ttl"], parts["tags"], parts["variants"]
     longest = "x" * tags["items"]["maxLength"]

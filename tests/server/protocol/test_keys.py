@@ -37,9 +37,9 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
     max_leaves=8,
 )
-ROUTE = CACHED_ROUTES[CHAT]
+FIELDS = CACHED_ROUTES[CHAT].fields
 STRICT = "thinking_token_budget"
-KNOWN = sorted({*ROUTE.defaults, *ROUTE.ignored, *ROUTE.same_in_both_encodings, "stream"})
+KNOWN = sorted({*FIELDS.defaults, *FIELDS.ignored, *FIELDS.same_in_both_encodings, "stream"})
 NAMES = st.sampled_from(KNOWN) | TEXTS.filter(lambda name: name != "cache")
 BODIES = st.dictionaries(NAMES, JSON, max_size=6).map(
     # No other model is there.
@@ -81,7 +81,7 @@ def _dumped(body: dict[str, Any]) -> bytes:
 
 
 def _relevant(body: dict[str, Any]) -> str:
-    ignored = set(ROUTE.ignored) | set(ROUTE.defaults) | {"stream", "stream_options", "model"}
+    ignored = set(FIELDS.ignored) | set(FIELDS.defaults) | {"stream", "stream_options", "model"}
     return json.dumps({n: _number(v) for n, v in body.items() if n not in ignored}, sort_keys=True)
 
 

@@ -116,7 +116,10 @@ paths = st.sampled_from([*sorted(CACHED_ROUTES), OTHERS])
 fields = st.sampled_from(
     sorted(
         {"cache", "model", "seed", "stream", "stream_options", "temperature", "uuid"}.union(
-            *((*r.defaults, *r.ignored, *r.media, *r.unrepeatable) for r in CACHED_ROUTES.values())
+            *(
+                (*r.fields.defaults, *r.fields.ignored, *r.fields.media, *r.fields.unrepeatable)
+                for r in CACHED_ROUTES.values()
+            )
         )
     )
 )
