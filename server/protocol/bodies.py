@@ -6,6 +6,7 @@ and what engines take although it isn't JSON by RFC 8259.
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import orjson
@@ -27,12 +28,12 @@ def read_object(raw: bytes) -> tuple[bytes, dict[str, Any]]:
     """
     try:
         try:
-            value = _read_exactly(raw)
+            value = _exact(orjson.loads(raw), raw)
         except ValueError:
             if (encoding := json.detect_encoding(raw)) == "utf-8":
                 raise
             raw = raw.decode(encoding).encode()
-            value = _read_exactly(raw)
+            value = _exact(orjson.loads(raw), raw)
     except ValueError as exc:
         raise BadRequestError(f"the body should be JSON: {exc}", "body") from exc
     except RecursionError as exc:
@@ -48,9 +49,14 @@ def read_leniently(raw: bytes) -> tuple[bytes, Any]:
     The value of what can't be read is `None`: engines refuse it in their own words.
     """
     try:
-        return raw, _read_exactly(raw)
-    except (ValueError, RecursionError):
+        value = orjson.loads(raw)
+    except ValueError:
         pass
+    else:
+        # What `json` can't read here it can't write either, so no inexact integer is sent.
+        with suppress(RecursionError):
+            value = _exact(value, raw)
+        return raw, value
     try:
         value = json.loads(raw)
         return json.dumps(value).encode(), value
@@ -86,8 +92,8 @@ def write_leniently(value: Mapping[str, Any]) -> bytes:
         raise BadRequestError(_TOO_DEEP, "body") from exc
 
 
-def _read_exactly(raw: bytes) -> Any:
-    value = orjson.loads(raw)
+def _exact(value: Any, raw: bytes) -> Any:
+    """Return what orjson has read from `raw`, with integers beyond 64 bits as they are."""
     return json.loads(raw) if _HUGE in raw.translate(_DIGITS_AS_ZEROS) else value
 
 
