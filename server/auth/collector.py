@@ -1,4 +1,4 @@
-"""Prometheus metrics of tenants."""
+"""Prometheus metrics of the tenants."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -12,7 +12,14 @@ from prometheus_client.registry import Collector
 from server.auth.limits import RateLimiter
 
 
-class _Tenants(Collector):
+class TenantCollector(Collector):
+    """Reads what tenants have asked when it is scraped.
+
+    Args:
+        limiters: returns the rate limiter of each tenant with a key, by its name.
+        unauthorized: returns how many requests had no valid key.
+    """
+
     def __init__(
         self, limiters: Callable[[], Mapping[str, RateLimiter]], unauthorized: Callable[[], int]
     ) -> None:
@@ -33,8 +40,6 @@ class _Tenants(Collector):
             active.add_metric((name,), limiter.active)
             for limit, count in limiter.refused.items():
                 refused.add_metric((name, limit), count)
-        unauthorized = CounterMetricFamily(
-            "tierserve_turned_away", "Requests without a key that is known"
-        )
-        unauthorized.add_metric((), self._unauthorized())
-        return requests, refused, active, unauthorized
+        away = CounterMetricFamily("tierserve_turned_away", "Requests without a key that is known")
+        away.add_metric((), self._unauthorized())
+        return requests, refused, active, away

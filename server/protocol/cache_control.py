@@ -1,4 +1,4 @@
-"""`Cache-Control` (RFC 9111): of requests in section 5.2.1, of upstreams' responses in 5.2.2.
+"""`Cache-Control` of requests and of upstreams' responses (RFC 9111, section 5.2).
 
 The caches of functions here map text to values, and keep nothing else alive.
 """
@@ -9,7 +9,8 @@ from functools import lru_cache
 from math import inf
 from typing import NamedTuple, Self
 
-from tiers import Entry, Freshness, State
+from tiers import Freshness
+from tiers.acceptance import ANY, Acceptance
 
 logger = logging.getLogger(__name__)
 
@@ -17,49 +18,33 @@ _DIRECTIVE = re.compile(r'([!#$%&\'*+.^_`|~0-9A-Za-z-]+)(?:\s*=\s*(?:"([^"]*)"|(
 
 
 class CacheControl(NamedTuple):
-    """Which answers a client accepts. Times are in seconds."""
+    """What a client demands of caches."""
 
-    no_cache: bool = False
-    """It accepts new answers only."""
+    acceptance: Acceptance = ANY
+    """Which answers it accepts."""
     no_store: bool = False
     """The answer must not be stored."""
-    only_if_cached: bool = False
-    """It accepts stored answers only."""
-    max_age_s: float = inf
-    min_fresh_s: float = -inf
-    max_stale_s: float | None = None
-
-    @property
-    def limits_age(self) -> bool:
-        """Whether the client limits how old an answer may be."""
-        return self.max_age_s < inf or self.min_fresh_s > -inf or self.max_stale_s is not None
 
     @property
     def directives(self) -> list[str]:
-        """The directives for caches on the way to the engine, as in `Cache-Control`."""
-        flags = ("no-cache", self.no_cache), ("no-store", self.no_store)
-        return [name for name, is_set in flags if is_set]
+        """The directives without a time, as `Cache-Control` has them."""
+        given = ("no-cache", self.acceptance.no_cache), ("no-store", self.no_store)
+        return [name for name, is_given in given if is_given]
 
     def merge(self, other: Self) -> Self:
-        """Return the directives of both; `other` has none with a time."""
+        """Return what both demand; `other` limits no age."""
+        mine, theirs = self.acceptance, other.acceptance
         return self._replace(
-            no_cache=self.no_cache or other.no_cache,
+            acceptance=mine._replace(
+                no_cache=mine.no_cache or theirs.no_cache,
+                only_if_cached=mine.only_if_cached or theirs.only_if_cached,
+            ),
             no_store=self.no_store or other.no_store,
-            only_if_cached=self.only_if_cached or other.only_if_cached,
         )
 
-    def accepts(self, entry: Entry, state: State, now: float) -> bool:
-        """Whether the client accepts an entry in this state at `now` (Unix s)."""
-        age_s, stale_s = now - entry.stored_at, now - entry.expires_at
-        if self.no_cache or -stale_s < self.min_fresh_s:
-            return False
-        max_stale_s = self.max_stale_s or 0
-        if age_s > self.max_age_s + max_stale_s:
-            return False
-        if stale_s <= max_stale_s:
-            return True
-        # A client that sets no limit gets a stale answer while the server makes a new one.
-        return state <= State.STALE_WHILE_REVALIDATE and not self.limits_age
+
+NO_CACHE = CacheControl(Acceptance(no_cache=True))
+"""Asks for an answer that is generated now."""
 
 
 @lru_cache(256)
@@ -69,17 +54,17 @@ def parse_cache_control(value: str) -> CacheControl:
     Unknown directives are ignored. A time that can't be read counts as the strictest one: an answer
     that a client did not want is worse than one that is generated again.
     """
-    found = directives(value)
-    stale = found.get("max-stale")
-    return CacheControl(
-        no_cache="no-cache" in found,
-        no_store="no-store" in found,
-        only_if_cached="only-if-cached" in found,
-        max_age_s=seconds(found["max-age"], 0) if "max-age" in found else inf,
-        min_fresh_s=seconds(found["min-fresh"], inf) if "min-fresh" in found else -inf,
+    given = directives(value)
+    stale = given.get("max-stale")
+    acceptance = Acceptance(
+        no_cache="no-cache" in given,
+        only_if_cached="only-if-cached" in given,
+        max_age_s=seconds(given["max-age"], 0) if "max-age" in given else inf,
+        min_fresh_s=seconds(given["min-fresh"], inf) if "min-fresh" in given else -inf,
         # Without a time, any staleness is accepted.
         max_stale_s=inf if stale == "" else seconds(stale, 0) if stale is not None else None,
     )
+    return CacheControl(acceptance, no_store="no-store" in given)
 
 
 def directives(value: str) -> dict[str, str]:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Protocol, Self
 
+from server.telemetry.served import Served
+
 
 class Step:
     """A step that isn't traced: the base of those that are. A context manager."""
@@ -49,6 +51,9 @@ class RequestTrace(Protocol):
 
     def engine_request(self, method: str) -> EngineSpan:
         """Begin the step of asking an engine."""
+
+    def set_served(self, served: Served) -> None:
+        """Note what the request was served."""
 
 
 current: ContextVar[RequestTrace | None] = ContextVar("trace", default=None)

@@ -13,7 +13,7 @@ from aiohttp.http_exceptions import BadHttpMessage, InvalidURLError, LineTooLong
 
 from server.config.base import SERVER
 from server.config.schema import ServerConfig, is_dual
-from server.web.request import CONTINUE, Handler, HttpRequest
+from server.web.request import CONTINUE, Endpoint, HttpRequest
 from server.web.responses import error_response
 
 logger = logging.getLogger(__name__)
@@ -133,8 +133,8 @@ def _reason(exc: BaseException | None) -> str:
     return ": its target is no URL" if isinstance(exc, InvalidURLError) else ""
 
 
-def make_server(handler: Handler, options: ServerConfig) -> web.Server:
-    """Return aiohttp's server around one handler; its `Application` would double its cost."""
+def make_server(endpoint: Endpoint, options: ServerConfig) -> web.Server:
+    """Return aiohttp's server around one endpoint; its `Application` would double its cost."""
 
     class Request(HttpRequest):
         client_timeout_s = options.client_timeout_s
@@ -142,7 +142,7 @@ def make_server(handler: Handler, options: ServerConfig) -> web.Server:
     loop = asyncio.get_running_loop()
     make_request = partial(Request, loop=loop, client_max_size=options.max_body_bytes)
     # The handler is given what the factory makes, which aiohttp's types don't say.
-    return web.Server(handler, request_factory=make_request, handler_cancellation=True)  # type: ignore[arg-type]
+    return web.Server(endpoint, request_factory=make_request, handler_cancellation=True)  # type: ignore[arg-type]
 
 
 async def listen(

@@ -26,8 +26,9 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from server.config.tracing import TracingConfig as Options
 from server.protocol.routes import route_of
 from server.protocol.usage import input_tokens, output_tokens
+from server.telemetry.served import OWN, Served
 from server.telemetry.spans import UNTRACED, EngineSpan, Step, current
-from server.web.request import Handler, HttpRequest
+from server.web.request import Endpoint, HttpRequest
 
 logger = logging.getLogger(__name__)
 
@@ -75,26 +76,27 @@ class Tracing:
         )
         self._tracer = self._provider.get_tracer("tierserve")
 
-    def traced(self, handler: Handler, route: str | None = None) -> Handler:
-        """Return `handler` with a span for each request; `route` is its path, if it has but one."""
+    def traced(self, endpoint: Endpoint, route: str | None = None) -> Endpoint:
+        """Return `endpoint` with a span for each request; `route` is its path, if it has one."""
 
         async def around(http: HttpRequest) -> web.StreamResponse:
             method = http.method if http.method in _METHODS else "_OTHER"
             span = self._tracer.start_span(
                 f"{method} {route}" if route else method, _parent(http), SpanKind.SERVER
             )
-            token = current.set(_Trace(self._tracer, span))
+            trace = _Trace(self._tracer, span)
+            token = current.set(trace)
             try:
-                response = await handler(http)
+                response = await endpoint(http)
                 if span.is_recording():
-                    _tell_status(span, response.status)
+                    _set_status(span, response.status)
             except BaseException as exc:
-                _tell_failure(span, exc)
+                _set_failure(span, exc)
                 raise
             finally:
                 current.reset(token)
                 if span.is_recording():
-                    _tell_request(span, http, method, route)
+                    _set_request(span, http, trace.served, method, route)
                     span.end()
             return response
 
@@ -112,6 +114,10 @@ class _Trace:
 
     def __init__(self, tracer: Tracer, span: Span) -> None:
         self._tracer, self._span = tracer, span
+        self.served = OWN
+
+    def set_served(self, served: Served) -> None:
+        self.served = served
 
     @cached_property
     def _context(self) -> Context:
@@ -137,10 +143,10 @@ class _Step(Step):
 
     def __exit__(self, *exc: object) -> None:
         if isinstance(exc[1], BaseException):
-            _tell_failure(self._span, exc[1])
+            _set_failure(self._span, exc[1])
         self.end()
 
-    def tell(self, **attributes: str | int | bool) -> None:
+    def set_attributes(self, **attributes: str | int | bool) -> None:
         for name, value in attributes.items():
             self._span.set_attribute(f"tierserve.{name}", value)
 
@@ -152,7 +158,7 @@ class _Step(Step):
 class _EngineRequest(_Step, EngineSpan):
     __slots__ = ()
 
-    def handed_on(self, headers: Mapping[str, str]) -> Mapping[str, str]:
+    def inject(self, headers: Mapping[str, str]) -> Mapping[str, str]:
         ours: dict[str, str] = {}
         _CONTEXT.inject(ours, set_span_in_context(self._span, Context()))
         handed = CIMultiDict(headers)
@@ -161,7 +167,7 @@ class _EngineRequest(_Step, EngineSpan):
         handed.update(ours)
         return handed
 
-    def replied(self, status: int, host: str | None, port: int | None) -> None:
+    def set_reply(self, status: int, host: str | None, port: int | None) -> None:
         self._span.set_attribute("http.response.status_code", status)
         if host is not None and port is not None:
             self._span.set_attributes({"server.address": host, "server.port": port})
@@ -216,28 +222,29 @@ def _parent(http: HttpRequest) -> Context:
     return _CONTEXT.extract(given, Context()) if len(given[_PARENT]) == 1 else Context()
 
 
-def _tell_status(span: Span, status: int) -> None:
+def _set_status(span: Span, status: int) -> None:
     span.set_attribute("http.response.status_code", status)
     if status >= 500:
         span.set_attribute("error.type", str(status))
         span.set_status(Status(StatusCode.ERROR))
 
 
-def _tell_failure(span: Span, exc: BaseException) -> None:
+def _set_failure(span: Span, exc: BaseException) -> None:
     # By its type alone: its text may quote what was asked.
     span.set_attribute("error.type", type(exc).__qualname__)
     if isinstance(exc, Exception):
         span.set_status(Status(StatusCode.ERROR))
 
 
-def _tell_request(span: Span, http: HttpRequest, method: str, route: str | None) -> None:
-    tier, outcome = http.outcome
+def _set_request(
+    span: Span, http: HttpRequest, served: Served, method: str, route: str | None
+) -> None:
     attributes: dict[str, str | int] = {
         "http.request.method": method,
         "network.protocol.version": f"{http.version.major}.{http.version.minor}",
-        "tierserve.outcome": outcome,
+        "tierserve.outcome": served.outcome,
         "tierserve.request_id": http.id,
-        "tierserve.tier": tier,
+        "tierserve.tier": served.tier,
         "url.path": _text(http.path),
         "url.scheme": http.scheme,
     }
@@ -245,11 +252,10 @@ def _tell_request(span: Span, http: HttpRequest, method: str, route: str | None)
         attributes["http.route"] = route
         if (operation := route_of(route).operation) is not None:
             attributes["gen_ai.operation.name"] = operation
-    if http.model:
-        attributes["gen_ai.request.model"] = http.model
-    if http.found is not None:
-        request, answer = http.found
-        attributes["tierserve.key"] = request.key
+    if served.model:
+        attributes["gen_ai.request.model"] = served.model
+    if (answer := served.answer) is not None:
+        attributes["tierserve.key"] = served.key
         for name, count in (("input", input_tokens(answer)), ("output", output_tokens(answer))):
             if count is not None:
                 attributes[f"gen_ai.usage.{name}_tokens"] = count

@@ -17,8 +17,7 @@ from aiohttp import web
 from server.config.base import ConfigError
 from server.config.models import ModelConfig
 from server.engine.models import Models
-
-from .conftest import CHAT, Front, Upstream, answer, held, nothing_listed, question
+from tests.server.conftest import CHAT, Front, Upstream, answer, held, nothing_listed, question
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -395,7 +394,7 @@ async def test_each_model_has_its_own_bound(tmp_path: Path) -> None:
 
 async def test_what_tells_the_date_has_other_names_each_day(tmp_path: Path, monkeypatch) -> None:
     days = iter([date(2026, 1, 1), date(2026, 1, 1), date(2026, 1, 2)])
-    monkeypatch.setattr("server.models.date", SimpleNamespace(today=lambda: next(days)))
+    monkeypatch.setattr("server.engine.models.date", SimpleNamespace(today=lambda: next(days)))
     for name in ("plain", "dated"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")

@@ -8,8 +8,7 @@ import pytest
 from aiohttp import web
 
 from server.engine.upstream import Upstream as Asked
-
-from .conftest import CHAT, Front, Upstream, answer, question, running
+from tests.server.conftest import CHAT, Front, Upstream, answer, question, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -7,8 +7,7 @@ import pytest
 from aiohttp import web
 
 from server.protocol.routes import CACHED_ROUTES
-
-from .conftest import Front, Upstream, body, running, stream
+from tests.server.conftest import Front, Upstream, body, running, stream
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -20,9 +20,7 @@ from multidict import CIMultiDict
 from server.config.load import load
 from server.protocol import template
 from server.protocol.formats import Encoding
-from tiers import Answer, Chain, DiskCache, FrequencySketch, Freshness, Tier
-
-from .conftest import (
+from tests.server.conftest import (
     CHAT,
     ROLE,
     WHOLE,
@@ -38,6 +36,7 @@ from .conftest import (
     skip_unless_runs,
     stream,
 )
+from tiers import Answer, Chain, DiskCache, FrequencySketch, Freshness, Tier
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

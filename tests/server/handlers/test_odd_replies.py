@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from .conftest import (
+from tests.server.conftest import (
     ROLE,
     USAGE,
     WHOLE,

@@ -9,9 +9,8 @@ import pytest
 from aiohttp import web
 
 from server.auth.tenants import open_tenant
+from tests.server.conftest import ROLE, WHOLE, Front, Upstream, body, chunk, question, stream
 from tiers import DiskCache, Purges
-
-from .conftest import ROLE, WHOLE, Front, Upstream, body, chunk, question, stream
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

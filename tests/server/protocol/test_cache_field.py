@@ -6,10 +6,11 @@ import orjson
 import pytest
 from aiohttp import web
 
-from server.protocol.cache_control import CacheControl
+from server.protocol.cache_control import NO_CACHE, CacheControl
 from server.protocol.cache_field import parse_cache_field
 from server.protocol.errors import BadRequestError
 from tests.server.conftest import Front, Upstream, body, counting, question
+from tiers.acceptance import Acceptance
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -27,9 +28,12 @@ NOTHING = (CacheControl(), False, None, None, None)
         ({"mode": None, "ttl": None, "tags": None, "variants": None}, NOTHING),
         ({"mode": "default"}, NOTHING),
         ({"mode": "use", "variants": 3}, (CacheControl(), True, None, None, 3)),
-        ({"mode": "no-cache"}, (CacheControl(no_cache=True), False, None, None, None)),
+        ({"mode": "no-cache"}, (NO_CACHE, False, None, None, None)),
         ({"mode": "no-store"}, (CacheControl(no_store=True), False, None, None, None)),
-        ({"mode": "only-if-cached"}, (CacheControl(only_if_cached=True), False, None, None, None)),
+        (
+            {"mode": "only-if-cached"},
+            (CacheControl(Acceptance(only_if_cached=True)), False, None, None, None),
+        ),
         ({"ttl": 1.5, "tags": ["a", "b"]}, (CacheControl(), False, 1.5, ("a", "b"), None)),
     ],
 )

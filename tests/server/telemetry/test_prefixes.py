@@ -46,7 +46,7 @@ class Counting:
         of = Tenant(tenant, tenant.encode(), salt=f"of {tenant}")
         self.prefixes.note(parse_request(path, orjson.dumps(asked), of, NAMES), counts)
 
-    def told(self) -> list[dict]:
+    def report(self) -> list[dict]:
         return self.prefixes.report()["prefixes"]
 
 
@@ -67,7 +67,7 @@ def test_what_several_prompts_begin_with_is_told() -> None:
     for number in range(5):
         counting.ask(chat(SYSTEM, f"Question {number}?"))
     counting.ask(chat("Something else?"))
-    (told,) = counting.told()
+    (told,) = counting.report()
     text = f"system: {SYSTEM['content']}\n"
     assert (told["model"], told["tenant"], told["requests"]) == ("m", "acme", 5)
     assert told["characters"] == len(text)
@@ -85,7 +85,7 @@ def test_what_vllm_drops_is_no_part_of_a_beginning() -> None:
         asked = chat({"role": "user", "content": [marked]}, "Two?"[:number], system=system)
         counting.ask(asked, path="/v1/messages")
     assert [
-        (told["requests"], told["preview"].count("x-anthropic")) for told in counting.told()
+        (told["requests"], told["preview"].count("x-anthropic")) for told in counting.report()
     ] == [(3, 0)]
 
 
@@ -96,7 +96,7 @@ def test_a_longer_beginning_is_told_in_place_of_one_that_says_no_more() -> None:
         counting.ask(chat(*turns[:2], temperature=1))
         counting.ask(chat(*turns, temperature=1))
     # Asked for by all, and by half.
-    assert [(each["requests"], each["preview"][-7:]) for each in counting.told()] == [
+    assert [(each["requests"], each["preview"][-7:]) for each in counting.report()] == [
         (4, "r: One?"[-6:] + "\n"),
         (2, "r: Two?"[-6:] + "\n"),
     ]
@@ -107,7 +107,7 @@ def test_a_long_text_may_go_on_otherwise() -> None:
     shots = "Q: What is one and one? A: Two.\n" * 200
     for number in range(3):
         counting.ask({"model": "m", "prompt": f"{shots}{number}"}, path="/v1/completions")
-    (told,) = counting.told()
+    (told,) = counting.report()
     assert (told["requests"], told["characters"]) == (3, 4096)
     assert told["preview"] == f"{shots[:100]}…{shots[4036:4096]}"
 
@@ -131,7 +131,7 @@ def test_of_each_route_that_generates(path: str, fields) -> None:
     counting = Counting()
     for number in range(3):
         counting.ask({"model": "m"} | fields(str(number)), path=path)
-    (told,) = counting.told()
+    (told,) = counting.report()
     assert told["requests"] == 3
     assert "function" not in told["preview"]
 
@@ -143,7 +143,7 @@ def test_what_generates_nothing_is_not_counted() -> None:
         counting.ask({"model": "m", "prompt": "x"}, path="/tokenize")
         counting.ask({"model": "m"}, path="/v1/completions")
         counting.ask({"model": "m", "messages": 7})
-    assert counting.told() == []
+    assert counting.report() == []
 
 
 def test_what_engines_keep_apart_is_apart() -> None:
@@ -159,7 +159,7 @@ def test_what_engines_keep_apart_is_apart() -> None:
         for question_ in "ab":
             asked = chat(SYSTEM, f"{number}{question_}") | way.get("more", {})
             counting.ask(asked, tenant=way.get("tenant", "acme"))
-    told = counting.told()
+    told = counting.report()
     assert [each["requests"] for each in told] == [2] * len(ways)
     assert sorted((each["model"], each["tenant"]) for each in told) == [
         ("m", "acme"), ("m", "acme"), ("m", "acme"), ("m", "globex"), ("n", "acme")
@@ -175,13 +175,13 @@ def test_what_the_engine_reuses_is_told() -> None:
     counting.ask(asked[1], usage(100, 80))
     # One that doesn't tell says nothing about the others.
     counting.ask(asked[2], usage(100))
-    (told,) = counting.told()
+    (told,) = counting.report()
     assert (told["characters"], told["tokens"]) == (900, 90)
     assert told["reused_tokens"] == 80
     assert told["reused_ratio"] == pytest.approx(80 / 180, abs=1e-4)
     # More than it has can't be its own.
     counting.ask(asked[1], usage(100, 96))
-    assert counting.told()[0]["reused_tokens"] == 170
+    assert counting.report()[0]["reused_tokens"] == 170
 
 
 def test_of_a_long_conversation_each_beginning_has_its_part_of_the_tokens() -> None:
@@ -191,7 +191,7 @@ def test_of_a_long_conversation_each_beginning_has_its_part_of_the_tokens() -> N
         # 21 parts, of 100 characters but for the first.
         said = [f"{number}{turn:02}{'y' * 90}" for turn in range(20)]
         counting.ask(chat(system, *said), usage(290, 90 * number))
-    (told,) = counting.told()
+    (told,) = counting.report()
     assert (told["characters"], told["tokens"]) == (900, 90)
     assert told["reused_ratio"] == 0.5
 
@@ -201,12 +201,12 @@ def test_yesterdays_count_half() -> None:
     for number in range(8):
         counting.ask(chat(SYSTEM, str(number)), usage(100, 50))
     counting.now += DAY_S
-    (told,) = counting.told()
+    (told,) = counting.report()
     assert (told["requests"], told["reused_tokens"]) == (4, 200)
     counting.ask(chat(SYSTEM, "new"))
-    assert counting.told()[0]["requests"] == 5
+    assert counting.report()[0]["requests"] == 5
     counting.now += 1000 * DAY_S
-    assert counting.told() == []
+    assert counting.report() == []
 
 
 def test_few_of_many_are_found_in_little_memory() -> None:
@@ -215,7 +215,7 @@ def test_few_of_many_are_found_in_little_memory() -> None:
         counting.ask(chat(f"Alone {number}."))
         if number % 20 == 0:
             counting.ask(chat(SYSTEM, f"Question {number}?"))
-    told = counting.told()
+    told = counting.report()
     assert len(told) == 1
     assert 190 < told[0]["requests"] <= 200
 
@@ -226,7 +226,7 @@ def test_a_large_body_is_not_looked_at_to_its_end() -> None:
     for number, tools in ((0, TOOLS), (1, TOOLS), (2, []), (3, [])):
         # Clients write tools after the messages, where they aren't looked at with the rest.
         counting.ask(chat(*long, str(number), tools=tools), usage(100_000, 90_000))
-    told = counting.told()
+    told = counting.report()
     assert [each["requests"] for each in told] == [2, 2]
     assert {each["reused_ratio"] for each in told} == {1.0}
     assert all(10_000 < each["characters"] < 33_000 for each in told)

@@ -16,9 +16,8 @@ from server.config.base import ConfigError
 from server.protocol.formats import Encoding
 from server.simulation.traces import TraceRequest, read
 from server.telemetry.trace_log import TraceLog, earlier
+from tests.server.conftest import Front, Upstream, alike, body, running
 from tiers import Answer
-
-from .conftest import Front, Upstream, alike, body, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -165,7 +164,7 @@ async def test_what_is_missing_is_counted_and_said(caplog) -> None:
 
 
 async def test_never_holds_more_than_its_bound(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("server.trace_log._WAITING", 0)
+    monkeypatch.setattr("server.telemetry.trace_log._WAITING", 0)
     trace = TraceLog(tmp_path / "t.jsonl", 5000)
     add(trace, 1)
     trace.close()

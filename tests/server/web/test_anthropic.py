@@ -9,9 +9,8 @@ import pytest_asyncio
 from aiohttp import web
 
 from server.config.secrets import hash_key, new_key
-
-from .conftest import CHAT, Front, Upstream, running, stream
-from .test_surface import MESSAGES, message, message_events
+from tests.server.conftest import CHAT, Front, Upstream, running, stream
+from tests.server.handlers.test_cached_routes import MESSAGES, message, message_events
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

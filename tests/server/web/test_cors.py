@@ -8,8 +8,7 @@ import pytest_asyncio
 from aiohttp import web
 
 from server.config.secrets import hash_key, new_key
-
-from .conftest import CHAT, ROLE, Front, Upstream, answer, question, running, stream
+from tests.server.conftest import CHAT, ROLE, Front, Upstream, answer, question, running, stream
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -20,8 +20,7 @@ from hypothesis import strategies as st
 
 from server.config.secrets import hash_key, new_key
 from server.protocol.routes import CACHED_ROUTES
-
-from .conftest import CHAT, Front, Upstream, answer, question, running
+from tests.server.conftest import CHAT, Front, Upstream, answer, question, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
