@@ -38,7 +38,7 @@ from server.handlers.proxied import ProxiedRoutes
 from server.pages.openapi import build_document
 from server.pages.openapi_handler import OpenApiHandler
 from server.pages.overview import Overview
-from server.protocol.routes import ROUTES, engine_keeps_responses
+from server.protocol.routes import CACHED_ROUTES, engine_keeps_responses
 from server.router import Handlers, Router
 from server.telemetry.finished import FinishedRequests
 from server.telemetry.logs import AccessLog, LogStream, configure
@@ -223,7 +223,7 @@ class Server:
     def _document(self, *, has_keys: bool) -> OpenApiHandler:
         make = partial(
             build_document,
-            kept=ROUTES,
+            kept=CACHED_ROUTES,
             version=VERSION,
             has_keys=has_keys,
             open_metrics=self._config.tenants.open_metrics,

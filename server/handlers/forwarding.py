@@ -11,9 +11,9 @@ from yarl import URL
 from server.engine.upstream import UnavailableError, Upstreams
 from server.handlers.errors import failure, unavailable
 from server.handlers.upstream_headers import UNBUFFERED, forwarded_headers, returned_headers
-from server.protocol.content_coding import DECODED
 from server.protocol.errors import BadRequestError
 from server.telemetry.served import Served, attach
+from server.web.content_coding import DECODED
 from server.web.request import HttpRequest, Reply, SlowClientError
 from server.web.responses import server_headers
 

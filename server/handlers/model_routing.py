@@ -2,28 +2,27 @@
 
 The model is the `model` of a JSON body, of a form (RFC 7578), or else of the query. With one model
 under one name there is no choice. The engine must get its own name of the model, no more prompts
-than one request may have (`server.protocol.prompts`), and a salt that keeps tenants apart
+than one request may have (`server.protocol.bodies`), and a salt that keeps tenants apart
 (`server.protocol.cache_salt`). A body that must be read for any of this is read whole, within
 `server.max_body_bytes`. Others are streamed.
 """
 
-import json
 import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import orjson
 from aiohttp import hdrs
 
-from server.protocol.cache_salt import SALTED, with_cache_salt
+from server.auth.tenants import Tenant
+from server.protocol.bodies import count_prompts, read_leniently, write_leniently
+from server.protocol.cache_salt import with_cache_salt
 from server.protocol.errors import BadRequestError
 from server.protocol.model_names import ModelNames, ResolvedModel
-from server.protocol.prompts import prompts_in
+from server.protocol.routes import Route, route_of
 from server.web.offload import offload
 from server.web.request import HttpRequest
 
-_WITH_PROMPTS = SALTED | {"/v1/completions/render"}
 _FORM = "multipart/form-data"
 _boundary = re.compile(r'(?i)boundary="?([^";,]{1,70})"?').search
 _is_model = re.compile(rb'(?im)^content-disposition:\s*form-data\s*;\s*name="?model"?\s*$').search
@@ -52,8 +51,9 @@ async def route_to_model(http: HttpRequest, names: ModelNames, max_prompts: int)
     boundary = _boundary(http.headers[hdrs.CONTENT_TYPE]) if is_form else None
     query_model = http.query.get("model") if "?" in http.raw_path else None
     find: Callable[[bytes], RoutedRequest]
-    if http.body_exists and http.path in _WITH_PROMPTS:
-        find = partial(_in_prompts, names, query_model, http, max_prompts)
+    route = route_of(http.path)
+    if http.body_exists and (route.salted or route.counts_prompts):
+        find = partial(_in_prompts, names, query_model, route, http.tenant, max_prompts)
     elif names.is_single or not http.body_exists:
         return RoutedRequest(_resolve_default(names, query_model), None)
     elif http.media_type.endswith("json"):
@@ -71,41 +71,32 @@ def _resolve_default(names: ModelNames, query_model: Any) -> ResolvedModel:
 
 
 def _in_prompts(
-    names: ModelNames, query_model: str | None, http: HttpRequest, max_prompts: int, raw: bytes
+    names: ModelNames,
+    query_model: str | None,
+    route: Route,
+    tenant: Tenant,
+    max_prompts: int,
+    raw: bytes,
 ) -> RoutedRequest:
-    raw, fields = _parse(raw)
-    is_salted = http.path in SALTED and http.tenant.salt is not None
+    raw, fields = read_leniently(raw)
+    is_salted = route.salted and tenant.salt is not None
     if not isinstance(fields, dict):
         if fields is None and is_salted:
             raise BadRequestError("the body should be JSON", "body")
         return RoutedRequest(_resolve_default(names, query_model), raw)
-    prompts_in(http.path, fields).check(max_prompts)
+    count_prompts(fields, is_conversation=route.is_conversation).check(max_prompts)
     resolved, raw, fields = _with_engine_name(names, query_model, raw, fields)
     if is_salted:
-        raw, _ = with_cache_salt(raw, fields, http.tenant)
+        raw, _ = with_cache_salt(raw, fields, tenant)
     return RoutedRequest(resolved, raw, fields.get("request_id"))
 
 
 def _in_json(names: ModelNames, query_model: str | None, raw: bytes) -> RoutedRequest:
-    raw, fields = _parse(raw)
+    raw, fields = read_leniently(raw)
     if not isinstance(fields, dict):
         return RoutedRequest(_resolve_default(names, query_model), raw)
     resolved, raw, fields = _with_engine_name(names, query_model, raw, fields)
     return RoutedRequest(resolved, raw, fields.get("request_id"))
-
-
-def _parse(raw: bytes) -> tuple[bytes, Any]:
-    """Return a body and its parsed value: `None` for invalid JSON, which engines refuse."""
-    try:
-        return raw, orjson.loads(raw)
-    except ValueError:
-        pass
-    try:
-        # Engines accept NaN and the like, and other encodings.
-        fields = json.loads(raw)
-        return json.dumps(fields).encode(), fields
-    except (ValueError, RecursionError):
-        return raw, None
 
 
 def _with_engine_name(
@@ -117,13 +108,8 @@ def _with_engine_name(
         return _resolve_default(names, query_model), raw, fields
     resolved = names.resolve(model)
     if isinstance(model, str) and model != resolved.name:
-        try:
-            # `json` keeps every number as it is; orjson does not.
-            fields = json.loads(raw) | {"model": resolved.name}
-            raw = json.dumps(fields).encode()
-        except (ValueError, RecursionError) as exc:
-            text = f"the body is nested too deeply, or has too long a number, to ask for {model}"
-            raise BadRequestError(text) from exc
+        fields = fields | {"model": resolved.name}
+        raw = write_leniently(fields)
     return resolved, raw, fields
 
 

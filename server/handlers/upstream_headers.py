@@ -12,8 +12,8 @@ from collections.abc import Collection, Mapping
 from multidict import CIMultiDict, istr
 
 from server.protocol.cache_control import CacheControl
-from server.protocol.content_coding import DECODED
 from server.protocol.request import KEY_HEADERS
+from server.web.content_coding import DECODED
 from server.web.request import HttpRequest
 
 LOAD_FORMAT = istr("Endpoint-Load-Metrics-Format")

@@ -6,7 +6,7 @@ a body only the first 32 KiB are parsed, and of several prompts only the first c
 largest request takes a millisecond or two. Only requests that an engine has answered are counted,
 so a hit costs nothing.
 
-Fields that the engine drops aren't part of its prompts (`server.protocol.messages`).
+Fields that the engine drops aren't part of its prompts (`server.protocol.vllm_fields`).
 
 Prompts of different tenants, models or cache salts have different prefixes, as they have in vLLM.
 All counts are halved every day.
@@ -84,7 +84,7 @@ class Prefixes:
             # It is nested too deeply.
             return
         if request.is_vllm:
-            fields = request.route.normalize(fields)
+            fields = request.route.fields.normalize(fields)
         model, tenant = request.model, request.tenant
         seed = hash((model, tenant, str(fields.get("cache_salt"))))
         is_whole = len(request.raw) <= _PARSED_BYTES

@@ -24,6 +24,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from server.config.tracing import TracingConfig as Options
+from server.protocol.routes import route_of
 from server.protocol.usage import input_tokens, output_tokens
 from server.telemetry.served import OWN, Served
 from server.telemetry.spans import UNTRACED, EngineSpan, Step, current
@@ -41,13 +42,6 @@ _CLOSE_TIMEOUT_S = 2
 _METHODS = frozenset(
     {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"}
 )
-_OPERATIONS = {
-    "/v1/chat/completions": "chat",
-    "/v1/completions": "text_completion",
-    "/v1/embeddings": "embeddings",
-    "/v1/messages": "chat",
-    "/v1/responses": "chat",
-}
 _PROPAGATOR = TraceContextTextMapPropagator()
 _PARENT, _STATE = "traceparent", "tracestate"
 
@@ -258,8 +252,8 @@ def _set_request(
     }
     if route is not None:
         attributes["http.route"] = route
-    if operation := _OPERATIONS.get(route or ""):
-        attributes["gen_ai.operation.name"] = operation
+        if (operation := route_of(route).operation) is not None:
+            attributes["gen_ai.operation.name"] = operation
     if served.model:
         attributes["gen_ai.request.model"] = served.model
     if (answer := served.answer) is not None:
