@@ -57,25 +57,40 @@ def _keeps_adapters(env: dict[str, str]) -> dict[str, str]:
     return env
 
 
-def _names_of(env: dict[str, str]) -> dict[str, str]:
-    """Return what is shown of variables, any of which may hold a secret."""
+def _masked(env: dict[str, str]) -> dict[str, str]:
+    """Return variables without their values, any of which may be a secret."""
     return dict.fromkeys(env, MASK)
 
 
 class EngineConfig(Section):
-    """vLLM as our child, with its own options `args` and its own environment variables `env`."""
+    """vLLM, which tierserve runs as a child process."""
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
-    args: Annotated[dict[str, Any], AfterValidator(_are_options), AfterValidator(_not_ours)] = (
-        Field(default_factory=dict, repr=False)
-    )
+    args: Annotated[
+        dict[str, Any],
+        AfterValidator(_are_options),
+        AfterValidator(_not_ours),
+        Field(repr=False, examples=[{"max_model_len": 4096}]),
+    ] = Field(default_factory=dict)
+
+    """vLLM's own options, with underscores: `max_model_len: 4096`. `dtype` is by default vLLM's
+    choice; with vLLM's CPU build, bfloat16 where the CPU has instructions for it, and float32
+    elsewhere."""
     env: Annotated[
         dict[str, str],
         AfterValidator(_keeps_adapters),
-        PlainSerializer(_names_of, when_used="json"),
-    ] = Field(default_factory=dict, repr=False)
+        PlainSerializer(_masked, when_used="json"),
+        Field(
+            repr=False,
+            examples=[{"VLLM_CPU_KVCACHE_SPACE": "2"}],
+            json_schema_extra={"additionalProperties": {"type": ["string", "number"]}},
+        ),
+    ] = Field(default_factory=dict)
+    """Environment variables for vLLM, beside those of tierserve."""
     restart_max_delay_s: Annotated[float, Field(ge=1, le=3600)] = 60
+    """Longest delay before an engine that has ended is started again, in seconds. The delay is 1 at
+    first, and doubles each time."""
 
 
 def _is_base(url: str) -> str:
@@ -116,36 +131,43 @@ _Token = Annotated[str, AfterValidator(_is_token)]
 
 
 class ModelConfig(Section):
-    """A model, which stands in `models` under the name by which its engine knows it.
+    """A model: `source` and `engine` for one that tierserve runs, or `upstreams`."""
 
-    Either an engine of ours gives the answers, which loads `source`: `embedded`, a folder, or a
-    Hugging Face name. Or `upstreams` do, that somebody else runs, and that are sent `api_key` in
-    place of what clients send. Where these are vLLM 0.32, `vllm` has the options that they were
-    started with, `{}` for none. Of other engines nothing is assumed: a request is sent as it came,
-    all of it is part of its key, and streams and bodies are kept apart. The same holds with a
-    `middleware` among the options, which may read anything.
-
-    Clients may ask for it by its `aliases` too, and for its LoRA `adapters`, each a folder or a
-    Hugging Face name. `version` is a label of yours that becomes part of every key: change it when
-    weights change where tierserve can't see them. At most `max_requests` are at an engine at once,
-    those included that wait there; more get 503.
-    """
-
-    source: _Source | None = None
-    revision: str | None = None
+    source: Annotated[_Source | None, Field(examples=["Org/Model"])] = None
+    """What the engine loads: `embedded`, a folder, or a Hugging Face name."""
+    revision: Annotated[str | None, Field(examples=["main"])] = None
+    """Branch, tag or commit of a Hugging Face model, by default its main branch."""
     version: str = ""
-    aliases: tuple[Name, ...] = ()
-    adapters: dict[Annotated[Name, AfterValidator(_is_no_part)], _Source] = Field(
-        default_factory=dict
-    )
+    """A label of yours that becomes part of every key. Change it when weights change where
+    tierserve can't see it, as those of upstreams."""
+    aliases: Annotated[tuple[Name, ...], Field(examples=[["small"]])] = ()
+    """Other names by which clients may ask for the model."""
+    adapters: Annotated[
+        dict[Annotated[Name, AfterValidator(_is_no_part)], _Source],
+        Field(examples=[{"poet": "~/adapters/poet"}]),
+    ] = Field(default_factory=dict)
+    """LoRA adapters, each a folder or a Hugging Face name, by the names that clients use."""
     engine: EngineConfig = EngineConfig()
-    upstreams: tuple[Annotated[str, AfterValidator(_is_base)], ...] = ()
-    vllm: Annotated[dict[str, Any], AfterValidator(_are_options)] | None = Field(
-        default=None, repr=False
-    )
-    api_key: Annotated[_Token | None, Field(repr=False)] = None
+    upstreams: Annotated[
+        tuple[Annotated[str, AfterValidator(_is_base)], ...],
+        Field(examples=[["http://host:8000"]]),
+    ] = ()
+    """Servers that somebody else runs and that answer in place of an engine of ours. They know the
+    model by the name that it has here."""
+    vllm: Annotated[
+        Annotated[dict[str, Any], AfterValidator(_are_options)] | None,
+        Field(repr=False, examples=[{"max_model_len": 4096}]),
+    ] = None
+    """Options that the upstreams were started with, `{}` for none, where they are vLLM 0.32. By
+    default they may be any engine: each field of a request is then part of its key, and streams
+    and bodies are kept apart. So they are with a `middleware` among the options."""
+    api_key: Annotated[_Token | None, Field(repr=False, examples=["secret"])] = None
+    """Key that the upstreams get in place of what clients send; there is none by default."""
     max_requests: Annotated[int, Field(ge=1)] = 1024
+    """How many requests one engine may have at once, those included that wait there; one more
+    gets 503."""
     timeout_s: PositiveSeconds = 600
+    """Seconds that an engine may send nothing, before or within an answer."""
 
     @property
     def engine_options(self) -> Mapping[str, Any] | None:
