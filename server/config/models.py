@@ -1,4 +1,4 @@
-"""The models' part of the configuration."""
+"""Section `models` of the configuration."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -14,16 +14,16 @@ EMBEDDED = "embedded"
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 _TOKEN = re.compile(r"[!-~]+").fullmatch
 MAX_NAME_CHARACTERS = 128
-"""Of a model's name; labels tell no more of it."""
+"""Longest name of a model; longer ones would be cut in labels."""
 _OUR_ARGS = frozenset(
     {
         "allow_credentials", "allowed_headers", "allowed_methods", "allowed_origins", "config",
         "host", "lora_modules", "model", "port", "revision", "served_model_name", "uds",
     }
 )  # fmt: skip
-# The weights must be what the keys say, for as long as the engine runs.
 RUNTIME_LORA = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
-# vLLM applies an adapter of such a name to every chat message with such a part.
+"""vLLM's variable that would let clients change adapters, and so answers, under the same key."""
+# vLLM applies an adapter with such a name to every chat message with a part of this type.
 _PART_KINDS = frozenset(
     {
         "audio", "image", "input", "output", "prompt", "refusal", "text", "thinking", "tool",
@@ -39,7 +39,7 @@ def _are_options(args: dict[str, Any]) -> dict[str, Any]:
             f"{', '.join(odd)} should be written as vLLM's options with underscores: max_model_len"
         )
     if empty := [*empty_in(args)]:
-        raise ValueError(f"{', '.join(empty)}: has no value; one that takes none is true")
+        raise ValueError(f"{', '.join(empty)}: has no value; an option without one is true")
     return args
 
 
@@ -51,9 +51,9 @@ def _not_ours(args: dict[str, Any]) -> dict[str, Any]:
     return args
 
 
-def _keeps_adapters(env: dict[str, str]) -> dict[str, str]:
+def _without_runtime_lora(env: dict[str, str]) -> dict[str, str]:
     if RUNTIME_LORA in env:
-        raise ValueError(f"should be without {RUNTIME_LORA}: adapters stay as `adapters` says")
+        raise ValueError(f"should be without {RUNTIME_LORA}: `adapters` alone names adapters")
     return env
 
 
@@ -79,7 +79,7 @@ class EngineConfig(Section):
     elsewhere."""
     env: Annotated[
         dict[str, str],
-        AfterValidator(_keeps_adapters),
+        AfterValidator(_without_runtime_lora),
         PlainSerializer(_masked, when_used="json"),
         Field(
             repr=False,
@@ -120,7 +120,7 @@ def _is_no_part(name: str) -> str:
     if name in _PART_KINDS:
         raise ValueError(
             f"vLLM would apply it to all messages with {name} in them, whatever model they ask for;"
-            " call it otherwise, or use vLLM's option default_mm_loras"
+            " should have another name, or be in vLLM's option default_mm_loras"
         )
     return name
 
@@ -171,20 +171,21 @@ class ModelConfig(Section):
 
     @property
     def engine_options(self) -> Mapping[str, Any] | None:
-        """The options of the vLLM that answers; `None` where it may be another engine."""
+        """The options of the vLLM that answers; `None` where another engine may answer."""
         return self.vllm if self.upstreams else self.engine.args
 
     def asked_as(self, name: str) -> Iterator[tuple[str, str]]:
-        """Yield each name by which clients may ask for it or an adapter, and the engine's own.
+        """Yield each name that clients may use, and the engine's name for the same.
 
-        The engine knows it by `name`.
+        Args:
+            name: the engine's name for the model.
         """
         yield name, name
         yield from ((alias, name) for alias in self.aliases)
         yield from ((adapter, adapter) for adapter in self.adapters)
 
     @model_validator(mode="after")
-    def _is_ours_or_not(self) -> Self:
+    def _has_engine_or_upstreams(self) -> Self:
         if self.upstreams and (self.source is not None or self.engine != EngineConfig()):
             raise conflict("should have an engine of ours or upstreams, and not both")
         if self.api_key is not None and not self.upstreams:
@@ -208,7 +209,7 @@ def embedded() -> dict[str, ModelConfig]:
 
 
 def clashes(models: Mapping[str, ModelConfig]) -> list[str]:
-    """Return a line if there are names by which several of the models could be meant."""
+    """Return a line if a name has several meanings."""
     meanings: dict[str, list[str]] = {}
     for name, model in models.items():
         meanings.setdefault(name, []).append("a model")
