@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Callable, Coroutine
 from functools import partial
-from importlib.metadata import version
 from math import inf
 from typing import Any
 
@@ -22,7 +21,7 @@ from server.admin.local import Administration
 from server.admin.sockets import administered
 from server.auth.tenants import Tenants
 from server.cache import FreshnessRules, build, build_turns
-from server.config.base import ConfigError
+from server.config.base import VERSION, ConfigError
 from server.config.load import redact
 from server.config.reload import Reloads
 from server.config.schema import Config
@@ -140,7 +139,7 @@ async def _serve(
         turned_away=lambda: door.unauthorized,
     )
     history = History()
-    overview = Overview(chain=chain, history=history, models=models, version=version("tierserve"))
+    overview = Overview(chain=chain, history=history, models=models, version=VERSION)
     prefixes = Prefixes()
     access = AccessLog(config.log, log)
     road = CachedRoutes(
@@ -165,7 +164,7 @@ async def _serve(
             "/overview": overview.of_all,
             "/prefixes": prefixes.report,
             "/config": lambda: redact(config.model_dump(mode="json")),
-            "/openapi.json": partial(admin_document, version("tierserve")),
+            "/openapi.json": partial(admin_document, VERSION),
         },
     )
 
@@ -175,7 +174,7 @@ async def _serve(
     described = partial(
         document,
         kept=ROUTES,
-        version=version("tierserve"),
+        version=VERSION,
         has_keys=not tenants.is_open,
         open_metrics=config.tenants.open_metrics,
     )

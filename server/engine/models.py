@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from server.config.base import ConfigError
 from server.config.models import ModelConfig as Described
+from server.engine.dtype import with_dtype
 from server.engine.identity import adapted, identity, tells_time
 from server.engine.supervisor import Engine, EngineState
 from server.engine.upstream import Upstream, Upstreams
@@ -43,6 +44,8 @@ class Model:
         loading: asyncio.Lock,
         changed: Callable[[], None],
     ) -> None:
+        if weights is not None:
+            described = with_dtype(name, described, weights.folder)
         self.name, self.described, self.weights = name, described, weights
         self.engine = (
             None
