@@ -32,7 +32,7 @@ def load_checked(file: Path) -> Config:
         ConfigError: the file can't be read, or has mistakes; the error names all of them.
     """
     result = load_partially(file)
-    # A field with a mistake has its default now, which isn't what was meant.
+    # A field with a mistake has its default now, so checks of it mean nothing.
     wrong = tuple(f"{path}{end}" for path in result.invalid_paths for end in (".", ":"))
     missing = [each for each in _missing(result) if not each.startswith(wrong)]
     if mistakes := result.mistakes + missing:

@@ -127,7 +127,7 @@ def choices(annotation: Any) -> list[Any]:
 
 
 def hint(name: str, known: Collection[str], shown: Callable[[str], str] = str) -> str:
-    """Return what may be meant by the unknown `name`: the known name that is near, or all."""
+    """Return a hint for an unknown `name`: the known name that is similar, or else all of them."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {shown(near[0])}?" if near else f"known are {', '.join(known)}"
 

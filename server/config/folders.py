@@ -20,9 +20,9 @@ SOCKET_PATH_BYTES = 107
 
 
 def log_if_new(field: str, folder: Path) -> None:
-    """Log that a folder will be made, since the value of `field` may be a slip.
+    """Log that a folder will be made, since its path in `field` may be a slip.
 
-    The cache folder is nobody's slip.
+    The cache folder is a default, and so no slip.
     """
     caches = cache_folder()
     # A folder that can't be read is reported when it is made.

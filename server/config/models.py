@@ -32,7 +32,7 @@ _PART_KINDS = frozenset(
 )  # fmt: skip
 
 
-def _are_options(args: dict[str, Any]) -> dict[str, Any]:
+def _check_options(args: dict[str, Any]) -> dict[str, Any]:
     odd = [name for name in args if not name.replace("_", "").isalnum()]
     if odd:
         raise ValueError(
@@ -43,7 +43,7 @@ def _are_options(args: dict[str, Any]) -> dict[str, Any]:
     return args
 
 
-def _not_ours(args: dict[str, Any]) -> dict[str, Any]:
+def _check_not_ours(args: dict[str, Any]) -> dict[str, Any]:
     if ours := sorted(_OUR_ARGS & args.keys()):
         raise ValueError(
             f"{', '.join(ours)}: set by tierserve; use section server, and the model's own fields"
@@ -51,7 +51,7 @@ def _not_ours(args: dict[str, Any]) -> dict[str, Any]:
     return args
 
 
-def _without_runtime_lora(env: dict[str, str]) -> dict[str, str]:
+def _check_environment(env: dict[str, str]) -> dict[str, str]:
     if RUNTIME_LORA in env:
         raise ValueError(f"should be without {RUNTIME_LORA}: `adapters` alone names adapters")
     return env
@@ -69,17 +69,16 @@ class EngineConfig(Section):
 
     args: Annotated[
         dict[str, Any],
-        AfterValidator(_are_options),
-        AfterValidator(_not_ours),
+        AfterValidator(_check_options),
+        AfterValidator(_check_not_ours),
         Field(repr=False, examples=[{"max_model_len": 4096}]),
     ] = Field(default_factory=dict)
-
     """vLLM's own options, with underscores: `max_model_len: 4096`. `dtype` is by default vLLM's
     choice; with vLLM's CPU build, bfloat16 where the CPU has instructions for it, and float32
     elsewhere."""
     env: Annotated[
         dict[str, str],
-        AfterValidator(_without_runtime_lora),
+        AfterValidator(_check_environment),
         PlainSerializer(_masked, when_used="json"),
         Field(
             repr=False,
@@ -93,30 +92,30 @@ class EngineConfig(Section):
     first, and doubles each time."""
 
 
-def _is_base(url: str) -> str:
+def _check_base_url(url: str) -> str:
     if not is_http_url(url) or url.rstrip("/").endswith("/v1"):
         raise ValueError("should be as http://host:8000, without /v1 at its end")
     return url
 
 
-def _is_findable(source: str) -> str:
+def _check_home(source: str) -> str:
     expand_home(Path(source))
     return source
 
 
-def _is_token(key: str) -> str:
+def _check_token(key: str) -> str:
     if not _TOKEN(key):
         raise ValueError("should be ASCII without spaces, as it is sent in a header")
     return key
 
 
-def _is_name(name: str) -> str:
+def _check_name(name: str) -> str:
     if not (0 < len(name) <= MAX_NAME_CHARACTERS and name.isprintable()):
         raise ValueError(f"should have 1 to {MAX_NAME_CHARACTERS} printable characters")
     return name
 
 
-def _is_no_part(name: str) -> str:
+def _check_no_part_kind(name: str) -> str:
     if name in _PART_KINDS:
         raise ValueError(
             f"vLLM would apply it to all messages with {name} in them, whatever model they ask for;"
@@ -125,9 +124,9 @@ def _is_no_part(name: str) -> str:
     return name
 
 
-Name = Annotated[str, AfterValidator(_is_name)]
-_Source = Annotated[str, Field(min_length=1), AfterValidator(_is_findable)]
-_Token = Annotated[str, AfterValidator(_is_token)]
+Name = Annotated[str, AfterValidator(_check_name)]
+_Source = Annotated[str, Field(min_length=1), AfterValidator(_check_home)]
+_Token = Annotated[str, AfterValidator(_check_token)]
 
 
 class ModelConfig(Section):
@@ -143,19 +142,19 @@ class ModelConfig(Section):
     aliases: Annotated[tuple[Name, ...], Field(examples=[["small"]])] = ()
     """Other names by which clients may ask for the model."""
     adapters: Annotated[
-        dict[Annotated[Name, AfterValidator(_is_no_part)], _Source],
+        dict[Annotated[Name, AfterValidator(_check_no_part_kind)], _Source],
         Field(examples=[{"poet": "~/adapters/poet"}]),
     ] = Field(default_factory=dict)
     """LoRA adapters, each a folder or a Hugging Face name, by the names that clients use."""
     engine: EngineConfig = EngineConfig()
     upstreams: Annotated[
-        tuple[Annotated[str, AfterValidator(_is_base)], ...],
+        tuple[Annotated[str, AfterValidator(_check_base_url)], ...],
         Field(examples=[["http://host:8000"]]),
     ] = ()
-    """Servers that somebody else runs and that answer in place of an engine of ours. They know the
+    """Servers that answer in place of an engine of ours, and that you run yourself. They know the
     model by the name that it has here."""
     vllm: Annotated[
-        Annotated[dict[str, Any], AfterValidator(_are_options)] | None,
+        Annotated[dict[str, Any], AfterValidator(_check_options)] | None,
         Field(repr=False, examples=[{"max_model_len": 4096}]),
     ] = None
     """Options that the upstreams were started with, `{}` for none, where they are vLLM 0.32. By
@@ -189,7 +188,7 @@ class ModelConfig(Section):
         if self.upstreams and (self.source is not None or self.engine != EngineConfig()):
             raise conflict("should have an engine of ours or upstreams, and not both")
         if self.api_key is not None and not self.upstreams:
-            raise ValueError("api_key is for upstreams; nobody else reaches an engine of ours")
+            raise ValueError("api_key is for upstreams; an engine of ours needs no key")
         if self.vllm is not None and not self.upstreams:
             raise ValueError(
                 "vllm is for upstreams; the options of an engine of ours are engine.args"

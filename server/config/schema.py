@@ -34,7 +34,7 @@ def is_dual(host: str) -> bool:
         return False
 
 
-def _is_origin(text: str) -> str:
+def _check_origin(text: str) -> str:
     if text != "*" and not _has_shape_of_origin(text):
         raise ValueError("should be as https://app.example:8443, in lower case, or *")
     return text
@@ -67,7 +67,7 @@ class ServerConfig(Section):
     """Seconds a client may take to send a request's head, or a body that is read whole; and
     seconds it may pause in a body that is passed through, or in reading its response."""
     allowed_origins: Annotated[
-        tuple[Annotated[str, AfterValidator(_is_origin)], ...],
+        tuple[Annotated[str, AfterValidator(_check_origin)], ...],
         Field(examples=[["https://app.example"]]),
     ] = ()
     """Origins, such as `https://app.example`, whose pages may send requests from a browser (CORS);
@@ -149,7 +149,7 @@ class CacheConfig(Section):
     """Size limit of an answer that is cached."""
 
 
-def _is_policy(name: str) -> str:
+def _check_policy(name: str) -> str:
     if name not in POLICIES:
         raise ValueError(f"should be one of {', '.join(POLICIES)}")
     return name
@@ -161,7 +161,7 @@ class MemoryTierConfig(Section):
     max_bytes: Annotated[ByteSize, Field(ge=64 * 1024)] = ByteSize(256 * 1024**2)
     """Size limit of all its answers."""
     policy: Annotated[
-        str, AfterValidator(_is_policy), Field(json_schema_extra={"enum": [*POLICIES]})
+        str, AfterValidator(_check_policy), Field(json_schema_extra={"enum": [*POLICIES]})
     ] = DEFAULT
     """Eviction policy: which answers leave when it is full."""
 
@@ -251,7 +251,7 @@ class AdminConfig(Section):
         return self
 
 
-def _is_json_lines(path: Path) -> Path:
+def _check_json_lines(path: Path) -> Path:
     if path.suffix != ".jsonl":
         raise ValueError("should end in .jsonl")
     return path
@@ -265,7 +265,7 @@ class LogConfig(Section):
     format: Literal["auto", "json", "text"] = "auto"
     """Format of the lines; `auto` is text on a terminal and JSON elsewhere."""
     trace: Annotated[
-        Annotated[FilePath, AfterValidator(_is_json_lines)] | None,
+        Annotated[FilePath, AfterValidator(_check_json_lines)] | None,
         Field(examples=["requests.jsonl"]),
     ] = None
     """File for the trace that `tierserve simulate` replays: time, key, size, tokens, model, tier

@@ -27,17 +27,17 @@ def parse_cipher_key(text: str) -> bytes:
     return key
 
 
-def _checked(key: str) -> str:
+def _check_cipher_key(key: str) -> str:
     parse_cipher_key(key)
     return key
 
 
-CipherKey = Annotated[str, AfterValidator(_checked)]
+CipherKey = Annotated[str, AfterValidator(_check_cipher_key)]
 """Type of a field that holds an encryption key."""
 
 _PREFIX = "sha256:"
 _is_hash = re.compile(_PREFIX + "[0-9a-f]{64}").fullmatch
-# Enough random characters that nobody can try them all.
+# Too long to guess, if the characters are random.
 _SHORTEST = 16
 
 
@@ -51,7 +51,7 @@ def hash_key(key: str) -> str:
     return _PREFIX + sha256(key.encode(errors="surrogateescape")).hexdigest()
 
 
-def _as_hash(text: str) -> str:
+def _check_hash(text: str) -> str:
     if not _is_hash(text):
         raise ValueError(
             "should be sha256: and 64 hexadecimal digits, as tierserve keys new prints it"
@@ -61,13 +61,13 @@ def _as_hash(text: str) -> str:
 
 def _hash_of(key: str) -> str:
     if key.startswith(_PREFIX):
-        return _as_hash(key)
+        return _check_hash(key)
     if len(key) < _SHORTEST or not key.isascii() or not key.isprintable() or " " in key:
         raise ValueError(f"should have at least {_SHORTEST} characters of ASCII, and no spaces")
     return hash_key(key)
 
 
-Hash = Annotated[str, AfterValidator(_as_hash)]
+Hash = Annotated[str, AfterValidator(_check_hash)]
 """Type of a field that holds a key's hash."""
 KeyOrHash = Annotated[str, AfterValidator(_hash_of)]
 """Type of a field that takes a key or its hash, and holds the hash."""

@@ -14,7 +14,7 @@ _EXPORTERS = {
 }
 
 
-def _is_collector(url: str) -> str:
+def _check_collector(url: str) -> str:
     if not is_http_url(url) or "@" in url:
         raise ValueError("should be as http://host:4318, without a password in it")
     return url
@@ -28,7 +28,7 @@ class TracingConfig(Section):
     """
 
     endpoint: Annotated[
-        str, AfterValidator(_is_collector), Field(examples=["http://127.0.0.1:4318"])
+        str, AfterValidator(_check_collector), Field(examples=["http://127.0.0.1:4318"])
     ]
     """Address of the collector. With `http`, the path is `/v1/traces` unless it has another; with
     `grpc`, it has none."""
