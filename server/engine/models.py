@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from server.config.base import ConfigError
 from server.config.models import ModelConfig
+from server.engine.dtype import with_dtype
 from server.engine.identity import adapter_identity, depends_on_date, identity
 from server.engine.supervisor import Engine, EngineState
 from server.engine.upstream import Upstream, Upstreams
@@ -42,6 +43,8 @@ class Model:
         loading: asyncio.Lock,
         on_change: Callable[[], None],
     ) -> None:
+        if weights is not None:
+            config = with_dtype(name, config, weights.folder)
         self.name, self.config, self.weights = name, config, weights
         self.engine = (
             None

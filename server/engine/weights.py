@@ -59,10 +59,20 @@ def locate(name: str, model: ModelConfig) -> Weights:
         raise ConfigError(mistakes)
     source = model.source or EMBEDDED
     adapters = {each: _locate_adapter(name, each, path) for each, path in model.adapters.items()}
-    if ((folder := _folder(source)) / _MODEL).is_file():
+    if (folder := local_folder(model)) is not None:
         # Resolved: an engine that is restarted must load the same weights, wherever a link points.
         return Weights(str(folder.resolve()), None, adapters)
     return Weights(source, _find_commit(source, model.revision), adapters)
+
+
+def local_folder(model: ModelConfig) -> Path | None:
+    """Return the folder of a model's weights, if they are on this machine.
+
+    Raises:
+        ConfigError: the embedded model is asked for, and there is no cache folder.
+    """
+    folder = _folder(model.source or EMBEDDED)
+    return folder if (folder / _MODEL).is_file() else None
 
 
 def location_mistakes(name: str, model: ModelConfig) -> list[str]:

@@ -10,7 +10,6 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from importlib.metadata import version
 from urllib.parse import urlsplit
 
 from aiohttp import web
@@ -23,6 +22,7 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from server.config.base import VERSION
 from server.config.tracing import TracingConfig as Options
 from server.protocol.routes import route_of
 from server.protocol.usage import input_tokens, output_tokens
@@ -59,7 +59,7 @@ class Tracing:
         logging.getLogger("opentelemetry.exporter").setLevel(logging.CRITICAL)
         # It warns, three times a minute at most, of spans that are dropped.
         logging.getLogger("opentelemetry.sdk._shared_internal").setLevel(logging.WARNING)
-        service = Resource({"service.name": "tierserve", "service.version": version("tierserve")})
+        service = Resource({"service.name": "tierserve", "service.version": VERSION})
         self._provider = TracerProvider(
             resource=service.merge(OTELResourceDetector().detect()),
             sampler=ParentBased(TraceIdRatioBased(options.sample_ratio)),
