@@ -17,7 +17,7 @@ from server.config.base import ConfigError
 from server.config.folders import log_if_new
 from server.config.schema import CacheConfig, Config, DiskTierConfig, SharedTierConfig, TiersConfig
 from server.config.secrets import parse_cipher_key
-from server.config.shared_url import _MEMCACHED_PORT
+from server.config.shared_url import MEMCACHED_PORT
 from server.telemetry.spans import step
 from tiers import (
     Answer,
@@ -282,7 +282,7 @@ def open_cache(url: str) -> BaseCache:
     if parts.scheme == "memcached":
         from tiers.shared.memcached import MemcachedBytes
 
-        return MemcachedBytes(parts.hostname or "", parts.port or _MEMCACHED_PORT)
+        return MemcachedBytes(parts.hostname or "", parts.port or MEMCACHED_PORT)
     from tiers.shared.redis import RedisBytes
 
     return RedisBytes(url)

@@ -12,8 +12,8 @@ from multidict import istr
 
 from server.auth.limits import RateLimiter
 from server.auth.tenants import NOBODY, Tenant
-from server.protocol.content_coding import DECODED, UnknownCodingError, decode
 from server.telemetry.served import Served
+from server.web.content_coding import DECODED, UnknownCodingError, decode
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 X_REQUEST_ID = istr("X-Request-Id")

@@ -15,11 +15,11 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.helpers import rfc822_formatted_time
 
 from server.config.base import SERVER
+from server.protocol.routes import Dialect, route_of
 from server.web.request import HttpRequest
 
 RETRY_AFTER_S = 5
 _NONE: Mapping[str, str] = MappingProxyType({})
-_ANTHROPICS = "/v1/messages"
 # As its documentation has them; other statuses are told by their class.
 _ANTHROPICS_KINDS = {
     401: "authentication_error",
@@ -110,11 +110,6 @@ def error_body(
     return orjson.dumps({"error": error})
 
 
-def is_anthropic_path(path: str) -> bool:
-    """Whether a path is of Anthropic's API."""
-    return path == _ANTHROPICS or path.startswith(f"{_ANTHROPICS}/")
-
-
 class ErrorResponse(web.Response):
     """An error of ours."""
 
@@ -124,7 +119,7 @@ class ErrorResponse(web.Response):
 
     def in_dialect_of(self, path: str) -> Self:
         """Return it in the shape of the API that `path` is of."""
-        if is_anthropic_path(path):
+        if route_of(path).dialect is Dialect.ANTHROPIC:
             kind = _ANTHROPICS_KINDS.get(self.status)
             if kind is None:
                 kind = "invalid_request_error" if self.status < 500 else "api_error"
