@@ -91,7 +91,7 @@ def build(
     """Return the chain and its movement, which isn't started yet.
 
     Args:
-        config: says which tiers there are, and how entries move.
+        config: describes the tiers, and how entries move between them.
         sets_aside: whether a disk tier's file that can't be trusted gives way to a new one.
         clock: returns Unix seconds.
         chance: returns a number from 0 to below 1.
@@ -289,11 +289,11 @@ def open_cache(url: str) -> BaseCache:
 
 
 class FreshnessRules:
-    """The rules of the configuration, of which the first that matches counts."""
+    """The rules of the configuration; the first one that matches a route and a model counts."""
 
     def __init__(self, cache: CacheConfig) -> None:
         self._cache = cache
-        # Of routes there are few, of names as many as the engine has.
+        # There are few routes, and few models.
         self.of = lru_cache(1024)(self._of)
 
     def _of(self, route: str, model: str) -> Freshness:
@@ -301,9 +301,9 @@ class FreshnessRules:
         default = Freshness(cache.ttl_s, cache.stale_while_revalidate_s, cache.stale_if_error_s)
         for rule in cache.rules:
             if fnmatchcase(route, rule.route) and fnmatchcase(model, rule.model):
-                said = (rule.ttl_s, rule.stale_while_revalidate_s, rule.stale_if_error_s)
-                pairs = zip(said, default, strict=True)
-                return Freshness(*(ours if ours is not None else theirs for ours, theirs in pairs))
+                times = (rule.ttl_s, rule.stale_while_revalidate_s, rule.stale_if_error_s)
+                pairs = zip(times, default, strict=True)
+                return Freshness(*(own if own is not None else base for own, base in pairs))
         return default
 
 
@@ -314,7 +314,7 @@ class TracedTier(Tier):
         self, key: str, purges: Purges, *, counted: bool = True
     ) -> tuple[bytes, Entry] | None:
         if not counted:
-            # Who waits for another process looks many times; the step is the wait.
+            # A wait for another process looks up many times; its span is the wait's.
             return await super().get(key, purges, counted=False)
         with step(f"lookup {self.name}") as span:
             found = await super().get(key, purges)
