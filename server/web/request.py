@@ -49,7 +49,7 @@ class HttpRequest(web.BaseRequest):
 
     @property
     def content_coding(self) -> str:
-        """The codings of its body (RFC 9110, section 8.4), in lower case; empty if there are none."""
+        """The codings of its body (RFC 9110, section 8.4), in lower case; empty if it has none."""
         codings = map(str.lower, self.list_header(hdrs.CONTENT_ENCODING))
         return ", ".join(coding for coding in codings if coding != "identity")
 
