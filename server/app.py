@@ -11,7 +11,6 @@ from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from math import inf
 from typing import Any
 
@@ -26,6 +25,7 @@ from server.admin.sockets import serve_admin_api
 from server.auth.collector import TenantCollector
 from server.auth.tenants import Tenants
 from server.cache import FreshnessRules, TierStack, open_stack
+from server.config.base import VERSION
 from server.config.load import redact
 from server.config.reload import Reloads
 from server.config.schema import Config
@@ -38,7 +38,7 @@ from server.handlers.proxied import ProxiedRoutes
 from server.pages.openapi import build_document
 from server.pages.openapi_handler import OpenApiHandler
 from server.pages.overview import Overview
-from server.protocol.routes import ROUTES, engine_keeps_responses
+from server.protocol.routes import CACHED_ROUTES, engine_keeps_responses
 from server.router import Handlers, Router
 from server.telemetry.finished import FinishedRequests
 from server.telemetry.logs import AccessLog, LogStream, configure
@@ -56,7 +56,6 @@ from tiers.disk import EncryptionKeyError, UntrustedError
 
 logger = logging.getLogger(__name__)
 
-VERSION = version("tierserve")
 # One stop may come twice: from a service manager that signals all processes, and from our parent.
 _ONE_STOP_S = 0.5
 # For answers that ended just now: a commit takes milliseconds.
@@ -192,7 +191,7 @@ class Server:
             collectors=[
                 EngineCollector(
                     lambda: [
-                        (model.name, model.state, model.restarts, model.upstreams.asked)
+                        (model.name, model.state, model.restarts, model.upstreams.in_flight)
                         for model in models.all
                     ]
                 ),
@@ -223,7 +222,7 @@ class Server:
     def _document(self, *, has_keys: bool) -> OpenApiHandler:
         make = partial(
             build_document,
-            kept=ROUTES,
+            kept=CACHED_ROUTES,
             version=VERSION,
             has_keys=has_keys,
             open_metrics=self._config.tenants.open_metrics,
@@ -326,10 +325,19 @@ async def _check_encryption_key(chain: Chain) -> None:
             return
 
 
-def _handle_signals(
-    stop: asyncio.Event, reloads: Reloads, clock: Callable[[], float] = time.monotonic
-) -> None:
-    """Stop at SIGTERM and SIGINT, at once at a second one, and reload files at SIGHUP."""
+def _handle_signals(stop: asyncio.Event, reloads: Reloads) -> None:
+    """Stop at SIGTERM and SIGINT, and read files again at SIGHUP."""
+    loop = asyncio.get_running_loop()
+    on_stop = _stop_handler(stop)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_stop)
+    loop.add_signal_handler(signal.SIGHUP, reloads.ask)
+
+
+def _stop_handler(
+    stop: asyncio.Event, clock: Callable[[], float] = time.monotonic
+) -> Callable[[], None]:
+    """Return what sets `stop` at the first call, and ends the process at the second one."""
     stopped_at = inf
 
     def on_stop() -> None:
@@ -341,7 +349,4 @@ def _handle_signals(
         stopped_at = min(stopped_at, now)
         stop.set()
 
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_stop)
-    loop.add_signal_handler(signal.SIGHUP, reloads.ask)
+    return on_stop

@@ -17,7 +17,7 @@ from server.config.base import ConfigError
 from server.config.folders import log_if_new
 from server.config.schema import CacheConfig, Config, DiskTierConfig, SharedTierConfig, TiersConfig
 from server.config.secrets import parse_cipher_key
-from server.config.shared_url import _MEMCACHED_PORT
+from server.config.shared_url import MEMCACHED_PORT
 from server.telemetry.spans import step
 from tiers import (
     Answer,
@@ -91,7 +91,7 @@ def build(
     """Return the chain and its movement, which isn't started yet.
 
     Args:
-        config: says which tiers there are, and how entries move.
+        config: describes the tiers, and how entries move between them.
         quarantines: whether a disk tier's file that can't be used gives way to a new one.
         clock: returns Unix seconds.
         chance: returns a number from 0 to below 1.
@@ -107,8 +107,10 @@ def build(
     frequency = FrequencySketch(_sketch_keys(tiers))
     disk = _disk(tiers.disk, frequency, clock, quarantines=quarantines)
     farther = [] if disk is None else [tier(disk.NAME, disk, clock=clock)]
-    copies, purges = Transfers(), _purges(disk, clock)
-    demotion = Demotion(farther, frequency, copies, purges, max_bytes=_DEMOTION_BYTES, clock=clock)
+    transfers, purges = Transfers(), _purges(disk, clock)
+    demotion = Demotion(
+        farther, frequency, transfers, purges, max_bytes=_DEMOTION_BYTES, clock=clock
+    )
     chained = list(farther)
     if tiers.memory is not None:
         memory = MemoryCache(
@@ -127,7 +129,7 @@ def build(
         frequency=frequency,
         max_answer_bytes=cache.max_answer_bytes,
         promote_after=tiers.promote_after,
-        copies=copies,
+        transfers=transfers,
         purges=purges,
         shared_purges=shared_purges,
         write=tiers.write,
@@ -279,18 +281,18 @@ def open_cache(url: str) -> BaseCache:
     if parts.scheme == "memcached":
         from tiers.shared.memcached import MemcachedBytes
 
-        return MemcachedBytes(parts.hostname or "", parts.port or _MEMCACHED_PORT)
+        return MemcachedBytes(parts.hostname or "", parts.port or MEMCACHED_PORT)
     from tiers.shared.redis import RedisBytes
 
     return RedisBytes(url)
 
 
 class FreshnessRules:
-    """The rules of the configuration, of which the first that matches counts."""
+    """The rules of the configuration; the first one that matches a route and a model counts."""
 
     def __init__(self, cache: CacheConfig) -> None:
         self._cache = cache
-        # Of routes there are few, of names as many as the engine has.
+        # There are few routes, and few models.
         self.of = lru_cache(1024)(self._of)
 
     def _of(self, route: str, model: str) -> Freshness:
@@ -298,9 +300,9 @@ class FreshnessRules:
         default = Freshness(cache.ttl_s, cache.stale_while_revalidate_s, cache.stale_if_error_s)
         for rule in cache.rules:
             if fnmatchcase(route, rule.route) and fnmatchcase(model, rule.model):
-                said = (rule.ttl_s, rule.stale_while_revalidate_s, rule.stale_if_error_s)
-                pairs = zip(said, default, strict=True)
-                return Freshness(*(ours if ours is not None else theirs for ours, theirs in pairs))
+                times = (rule.ttl_s, rule.stale_while_revalidate_s, rule.stale_if_error_s)
+                pairs = zip(times, default, strict=True)
+                return Freshness(*(own if own is not None else base for own, base in pairs))
         return default
 
 
@@ -311,7 +313,7 @@ class TracedTier(Tier):
         self, key: str, purges: Purges, *, counted: bool = True
     ) -> tuple[bytes, Entry] | None:
         if not counted:
-            # Who waits for another process looks many times; the step is the wait.
+            # A wait for another process looks up many times; its span is the wait's.
             return await super().get(key, purges, counted=False)
         with step(f"lookup {self.name}") as span:
             found = await super().get(key, purges)

@@ -14,8 +14,7 @@ from server.handlers.proxied import ProxiedRoutes, refuse_adapters
 from server.pages.openapi_handler import OpenApiHandler
 from server.pages.overview import Overview
 from server.pages.static_files import ADMIN_PAGES, FRONT_PAGES, StaticFiles
-from server.protocol.routes import ROUTES
-from server.protocol.surface import ADAPTER_PATHS
+from server.protocol.routes import CACHED_ROUTES, REFUSED_PATHS
 from server.telemetry.metrics import Metrics
 from server.web.access import AccessCheck, AccessControl, allow_anyone
 from server.web.cors import answer_preflight, with_cors
@@ -94,11 +93,11 @@ class Router:
             ("POST", path): self._traced(
                 wrap(handlers.cached.answer, access.for_engine_path(path)), path
             )
-            for path in ROUTES
+            for path in CACHED_ROUTES
         }
         endpoints |= {
             ("POST", path): wrap(own(refuse_adapters), access.require_tenant)
-            for path in ADAPTER_PATHS
+            for path in REFUSED_PATHS
         }
         endpoints["GET", MODELS] = wrap(own(handlers.model_list.all), access.require_tenant)
         return endpoints

@@ -1,4 +1,4 @@
-"""Tables of text, and sizes as people read them."""
+"""Text for a terminal: tables, readable sizes, and a progress bar."""
 
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
@@ -8,12 +8,12 @@ from pydantic import ByteSize
 
 
 def human_size(count: int) -> str:
-    """Return a size in bytes as people read it."""
+    """Return a number of bytes with a unit, such as `1.5MiB`."""
     return ByteSize(count).human_readable()
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return lines in which columns stand below each other, the first to the left."""
+    """Return the lines of a table; its first column is left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     return [
         "  ".join(
@@ -30,9 +30,12 @@ _Request = TypeVar("_Request")
 def progress(
     requests: Iterable[_Request], name: str, *, total: int | None = None
 ) -> Iterable[_Request]:
-    """Pass requests on and show how far it is, unless all is over in a moment.
+    """Return the requests, with a progress bar where they take longer than a second.
 
-    `total` is how many there are, where they don't know it.
+    Args:
+        requests: what is processed; without tqdm, they are returned as they are.
+        name: stands before the bar.
+        total: how many requests there are, where `requests` has no length.
     """
     if find_spec("tqdm") is None:
         return requests

@@ -36,15 +36,9 @@ TIERS = (
     ("tiers.shared",),
     ("tiers.tier",),
     ("tiers.purges",),
-    (
-        "tiers.backend",
-        "tiers.policies",
-        "tiers.frequency",
-        "tiers.failed_writes",
-        "tiers.file_locks",
-    ),
+    ("tiers.backend", "tiers.policies"),
     ("tiers.acceptance",),
-    ("tiers.entry", "tiers.key"),
+    ("tiers.entry", "tiers.key", "tiers.frequency", "tiers.resilience", "tiers.file_locks"),
 )
 HTTP = ("server.web", "server.handlers", "server.pages", "server.admin", "server.engine.upstream",
         "server.app", "server.router")  # fmt: skip
@@ -134,9 +128,10 @@ def test_no_public_class_has_the_name_of_another() -> None:
 
 def test_what_tiers_offers() -> None:
     assert sorted(tiers.__all__) == [
-        "Adoption", "Answer", "Chain", "Copies", "Demotion", "DiskCache", "Entry", "FileLeases",
-        "Flight", "Flights", "Form", "FrequencySketch", "Freshness", "Hit", "MemoryCache",
-        "Movement", "Origin", "PurgeError", "Purges", "State", "Tier", "Turns", "Write", "digest",
+        "Acceptance", "Answer", "AnswerCache", "BackgroundWork", "Chain", "Demotion", "DiskCache",
+        "Entry", "FileLeases", "Flight", "FrequencySketch", "Freshness", "GenerationLock", "Hit",
+        "ImportResult", "MemoryCache", "Pending", "Provenance", "PurgeError", "Purges",
+        "SingleFlight", "State", "Tier", "Transfers", "WritePolicy", "digest",
     ]  # fmt: skip
 
 

@@ -1,9 +1,11 @@
-"""The cache: answers, their keys, and the tiers that hold them.
+"""A multi-tier cache of answers: `AnswerCache` over a `Chain` of `Tier`s over aiocache backends.
 
-Knows nothing of HTTP and nothing of vLLM. `Chain` is the way in; `MemoryCache` and `DiskCache`
-are aiocache backends that also work without the rest.
+`tiers/README.md` shows its use. `MemoryCache` and `DiskCache` are aiocache backends that also work
+alone. Callers decide what an answer's bytes and labels mean.
 """
 
+from tiers.acceptance import Acceptance
+from tiers.answer_cache import AnswerCache, Pending
 from tiers.chain import Chain, Hit, ImportResult
 from tiers.disk import DiskCache
 from tiers.entry import Answer, Entry, Freshness, Provenance, State
@@ -11,8 +13,8 @@ from tiers.frequency import FrequencySketch
 from tiers.key import digest
 from tiers.memory.cache import MemoryCache
 from tiers.movement.background import BackgroundWork
-from tiers.movement.copies import Transfers
 from tiers.movement.demotion import Demotion, WritePolicy
+from tiers.movement.transfers import Transfers
 from tiers.purges.purges import PurgeError, Purges
 from tiers.singleflight.flight import Flight, SingleFlight
 from tiers.singleflight.leases import FileLeases
@@ -20,7 +22,9 @@ from tiers.singleflight.lock import GenerationLock
 from tiers.tier import Tier
 
 __all__ = [
+    "Acceptance",
     "Answer",
+    "AnswerCache",
     "BackgroundWork",
     "Chain",
     "Demotion",
@@ -34,6 +38,7 @@ __all__ = [
     "Hit",
     "ImportResult",
     "MemoryCache",
+    "Pending",
     "Provenance",
     "PurgeError",
     "Purges",

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from tiers.entry import Answer, Entry, Freshness, Provenance, State
 from tiers.frequency import FrequencySketch
-from tiers.movement.copies import Transfer, Transfers
 from tiers.movement.demotion import WritePolicy
 from tiers.movement.promotion import FarHit, Promotion
+from tiers.movement.transfers import Transfer, Transfers
 from tiers.purges.purges import Purges
 from tiers.shared.purges import SharedPurges
 from tiers.tier import Tier
@@ -66,7 +66,7 @@ class Chain:
         max_answer_bytes: a larger answer isn't stored.
         promote_after: requests after which a hit is copied to nearer tiers, if it is asked for more
             often than what it would evict there; at once where an older entry is there.
-        copies: those under way between the tiers; the demotion's own, if there is one.
+        transfers: those under way between the tiers; the demotion's own, if there is one.
         purges: what is purged; by default what this process purges, until it ends.
         shared_purges: exchanges purges with other machines, if there is a shared tier.
         write: whether a new answer is stored in all tiers, or in the nearest and the shared one.
@@ -83,7 +83,7 @@ class Chain:
         frequency: FrequencySketch,
         max_answer_bytes: int,
         promote_after: int = 2,
-        copies: Transfers | None = None,
+        transfers: Transfers | None = None,
         purges: Purges | None = None,
         shared_purges: SharedPurges | None = None,
         write: WritePolicy = WritePolicy.ON_INSERT,
@@ -99,7 +99,7 @@ class Chain:
         self._promotion = Promotion(
             frequency, promote_after=promote_after, max_bytes=_PROMOTION_BYTES, clock=clock
         )
-        self._copies = Transfers() if copies is None else copies
+        self._transfers = Transfers() if transfers is None else transfers
         self.purges = Purges(clock=clock) if purges is None else purges
         self._shared_purges = shared_purges
         self.purged = 0
@@ -155,7 +155,7 @@ class Chain:
         It replaces what nearer tiers hold under `key`, and doesn't count as a request.
         """
         await self._know_purges()
-        with self._copies.begin(key) as copy:
+        with self._transfers.begin(key) as transfer:
             for depth, tier in enumerate(self.tiers):
                 found = await tier.get(key, self.purges, counted=False)
                 if found is None:
@@ -163,7 +163,7 @@ class Chain:
                 value, entry = found
                 now = self.clock()
                 if entry.stored_at > than and entry.state(now) is State.FRESH:
-                    async with copy.writing() as is_latest:
+                    async with transfer.writing() as is_latest:
                         for nearer in self.tiers[:depth] if is_latest else ():
                             if await nearer.holds(key):
                                 await nearer.put(key, value, entry.kept_until - now)
@@ -221,7 +221,7 @@ class Chain:
         left_s = entry.kept_until - now
         if left_s <= 0:
             return False
-        async with self._copies.storing(key):
+        async with self._transfers.storing(key):
             stored = False
             if self._write is WritePolicy.ON_EVICT:
                 stored = await self._store_nearest(key, value, left_s)
@@ -263,7 +263,7 @@ class Chain:
         if self.purges.is_purged(key, entry):
             return ImportResult.PURGED
         value, stored, is_held = entry.encode(), False, False
-        async with self._copies.storing(key):
+        async with self._transfers.storing(key):
             # A farther tier may hold a newer entry than a nearer one.
             async for held in self._held(key):
                 # Each place numbers its purges by itself.
@@ -297,7 +297,7 @@ class Chain:
 
     async def drain(self) -> None:
         """Wait for the promotions that are under way."""
-        await self._promotion.finish()
+        await self._promotion.drain()
 
     async def close(self) -> None:
         """Drain promotions, then flush and close the tiers, nearest first."""
@@ -339,7 +339,7 @@ class Chain:
 
     async def _lookup_farther(self, key: str, best: _Found | None, asked: int) -> _Found | None:
         """Look up the tiers behind the nearest, where `best` was found, and promote a find."""
-        copy: Transfer | None = self._copies.begin(key)
+        transfer: Transfer | None = self._transfers.begin(key)
         older_in = [] if best is None else [self.tiers[0]]
         try:
             for depth in range(1, len(self.tiers)):
@@ -351,14 +351,14 @@ class Chain:
                 if best.state is State.FRESH:
                     break
                 older_in.append(self.tiers[depth])
-            if copy is not None and best is not None and best.depth > 0:
+            if transfer is not None and best is not None and best.depth > 0:
                 far_hit = FarHit(key, best.value, best.entry, asked, older_in)
-                taken, copy = copy, None
+                taken, transfer = transfer, None
                 await self._promotion.promote(taken, far_hit, self.tiers[: best.depth])
             return best
         finally:
-            if copy is not None:
-                copy.release()
+            if transfer is not None:
+                transfer.release()
 
     def _is_refreshed_early(self, entry: Entry, now: float) -> bool:
         """Decide by chance, the likelier the closer the expiry and the dearer the answer.

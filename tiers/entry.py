@@ -1,4 +1,4 @@
-"""What tiers hold: an answer, and the entry that wraps it with its times."""
+"""What tiers hold: an answer, and the entry that wraps it with its times and labels."""
 
 from collections.abc import Iterable
 from enum import IntEnum
@@ -6,58 +6,58 @@ from math import isfinite
 from struct import Struct, error
 from typing import NamedTuple, Self
 
-# Each hit decodes an entry: `NamedTuple`'s own way to make it takes twice as long.
+# Each hit decodes an entry; calling a `NamedTuple` class takes twice as long.
 _new = tuple.__new__
 
 _HEADER = Struct("<BBdddddQII")
 _VERSION = 3
 
 SKEW_S = 1.0
-"""By how much the clocks of machines that share a tier may differ."""
+"""How many seconds the clocks of machines that share a tier may differ by."""
 
 
 class Answer(NamedTuple):
-    """A finished output of an engine. What its bytes mean is for the caller to say."""
+    """A finished answer. What its bytes mean is the caller's business."""
 
     encoding: int
-    """How the caller encodes the content, from 0 to 255; tiers only keep it."""
+    """The caller's number for how the content is encoded, from 0 to 255."""
     content: bytes
     trailer: bytes = b""
-    """What follows the content, kept apart since only some callers ask for it."""
+    """What follows the content; kept apart, since not every reader wants it."""
 
 
 class Freshness(NamedTuple):
-    """How long an answer is good for, in seconds (RFC 5861 for the last two)."""
+    """How long an answer may be used, in seconds (RFC 5861 for the last two)."""
 
     ttl_s: float
     stale_while_revalidate_s: float = 0
-    """After the ttl: given out while a new answer is made."""
+    """After the ttl, while a new answer is generated."""
     stale_if_error_s: float = 0
-    """After the ttl: given out where no new answer can be had."""
+    """After the ttl, if no new answer can be generated."""
 
 
 class Provenance(NamedTuple):
-    """What `tiers.purges` must know of how an answer came to be."""
+    """When an answer's generation began, and its labels: what decides whether it is purged."""
 
     purge_epoch: int = 0
-    """The last purge that was known when its making began, as `tiers.purges` numbers them."""
+    """The last purge that was known when its generation began, as `tiers.purges` counts them."""
     packed_labels: bytes = b""
 
     @classmethod
-    def of(cls, generation: int, labels: Iterable[str]) -> Self:
-        """Return the origin of an answer that may be purged by `labels`.
+    def of(cls, purge_epoch: int, labels: Iterable[str]) -> Self:
+        """Return the provenance of an answer that may be purged by `labels`.
 
         Raises:
-            ValueError: a label is empty or has a line's end in it.
+            ValueError: a label is empty or has a line break.
         """
         labels = tuple(labels)
         if not all(label and "\n" not in label for label in labels):
-            raise ValueError("a label should be text without a line's end")
-        return cls(generation, "\n".join(labels).encode())
+            raise ValueError("a label should be text without a line break")
+        return cls(purge_epoch, "\n".join(labels).encode())
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """By what it may be purged, beside its key."""
+        """The labels by which it may be purged, beside its key."""
         return tuple(self.packed_labels.decode().split("\n")) if self.packed_labels else ()
 
 
@@ -66,9 +66,9 @@ class State(IntEnum):
 
     FRESH = 0
     STALE_WHILE_REVALIDATE = 1
-    """May be given out if a new answer is made meanwhile."""
+    """May be used while a new answer is generated."""
     STALE_IF_ERROR = 2
-    """May be given out where no new answer can be had."""
+    """May be used if no new answer can be generated."""
     EXPIRED = 3
 
 
@@ -80,7 +80,7 @@ class Entry(NamedTuple):
     expires_at: float
     """When it stops being fresh."""
     generation_s: float = 0
-    """Seconds that it took to generate."""
+    """Seconds that its generation took."""
     stale_while_revalidate_s: float = 0
     stale_if_error_s: float = 0
     purge_epoch: int = 0
@@ -88,25 +88,25 @@ class Entry(NamedTuple):
 
     @property
     def provenance(self) -> Provenance:
-        """How it came to be."""
+        """Its purge epoch and labels."""
         return Provenance(self.purge_epoch, self.packed_labels)
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """By what it may be purged, beside its key."""
+        """The labels by which it may be purged, beside its key."""
         return self.provenance.labels
 
     @property
     def kept_until(self) -> float:
-        """When it is of no use any more."""
+        """When it expires for every use."""
         return self.expires_at + max(self.stale_while_revalidate_s, self.stale_if_error_s)
 
     def state(self, now: float) -> State:
         """Return what it may be used for at `now`.
 
-        How old an entry from the future is can't be told, so it is of no use: the clock was ahead
-        when it was stored, or has been set back since. One that is older than what the clock was
-        set back by can't be told from others, and lasts longer by that.
+        The age of an entry from the future is unknown, so it counts as expired: the clock was ahead
+        when it was stored, or has been set back since. After the clock was set back, entries older
+        than that last longer by as much.
         """
         if now < self.expires_at:
             return State.FRESH if self.stored_at <= now + SKEW_S else State.EXPIRED
@@ -122,19 +122,19 @@ class Entry(NamedTuple):
 
     @staticmethod
     def provenance_of(data: bytes) -> Provenance:
-        """Read the origin alone of what `encode` wrote.
+        """Return only the provenance of an encoded entry.
 
         Raises:
             ValueError: the bytes are of another format version, or cut short.
         """
         if len(data) < _HEADER.size or data[0] != _VERSION:
             raise ValueError("entry is of another format version or cut short")
-        *_, generation, labels_bytes, _ = _HEADER.unpack_from(data)
-        return Provenance(generation, data[_HEADER.size : _HEADER.size + labels_bytes])
+        *_, purge_epoch, labels_bytes, _ = _HEADER.unpack_from(data)
+        return Provenance(purge_epoch, data[_HEADER.size : _HEADER.size + labels_bytes])
 
     @classmethod
     def decode(cls, data: bytes) -> Self:
-        """Read what `encode` wrote.
+        """Return the entry that `encode` wrote.
 
         Raises:
             ValueError: the bytes are of another format version, or cut short.
@@ -152,10 +152,10 @@ class Entry(NamedTuple):
 
     @classmethod
     def decode_untrusted(cls, data: bytes) -> Self:
-        """Read the same where no checksum has told that these are the bytes that were stored.
+        """Return the same from bytes that no checksum has verified.
 
         Raises:
-            ValueError: as `decode`, or labels aren't text, or a time isn't finite.
+            ValueError: as in `decode`, or labels aren't text, or a time isn't finite.
         """
         entry = cls.decode(data)
         entry.packed_labels.decode()

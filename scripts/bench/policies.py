@@ -25,7 +25,7 @@ from server.simulation import references
 from server.simulation.references import ONLINE, OPTIMUM
 from server.simulation.traces import BLOCK_TOKENS, TOKEN_BYTES, Trace, TraceRequest, read
 from tiers import digest
-from tiers.policies import DEFAULT, POLICIES
+from tiers.policies import DEFAULT_POLICY, POLICIES
 
 
 class Result(NamedTuple):
@@ -125,9 +125,9 @@ def print_requests(table: dict[tuple[str, float], dict[str, Result]]) -> None:
     print("Miss ratio: the share of requests that are not found")
     print_columns(table, "requests")
     to_lru, to_best = [], []
-    print(f"\n{DEFAULT}, relative to            lru   best of libcachesim's online policies")
+    print(f"\n{DEFAULT_POLICY}, relative to            lru   best of libcachesim's online policies")
     for (name, share), row in table.items():
-        ours = row[DEFAULT].requests
+        ours = row[DEFAULT_POLICY].requests
         best = min(ONLINE, key=lambda column: row[column].requests)
         to_lru.append(ours / row["lru"].requests - 1)
         to_best.append(ours / row[best].requests - 1)

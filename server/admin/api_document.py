@@ -5,10 +5,11 @@ from typing import Any
 
 from server.admin.export_format import ENCODING_NAMES
 from server.admin.operations import MAX_PAGE
-from server.protocol.labels import A_TAG, MAX_TAG_CHARACTERS, TENANT
+from server.auth.tenants import TENANT
+from server.protocol.labels import A_TAG, KINDS, MAX_TAG_CHARACTERS
 from server.web.openapi_parts import OBJECT, OPENAI_ERROR, TEXT, object_schema, openapi_document
 from tiers.key import KEY_PATTERN
-from tiers.purges.table import ALL, KEY, KINDS, MAX_LABELS
+from tiers.purges.table import ALL, KEY, MAX_LABELS
 
 _JSON, _JSONL = "application/json", "application/jsonl"
 _NUMBER, _INTEGER = {"type": "number"}, {"type": "integer"}

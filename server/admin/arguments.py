@@ -6,7 +6,8 @@ They are apart from `commands`, so that other commands start without its imports
 import argparse
 from pathlib import Path
 
-from tiers.purges.table import KINDS, MAX_LABELS
+from server.protocol.labels import KINDS
+from tiers.purges.table import MAX_LABELS
 
 
 def add_cache_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -109,7 +109,8 @@ async def _get(config: Config, options: argparse.Namespace) -> int:
 
 
 async def _purge(config: Config, options: argparse.Namespace) -> int:
-    from tiers.purges.table import ALL, KINDS
+    from server.protocol.labels import KINDS
+    from tiers.purges.table import ALL
 
     kind, names = ALL, []
     for each in KINDS:

@@ -15,11 +15,12 @@ from aiohttp import hdrs, web
 
 from server.admin.export_format import split_lines
 from server.admin.operations import MAX_PAGE, AdminError, AdminOperations, EntryQuery
+from server.protocol.labels import KINDS
 from server.web.offload import offload
 from server.web.request import HttpRequest
 from server.web.responses import error_response, server_headers
 from tiers.disk import MAX_KEY_BYTES
-from tiers.purges.table import ALL, KEY, KINDS
+from tiers.purges.table import ALL, KEY
 
 logger = logging.getLogger(__name__)
 

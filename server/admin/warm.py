@@ -11,7 +11,7 @@ import orjson
 
 from server.admin.operations import AdminError
 from server.config.schema import Config
-from server.protocol.routes import ROUTES
+from server.protocol.routes import CACHED_ROUTES
 from server.terminal import progress
 from server.web.tls import fingerprint
 
@@ -167,8 +167,8 @@ def _parse_line(number: int, line: bytes) -> WarmRequest:
     if unknown := sorted(fields.keys() - {"route", "body"}):
         raise ValueError(f"should have only route and body, not {unknown[0]!r}")
     route, body = fields.get("route", _CHAT), fields.get("body")
-    if route not in ROUTES:
-        raise ValueError(f"route should be one of {', '.join(ROUTES)}, not {route!r}")
+    if route not in CACHED_ROUTES:
+        raise ValueError(f"route should be one of {', '.join(CACHED_ROUTES)}, not {route!r}")
     if not isinstance(body, dict):
         raise ValueError("body should be an object")
     return WarmRequest(number, route, orjson.dumps(body))

@@ -1,8 +1,8 @@
-"""Tenants: who asks, which answers they share, and what they may.
+"""Tenants: who asks, which answers they share, and what they may do.
 
 Where no keys are configured, everybody may ask, and each `Authorization` header (and Anthropic's
-`x-api-key`) is a tenant of its own, whom an engine may know. Else a file maps tenants to hashed
-keys:
+`x-api-key`) is a tenant of its own, whose key an engine may know. Else a file maps tenants to
+hashed keys:
 
     acme:
       keys:
@@ -12,7 +12,10 @@ keys:
       max_requests: 32        # under way at once
     grafana:
       keys: [sha256:9b02…]
-      operator: true          # may read metrics, and reach all of the engine's routes
+      operator: true          # may read metrics, and use all of the engine's routes
+
+A fast hash without salt suffices, unlike for passwords: our keys have 256 random bits, so nobody
+finds one by trying.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,33 +30,36 @@ from pydantic import Field, TypeAdapter, ValidationError
 from server.auth.credentials import bearer_key, credentials_in, presented_credentials
 from server.auth.limits import Limits, RateLimiter
 from server.config.base import ConfigError, Section, expected
-from server.config.schema import TenantsConfig as Configured
+from server.config.schema import TenantsConfig
 from server.config.secrets import Hash, hash_key
 from server.config.yaml_loader import Loader
-from server.protocol.labels import TENANT
 from tiers.key import digest, scope_named
 
+TENANT = "[A-Za-z0-9._-]{1,64}"
+"""The pattern of a tenant's name."""
 ANONYMOUS = "anonymous"
 """The tenant of requests without credentials, where none are needed."""
 _ALONE = "default"
 """The tenant of `tenants.key`."""
-# Of headers that were seen already, each of which would have to be hashed again.
-_REMEMBERED = 1024
+# Tenants found by their headers, each of which would have to be hashed again.
+_MEMO_HEADERS = 1024
 
 
 class Tenant:
-    """Who asks. Each object stands for itself: it is looked up and compared for each request.
+    """Who asks. Two tenants are equal only if they are the same object.
 
     Args:
-        name: what it is purged by, and named in metrics.
+        name: its name in metrics and purges.
         scope: who may share its answers.
-        share: the scope of its keys, that of which a part of the tiers is for sure; none if empty.
-        salt: keeps apart what an engine's prefix cache holds; `None` where nothing is to.
-        operator: whether it may do all that can be done.
-        account: what it has asked; `None` where that isn't counted.
+        share: the scope in its keys, to which the tiers grant a share of their bytes; none if
+            empty.
+        salt: keeps its prompts apart in an engine's prefix cache; `None` to share the cache.
+        operator: whether it may do everything.
+        limiter: counts and limits its requests; `None` where no keys are configured.
+        revision: which reading of the tenants' file the tenant comes from.
     """
 
-    __slots__ = ("limiter", "name", "operator", "salt", "scope", "share_scope")
+    __slots__ = ("limiter", "name", "operator", "revision", "salt", "scope", "share_scope")
 
     def __init__(
         self,
@@ -63,19 +69,20 @@ class Tenant:
         share: str = "",
         salt: str | None = None,
         operator: bool = False,
-        account: RateLimiter | None = None,
+        limiter: RateLimiter | None = None,
+        revision: int = 0,
     ) -> None:
         self.name, self.scope, self.share_scope, self.salt = name, scope, share, salt
-        self.operator, self.limiter = operator, account
+        self.operator, self.limiter, self.revision = operator, limiter, revision
 
     @property
     def has_key(self) -> bool:
-        """Whether its key is one of ours, and no engine's business."""
+        """Whether its key is one of ours, which no engine gets."""
         return self.limiter is not None
 
 
-NOBODY = Tenant("nobody", b"\0nobody", account=RateLimiter(Limits()))
-"""Whoever asks where no door is."""
+NOBODY = Tenant("nobody", b"\0nobody", limiter=RateLimiter(Limits()))
+"""The tenant of requests that need no key."""
 
 
 class TenantRecord(Section):
@@ -96,17 +103,17 @@ class Tenants:
     """All tenants, found by what a request presents.
 
     Args:
-        section: where they are configured.
-        new_account: returns what counts a tenant's requests.
+        section: their configuration.
+        new_limiter: makes what counts and limits a tenant's requests.
 
     Raises:
         ConfigError: the file can't be read, or is wrong.
     """
 
     def __init__(
-        self, section: Configured, new_account: Callable[[Limits], RateLimiter] = RateLimiter
+        self, section: TenantsConfig, new_limiter: Callable[[Limits], RateLimiter] = RateLimiter
     ) -> None:
-        self._section, self._new_account = section, new_account
+        self._section, self._new_limiter, self._revision = section, new_limiter, 0
         self._by_header: dict[str, Tenant] = {}
         self._by_hash: dict[str, Tenant] = {}
         self.limiters: dict[str, RateLimiter] = {}
@@ -115,11 +122,11 @@ class Tenants:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What is read again when it changes."""
+        """The files that are to be read again when they change."""
         return () if self._section.file is None else (self._section.file,)
 
     def read(self) -> Mapping[str, TenantRecord]:
-        """Return the tenants that are configured now. May take long, and be called in a thread.
+        """Return the tenants that are configured now. It may block, and may run in a thread.
 
         Raises:
             ConfigError: the file can't be read, or is wrong.
@@ -127,22 +134,23 @@ class Tenants:
         if (file := self._section.file) is not None:
             return _read(file)
         if (key := self._section.key) is not None:
-            # There is nobody else whom it could harm.
+            # There is no other tenant whom it could harm.
             return {_ALONE: TenantRecord(keys=(key,), operator=True)}
         return {}
 
     def use(self, records: Mapping[str, TenantRecord]) -> None:
-        """Let these in from now on. What is under way goes on."""
-        accounts: dict[str, RateLimiter] = {}
+        """Accept the keys of these tenants from now on. Requests under way go on."""
+        self._revision += 1
+        limiters: dict[str, RateLimiter] = {}
         by_hash: dict[str, Tenant] = {}
         salts = self._salts(records)
         for name, record in records.items():
             limits = Limits(record.requests_per_minute, record.max_requests)
-            account = self.limiters.get(name)
-            if account is None:
-                account = self._new_account(limits)
-            account.set_limits(limits)
-            accounts[name] = account
+            limiter = self.limiters.get(name)
+            if limiter is None:
+                limiter = self._new_limiter(limits)
+            limiter.set_limits(limits)
+            limiters[name] = limiter
             scope = _scope(name, record)
             tenant = Tenant(
                 name,
@@ -150,16 +158,18 @@ class Tenants:
                 share=scope_named(scope),
                 salt=salts.get(scope),
                 operator=record.operator,
-                account=account,
+                limiter=limiter,
+                revision=self._revision,
             )
             by_hash |= dict.fromkeys(record.keys, tenant)
-        self.limiters, self._by_hash = accounts, by_hash
+        self.limiters, self._by_hash = limiters, by_hash
         self._by_header.clear()
 
     def _salts(self, records: Mapping[str, TenantRecord]) -> dict[bytes, str]:
-        """Return the salt of each scope, which only who knows the hashes of its keys could guess.
+        """Return the salt of each scope, a digest of the hashes of its keys.
 
-        So it is the same in all servers with one file, and another once the scope's keys change.
+        So all servers with one file have the same salts, only who knows the hashes can guess one,
+        and a scope's salt changes with its keys.
         """
         if not self._section.cache_salt:
             return {}
@@ -167,52 +177,52 @@ class Tenants:
         for name, record in records.items():
             hashes.setdefault(_scope(name, record), []).extend(record.keys)
         return {
-            scope: digest(b"cache_salt", scope, *(each.encode() for each in sorted(known)))
-            for scope, known in hashes.items()
+            scope: digest(b"cache_salt", scope, *(each.encode() for each in sorted(of_scope)))
+            for scope, of_scope in hashes.items()
         }
 
     def find(self, headers: MultiMapping[str]) -> Tenant | None:
-        """Return whose request these headers come with; `None` without a key that is known.
+        """Return the tenant whose key these headers hold; `None` without a known key.
 
         Raises:
-            BadRequestError: a header with credentials stands twice.
+            DuplicateHeaderError: a header with credentials stands more than once.
         """
         if self.is_open:
-            # Whatever an engine may know a client by; no header holds an end of line.
+            # An engine may know a client by either header. No header holds an end of line.
             token, key = credentials_in(headers)
-            given = f"{token or ''}\n{key}" if key is not None else token or ""
+            credentials = f"{token or ''}\n{key}" if key is not None else token or ""
         else:
-            given = presented_credentials(headers)
-        tenant = self._by_header.get(given)
-        if tenant is None and (tenant := self._find(given)) is not None:
-            if len(self._by_header) >= _REMEMBERED:
+            credentials = presented_credentials(headers)
+        tenant = self._by_header.get(credentials)
+        if tenant is None and (tenant := self._find(credentials)) is not None:
+            if len(self._by_header) >= _MEMO_HEADERS:
                 self._by_header.clear()
-            self._by_header[given] = tenant
+            self._by_header[credentials] = tenant
         return tenant
 
-    def _find(self, given: str) -> Tenant | None:
+    def _find(self, credentials: str) -> Tenant | None:
         if self.is_open:
-            return open_tenant(given)
-        key = bearer_key(given)
-        # Looked up by its hash, how long it takes tells nothing of the keys that there are.
+            return open_tenant(credentials)
+        key = bearer_key(credentials)
+        # The time that a look-up by hash takes reveals nothing of the keys that there are.
         return self._by_hash.get(hash_key(key)) if key else None
 
 
 def open_tenant(credentials: str) -> Tenant:
-    """Return who presents these credentials where no keys are configured.
+    """Return the tenant with these credentials where no keys are configured.
 
-    Its name does not reveal them.
+    Its name doesn't reveal them.
     """
-    # A header may hold bytes that are no text.
+    # A header may hold bytes that aren't text.
     scope = credentials.encode(errors="surrogateescape")
     name = blake2b(scope).hexdigest()[:16] if scope else ANONYMOUS
     return Tenant(name, scope, operator=True)
 
 
 def _scope(name: str, record: TenantRecord) -> bytes:
-    # No header holds a zero, so nobody has been in this scope without a key.
-    kind, shared = ("tenant", name) if record.scope is None else ("scope", record.scope)
-    return f"\0{kind}\0{shared}".encode()
+    # No header holds a zero byte, so a tenant without a configured key never has this scope.
+    kind, scope = ("tenant", name) if record.scope is None else ("scope", record.scope)
+    return f"\0{kind}\0{scope}".encode()
 
 
 def _read(file: Path) -> Mapping[str, TenantRecord]:
@@ -221,14 +231,14 @@ def _read(file: Path) -> Mapping[str, TenantRecord]:
     except OSError as exc:
         raise ConfigError([f"tenants.file: {file} can't be read: {exc.strerror}"]) from exc
     except (ValueError, RecursionError, yaml.YAMLError) as exc:
-        # What it says of it may show a key.
+        # The error's text may show a key.
         mark = getattr(exc, "problem_mark", None)
         where = "" if mark is None else f", at line {mark.line + 1}"
         raise ConfigError([f"tenants.file: {file} is no YAML{where}"]) from exc
     try:
         records = _records.validate_python(data)
     except ValidationError as exc:
-        # What was given isn't shown: it may be a key.
+        # The value isn't shown, since it may be a key.
         raise ConfigError([_explain(error) for error in exc.errors()]) from None
     hashes = [each for record in records.values() for each in record.keys]
     if len(hashes) > len(set(hashes)):

@@ -1,7 +1,8 @@
-"""What sections of the configuration have in common."""
+"""What all sections of the configuration share: their base class, field types, and errors."""
 
 import re
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, get_origin
@@ -15,26 +16,30 @@ from pydantic import (
     ValidationInfo,
     field_validator,
     model_validator,
-)  # fmt: skip
+)
 from pydantic_core import PydanticCustomError
 
 from server.config.environment import choices
 from server.config.yaml_loader import EMPTY
 
 _has_shape = re.compile(r"https?://[^/\s]+(/[^\s?#]*)?").fullmatch
+SERVER = "tierserve"
+"""Our name in the header `Server`, by which we know another of us."""
+VERSION = version("tierserve")
+"""The version, which `pyproject.toml` sets."""
 MASK = "***"
-"""What is shown of a secret."""
+"""Stands for a secret in what we print."""
 CENTURY_S = 100 * 366 * 24 * 3600
-"""More than any time that means something, and little enough to reckon with."""
+"""The longest duration: longer ones mean nothing, and could overflow."""
 Seconds = Annotated[float, Field(ge=0, le=CENTURY_S)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=CENTURY_S)]
 
 
 def expand_home(path: Path) -> Path:
-    """Return a path with the home that `~` stands for.
+    """Return a path with the home folder in place of `~`.
 
     Raises:
-        ValueError: there is no such user, or this one has no home.
+        ValueError: there is no such user, or the user has no home folder.
     """
     try:
         return path.expanduser()
@@ -47,32 +52,34 @@ FilePath = Annotated[Path, AfterValidator(expand_home)]
 
 
 class Section(BaseModel):
-    """A part of the configuration, in which an unknown key is a mistake.
+    """A section of the configuration. An unknown key is a mistake.
 
-    A section, list or mapping without a value is empty, which is a mistake where it needs an entry.
-    Any other field without a value is a mistake, since that could mean to turn it off. A boolean is
-    no number.
+    A section, list or mapping without a value is empty. Any other field without a value is a
+    mistake, since it could mean to turn the field off. A boolean isn't a number.
+
+    The text below a field describes it in the reference.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _has_keys(cls, given: Any) -> Any:
-        return {} if given is EMPTY else given
+    def _fill_empty(cls, data: Any) -> Any:
+        return {} if data is EMPTY else data
 
     @field_validator("*", mode="before")
     @classmethod
-    def _is_given(cls, value: Any, info: ValidationInfo) -> Any:
+    def _require_value(cls, value: Any, info: ValidationInfo) -> Any:
         kinds = choices(cls.model_fields[info.field_name or ""].annotation)
         if value is EMPTY:
-            return _nothing_in(kinds)
+            return _empty_value(kinds)
         if isinstance(value, bool) and bool not in kinds and any(map(_is_number, kinds)):
             raise ValueError("should be a number")
         return value
 
 
-def _nothing_in(kinds: Sequence[Any]) -> Any:
+def _empty_value(kinds: Sequence[Any]) -> Any:
+    """Return the value of a field after whose key nothing stands."""
     for kind in kinds:
         if isinstance(kind, type) and issubclass(kind, Section):
             return {}
@@ -86,8 +93,8 @@ def _is_number(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, int | float)
 
 
-# In place of pydantic's words, which are Python's.
-_SHOULD = {
+# In place of pydantic's messages, which speak of Python's types.
+_EXPECTED = {
     "dict_type": "should hold names with values",
     "string_type": "should be text, in quotes if YAML takes it for something else",
     "too_short": "should have at least one entry",
@@ -96,22 +103,22 @@ _SHOULD = {
 
 
 def expected(error: Any) -> str:
-    """Return what would be right, of one of the errors that pydantic tells."""
-    told: str = error["msg"].removeprefix("Value error, ")
-    return _SHOULD.get(error["type"], told)
+    """Return what would be right in place of one of pydantic's errors."""
+    message: str = error["msg"].removeprefix("Value error, ")
+    return _EXPECTED.get(error["type"], message)
 
 
 CONFLICT = "conflict"
-"""The type of mistakes that are there whatever else is wrong."""
+"""The error type of mistakes that no other mistake explains."""
 
 
 def conflict(text: str) -> PydanticCustomError:
-    """Return the mistake of fields that each are right and can't stand together."""
+    """Return the error of fields that are valid each, but not together."""
     return PydanticCustomError(CONFLICT, "{text}", {"text": text})
 
 
 def is_http_url(text: str) -> bool:
-    """Whether it is an address of an HTTP server, with or without a path."""
+    """Return whether a text is the address of an HTTP server, with or without a path."""
     try:
         parts = urlsplit(text)
         return _has_shape(text) is not None and bool(parts.hostname) and parts.port != 0
@@ -120,12 +127,8 @@ def is_http_url(text: str) -> bool:
 
 
 class ConfigError(ValueError):
-    """The configuration can't be used. `mistakes` has one line for each thing that is wrong."""
+    """The configuration can't be used; `mistakes` has a line for each mistake."""
 
     def __init__(self, mistakes: list[str]) -> None:
         super().__init__("\n".join(mistakes))
         self.mistakes = mistakes
-
-
-SERVER = "tierserve"
-"""Our name in the header `Server`, by which we also know another of us."""

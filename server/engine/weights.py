@@ -1,7 +1,7 @@
 """The weights: where they are, and which commit of a hub's model they are.
 
 A hub's model can change under its name. So its commit is looked up once, is part of every key, and
-is what the engine is told to load. Adapters are small: a hub's are fetched before anything starts.
+is the revision that the engine loads. Adapters are small, so a hub's are downloaded at the start.
 """
 
 import logging
@@ -17,29 +17,29 @@ from server.config.models import EMBEDDED, EMBEDDED_NAME, ModelConfig
 
 logger = logging.getLogger(__name__)
 
-_HUB_S = 5
+_HUB_TIMEOUT_S = 5
 _MODEL, _ADAPTER = "config.json", "adapter_config.json"
-_SHOULD_HOLD = {_MODEL: f"a {_MODEL}", _ADAPTER: f"an {_ADAPTER}"}
+_EXPECTED = {_MODEL: f"a {_MODEL}", _ADAPTER: f"an {_ADAPTER}"}
 
 
 class Weights(NamedTuple):
-    """What an engine of ours loads."""
+    """The weights that an engine of ours loads."""
 
     source: str
     """A folder or a hub's name."""
     revision: str | None = None
-    """The commit of the hub's model, where it is known."""
+    """The commit of a hub's model, if it is known."""
     adapters: Mapping[str, Path] = MappingProxyType({})
     """Folders of LoRA adapters by the adapters' names."""
 
     @property
     def folder(self) -> Path | None:
-        """Where they are on this machine, unless that is a hub's business."""
+        """Their folder; `None` for a hub's model."""
         return folder if (folder := Path(self.source)).is_dir() else None
 
 
 def embedded_folder() -> Path:
-    """Return where `scripts/prepare_model.py` puts the embedded model.
+    """Return the folder to which `scripts/prepare_model.py` writes the embedded model.
 
     Raises:
         ConfigError: there is no cache folder.
@@ -50,42 +50,56 @@ def embedded_folder() -> Path:
 
 
 def locate(name: str, model: ModelConfig) -> Weights:
-    """Find what the model `name` loads; asks the hub where that is a hub's.
+    """Find the weights of the model `name`; asks the hub for the commit of a hub's model.
 
     Raises:
-        ConfigError: something isn't there, or can't be a model.
+        ConfigError: weights don't exist, or can't be a model's.
     """
-    if mistakes := misplaced(name, model):
+    if mistakes := location_mistakes(name, model):
         raise ConfigError(mistakes)
     source = model.source or EMBEDDED
-    adapters = {each: _adapter(name, each, path) for each, path in model.adapters.items()}
-    if ((folder := _folder(source)) / _MODEL).is_file():
-        # An engine that is started again must load what the keys say, wherever a link leads then.
+    adapters = {each: _locate_adapter(name, each, path) for each, path in model.adapters.items()}
+    if (folder := local_folder(model)) is not None:
+        # Resolved: an engine that is restarted must load the same weights, wherever a link points.
         return Weights(str(folder.resolve()), None, adapters)
-    return Weights(source, _commit(source, model.revision), adapters)
+    return Weights(source, _find_commit(source, model.revision), adapters)
 
 
-def misplaced(name: str, model: ModelConfig) -> list[str]:
-    """Return what is wrong with where the model `name` is loaded from; asks no hub."""
+def local_folder(model: ModelConfig) -> Path | None:
+    """Return the folder of a model's weights, if they are on this machine.
+
+    Raises:
+        ConfigError: the embedded model is asked for, and there is no cache folder.
+    """
+    folder = _folder(model.source or EMBEDDED)
+    return folder if (folder / _MODEL).is_file() else None
+
+
+def location_mistakes(name: str, model: ModelConfig) -> list[str]:
+    """Return the mistakes in the model's `source` and `adapters`; asks no hub."""
     if find_spec("vllm") is None:
         return [f"models.{name}: vLLM isn't installed; run scripts/setup"]
-    asked = [(f"models.{name}.source", model.source or EMBEDDED, _MODEL)]
-    asked += [(f"models.{name}.adapters.{n}", at, _ADAPTER) for n, at in model.adapters.items()]
-    return [f"{at}: {why}" for at, source, holds in asked if (why := _misplaced(source, holds))]
+    fields = [(f"models.{name}.source", model.source or EMBEDDED, _MODEL)]
+    fields += [(f"models.{name}.adapters.{n}", at, _ADAPTER) for n, at in model.adapters.items()]
+    return [
+        f"{field}: {mistake}"
+        for field, source, file in fields
+        if (mistake := _location_mistake(source, file))
+    ]
 
 
-def _misplaced(source: str, holds: str) -> str | None:
+def _location_mistake(source: str, file: str) -> str | None:
     try:
         folder = _folder(source)
     except ConfigError as exc:
-        (why,) = exc.mistakes
-        return why
-    if (folder / holds).is_file():
+        (mistake,) = exc.mistakes
+        return mistake
+    if (folder / file).is_file():
         return None
-    if holds == _MODEL and source == EMBEDDED:
+    if file == _MODEL and source == EMBEDDED:
         return "the embedded model isn't prepared; run scripts/serve"
     if _is_path(source, folder):
-        return f"{source} should be a folder with {_SHOULD_HOLD[holds]}"
+        return f"{source} should be a folder with {_EXPECTED[file]}"
     from huggingface_hub.errors import HFValidationError
 
     # Documented, but not in the module's list of names.
@@ -94,8 +108,8 @@ def _misplaced(source: str, holds: str) -> str | None:
     try:
         validate_repo_id(source)
     except HFValidationError:
-        own = f"{EMBEDDED!r}, " if holds == _MODEL else ""
-        return f"should be {own}a folder, or a hub's name, not {source!r}"
+        embedded = f"{EMBEDDED!r}, " if file == _MODEL else ""
+        return f"should be {embedded}a folder, or a hub's name, not {source!r}"
     return None
 
 
@@ -107,8 +121,8 @@ def _is_path(source: str, folder: Path) -> bool:
     return folder.is_dir() or source.startswith(("/", "~", "."))
 
 
-def _adapter(model: str, name: str, source: str) -> Path:
-    """Return the folder of an adapter; what a hub has is fetched, unless it was before."""
+def _locate_adapter(model: str, name: str, source: str) -> Path:
+    """Return the folder of an adapter; a hub's is downloaded, unless the local cache has it."""
     from huggingface_hub import snapshot_download
 
     at = f"models.{model}.adapters.{name}"
@@ -119,25 +133,25 @@ def _adapter(model: str, name: str, source: str) -> Path:
         except Exception as exc:
             raise ConfigError([f"{at}: {source} can't be had from the hub: {exc}"]) from exc
     if not (folder / _ADAPTER).is_file():
-        raise ConfigError([f"{at}: {source} should be a folder with {_SHOULD_HOLD[_ADAPTER]}"])
+        raise ConfigError([f"{at}: {source} should be a folder with {_EXPECTED[_ADAPTER]}"])
     return folder.resolve()
 
 
-def _commit(name: str, revision: str | None) -> str | None:
-    """Return the commit that the hub or else the local copy has under `revision`."""
+def _find_commit(name: str, revision: str | None) -> str | None:
+    """Return the commit of `revision` by the hub, or else by the local cache."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:
-        return HfApi().model_info(name, revision=revision, timeout=_HUB_S).sha
+        return HfApi().model_info(name, revision=revision, timeout=_HUB_TIMEOUT_S).sha
     except Exception as exc:  # noqa: BLE001
-        # Which exceptions there are depends on the HTTP client that the hub's library uses.
-        logger.info("the hub did not tell the commit of %s (%s)", name, type(exc).__name__)
+        # The exceptions depend on the HTTP client that the hub's library uses.
+        logger.info("can't look up the commit of %s at the hub (%s)", name, type(exc).__name__)
     local = try_to_load_from_cache(name, "config.json", revision=revision)
     if isinstance(local, str):
         # …/snapshots/COMMIT/config.json
         return Path(local).parent.name
     logger.warning(
-        "the commit of %s isn't known, so keys hold only its name; set the model's version"
-        " anew when the weights change", name,
+        "the commit of %s isn't known, so keys hold only its name; change the model's version"
+        " when the weights change", name,
     )  # fmt: skip
     return revision

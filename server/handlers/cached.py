@@ -29,7 +29,7 @@ from server.handlers.variants import Variants
 from server.protocol import convert, template
 from server.protocol.cache_control import CacheControl, parse_cache_control
 from server.protocol.formats import Encoding
-from server.protocol.request import ParsedRequest, key_headers, parse_request
+from server.protocol.request import ParsedRequest, RequestParser, key_headers
 from server.telemetry.served import Served, attach
 from server.telemetry.spans import step
 from server.web.offload import offload
@@ -73,7 +73,7 @@ class CachedRoutes:
 
     def __init__(self, answers: AnswerCache, engines: Engines, policy: CachingPolicy) -> None:
         self._answers, self._engines, self._policy = answers, engines, policy
-        self._variants = Variants()
+        self._variants, self._parser = Variants(), RequestParser()
 
     async def answer(self, http: HttpRequest) -> Reply:
         """Answer from a tier, from a generation that runs, or from the engine.
@@ -85,7 +85,7 @@ class CachedRoutes:
         with step("parse"):
             names, headers = self._engines.models.names(), key_headers(http.headers)
             request = await offload(
-                len(raw), parse_request, http.path, raw, http.tenant, names, headers
+                len(raw), self._parser.parse, http.path, raw, http.tenant, names, headers
             )
         if request.id is not None:
             http.take_id_from_body(request.id)

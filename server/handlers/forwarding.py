@@ -11,9 +11,9 @@ from yarl import URL
 from server.engine.upstream import UnavailableError, Upstreams
 from server.handlers.errors import failure, unavailable
 from server.handlers.upstream_headers import UNBUFFERED, forwarded_headers, returned_headers
-from server.protocol.content_coding import DECODED
 from server.protocol.errors import BadRequestError
 from server.telemetry.served import Served, attach
+from server.web.content_coding import DECODED
 from server.web.request import HttpRequest, Reply, SlowClientError
 from server.web.responses import server_headers
 
@@ -107,7 +107,7 @@ def _answering(
     headers.update(server_headers(http))
     headers.extend(("Vary", value) for value in varies)
     if location := headers.get("Location"):
-        headers["Location"] = _seen_from_here(URL(location), reply.url)
+        headers["Location"] = _relative_location(URL(location), reply.url)
     response = web.StreamResponse(status=reply.status, headers=headers)
     if reply.content_length is not None and http.method != "HEAD":
         response.content_length = reply.content_length
@@ -138,7 +138,7 @@ def _clients_mistake(http: HttpRequest, exc: BaseException) -> Exception | None:
     return unread if isinstance(unread, web.RequestPayloadError) else None
 
 
-def _seen_from_here(location: URL, engine: URL) -> str:
+def _relative_location(location: URL, engine: URL) -> str:
     """Return where a redirect leads, without the engine's address, which is nobody's business."""
     if location.is_absolute() and location.origin() == engine.origin():
         return location.raw_path_qs

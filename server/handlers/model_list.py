@@ -1,6 +1,7 @@
-"""What there is to ask for: `/v1/models` and `/v1/models/NAME`, as OpenAI and vLLM show it.
+"""The list of models: `/v1/models` and `/v1/models/NAME`, as OpenAI and vLLM give it.
 
-Engines are asked what only they know. Their `root` may be a folder of theirs, and is left out.
+Engines are asked for the fields that only they know. Their `root` may be a folder of theirs, and is
+left out.
 """
 
 import asyncio
@@ -20,18 +21,18 @@ from server.web.responses import error_response
 
 PATH = "/v1/models"
 _ONE = f"{PATH}/"
-# An engine that is busy may take long, and most clients want no more than the names.
+# A busy engine may take long, and most clients need only the names.
 _DEADLINE_S = 2
-_MOST_BYTES = 1024 * 1024
-_THEIRS = ("created", "max_model_len", "owned_by", "permission")
-_REFUSALS = (401, 403)
+_MAX_BYTES = 1024 * 1024
+_ENGINE_FIELDS = ("created", "max_model_len", "owned_by", "permission")
+_REFUSED = (401, 403)
 
 Cards = Mapping[str, Mapping[str, Any]]
-"""What an engine says of each of its models, by name."""
+"""An engine's own description of each of its models, by name."""
 
 
 def is_one_model(path: str) -> bool:
-    """Whether a path names a model."""
+    """Whether a path is that of one model."""
     return path.startswith(_ONE) and path != _ONE
 
 
@@ -43,14 +44,14 @@ class ModelList:
         self._started = int(time.time())
 
     async def all(self, http: HttpRequest) -> web.Response:
-        """Answer with all models, their aliases and adapters, the first model first."""
+        """Answer with all models, aliases and adapters, in the order of the configuration."""
         return await self._answer(http, None)
 
     async def one(self, http: HttpRequest) -> web.Response:
-        """Answer with the one that the path names.
+        """Answer with the model that the path names.
 
         Raises:
-            UnknownModelError: there is none.
+            UnknownModelError: it does not exist.
         """
         return await self._answer(http, http.path.removeprefix(_ONE))
 
@@ -58,14 +59,14 @@ class ModelList:
         if wanted is None:
             models = self._models.all
         else:
-            models = (self._models.of(self._models.names().resolve(wanted).name),)
-        told = await asyncio.gather(*(_told(http, model) for model in models))
-        statuses = [status for status, _ in told if status is not None]
-        if statuses and all(status in _REFUSALS for status in statuses):
+            models = (self._models.get(self._models.names().resolve(wanted).name),)
+        lists = await asyncio.gather(*(_list_of_engine(http, model) for model in models))
+        statuses = [status for status, _ in lists if status is not None]
+        if statuses and all(status in _REFUSED for status in statuses):
             return error_response(statuses[0], "The engine wants another API key.")
         listed = [
             card
-            for model, (_, cards) in zip(models, told, strict=True)
+            for model, (_, cards) in zip(models, lists, strict=True)
             for card in self._cards(model, cards)
         ]
         if wanted is None:
@@ -75,7 +76,7 @@ class ModelList:
         return web.Response(body=orjson.dumps(body), content_type="application/json")
 
     def _cards(self, model: Model, cards: Cards) -> Iterator[dict[str, Any]]:
-        for name, known_as in model.asked_as():
+        for name, known_as in model.served_names():
             is_adapter = known_as != model.name
             card: dict[str, Any] = {
                 "id": name,
@@ -87,12 +88,14 @@ class ModelList:
                 "max_model_len": None,
                 "permission": [],
             }
-            theirs = cards.get(known_as, {})
-            yield card | {field: theirs[field] for field in _THEIRS if field in theirs}
+            engine_card = cards.get(known_as, {})
+            yield card | {
+                field: engine_card[field] for field in _ENGINE_FIELDS if field in engine_card
+            }
 
 
-async def _told(http: HttpRequest, model: Model) -> tuple[int | None, Cards]:
-    """Return what an engine of the model says of itself, and the status with which it does."""
+async def _list_of_engine(http: HttpRequest, model: Model) -> tuple[int | None, Cards]:
+    """Return the status and the list of an engine of the model; without status if it failed."""
     try:
         async with (
             asyncio.timeout(_DEADLINE_S),
@@ -102,19 +105,19 @@ async def _told(http: HttpRequest, model: Model) -> tuple[int | None, Cards]:
         ):
             if reply.status != 200:
                 return reply.status, {}
-            said = orjson.loads(await _whole(reply))
-            return 200, {card["id"]: card for card in said["data"]}
+            listed = orjson.loads(await _read_bounded(reply))
+            return 200, {card["id"]: card for card in listed["data"]}
     except (aiohttp.ClientError, OSError, UnavailableError):
         return None, {}
     except (ValueError, KeyError, TypeError):
-        # Some servers list nothing that we know.
+        # The list of some servers has another shape.
         return 200, {}
 
 
-async def _whole(reply: aiohttp.ClientResponse) -> bytes:
+async def _read_bounded(reply: aiohttp.ClientResponse) -> bytes:
     body = b""
     async for piece in reply.content.iter_any():
         body += piece
-        if len(body) > _MOST_BYTES:
-            raise ValueError("no list of models is as long")
+        if len(body) > _MAX_BYTES:
+            raise ValueError("the list of models is too long")
     return body

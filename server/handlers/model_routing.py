@@ -1,30 +1,28 @@
-"""Where a request that passes through goes, and what it is sent as: its body is read once for both.
+"""Routing a request that is proxied to the engine of its model, with its body read once for all.
 
-It goes to the engine of the model that it names: that is the `model` of a JSON body, of a form (RFC
-7578), or else of the query. With one model under one name there is nothing to choose. An engine
-must know the model by its own name, have no more prompts than one request may (see
-`server.protocol.prompts`), and keep tenants apart (`server.protocol.cache_salt`). A body that must
-be read for any of this is read whole, within `server.max_body_bytes`; all others are passed on as
-they come.
+The model is the `model` of a JSON body, of a form (RFC 7578), or else of the query. With one model
+under one name there is no choice. The engine must get its own name of the model, no more prompts
+than one request may have (`server.protocol.bodies`), and a salt that keeps tenants apart
+(`server.protocol.cache_salt`). A body that must be read for any of this is read whole, within
+`server.max_body_bytes`. Others are streamed.
 """
 
-import json
 import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import orjson
 from aiohttp import hdrs
 
-from server.protocol.cache_salt import SALTED, with_cache_salt
+from server.auth.tenants import Tenant
+from server.protocol.bodies import count_prompts, read_leniently, write_leniently
+from server.protocol.cache_salt import with_cache_salt
 from server.protocol.errors import BadRequestError
 from server.protocol.model_names import ModelNames, ResolvedModel
-from server.protocol.prompts import prompts_in
+from server.protocol.routes import Route, route_of
 from server.web.offload import offload
 from server.web.request import HttpRequest
 
-_PROMPTED = SALTED | {"/v1/completions/render"}
 _FORM = "multipart/form-data"
 _boundary = re.compile(r'(?i)boundary="?([^";,]{1,70})"?').search
 _is_model = re.compile(rb'(?im)^content-disposition:\s*form-data\s*;\s*name="?model"?\s*$').search
@@ -32,108 +30,97 @@ _BLANK = b"\r\n\r\n"
 
 
 class RoutedRequest(NamedTuple):
-    """Where a request goes."""
+    """A request's model, and its body for the engine."""
 
-    named: ResolvedModel
+    model: ResolvedModel
     body: bytes | None
-    """Its body as the engine may be sent it; `None` if it wasn't read."""
+    """The body for the engine; `None` if it wasn't read."""
     id: Any = None
-    """What its client calls it in a JSON body that was read."""
+    """The `request_id` of a JSON body that was read."""
 
 
 async def route_to_model(http: HttpRequest, names: ModelNames, max_prompts: int) -> RoutedRequest:
-    """Return where `http` goes.
+    """Find the model of a request, and change its body for the engine.
 
     Raises:
-        UnknownModelError: it names a model that there isn't.
-        BadRequestError: its body has too many prompts, asks for what isn't its tenant's, or is too
-            odd to be changed as it must be.
+        UnknownModelError: the model does not exist.
+        BadRequestError: the body has too many prompts or a field that its tenant may not use, or
+            it can't be changed.
     """
     is_form = http.media_type == _FORM
     boundary = _boundary(http.headers[hdrs.CONTENT_TYPE]) if is_form else None
-    asked = http.query.get("model") if "?" in http.raw_path else None
-    look: Callable[[bytes], RoutedRequest]
-    if http.body_exists and http.path in _PROMPTED:
-        look = partial(_prompted, names, asked, http, max_prompts)
+    query_model = http.query.get("model") if "?" in http.raw_path else None
+    find: Callable[[bytes], RoutedRequest]
+    route = route_of(http.path)
+    if http.body_exists and (route.salted or route.counts_prompts):
+        find = partial(_in_prompts, names, query_model, route, http.tenant, max_prompts)
     elif names.is_single or not http.body_exists:
-        return RoutedRequest(_named(names, asked), None)
+        return RoutedRequest(_resolve_default(names, query_model), None)
     elif http.media_type.endswith("json"):
-        look = partial(_in_json, names, asked)
+        find = partial(_in_json, names, query_model)
     elif boundary is not None:
-        look = partial(_in_form, names, asked, boundary[1].encode())
+        find = partial(_in_form, names, query_model, boundary[1].encode())
     else:
-        return RoutedRequest(names.resolve(asked), None)
+        return RoutedRequest(names.resolve(query_model), None)
     body = await http.read_body()
-    return await offload(len(body), look, body)
+    return await offload(len(body), find, body)
 
 
-def _named(names: ModelNames, asked: Any) -> ResolvedModel:
-    return names.default if names.is_single else names.resolve(asked)
+def _resolve_default(names: ModelNames, query_model: Any) -> ResolvedModel:
+    return names.default if names.is_single else names.resolve(query_model)
 
 
-def _prompted(
-    names: ModelNames, asked: str | None, http: HttpRequest, max_prompts: int, raw: bytes
+def _in_prompts(
+    names: ModelNames,
+    query_model: str | None,
+    route: Route,
+    tenant: Tenant,
+    max_prompts: int,
+    raw: bytes,
 ) -> RoutedRequest:
-    raw, fields = _read(raw)
-    is_salted = http.path in SALTED and http.tenant.salt is not None
+    raw, fields = read_leniently(raw)
+    is_salted = route.salted and tenant.salt is not None
     if not isinstance(fields, dict):
         if fields is None and is_salted:
             raise BadRequestError("the body should be JSON", "body")
-        return RoutedRequest(_named(names, asked), raw)
-    prompts_in(http.path, fields).check(max_prompts)
-    named, raw, fields = _renamed(names, asked, raw, fields)
+        return RoutedRequest(_resolve_default(names, query_model), raw)
+    count_prompts(fields, is_conversation=route.is_conversation).check(max_prompts)
+    resolved, raw, fields = _with_engine_name(names, query_model, raw, fields)
     if is_salted:
-        raw, _ = with_cache_salt(raw, fields, http.tenant)
-    return RoutedRequest(named, raw, fields.get("request_id"))
+        raw, _ = with_cache_salt(raw, fields, tenant)
+    return RoutedRequest(resolved, raw, fields.get("request_id"))
 
 
-def _in_json(names: ModelNames, asked: str | None, raw: bytes) -> RoutedRequest:
-    raw, fields = _read(raw)
+def _in_json(names: ModelNames, query_model: str | None, raw: bytes) -> RoutedRequest:
+    raw, fields = read_leniently(raw)
     if not isinstance(fields, dict):
-        return RoutedRequest(_named(names, asked), raw)
-    named, raw, fields = _renamed(names, asked, raw, fields)
-    return RoutedRequest(named, raw, fields.get("request_id"))
+        return RoutedRequest(_resolve_default(names, query_model), raw)
+    resolved, raw, fields = _with_engine_name(names, query_model, raw, fields)
+    return RoutedRequest(resolved, raw, fields.get("request_id"))
 
 
-def _read(raw: bytes) -> tuple[bytes, Any]:
-    """Return a body and what it says: nothing, if it isn't JSON, which is for engines to refuse."""
-    try:
-        return raw, orjson.loads(raw)
-    except ValueError:
-        pass
-    try:
-        # Engines take NaN and the like, and other encodings.
-        fields = json.loads(raw)
-        return json.dumps(fields).encode(), fields
-    except (ValueError, RecursionError):
-        return raw, None
-
-
-def _renamed(
-    names: ModelNames, asked: str | None, raw: bytes, fields: dict[str, Any]
+def _with_engine_name(
+    names: ModelNames, query_model: str | None, raw: bytes, fields: dict[str, Any]
 ) -> tuple[ResolvedModel, bytes, dict[str, Any]]:
-    """Return whom a body is for, and both its forms with the model as the engine knows it."""
+    """Return a body's model, and the body and its fields with the engine's name of that model."""
     model = fields.get("model")
     if names.is_single or not model:
-        return _named(names, asked), raw, fields
-    named = names.resolve(model)
-    if isinstance(model, str) and model != named.name:
-        try:
-            # The slower way keeps every number as it is.
-            fields = json.loads(raw) | {"model": named.name}
-            raw = json.dumps(fields).encode()
-        except (ValueError, RecursionError) as exc:
-            text = f"the body is nested too deeply, or has too long a number, to ask for {model}"
-            raise BadRequestError(text) from exc
-    return named, raw, fields
+        return _resolve_default(names, query_model), raw, fields
+    resolved = names.resolve(model)
+    if isinstance(model, str) and model != resolved.name:
+        fields = fields | {"model": resolved.name}
+        raw = write_leniently(fields)
+    return resolved, raw, fields
 
 
-def _in_form(names: ModelNames, asked: str | None, boundary: bytes, body: bytes) -> RoutedRequest:
+def _in_form(
+    names: ModelNames, query_model: str | None, boundary: bytes, body: bytes
+) -> RoutedRequest:
     parts = body.split(b"--" + boundary)
     for number, part in enumerate(parts):
         head, _, value = part.partition(_BLANK)
         if _is_model(head.replace(b"\r\n", b"\n")):
-            named = names.resolve(value.removesuffix(b"\r\n").decode(errors="replace"))
-            parts[number] = head + _BLANK + named.name.encode() + b"\r\n"
-            return RoutedRequest(named, (b"--" + boundary).join(parts))
-    return RoutedRequest(names.resolve(asked), body)
+            resolved = names.resolve(value.removesuffix(b"\r\n").decode(errors="replace"))
+            parts[number] = head + _BLANK + resolved.name.encode() + b"\r\n"
+            return RoutedRequest(resolved, (b"--" + boundary).join(parts))
+    return RoutedRequest(names.resolve(query_model), body)

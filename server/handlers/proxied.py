@@ -26,27 +26,27 @@ class ProxiedRoutes:
         self._models, self._max_prompts = models, max_prompts
 
     async def ready(self, http: HttpRequest) -> web.Response:
-        """Answer 200 if every model can be asked, or the one that is meant; else 503.
+        """Answer 200 if every model is ready, or the one that the query names; else 503.
 
-        The body tells the states. What the tiers hold is answered whatever they are.
+        The body has the states. Hits are answered in any state.
         """
-        if asked := http.query.get("model"):
+        if name := http.query.get("model"):
             try:
-                models = [self._models.of(self._models.names().resolve(asked).name)]
+                models = [self._models.get(self._models.names().resolve(name).name)]
             except UnknownModelError:
-                # Whoever has no key isn't told which there are.
+                # The names of models need a key, and this route needs none.
                 return error_response(404, "There is no such model.", param="model")
         else:
             models = [*self._models.all]
         states = {model.name: model.state for model in models}
-        told = {"models": states}
+        body = {"models": states}
         if all(state is EngineState.READY for state in states.values()):
-            return web.Response(body=orjson.dumps(told), content_type="application/json")
-        waited_for = ", ".join(n for n, state in states.items() if state is not EngineState.READY)
-        error = orjson.loads(error_body(503, f"Not ready: {waited_for}."))
+            return web.Response(body=orjson.dumps(body), content_type="application/json")
+        not_ready = ", ".join(n for n, state in states.items() if state is not EngineState.READY)
+        error = orjson.loads(error_body(503, f"Not ready: {not_ready}."))
         return web.Response(
             status=503,
-            body=orjson.dumps(error | told),
+            body=orjson.dumps(error | body),
             content_type="application/json",
             headers={"Retry-After": str(RETRY_AFTER_S)},
         )

@@ -1,6 +1,6 @@
-"""Recording: an answer out of an engine's reply, published while it comes.
+"""Recording: makes an answer of an engine's reply, and publishes it while it comes.
 
-What we don't understand is passed on as it came, and then nothing of the answer is kept.
+A part that isn't understood is published as it came; then nothing of the answer is kept.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
@@ -20,7 +20,7 @@ _DONE = b"[DONE]"
 
 
 class NotAnAnswerError(Exception):
-    """The engine's reply is an error, or nothing that we know; it is passed on and never stored."""
+    """The engine's reply is an error or of unknown shape; it is passed on and never stored."""
 
     def __init__(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         super().__init__(status)
@@ -37,16 +37,15 @@ async def record_answer(
     """Read a reply to its end.
 
     Args:
-        reply: to a request that asked for `form`.
-        shape: how an answer of this route looks.
-        form: a body is published whole, events one by one but for the one with the token counts.
-        publish: takes templates, and what is no part of the answer as it came
-            (`server.protocol.convert`); of a stream first an empty one, which says that it begins.
-        max_bytes: of events more than this are published, but none is kept for the answer.
+        reply: to a request for `encoding`.
+        format_: of the route's answers.
+        encoding: JSON is published whole, events one by one except the one with the token counts.
+        publish: takes templates (`server.protocol.template`), and verbatim parts that don't belong
+            to the answer. A stream begins with an empty template.
+        max_bytes: a longer stream is published, but not kept for the answer.
 
     Returns:
-        The answer, without content if that was too large or isn't all understood, and whether it
-        may be stored.
+        The answer, without content if it was too long or odd, and whether it may be stored.
 
     Raises:
         NotAnAnswerError: the reply isn't an answer.
@@ -61,23 +60,23 @@ async def record_answer(
         return answer, finished
     await publish(b"")
     if format_ is CHOICES:
-        events: _Choices | _Typed = _Choices(publish, max_bytes)
+        events: _ChoiceEvents | _TypedEvents = _ChoiceEvents(publish, max_bytes)
     else:
-        events = _Typed(format_, publish, max_bytes)
+        events = _TypedEvents(format_, publish, max_bytes)
     async for event in read_events(reply.content.iter_any()):
         if await events.take(event):
             break
     return await events.end()
 
 
-def _body(reply: aiohttp.ClientResponse, shape: AnswerFormat, raw: bytes) -> tuple[Answer, bool]:
+def _body(reply: aiohttp.ClientResponse, format_: AnswerFormat, raw: bytes) -> tuple[Answer, bool]:
     try:
-        if shape is OPAQUE:
+        if format_ is OPAQUE:
             content, finished = template.template_of_raw(raw), True
         else:
             parsed = orjson.loads(raw)
-            finished = shape.is_finished(parsed) and not parsed.get("error")
-            content = template.json_template(parsed, shape.marks)
+            finished = format_.is_finished(parsed) and not parsed.get("error")
+            content = template.json_template(parsed, format_.marks)
     except (orjson.JSONDecodeError, TypeError, KeyError, AttributeError) as exc:
         raise NotAnAnswerError(reply.status, reply.headers, raw) from exc
     if content is None:
@@ -86,7 +85,7 @@ def _body(reply: aiohttp.ClientResponse, shape: AnswerFormat, raw: bytes) -> tup
 
 
 class _Events:
-    """What is kept of one stream, and published."""
+    """The events of one stream: publishes them, and keeps them for the answer."""
 
     def __init__(self, publish: Callable[[bytes], Awaitable[None]], max_bytes: int) -> None:
         self._publish, self._max_bytes = publish, max_bytes
@@ -94,14 +93,14 @@ class _Events:
         self._bytes = 0
         self._is_understood = True
 
-    async def _give(self, event: bytes) -> None:
+    async def _keep(self, event: bytes) -> None:
         self._bytes += len(event)
         if self._bytes <= self._max_bytes:
             self._kept.append(event)
         await self._publish(event)
 
-    async def _pass_on(self, event: Event) -> None:
-        """Publish what is no part of the answer: a comment, or what isn't understood."""
+    async def _publish_verbatim(self, event: Event) -> None:
+        """Publish a comment, or an event that isn't understood, which is no part of the answer."""
         if event.data:
             self._is_understood = False
         if event.is_whole:
@@ -113,44 +112,44 @@ class _Events:
         return Answer(Encoding.SSE, b"".join(self._kept), usage), finished
 
 
-class _Typed(_Events):
-    """A stream whose events have types, of which the last one says that it ends."""
+class _TypedEvents(_Events):
+    """A stream of events with types, of which the last one ends it."""
 
     def __init__(
-        self, shape: AnswerFormat, publish: Callable[[bytes], Awaitable[None]], max_bytes: int
+        self, format_: AnswerFormat, publish: Callable[[bytes], Awaitable[None]], max_bytes: int
     ) -> None:
         super().__init__(publish, max_bytes)
-        self._shape = shape
+        self._format = format_
         self._finished = False
         self._last: Any = ""
 
     async def take(self, event: Event) -> bool:
         """Take the next event and publish it; returns whether it ends the stream."""
-        shape = self._shape
+        format_ = self._format
         try:
             chunk = orjson.loads(event.data)
             kind = chunk.get("type", "")
-            verdict = shape.finish_events.get(kind)
+            verdict = format_.finish_events.get(kind)
             self._last = kind
             if verdict is not None:
-                self._finished = shape.is_finished(chunk[verdict])
-            made = template.sse_event(chunk, shape, event.lines)
+                self._finished = format_.is_finished(chunk[verdict])
+            made = template.sse_event(chunk, format_, event.lines)
         except (AttributeError, KeyError, TypeError, ValueError):
-            await self._pass_on(event)
+            await self._publish_verbatim(event)
         else:
-            await self._give(made)
+            await self._keep(made)
         return False
 
     async def end(self) -> tuple[Answer, bool]:
-        """Return what `record` does."""
-        if self._last in self._shape.last_events:
+        """Return what `record_answer` returns."""
+        if self._last in self._format.last_events:
             return self._answer(finished=self._finished)
-        if self._last in self._shape.failure_events:
+        if self._last in self._format.failure_events:
             return self._answer(finished=False)
         raise ConnectionAbortedError("the engine's stream was cut")
 
 
-class _Choices(_Events):
+class _ChoiceEvents(_Events):
     """A stream of chat completions or completions."""
 
     def __init__(self, publish: Callable[[bytes], Awaitable[None]], max_bytes: int) -> None:
@@ -158,8 +157,8 @@ class _Choices(_Events):
         self._usage: dict[str, Any] = {}
         self._reasons: dict[int, object] = {}
         self._is_done = False
-        # The last event says what only the token counts tell, so one that may be it is kept back,
-        # and so are they, since not everybody has asked for them.
+        # The last event gets its fingerprint from the token counts that follow, so an event that
+        # may be the last is held back. So are the counts, since not every client asks for them.
         self._held = self._counts = b""
 
     async def take(self, event: Event) -> bool:
@@ -178,19 +177,19 @@ class _Choices(_Events):
             choices, usage = chunk.get("choices"), chunk.get("usage")
             if chunk.get("error"):
                 if not isinstance(choices, list):
-                    await self._release()
+                    await self._publish_held()
                     raise _error_in_stream(chunk)
-                raise ValueError("an answer isn't one that has an error in it")
+                raise ValueError("a choice with an error is no answer")
             is_count = choices in (None, []) and isinstance(usage, dict)
             reasons = {} if is_count else {c["index"]: c.get("finish_reason") for c in choices}
             made = template.sse_event(chunk, lines=event.lines)
         except (AttributeError, KeyError, TypeError, ValueError):
             if event.data:
-                await self._release()
-            await self._pass_on(event)
+                await self._publish_held()
+            await self._publish_verbatim(event)
             return False
         if self._counts or not is_count:
-            await self._release()
+            await self._publish_held()
         for index, reason in reasons.items():
             self._reasons[index] = reason or self._reasons.get(index)
         if is_count:
@@ -198,24 +197,24 @@ class _Choices(_Events):
         elif any(reasons.values()):
             self._held = made
         else:
-            await self._give(made)
+            await self._keep(made)
         return False
 
-    async def _release(self) -> None:
-        """Publish what was kept back, since it wasn't the last."""
+    async def _publish_held(self) -> None:
+        """Publish the held events, since more events follow."""
         held, self._held = self._held, b""
         counts, self._counts, self._usage = self._counts, b"", {}
         for event in (held, counts):
             if event:
-                await self._give(event)
+                await self._keep(event)
 
     async def end(self) -> tuple[Answer, bool]:
-        """Publish what was kept back; returns what `record` does."""
+        """Publish the held event; returns what `record_answer` returns."""
         if self._held:
-            await self._give(template.with_fingerprint(self._held, self._usage))
+            await self._keep(template.with_fingerprint(self._held, self._usage))
         reasons = [{"finish_reason": reason} for reason in self._reasons.values()]
         if not self._is_done:
-            # It may say no more, or have been cut where no more than counts were to come.
+            # The upstream sends no `[DONE]`, or was cut before the counts.
             self._is_understood = False
             if not reasons or None in self._reasons.values():
                 raise ConnectionAbortedError("the engine's stream was cut")

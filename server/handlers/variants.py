@@ -1,19 +1,19 @@
-"""Variants: several answers to a request that asks for chance, given out in turn.
+"""Variants: several answers to a request that samples, given in turn.
 
-With one answer for each key, sampling would be frozen: who asks ten times would get the same text
-ten times. With `k` variants the first `k` times are generated, and what follows are hits.
+One answer for each key would freeze sampling: ten equal requests would get the same text ten times.
+With `k` variants the first `k` requests are generated, and later ones are hits.
 """
 
 from collections import OrderedDict
 
 from tiers.key import digest, scope_of, scoped
 
-# Keys of which the turn is known: 20 MB at most. Who is forgotten begins with the first again.
-_REMEMBERED = 64 * 1024
+# 20 MB at most. A key that is dropped begins with its first variant again.
+_MAX_KEYS = 64 * 1024
 
 
 class Variants:
-    """Whose turn it is, of the variants of each key."""
+    """Which variant of each key is the next."""
 
     def __init__(self) -> None:
         self._turns: OrderedDict[str, int] = OrderedDict()
@@ -22,6 +22,6 @@ class Variants:
         """Return the key of the next of `count` variants; that of the first is `key` itself."""
         turn = self._turns.pop(key, 0) % count
         self._turns[key] = turn + 1
-        if len(self._turns) > _REMEMBERED:
+        if len(self._turns) > _MAX_KEYS:
             self._turns.popitem(last=False)
         return key if turn == 0 else scoped(scope_of(key), digest(key.encode(), b"%d" % turn))

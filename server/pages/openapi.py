@@ -9,8 +9,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from server.protocol.cache_field import SCHEMA
-from server.protocol.routes import Route
-from server.protocol.surface import ADAPTER_PATHS, is_for_tenants
+from server.protocol.routes import (
+    REFUSED_PATHS,
+    CachedRoute,
+    Dialect,
+    is_tenant_allowed,
+    route_of,
+)
 from server.web.openapi_parts import (
     ANTHROPIC_ERROR,
     FASTAPI_ERROR,
@@ -19,7 +24,6 @@ from server.web.openapi_parts import (
     TEXT,
     openapi_document,
 )
-from server.web.responses import is_anthropic_path
 
 _Document = Mapping[str, Any]
 
@@ -145,7 +149,7 @@ _OWN_ROUTES: Mapping[str, _OwnRoute] = {
 def build_document(
     engines: Sequence[_Document | None],
     *,
-    kept: Mapping[str, Route],
+    kept: Mapping[str, CachedRoute],
     version: str,
     has_keys: bool = False,
     open_metrics: bool = False,
@@ -184,8 +188,8 @@ def build_document(
 
 
 def _available(
-    engines: Sequence[_Document | None], kept: Mapping[str, Route]
-) -> Mapping[str, Route]:
+    engines: Sequence[_Document | None], kept: Mapping[str, CachedRoute]
+) -> Mapping[str, CachedRoute]:
     """Return the routes that one of the engines has; all, if that isn't known."""
     known = [_mapping(engine.get("paths", {})) for engine in engines if engine is not None]
     if not engines or len(known) < len(engines):
@@ -197,7 +201,7 @@ def _operations(engine: _Document) -> Iterator[tuple[str, str, Mapping[str, Any]
     """Yield path, method and description of what is passed to an engine."""
     for path, item in _mapping(engine.get("paths", {})).items():
         # We answer our own paths, and always refuse to change adapters.
-        if path not in _OWN_ROUTES and path not in ADAPTER_PATHS:
+        if path not in _OWN_ROUTES and path not in REFUSED_PATHS:
             for method, operation in _mapping(item).items():
                 if method in _METHODS:
                     yield path, method, _mapping(operation)
@@ -211,7 +215,7 @@ def _undescribed_summary(engines: Sequence[_Document | None]) -> str:
     return "Described by the engine, once it is ready"
 
 
-def _undescribed(route: Route, summary: str) -> dict[str, Any]:
+def _undescribed(route: CachedRoute, summary: str) -> dict[str, Any]:
     """Return the operation of a route that the first engine doesn't describe."""
     content: dict[str, Any] = {_JSON: {"schema": {}}}
     if route.streams:
@@ -277,7 +281,7 @@ def _statuses(path: str, method: str, *, has_keys: bool) -> set[str]:
     if method in _METHODS_WITH_BODY:
         statuses |= {"408", "413"}
     if has_keys:
-        statuses |= {*_ACCESS["tenants" if is_for_tenants(path) else "operators"]}
+        statuses |= {*_ACCESS["tenants" if is_tenant_allowed(path) else "operators"]}
     return statuses
 
 
@@ -292,7 +296,11 @@ def _with_cache_field(body: Mapping[str, Any]) -> dict[str, Any]:
 
 def _error_names(path: str) -> list[str]:
     """Return the schemas that errors of an engine's path may have."""
-    return [*([_MESSAGES_ERROR] if is_anthropic_path(path) else []), _ERROR, _DETAIL]
+    return [
+        *([_MESSAGES_ERROR] if route_of(path).dialect is Dialect.ANTHROPIC else []),
+        _ERROR,
+        _DETAIL,
+    ]
 
 
 def _error(status: str, schemas: Sequence[str] = (_ERROR,)) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""What requests and answers mean: pure functions over bytes, without HTTP."""
+"""The meaning of requests and answers, as pure functions over bytes; nothing here knows aiohttp."""

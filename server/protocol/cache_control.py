@@ -1,4 +1,7 @@
-"""`Cache-Control` of requests and of upstreams' responses (RFC 9111, section 5.2)."""
+"""`Cache-Control` of requests and of upstreams' responses (RFC 9111, section 5.2).
+
+The caches of functions here map text to values, and keep nothing else alive.
+"""
 
 import logging
 import re
@@ -15,12 +18,12 @@ _DIRECTIVE = re.compile(r'([!#$%&\'*+.^_`|~0-9A-Za-z-]+)(?:\s*=\s*(?:"([^"]*)"|(
 
 
 class CacheControl(NamedTuple):
-    """What a client says about caching."""
+    """What a client demands of caches."""
 
     acceptance: Acceptance = ANY
     """Which answers it accepts."""
     no_store: bool = False
-    """The answer isn't to be kept."""
+    """The answer must not be stored."""
 
     @property
     def directives(self) -> list[str]:
@@ -46,10 +49,10 @@ NO_CACHE = CacheControl(Acceptance(no_cache=True))
 
 @lru_cache(256)
 def parse_cache_control(value: str) -> CacheControl:
-    """Read a `Cache-Control` header.
+    """Read a request's `Cache-Control`.
 
-    What isn't known is ignored. A time that can't be read stands for the strictest: an answer that
-    a client did not want is worse than one that is made anew.
+    Unknown directives are ignored. A time that can't be read counts as the strictest one: an answer
+    that a client did not want is worse than one that is generated again.
     """
     given = directives(value)
     stale = given.get("max-stale")
@@ -58,14 +61,14 @@ def parse_cache_control(value: str) -> CacheControl:
         only_if_cached="only-if-cached" in given,
         max_age_s=seconds(given["max-age"], 0) if "max-age" in given else inf,
         min_fresh_s=seconds(given["min-fresh"], inf) if "min-fresh" in given else -inf,
-        # Without a time, any staleness will do.
+        # Without a time, any staleness is accepted.
         max_stale_s=inf if stale == "" else seconds(stale, 0) if stale is not None else None,
     )
     return CacheControl(acceptance, no_store="no-store" in given)
 
 
 def directives(value: str) -> dict[str, str]:
-    """Return the directives of a `Cache-Control` header by name; the first of a name counts."""
+    """Return the values of `Cache-Control`'s directives by name; the first of a name counts."""
     found: dict[str, str] = {}
     for name, quoted, plain in _DIRECTIVE.findall(value):
         found.setdefault(name.lower(), quoted or plain)
@@ -73,32 +76,37 @@ def directives(value: str) -> dict[str, str]:
 
 
 def seconds(text: str, unreadable: float) -> float:
-    """Return a time as a directive has it, or else `unreadable`."""
+    """Return the value of a directive in seconds, or `unreadable` where it has none."""
     return float(text) if text.isascii() and text.isdecimal() else unreadable
 
 
-# An upstream can't be asked whether an answer is still good, as `no-cache` demands.
+# `no-cache` demands to ask the upstream whether the answer is still good, and upstreams can't tell.
 _NOT_KEPT = frozenset({"no-cache", "no-store", "private"})
 # Libraries for server-sent events put `no-cache` into each stream, whatever its answer.
 _NOT_KEPT_OF_STREAMS = _NOT_KEPT - {"no-cache"}
-# RFC 9111, section 5.2.2: a shared cache gives out no stale answer that has an `s-maxage` either.
+# With `s-maxage`, too, a shared cache gives out no stale answer (RFC 9111, section 5.2.2).
 _NEVER_STALE = frozenset({"must-revalidate", "proxy-revalidate", "s-maxage"})
 
 
 @lru_cache(256)
 def limit_freshness(control: str, ours: Freshness, *, is_stream: bool) -> Freshness | None:
-    """Return how long an answer is good for whose `Cache-Control` is `control`: at most `ours`.
+    """Return how long an upstream's answer stays fresh: at most `ours`.
 
-    `None` says that it isn't to be kept. Clients that ask for the same while it is generated share
-    it even so: it is as new for them, and they have the same credentials.
+    `None` means that the answer isn't stored. Clients that send the same request while it is
+    generated share it even so: it is as new for them, and they have the same credentials.
+
+    Args:
+        control: the `Cache-Control` of the response.
+        ours: as configured.
+        is_stream: whether the response is a stream.
     """
-    theirs = directives(control)
-    if not (_NOT_KEPT_OF_STREAMS if is_stream else _NOT_KEPT).isdisjoint(theirs):
-        # Logged once, since the result is cached.
-        logger.info("answers aren't kept of which an upstream says Cache-Control: %s", control)
+    found = directives(control)
+    if not (_NOT_KEPT_OF_STREAMS if is_stream else _NOT_KEPT).isdisjoint(found):
+        # Logged once for each value, since results are remembered.
+        logger.info("answers with the upstream's Cache-Control: %s aren't stored", control)
         return None
-    age = theirs.get("s-maxage", theirs.get("max-age"))
+    age = found.get("s-maxage", found.get("max-age"))
     ttl_s = ours.ttl_s if age is None else min(ours.ttl_s, seconds(age, 0))
-    if not _NEVER_STALE.isdisjoint(theirs):
+    if not _NEVER_STALE.isdisjoint(found):
         return Freshness(ttl_s)
     return ours._replace(ttl_s=ttl_s)

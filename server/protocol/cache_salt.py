@@ -1,10 +1,10 @@
 """What keeps tenants apart in an engine that serves them all.
 
-vLLM finds the beginning of a prompt again only under the same `cache_salt`, so nobody can tell by
-an answer's timing, or by its `cached_tokens`, what another tenant has asked. It finds media again
-by the `uuid` that a client gives them, whoever asks, so that is made the tenant's own, too. What a
-client sends as either is combined with its tenant's salt, and can't name another's. A transfer of
-KV or encoder caches names what is another request's, and is for operators, such as routers.
+vLLM reuses the beginning of a prompt only under the same `cache_salt`, so no tenant can learn from
+an answer's timing, or from its `cached_tokens`, what another tenant has asked. vLLM finds media by
+the `uuid` that a client gives them, whoever asks, so these get a tenant's salt as well. What a
+client sends as salt or `uuid` is hashed together with its tenant's salt, so it can't name another
+tenant's. Transfers of KV or encoder caches name another request's data, and are for operators.
 """
 
 import json
@@ -12,17 +12,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from server.auth.tenants import Tenant
+from server.protocol.bodies import write_leniently
 from server.protocol.errors import BadRequestError
 from tiers import digest
 
-SALTED = frozenset(
-    {
-        "/classify", "/generative_scoring", "/invocations", "/pooling", "/rerank", "/score",
-        "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/completions", "/v1/embeddings",
-        "/v1/messages", "/v1/rerank", "/v1/responses", "/v1/score", "/v1/systemone", "/v2/rerank",
-    }
-)  # fmt: skip
-"""vLLM's routes that take a salt, but for the one that is for other engines."""
 _SALT = "cache_salt"
 _TRANSFERS = ("ec_transfer_params", "kv_transfer_params")
 
@@ -30,45 +23,45 @@ _TRANSFERS = ("ec_transfer_params", "kv_transfer_params")
 def with_cache_salt(
     raw: bytes, body: dict[str, Any], tenant: Tenant
 ) -> tuple[bytes, dict[str, Any]]:
-    """Return a request's body as the engine may be sent it for `tenant`, written and parsed.
+    """Return a request's body with the salt of its tenant, written and parsed.
 
     Args:
-        raw: the body, a JSON object, for one of the routes in `SALTED`.
+        raw: the body, a JSON object, for a route that takes a salt.
         body: the same, parsed; it isn't changed.
         tenant: who asks.
 
     Raises:
-        BadRequestError: the body asks for what isn't a tenant's, or is nested too deeply.
+        BadRequestError: the body has what only an operator may send, or is nested too deeply.
     """
     if (salt := tenant.salt) is None:
         return raw, body
     for name in _TRANSFERS:
         if body.get(name) is not None and not tenant.operator:
             raise BadRequestError(f"{name} takes an operator's key", name)
-    given = body.get(_SALT)
-    if given is None:
-        made = body | {_SALT: salt}
-    elif isinstance(given, str) and given:
-        made = body | {_SALT: _own(salt, given)}
+    own_salt = body.get(_SALT)
+    if own_salt is None:
+        salted = body | {_SALT: salt}
+    elif isinstance(own_salt, str) and own_salt:
+        salted = body | {_SALT: _hash(salt, own_salt)}
     else:
         # The engine refuses it.
         return raw, body
-    # The key may be written with escapes.
+    # The name of the field may be written with escapes.
     names_media = (b"uuid" in raw or b"\\u" in raw) and any(_media_in(body))
     if names_media:
-        made = json.loads(_dumps(made))
-        for part in _media_in(made):
-            # As vLLM does, which takes any value for text.
-            part["uuid"] = _own(salt, str(part["uuid"]))
+        salted = json.loads(write_leniently(salted))
+        for part in _media_in(salted):
+            # vLLM, too, makes text of any value.
+            part["uuid"] = _hash(salt, str(part["uuid"]))
     if names_media or _SALT in body:
-        return _dumps(made), made
-    # All else stays as the client wrote it.
+        return write_leniently(salted), salted
+    # Appending the salt leaves the rest as the client wrote it.
     comma = b"," if body else b""
-    return raw.rstrip()[:-1] + comma + b'"%s":"%s"}' % (_SALT.encode(), salt.encode()), made
+    return raw.rstrip()[:-1] + comma + b'"%s":"%s"}' % (_SALT.encode(), salt.encode()), salted
 
 
-def _own(salt: str, given: str) -> str:
-    return digest(salt.encode(), given.encode(errors="surrogatepass"))
+def _hash(salt: str, text: str) -> str:
+    return digest(salt.encode(), text.encode(errors="surrogatepass"))
 
 
 def _media_in(body: Any) -> Iterator[dict[str, Any]]:
@@ -77,7 +70,7 @@ def _media_in(body: Any) -> Iterator[dict[str, Any]]:
     while rest:
         value = rest.pop()
         if isinstance(value, list):
-            # Of tokens there may be many.
+            # Lists of tokens may be long, so only what can hold media is visited.
             rest += [each for each in value if isinstance(each, list | dict)]
         elif isinstance(value, Mapping):
             if isinstance(content := value.get("content"), list):
@@ -87,10 +80,3 @@ def _media_in(body: Any) -> Iterator[dict[str, Any]]:
 
 def _has_uuid(part: Any) -> bool:
     return isinstance(part, dict) and part.get("uuid") is not None
-
-
-def _dumps(value: dict[str, Any]) -> bytes:
-    try:
-        return json.dumps(value).encode()
-    except RecursionError as exc:
-        raise BadRequestError("the body is nested too deeply") from exc

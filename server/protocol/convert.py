@@ -1,13 +1,8 @@
-"""Answers out of what an engine sends, and either form out of the other.
+"""Conversion of answers: of a JSON body into a stream, and of a stream into a body.
 
-The engine's JSON is kept as it came but for marks: bytes that JSON forbids unescaped (RFC 8259,
-section 7) and that therefore can't be part of an answer. They stand for what is fresh each time an
-answer is given (`server.protocol.formats`), and around what belongs only into a stream without
-token counts.
-
-One form is made of the other only where nothing is left to guess: of text in fields of vLLM 0.32
-that are all known here. Tool calls, reasoning and anything else can't be converted, since vLLM
-makes them by one parser for bodies and by another for streams.
+It converts only what leaves nothing to guess: texts, in fields of vLLM 0.32 that are all known
+here. Tool calls, reasoning and anything else can't be converted, since vLLM has one parser of them
+for bodies and another for streams.
 """
 
 from collections.abc import Iterator
@@ -18,8 +13,8 @@ import orjson
 
 from server.protocol.formats import CREATED, Encoding
 from server.protocol.template import (
-    _DATA,
-    _MARKS,
+    DATA,
+    MARKS,
     json_template,
     sse_event,
     strip_usage_marks,
@@ -29,28 +24,28 @@ from tiers import Answer
 
 
 class NotConvertibleError(ValueError):
-    """The answer isn't of the shape that the other form could be made of."""
+    """The answer can't be converted with certainty."""
 
 
 def convert(answer: Answer, encoding: Encoding) -> Answer:
-    """Return the answer in that form.
+    """Return the answer in that encoding.
 
     Raises:
-        NotConvertibleError: it can't be made of this answer with certainty.
+        NotConvertibleError: this answer can't be converted with certainty.
     """
     if answer.encoding == encoding:
         return answer
     try:
-        return _as_body(answer) if encoding == Encoding.JSON else _as_events(answer)
+        return _to_json(answer) if encoding == Encoding.JSON else _to_sse(answer)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as exc:
-        raise NotConvertibleError(f"can't be made {encoding.name}: {exc!r}") from exc
+        raise NotConvertibleError(f"it can't be converted to {encoding.name}: {exc!r}") from exc
 
 
 class _Fields:
     """The fields of one of vLLM's objects.
 
     Args:
-        names: in vLLM's order; those with a dash are null in all that can be converted.
+        names: in vLLM's order. Those with a dash are null in all objects that can be converted.
     """
 
     def __init__(self, names: str) -> None:
@@ -63,11 +58,11 @@ class _Fields:
         Raises:
             NotConvertibleError: it has others, or a value in one that should be null.
         """
-        made: dict[str, Any] = self.nulls | value
-        _expect(len(made) == len(self.nulls), "there are fields that vLLM doesn't have")
+        fields: dict[str, Any] = self.nulls | value
+        _require(len(fields) == len(self.nulls), "there are fields that vLLM doesn't have")
         for name in value.keys() - self._may_be_set:
-            _expect(value[name] is None, "there is more than text")
-        return made
+            _require(value[name] is None, "there is more than text")
+        return fields
 
 
 _USAGE = _Fields(
@@ -80,7 +75,7 @@ _COUNTS = _Fields("id object created model choices usage system_fingerprint -met
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Kind:
-    """How a kind of completion looks in either form."""
+    """The fields of one kind of completion, in either encoding."""
 
     body: _Fields
     choice: _Fields
@@ -89,7 +84,7 @@ class _Kind:
     """A choice in a chunk."""
     logprobs: frozenset[str]
     objects: tuple[str, str]
-    """The field `object` of bodies and of chunks."""
+    """The values of the field `object` in bodies and in chunks."""
 
 
 _CHAT = _Kind(
@@ -123,29 +118,29 @@ _TEXT = _Kind(
 _BY_BODY = {kind.objects[0]: kind for kind in (_CHAT, _TEXT)}
 _BY_CHUNK = {kind.objects[1]: kind for kind in (_CHAT, _TEXT)}
 _TOKEN = {"token", "logprob", "bytes", "top_logprobs"}
-# What vLLM says in a body of a token whose probability it doesn't know; in a stream it says none.
+# In bodies, vLLM's value for a token whose probability it doesn't know; in streams it omits that.
 _UNKNOWN_LOGPROB = -9999.0
 
 
-def _expect(holds: bool, otherwise: str) -> None:
-    if not holds:
+def _require(condition: bool, otherwise: str) -> None:
+    if not condition:
         raise NotConvertibleError(otherwise)
 
 
-def _as_body(answer: Answer) -> Answer:
+def _to_json(answer: Answer) -> Answer:
     *chunks, last = _chunks(answer.content + answer.trailer)
     counts = _COUNTS.read(last)
-    model, called = counts["model"], counts["object"]
-    kind = _BY_CHUNK[called]
+    model, object_ = counts["model"], counts["object"]
+    kind = _BY_CHUNK[object_]
     choices: dict[int, _Joined] = {}
     for chunk in chunks:
-        said = kind.chunk.read(chunk)
-        _expect((said["model"], said["object"]) == (model, called), "the events differ")
-        (part,) = said["choices"]
+        fields = kind.chunk.read(chunk)
+        _require((fields["model"], fields["object"]) == (model, object_), "the events differ")
+        (part,) = fields["choices"]
         if (joined := choices.get(part["index"])) is None:
             joined = choices[part["index"]] = _Joined(kind)
         joined.add(kind.part.read(part))
-    _expect(bool(choices) and counts["choices"] == [], "there is no choice, or one in the counts")
+    _require(bool(choices) and counts["choices"] == [], "there is no choice, or one in the counts")
     body = kind.body.nulls | {
         "id": "",
         "object": kind.objects[0],
@@ -159,7 +154,7 @@ def _as_body(answer: Answer) -> Answer:
 
 
 class _Joined:
-    """What the chunks say of a choice, joined."""
+    """A choice, joined from its parts in chunks."""
 
     def __init__(self, kind: _Kind) -> None:
         self._kind = kind
@@ -169,16 +164,16 @@ class _Joined:
         self._end: tuple[str, object] | None = None
 
     def add(self, part: dict[str, Any]) -> None:
-        _expect(self._end is None, "a choice goes on after its end")
+        _require(self._end is None, "a choice goes on after its end")
         reason, stop_reason = part["finish_reason"], part["stop_reason"]
         if self._kind is _CHAT:
             delta = part["delta"]
             if self._role is None:
-                _expect(delta.keys() == {"role", "content"} and not delta["content"], "no role")
-                _expect(part["logprobs"] is reason is stop_reason is None, "more than a role")
+                _require(delta.keys() == {"role", "content"} and not delta["content"], "no role")
+                _require(part["logprobs"] is reason is stop_reason is None, "more than a role")
                 self._role = _text(delta["role"])
                 return
-            _expect(delta.keys() <= {"content"}, "there is more than text")
+            _require(delta.keys() <= {"content"}, "there is more than text")
             text = delta.get("content", "")
         else:
             text = part["text"]
@@ -187,33 +182,35 @@ class _Joined:
         if reason is not None:
             self._end = _text(reason), stop_reason
         else:
-            _expect(stop_reason is None, "it stops without an end")
+            _require(stop_reason is None, "it stops without an end")
 
     def choice(self, index: int) -> dict[str, Any]:
-        """Return the choice as a body has it."""
+        """Return the choice as a field of a body."""
         text = "".join(self._texts)
         reason, stop_reason = self._end or (_text(None), None)
-        known = [said for said in self._logprobs if said is not None]
-        _expect(len(known) in (0, len(self._logprobs)), "some tokens have no logprobs")
-        made = self._kind.choice.nulls | {"index": index}
+        known = [logprobs for logprobs in self._logprobs if logprobs is not None]
+        _require(len(known) in (0, len(self._logprobs)), "some tokens have no logprobs")
+        choice = self._kind.choice.nulls | {"index": index}
         if self._kind is _CHAT:
-            made["message"] = _MESSAGE.nulls | {"role": self._role, "content": text}
+            choice["message"] = _MESSAGE.nulls | {"role": self._role, "content": text}
         else:
-            made["text"] = text
+            choice["text"] = text
         if known:
-            made["logprobs"] = {
-                name: [one for said in known for one in said[name]] for name in known[0]
+            choice["logprobs"] = {
+                name: [token for logprobs in known for token in logprobs[name]] for name in known[0]
             }
-        return made | {"finish_reason": reason, "stop_reason": stop_reason}
+        return choice | {"finish_reason": reason, "stop_reason": stop_reason}
 
 
-def _as_events(answer: Answer) -> Answer:
+def _to_sse(answer: Answer) -> Answer:
     parsed = _parse(answer.content)
     kind = _BY_BODY[parsed["object"]]
     body = kind.body.read(parsed)
     head = {"id": "", "object": kind.objects[1], "created": 0, "model": _text(body["model"])}
     choices = [kind.choice.read(choice) for choice in body["choices"]]
-    _expect([each["index"] for each in choices] == list(range(len(choices))), "choices are missing")
+    _require(
+        [each["index"] for each in choices] == list(range(len(choices))), "choices are missing"
+    )
     chunks = list(_chat_chunks(choices) if kind is _CHAT else _text_chunks(choices))
     *events, last = [sse_event(head | chunk) for chunk in chunks]
     usage = head | {"choices": [], "usage": _without_nulls(_usage(body["usage"]))}
@@ -232,43 +229,44 @@ def _chat_chunks(choices: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield {"choices": [part], "prompt_token_ids": None, "prompt_text": None}
     for choice, message in zip(choices, messages, strict=True):
         delta = {"content": _text(message["content"])}
-        ended = _ended(choice, _CHAT, "delta", delta)
-        yield {"choices": [ended | {"token_ids": None}]}
+        part = _whole_part(choice, _CHAT, "delta", delta)
+        yield {"choices": [part | {"token_ids": None}]}
 
 
 def _text_chunks(choices: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for choice in choices:
-        ended = _ended(choice, _TEXT, "text", _text(choice["text"]))
-        yield {"choices": [ended | {"prompt_token_ids": None, "token_ids": None}]}
+        part = _whole_part(choice, _TEXT, "text", _text(choice["text"]))
+        yield {"choices": [part | {"prompt_token_ids": None, "token_ids": None}]}
 
 
-def _ended(choice: dict[str, Any], kind: _Kind, name: str, said: Any) -> dict[str, Any]:
+def _whole_part(choice: dict[str, Any], kind: _Kind, name: str, text: Any) -> dict[str, Any]:
+    """Return a choice as its only part that has text."""
     return {
         "index": choice["index"],
-        name: said,
+        name: text,
         "logprobs": _logprobs(choice["logprobs"], kind),
         "finish_reason": _text(choice["finish_reason"]),
         "stop_reason": choice["stop_reason"],
     }
 
 
-def _logprobs(said: Any, kind: _Kind) -> dict[str, list[Any]] | None:
-    """Return the logprobs of a choice, if there is nothing in them that we don't know."""
-    if said is None:
+def _logprobs(logprobs: Any, kind: _Kind) -> dict[str, list[Any]] | None:
+    """Return the logprobs of a choice, if all of their fields are known."""
+    if logprobs is None:
         return None
-    _expect(said.keys() == kind.logprobs, "logprobs are not as we know them")
-    _expect(all(isinstance(each, list) for each in said.values()), "logprobs are missing")
-    for token in said.get("content", ()):
-        _expect(token.keys() == _TOKEN, "a token is not as we know it")
+    _require(logprobs.keys() == kind.logprobs, "logprobs have other fields")
+    _require(all(isinstance(each, list) for each in logprobs.values()), "logprobs are missing")
+    for token in logprobs.get("content", ()):
+        _require(token.keys() == _TOKEN, "a token has other fields")
         known = token["logprob"] != _UNKNOWN_LOGPROB or token["top_logprobs"]
-        _expect(bool(known), "a token's probability is unknown")
-    return dict(said)
+        _require(bool(known), "a token's probability is unknown")
+    return dict(logprobs)
 
 
-def _usage(said: Any) -> dict[str, Any]:
-    """Return token counts as a body has them."""
-    usage = _USAGE.read(said)
-    _expect(None not in list(usage.values())[:3], "there are no token counts")
+def _usage(counts: Any) -> dict[str, Any]:
+    """Return token counts as a field of a body."""
+    usage = _USAGE.read(counts)
+    _require(None not in list(usage.values())[:3], "there are no token counts")
     if usage["prompt_tokens_details"] is not None:
         usage["prompt_tokens_details"] = _PROMPT_TOKENS.read(usage["prompt_tokens_details"])
     return usage
@@ -284,17 +282,17 @@ def _without_nulls(value: dict[str, Any]) -> dict[str, Any]:
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise NotConvertibleError("there is no text where it should be")
+        raise NotConvertibleError("a text is missing")
     return value
 
 
 def _chunks(events: bytes) -> list[Any]:
-    """Return what events say that have nothing but data."""
+    """Return the data of events that have nothing else."""
     *parts, _ = events.split(b"\n\n")
-    _expect(all(part.startswith(_DATA) for part in parts), "an event has more than data")
-    return list(_parse(b"[" + b",".join(part[len(_DATA) :] for part in parts) + b"]"))
+    _require(all(part.startswith(DATA) for part in parts), "an event has more than data")
+    return list(_parse(b"[" + b",".join(part[len(DATA) :] for part in parts) + b"]"))
 
 
 def _parse(content: bytes) -> Any:
-    plain = content.replace(_MARKS["id"], b'""').replace(CREATED, b"0")
+    plain = content.replace(MARKS["id"], b'""').replace(CREATED, b"0")
     return orjson.loads(strip_usage_marks(plain, wants_usage=True))

@@ -1,11 +1,11 @@
-"""What is wrong with a request."""
+"""Mistakes in requests."""
 
 
 class BadRequestError(ValueError):
-    """The body can't be understood; the text says why, and `param` which field is meant."""
+    """The request can't be answered. The text says why, and `param` names the field."""
 
     status = 400
-    """Of the response."""
+    """The status of the response."""
 
     def __init__(self, problem: str, param: str | None = None) -> None:
         super().__init__(problem)

@@ -1,39 +1,39 @@
-"""Server-sent events as they come (WHATWG HTML, section 9.2)."""
+"""Server-sent events, parsed from a stream (WHATWG HTML, section 9.2)."""
 
 import re
 from collections.abc import AsyncIterable, AsyncIterator
 from typing import NamedTuple
 
-# No engine sends an event as large; what never ends must not fill the memory.
+# No engine sends larger events, and one that never ends must not fill the memory.
 _EVENT_BYTES = 16 * 1024 * 1024
 _BOM = b"\xef\xbb\xbf"
-# An empty line after one that isn't. A line's end is never parted. It begins with what is rare, so
-# that the rest is passed over ten times as fast.
+# An empty line after one that isn't empty; CR LF is never split. The pattern begins with rare bytes
+# and so passes over the others ten times as fast.
 _end = re.compile(rb"[\r\n](?<=[^\r\n].)(?:(?<=\r)\n)?+(?>\r\n|[\r\n])", re.DOTALL).search
 
 
 class Event(NamedTuple):
-    """One event, or what stands between two."""
+    """One event, or a comment between two."""
 
     raw: bytes
-    """As it came, with its empty line."""
+    """The event as received, with its empty line."""
     lines: bytes
-    """All but data and comments, such as its type, each with a line's end."""
+    """Its other fields than data, such as its type, each with a line's end."""
     data: bytes
-    """Its lines of data; none where it is no event but a comment."""
+    """Its lines of data, joined; empty for a comment."""
     is_whole: bool
-    """Whether its empty line came, too."""
+    """Whether its empty line was received, too."""
 
 
 async def read_events(pieces: AsyncIterable[bytes]) -> AsyncIterator[Event]:
     """Yield the events of a stream that comes in pieces.
 
     Raises:
-        ConnectionAbortedError: one does not end.
+        ConnectionAbortedError: an event does not end.
     """
     rest, begins = bytearray(), True
     async for piece in pieces:
-        # What came before holds no end, but may begin one: it isn't searched again.
+        # The rest holds no end of an event, but may hold the beginning of one.
         at, since = 0, max(0, len(rest) - 2)
         rest += piece
         while (found := _end(rest, since)) is not None:
@@ -43,7 +43,7 @@ async def read_events(pieces: AsyncIterable[bytes]) -> AsyncIterator[Event]:
             begins = False
         del rest[:at]
         if len(rest) > _EVENT_BYTES:
-            raise ConnectionAbortedError("the engine's event does not end")
+            raise ConnectionAbortedError("an event of the engine does not end")
     if rest.strip():
         yield _event(bytes(rest))._replace(is_whole=False)
 

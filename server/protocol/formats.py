@@ -1,7 +1,7 @@
-"""Shapes of answers: what is new each time an answer is given, and how a finished one is told.
+"""Formats of answers: the fields that differ in each response, and the signs of a finished answer.
 
-vLLM says it in `ChatCompletionResponse`, `ResponsesResponse` and `AnthropicMessagesResponse`, and
-in the events that it makes of them.
+They follow vLLM's `ChatCompletionResponse`, `ResponsesResponse` and `AnthropicMessagesResponse`,
+and the events that it makes of them.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,11 +10,13 @@ from enum import IntEnum
 from typing import Any
 
 ID = b"\x00"
+"""The mark in place of an id. JSON forbids this byte unescaped, so no answer contains it."""
 CREATED = b"\x01"
+"""The mark in place of a time (Unix s)."""
 
 
 class Encoding(IntEnum):
-    """How the engine gave an answer, and in which encoding a client asks for it."""
+    """How an answer is encoded."""
 
     JSON = 0
     """One JSON body."""
@@ -22,35 +24,35 @@ class Encoding(IntEnum):
     """Server-sent events (`data: …`, an empty line), without the final `[DONE]`."""
 
 
-_FRESH_ID = b'"' + ID + b'"'
+_QUOTED_ID = b'"' + ID + b'"'
 _UNFINISHED = (None, "abort", "error")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AnswerFormat:
-    """How the answers of some routes look."""
+    """The format that the answers of some routes have."""
 
     marks: Mapping[str, bytes]
-    """The marks in place of fields of a body that differ each time an answer is given.
+    """The marks in place of the fields of a body that differ in each response.
 
-    All else is given as the engine once gave it, ids of tool calls and of output items included:
+    All else stays as the engine once gave it, ids of tool calls and of output items included:
     clients send them back, and so the next request of a conversation repeats as the first did.
     """
     is_finished: Callable[[dict[str, Any]], bool] = lambda _: True
-    """Whether a body, or what an event says of the end, is that of an answer that ended by itself.
+    """Whether a body, or the object in a finish event, belongs to an answer that ended by itself.
     """
     done: bytes = b""
     """What follows the last event."""
     envelope: str | None = None
-    """The field of an event that holds what is fresh; `None` where the event itself does."""
+    """The field of an event that holds the marked fields; `None` where the event itself does."""
     finish_events: Mapping[str, str] = field(default_factory=dict)
-    """Types of events that say how it ended, with the field that says it."""
+    """Types of events that tell how the answer ended, with the field that tells it."""
     last_events: frozenset[str] = frozenset()
-    """Types of events of which one ends a stream, where no `done` does."""
+    """Types of events that end a stream where no `done` does."""
     failure_events: frozenset[str] = frozenset()
-    """Types of events that end one without an answer."""
+    """Types of events that end a stream without an answer."""
     hides_aborts: bool = False
-    """Whether an answer that the engine has aborted, since it stops, is told as a whole one."""
+    """Whether an answer that a stopping engine has aborted looks like a whole one."""
 
 
 def are_finished(choices: Any) -> bool:
@@ -61,9 +63,9 @@ def are_finished(choices: Any) -> bool:
 def _is_response_finished(response: dict[str, Any]) -> bool:
     details, counts = response.get("incomplete_details"), response.get("usage")
     if response["status"] == "completed":
-        # Nothing is what a vLLM gives that takes no more requests.
+        # A vLLM that takes no more requests gives an empty answer.
         return not counts or counts["output_tokens"] > 0
-    # vLLM says so of one without output, too, however that ended.
+    # vLLM gives this reason for an answer without output, too, however that ended.
     return bool(
         details
         and counts
@@ -73,13 +75,13 @@ def _is_response_finished(response: dict[str, Any]) -> bool:
 
 
 CHOICES = AnswerFormat(
-    marks={"id": _FRESH_ID, "created": CREATED},
+    marks={"id": _QUOTED_ID, "created": CREATED},
     is_finished=lambda body: are_finished(body["choices"]),
     done=b"data: [DONE]\n\n",
 )
-"""Of chat completions and completions; the only one of which either form makes the other."""
+"""Of chat completions and completions: the only format that can be converted."""
 RESPONSE = AnswerFormat(
-    marks={"id": _FRESH_ID, "created_at": CREATED},
+    marks={"id": _QUOTED_ID, "created_at": CREATED},
     is_finished=_is_response_finished,
     envelope="response",
     finish_events={"response.completed": "response", "response.incomplete": "response"},
@@ -89,7 +91,7 @@ RESPONSE = AnswerFormat(
 )
 """Of OpenAI's Responses."""
 MESSAGE = AnswerFormat(
-    marks={"id": _FRESH_ID},
+    marks={"id": _QUOTED_ID},
     is_finished=lambda body: body.get("stop_reason") is not None,
     envelope="message",
     finish_events={"message_delta": "delta"},
@@ -97,5 +99,5 @@ MESSAGE = AnswerFormat(
     failure_events=frozenset({"error"}),
 )
 """Of Anthropic's Messages. A body leaves out what is null."""
-OPAQUE = AnswerFormat(marks={"id": _FRESH_ID, "created": CREATED})
-"""A body that is large or has little in it, such as vectors: read only where it begins."""
+OPAQUE = AnswerFormat(marks={"id": _QUOTED_ID, "created": CREATED})
+"""Of bodies that are large or simple, such as vectors. Only their beginning is read."""

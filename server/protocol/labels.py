@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Iterable
-from typing import Any
 
+from server.auth.tenants import TENANT
 from tiers.key import is_key
 from tiers.purges.table import KEY, label
 
-TENANT = "[A-Za-z0-9._-]{1,64}"
-"""The names of tenants."""
+KINDS = (KEY, "model", "tenant", "tag")
+"""The kinds of labels by which clients of the admin API purge."""
 MAX_TAGS = 16
 MAX_TAG_CHARACTERS = 128
 
@@ -18,7 +18,7 @@ _is_tenant = re.compile(TENANT).fullmatch
 
 
 def labels_of(model: str, tenant: str, tags: Iterable[str]) -> tuple[str, ...]:
-    """Return the labels of a request's answer; `tenant` is the name of who asks."""
+    """Return the labels of an answer to a request of the tenant with this name."""
     tagged = (label("tag", tag) for tag in tags)
     return tuple(dict.fromkeys((label("model", model), label("tenant", tenant), *tagged)))
 
@@ -29,11 +29,21 @@ def label_problem(kind: str, name: str) -> str | None:
         return "as `tierserve cache ls` prints it: 64 hexadecimal digits, after a tenant's scope"
     if kind == "tenant" and not _is_tenant(name):
         return "1 to 64 letters, digits, dots, dashes or underscores"
-    if kind == "tag" and not is_tag(name):
+    if kind == "tag" and not _is_tag(name):
         return A_TAG
     return None
 
 
-def is_tag(tag: Any) -> bool:
-    """Whether a value may be a tag."""
-    return isinstance(tag, str) and 0 < len(tag) <= MAX_TAG_CHARACTERS and tag.isprintable()
+def require_tag(text: str) -> str:
+    """Return a tag.
+
+    Raises:
+        ValueError: the text can't be one.
+    """
+    if not _is_tag(text):
+        raise ValueError(f"should be {A_TAG}")
+    return text
+
+
+def _is_tag(text: str) -> bool:
+    return 0 < len(text) <= MAX_TAG_CHARACTERS and text.isprintable()

@@ -1,4 +1,4 @@
-"""The names by which clients may ask for models, and what each of them means."""
+"""The names of models: a client's name for one, and the model that it means."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,31 +7,32 @@ from server.protocol.errors import BadRequestError
 
 
 class UnknownModelError(BadRequestError):
-    """No model has the name that was asked for."""
+    """No model has the name that a request gives."""
 
     status = 404
 
 
 class ResolvedModel(NamedTuple):
-    """What a name means."""
+    """The model that a name means."""
 
     name: str
-    """By which the engine knows it: the name of a model, or of one of its adapters."""
+    """The engine's name of the model, or of one of its adapters."""
     identity: str
-    """What gives its answers now (`server.engine.identity`)."""
+    """Identifies what generates its answers now (`server.engine.identity`)."""
     is_vllm: bool
-    """Whether a vLLM of the version that we know answers, so that we know what each field does."""
+    """Whether its engine is a vLLM of the version that we know, so that we know what each field of
+    a request does."""
     encodings_agree: bool
-    """Whether a body and a stream of it hold the same text."""
+    """Whether its JSON bodies and its streams hold the same text."""
     always_counts_tokens: bool
     """Whether each of its streams has token counts, asked for or not."""
 
 
 class ModelNames:
-    """All names at one moment. Never changed once made; two are equal if they are the same object.
+    """All names at one moment. It never changes; two are equal only if they are the same object.
 
     Args:
-        meanings: by name; the first is what a request means that names no model.
+        meanings: the models by name; the first is the default.
     """
 
     def __init__(self, meanings: Mapping[str, ResolvedModel]) -> None:
@@ -40,22 +41,22 @@ class ModelNames:
 
     @property
     def is_single(self) -> bool:
-        """Whether there is no choice."""
+        """Whether there is only one name."""
         return len(self._meanings) == 1
 
     def resolve(self, asked: Any) -> ResolvedModel:
-        """Return what a request's `model` means, which may be missing.
+        """Return the model that a request's `model` means; the default one if it is missing.
 
-        What isn't text is an engine's to refuse, in its own words.
+        A value that isn't text means that one, too: an engine refuses it in its own words.
 
         Raises:
-            UnknownModelError: nothing has this name; the text is vLLM's.
+            UnknownModelError: no model has this name; the text is vLLM's.
         """
         if not asked or not isinstance(asked, str):
             return self.default
-        if (named := self._meanings.get(asked)) is None:
+        if (model := self._meanings.get(asked)) is None:
             raise UnknownModelError(
                 f"The model `{asked}` does not exist. Valid aliases: {', '.join(self._meanings)}.",
                 "model",
             )
-        return named
+        return model

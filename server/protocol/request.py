@@ -1,65 +1,71 @@
-"""A request that may be cached: what it asks for, and the key of its answer.
+"""A request to a cached route: what it asks for, and the key of its answer.
 
-A key is the digest of who may share the answer (the scope), of what gives it
+A key is the digest of who may share the answer (the scope), of what generates it
 (`server.engine.identity`), of the route, and of the canonical request: the parsed body, in which
 
-- the fields at the top and those of each message are sorted, as are a `logit_bias`'s tokens, and
-  numbers at the top and in a `logit_bias` that are whole are integers, but not beyond the range in
-  which floats are exact, nor where vLLM takes no float: there it may refuse one and take the other;
-- the model is named, the default one where the body names none;
-- what changes no answer is left out: `stream` and `stream_options`, as far as either form of the
-  answer makes the other, what the route calls irrelevant (`server.protocol.routes`), such as
-  `user`, and what vLLM ignores within other fields (`server.protocol.messages`);
-- what the route calls a default is left out, since vLLM takes it for the same as absence;
-- `cache`, which is meant for us, is left out;
+- the fields at the top and those of each message are sorted, as are the tokens of a `logit_bias`,
+  and whole numbers at the top and in a `logit_bias` are integers, but not beyond the range in which
+  floats are exact, nor where vLLM takes no float: there it may refuse one and take the other;
+- the model has its own name, the default model's where the body names none;
+- what changes no answer is missing: `stream` and `stream_options`, as far as either encoding of the
+  answer can be made of the other, the fields that the route ignores, such as `user`, and what vLLM
+  ignores within other fields (`server.protocol.vllm_fields`);
+- the route's defaults are missing, since vLLM takes absence for the same;
+- `cache`, which is for us, is missing.
 
-The query is no part of it, nor are headers: on these routes vLLM reads no query, and of headers
+Neither the query nor headers are part of it: on these routes vLLM reads no query, and of headers
 only those that say who asks, where and when it works, and in which format it reports its load.
 
-Of an engine that we don't know (`ResolvedModel.is_vllm`) nothing is left out but `cache`, headers
-that may change an answer (`server.handlers.upstream_headers`) are part of the key, and a request
-with a query isn't kept.
+For an engine that we don't know (not `ResolvedModel.is_vllm`) only `cache` is missing, the headers
+`KEY_HEADERS` are part of the key, and answers to requests with a query aren't kept.
 
-Everything else is kept as it was sent: the order inside tools, JSON schemas and arguments, since
+Everything else stays as it was sent: the order inside tools, JSON schemas and arguments, since
 prompts are rendered from it; values of a type that the engine refuses or judges by itself; and
-fields that we don't know, so a new field can never cause a wrong hit. Whitespace, escapes, and
-the way in which a number is written don't outlive parsing. Of a field that is there twice the last
-counts, as for vLLM. What isn't JSON by RFC 8259 (NaN), what isn't text (lone surrogates), and what
-is nested too deeply has no key: it is refused.
+fields that we don't know, so that a new field can never cause a wrong hit. Whitespace, escapes, and
+the way in which a number is written don't survive parsing. Of a field that stands twice the last
+one counts, as for vLLM. What isn't JSON by RFC 8259 (NaN), what isn't text (lone surrogates), and
+what is nested too deeply has no key: it is refused.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import orjson
 from multidict import MultiMapping, istr
 
 from server.auth.tenants import Tenant
-from server.protocol import cache_field
-from server.protocol.cache_field import CacheField
-from server.protocol.cache_salt import SALTED, with_cache_salt
-from server.protocol.errors import BadRequestError
+from server.protocol import bodies
+from server.protocol.bodies import Prompts, count_prompts
+from server.protocol.cache_field import CacheField, parse_cache_field
+from server.protocol.cache_salt import with_cache_salt
 from server.protocol.formats import CHOICES, Encoding
 from server.protocol.labels import labels_of
 from server.protocol.model_names import ModelNames, ResolvedModel
-from server.protocol.prompts import Prompts, prompts_in
-from server.protocol.routes import ROUTES, Route
+from server.protocol.routes import CACHED_ROUTES, CachedRoute
+from server.protocol.vllm_fields import Types
 from tiers import digest
 from tiers.key import scoped
+
+KEY_HEADERS = tuple(
+    map(
+        istr,
+        (
+            "anthropic-beta", "anthropic-version", "openai-beta", "openai-organization",
+            "openai-project",
+        ),
+    )
+)  # fmt: skip
+"""Headers that may change the answer of an engine that we don't know."""
+Headers = tuple[tuple[str, str], ...]
+"""Names and values of headers."""
 
 _INT64 = range(-(2**63), 2**63)
 # Up to here every whole number is a float.
 _EXACT = 2**53
 _TAKES_NO_FLOAT = "thinking_token_budget"
-_token = re.compile(r"0|[1-9][0-9]*").fullmatch
-# orjson makes floats of integers beyond 64 bits, so two of them could share a key. They have 19
-# digits or more, which are found like this ten times as fast as by a regular expression.
-_DIGITS_AS_ZEROS = bytes.maketrans(b"123456789", b"0" * 9)
-_HUGE = b"0" * 19
-_CONTINUOUS = "continuous_usage_stats"
+_is_token = re.compile(r"0|[1-9][0-9]*").fullmatch
+_OPTIONS, _USAGE, _CONTINUOUS = "stream_options", "include_usage", "continuous_usage_stats"
 _HOLD_PARTS = ("content", "file", "output", "source")
 _NAME_OTHERS = ("file_id", "uuid")
 _NAME_NOTHING = frozenset(
@@ -68,230 +74,275 @@ _NAME_NOTHING = frozenset(
         "tool_call_id", "tool_calls", "tool_use_id", "type",
     }
 )  # fmt: skip
-_CLIENTS_TOOLS = (None, "function", "custom", "namespace")
-# Together they bound the bodies that are remembered, each up to three times, to 48 MiB.
-_REMEMBERED = 1024
-_REMEMBERED_BYTES = 16 * 1024
+_CLIENT_TOOLS = (None, "function", "custom", "namespace")
+# Together they bound the memo's bodies, each of which it may hold three times, to 48 MiB.
+_MEMO_REQUESTS = 1024
+_MEMO_BODY_BYTES = 16 * 1024
 
 
 class ParsedRequest(NamedTuple):
     """One parsed request."""
 
-    route: Route
+    route: CachedRoute
     path: str
-    """The one of the route's paths that it was asked by."""
+    """The one of the route's paths that the client asked."""
     model: str
-    """By which its engine knows it."""
+    """The engine's name of the model."""
     is_vllm: bool
-    """Whether that is a vLLM of the version that we know."""
+    """Whether the engine is a vLLM of the version that we know."""
     id: Any
-    """The `request_id` of the body, if there is one."""
+    """The body's `request_id`; `None` if it has none."""
     tenant: str
-    """Who asks, by name."""
+    """The name of the tenant."""
     labels: tuple[str, ...]
-    """By what its answer may be purged, beside its key."""
+    """By what the answer may be purged, beside its key."""
     raw: bytes
-    """The body as it was received, but with its model's own name, and without what is ours."""
+    """The body as received, but with the model's own name, its tenant's salt and no `cache`."""
     body: bytes
-    """What the engine is to be sent."""
+    """The body for the engine where the answer is to be kept."""
     encoding: Encoding
+    """In which the client asks for the answer."""
     wants_usage: bool
+    """Whether the client asks for token counts at the end of a stream."""
     deterministic: bool
+    """Whether the same request gets the same answer."""
     repeatable: bool
     """Whether the same request means the same tomorrow."""
     engine_would_keep: bool
     """Whether an engine that keeps answers itself would keep this one."""
     key: str
     cache: CacheField
-    """What it says about caching, beside its headers."""
+    """What the body says about caching, beside the headers."""
     prompts: Prompts
 
 
+class RequestParser:
+    """Parses requests, and remembers those with short bodies that came last.
+
+    The memo holds requests of one `ModelNames` and of one revision of the tenants: after a change
+    of either it starts anew. It may be used by several threads.
+    """
+
+    def __init__(self) -> None:
+        self._parse_once = lru_cache(_MEMO_REQUESTS)(parse_request)
+        self._names: ModelNames | None = None
+        self._revision = 0
+
+    def parse(
+        self, path: str, raw: bytes, tenant: Tenant, names: ModelNames, headers: Headers = ()
+    ) -> ParsedRequest:
+        """Return `parse_request` of the same arguments, and raise what it raises."""
+        if names is not self._names or tenant.revision != self._revision:
+            self._parse_once.cache_clear()
+            self._names, self._revision = names, tenant.revision
+        size = len(raw)
+        for _, value in headers:
+            size += len(value)
+        parse = self._parse_once if size <= _MEMO_BODY_BYTES else parse_request
+        return parse(path, raw, tenant, names, headers)
+
+
 def parse_request(
-    path: str,
-    raw: bytes,
-    tenant: Tenant,
-    names: ModelNames,
-    headers: tuple[tuple[str, str], ...] = (),
+    path: str, raw: bytes, tenant: Tenant, names: ModelNames, headers: Headers = ()
 ) -> ParsedRequest:
-    """Parse a body and derive its key. A body that comes again byte for byte is remembered.
+    """Parse a body and derive the key of its answer.
 
     Args:
-        path: the request's, one of `ROUTES`.
+        path: the request's, one of `CACHED_ROUTES`.
         raw: the body as received.
         tenant: who asks.
-        names: what the model that it asks for is, and what gives its answers.
-        headers: those that an engine is sent and that may change its answer, if we don't know it.
+        names: the models that there are, and what generates their answers.
+        headers: the request's, as `key_headers` returns them.
 
     Raises:
         BadRequestError: the body isn't a JSON object, or its field `cache` isn't as it should be.
         UnknownModelError: there is no model of that name.
     """
-    size = len(raw)
-    for _, value in headers:
-        size += len(value)
-    look = _remembered if size <= _REMEMBERED_BYTES else _parse
-    return look(path, raw, tenant, names, headers)
-
-
-def _parse(
-    path: str, raw: bytes, tenant: Tenant, names: ModelNames, headers: tuple[tuple[str, str], ...]
-) -> ParsedRequest:
-    route = ROUTES[path]
-    raw, body = _read(raw)
-    cache, sent_as_is = CacheField(), True
-    if "cache" in body:
-        cache, sent_as_is = cache_field.parse_cache_field(body.pop("cache")), False
-    asked = body.get("model")
-    named = names.resolve(asked)
-    name = named.name
-    if asked != name and isinstance(asked, str | None) and (asked or not route.needs_model):
-        body["model"], sent_as_is = name, False
-    if not sent_as_is:
-        raw = _dumps(body)
-    stream = route.streams and body.get("stream") is True
-    options = body.get("stream_options") if route.format is CHOICES else None
-    # How another engine is asked for token counts isn't known, so clients get those that it sends.
-    wants_usage = stream and (
-        not named.is_vllm
-        or named.always_counts_tokens
-        or (isinstance(options, dict) and options.get("include_usage") is True)
-    )
-    # An engine that we don't know may give any field a meaning.
-    canonical: Mapping[str, Any] = dict(sorted(body.items()))
-    if named.is_vllm:
-        canonical = _canonical(
-            route, body, stream=stream, wants_usage=wants_usage, apart=not named.encodings_agree
-        )
-        headers = ()
-    said = [part.encode(errors="surrogateescape") for header in headers for part in header]
-    key = digest(
-        tenant.scope, named.identity.encode(), route.path.encode(), _dumps(canonical), *said
-    )
-    prompts = prompts_in(path, body)
-    if path in SALTED:
+    route = CACHED_ROUTES[path]
+    raw, body = bodies.read_object(raw)
+    cache = parse_cache_field(body.get("cache"))
+    model = names.resolve(body.get("model"))
+    raw = _address(raw, body, route, model)
+    streams = route.streams and body.get("stream") is True
+    wants_usage = streams and _wants_usage(route, body, model)
+    canonical = _canonical_request(route, body, model, streams=streams, wants_usage=wants_usage)
+    key = _digest(route, canonical, tenant, model, headers)
+    prompts = count_prompts(body, is_conversation=route.is_conversation)
+    if route.salted:
         raw, body = with_cache_salt(raw, body, tenant)
-    sent = raw
-    if (
-        named.is_vllm
-        and route.format is CHOICES
-        and stream
-        and not wants_usage
-        and isinstance(options, dict | None)
-    ):
-        # The count is recorded with every answer, and kept from clients that did not ask.
-        counting = {k: v for k, v in (options or {}).items() if k != _CONTINUOUS}
-        sent = _dumps(body | {"stream_options": counting | {"include_usage": True}})
     return ParsedRequest(
         route=route,
         path=path,
-        model=name,
-        is_vllm=named.is_vllm,
+        model=model.name,
+        is_vllm=model.is_vllm,
         id=body.get("request_id"),
         tenant=tenant.name,
-        labels=labels_of(name, tenant.name, cache.tags),
+        labels=labels_of(model.name, tenant.name, cache.tags or ()),
         raw=raw,
-        body=sent,
-        encoding=Encoding.SSE if stream else Encoding.JSON,
+        body=raw if wants_usage or not streams else _with_usage(route, raw, body, model),
+        encoding=Encoding.SSE if streams else Encoding.JSON,
         wants_usage=wants_usage,
-        repeatable=not any(body.get(name) for name in route.unrepeatable)
-        and not _points_elsewhere([body[name] for name in route.media if name in body])
-        and not _runs_there(body.get("tools"))
-        and _is_plain(options)
-        and not _is_kept_elsewhere(route, named, body.get("store")),
-        deterministic=route.deterministic
-        or _is_zero(body.get("temperature"))
-        or _is_seed(body.get("seed")),
+        repeatable=_is_repeatable(route, body, model),
+        deterministic=route.deterministic or _is_greedy(body) or _has_seed(body),
         engine_would_keep=route.engine_may_keep and body.get("store") is not False,
-        key=scoped(tenant.share_scope, key),
+        key=key,
         cache=cache,
         prompts=prompts,
     )
 
 
-_remembered = lru_cache(_REMEMBERED)(_parse)
+def key_headers(headers: MultiMapping[str]) -> Headers:
+    """Return those of the headers that are part of a key, with their values."""
+    found: Headers = ()
+    for name in KEY_HEADERS:
+        if name in headers:
+            # We don't know whether an engine joins several, or takes the first.
+            found += tuple((name, value) for value in headers.getall(name))
+    return found
 
 
-def _read(raw: bytes) -> tuple[bytes, dict[str, Any]]:
-    """Return a body in UTF-8, and what it says; engines take other encodings, and a BOM, too."""
-    try:
-        try:
-            body = orjson.loads(raw)
-        except ValueError:
-            if (encoding := json.detect_encoding(raw)) == "utf-8":
-                raise
-            raw = raw.decode(encoding).encode()
-            body = orjson.loads(raw)
-        if _HUGE in raw.translate(_DIGITS_AS_ZEROS):
-            body = json.loads(raw)
-    except ValueError as exc:
-        raise BadRequestError(f"the body should be JSON: {exc}", "body") from exc
-    except RecursionError as exc:
-        raise BadRequestError("the body is nested too deeply", "body") from exc
-    if not isinstance(body, dict):
-        raise BadRequestError("the body should be a JSON object", "body")
-    return raw, body
+def _address(raw: bytes, body: dict[str, Any], route: CachedRoute, model: ResolvedModel) -> bytes:
+    """Give a body its model's own name and take out `cache`; returns it written.
+
+    A `model` that vLLM refuses stays.
+    """
+    changed = "cache" in body
+    body.pop("cache", None)
+    asked = body.get("model")
+    if asked != model.name and isinstance(asked, str | None) and (asked or not route.needs_model):
+        body["model"], changed = model.name, True
+    return bodies.write(body) if changed else raw
 
 
-def _canonical(
-    route: Route, body: Mapping[str, Any], *, stream: bool, wants_usage: bool, apart: bool
-) -> dict[str, Any]:
-    fields = route.normalize(body)
+def _wants_usage(route: CachedRoute, body: Mapping[str, Any], model: ResolvedModel) -> bool:
+    """Whether the client of a stream asks for token counts."""
+    if not model.is_vllm or model.always_counts_tokens:
+        # We don't know how to ask another engine for counts, so clients get those that it sends.
+        return True
+    options = body.get(_OPTIONS) if route.format is CHOICES else None
+    return isinstance(options, dict) and options.get(_USAGE) is True
+
+
+def _with_usage(
+    route: CachedRoute, raw: bytes, body: Mapping[str, Any], model: ResolvedModel
+) -> bytes:
+    """Return the body of a request for a stream which asks for token counts, if vLLM takes that.
+
+    Tiers keep the counts with every answer; clients that didn't ask for them don't get them.
+    """
+    options = body.get(_OPTIONS)
+    if not (model.is_vllm and route.format is CHOICES and isinstance(options, dict | None)):
+        return raw
+    others = {name: value for name, value in (options or {}).items() if name != _CONTINUOUS}
+    return bodies.write({**body, _OPTIONS: others | {_USAGE: True}})
+
+
+def _digest(
+    route: CachedRoute,
+    canonical: Mapping[str, Any],
+    tenant: Tenant,
+    model: ResolvedModel,
+    headers: Headers,
+) -> str:
+    if model.is_vllm:
+        headers = ()
+    parts = [part.encode(errors="surrogateescape") for header in headers for part in header]
+    content = bodies.write(canonical)
+    key = digest(tenant.scope, model.identity.encode(), route.path.encode(), content, *parts)
+    return scoped(tenant.share_scope, key)
+
+
+def _canonical_request(
+    route: CachedRoute,
+    body: Mapping[str, Any],
+    model: ResolvedModel,
+    *,
+    streams: bool,
+    wants_usage: bool,
+) -> Mapping[str, Any]:
+    """Return the fields of a body that may change its answer, sorted."""
+    if not model.is_vllm:
+        # An engine that we don't know may give any field a meaning.
+        return dict(sorted(body.items()))
+    fields = route.fields.normalize(body)
     if route.streams and isinstance(fields.get("stream"), bool | None):
         fields.pop("stream", None)
-    if stream and route.format is CHOICES and isinstance(body.get("stream_options"), dict | None):
-        # Other options than these change the events.
-        same = {"include_usage"} if wants_usage else {"include_usage", _CONTINUOUS}
-        options = fields.pop("stream_options", None) or {}
-        if other := {name: value for name, value in options.items() if name not in same and value}:
-            fields["stream_options"] = other
+    if streams and route.format is CHOICES and isinstance(body.get(_OPTIONS), dict | None):
+        _drop_usage_options(fields, wants_usage=wants_usage)
     canonical = {}
     for name in sorted(fields):
-        value = _plain(name, fields[name])
-        if name in route.ignored and _is_ignored(value, route.ignored[name]):
-            continue
-        if name not in route.defaults or not _is_any_of(value, route.defaults[name]):
+        value = _canonical_value(name, fields[name])
+        if not _changes_nothing(route, name, value):
             canonical[name] = value
-    if route.streams and (apart or not canonical.keys() <= route.same_in_both_encodings):
+    same = route.fields.same_in_both_encodings
+    if route.streams and not (model.encodings_agree and canonical.keys() <= same):
         # An odd value is the engine's to judge.
-        canonical["stream"] = canonical.get("stream", stream)
+        canonical["stream"] = canonical.get("stream", streams)
     return canonical
 
 
-def _plain(name: str, value: Any) -> Any:
-    """Return what a field says, however it is written."""
+def _drop_usage_options(fields: dict[str, Any], *, wants_usage: bool) -> None:
+    """Leave only those `stream_options` that change the events."""
+    changes_nothing = {_USAGE} if wants_usage else {_USAGE, _CONTINUOUS}
+    options = (fields.pop(_OPTIONS, None) or {}).items()
+    if others := {name: value for name, value in options if name not in changes_nothing and value}:
+        fields[_OPTIONS] = others
+
+
+def _canonical_value(name: str, value: Any) -> Any:
+    """Return a field's value in the one of its spellings that keys have."""
     if isinstance(value, str):
         return value
     if isinstance(value, float):
         is_whole = value.is_integer() and abs(value) <= _EXACT and name != _TAKES_NO_FLOAT
         return int(value) if is_whole else value
-    # Of several spellings of one token's number vLLM takes the last, so there the order counts.
-    if isinstance(value, dict) and name == "logit_bias" and all(map(_token, value)):
-        return {token: _plain("", bias) for token, bias in sorted(value.items())}
+    # Of several spellings of a token's number vLLM takes the last one, so there the order matters.
+    if isinstance(value, dict) and name == "logit_bias" and all(map(_is_token, value)):
+        return {token: _canonical_value("", bias) for token, bias in sorted(value.items())}
     if isinstance(value, list) and name == "messages":
         return [dict(sorted(m.items())) if isinstance(m, dict) else m for m in value]
     return value
 
 
-def _is_ignored(value: Any, types: type | tuple[type, ...]) -> bool:
-    # A larger integer is refused.
+def _changes_nothing(route: CachedRoute, name: str, value: Any) -> bool:
+    """Whether the route ignores this field, or takes its absence for the same."""
+    fields = route.fields
+    return (name in fields.ignored and _is_ignored(value, fields.ignored[name])) or (
+        name in fields.defaults and _is_any_of(value, fields.defaults[name])
+    )
+
+
+def _is_ignored(value: Any, types: Types) -> bool:
+    # vLLM refuses a larger integer.
     return isinstance(value, types) and (not isinstance(value, int) or value in _INT64)
 
 
 def _is_any_of(value: Any, others: tuple[Any, ...]) -> bool:
-    """Whether a value is the same JSON as one of others; 1 isn't true there."""
+    """Whether a value is the same JSON as one of the others; there 1 isn't true."""
     return any(type(value) is type(other) and value == other for other in others)
 
 
-def _is_plain(options: Any) -> bool:
-    """Whether we understand `stream_options` as an engine does, which takes 1 for true."""
+def _is_repeatable(route: CachedRoute, body: Mapping[str, Any], model: ResolvedModel) -> bool:
+    """Whether the same request means the same tomorrow, and to another server."""
+    fields = route.fields
+    return (
+        not any(body.get(name) for name in fields.unrepeatable)
+        and not _names_media_elsewhere([body[name] for name in fields.media if name in body])
+        and not _has_engine_tool(body.get("tools"))
+        and (route.format is not CHOICES or _are_understood(body.get(_OPTIONS)))
+        and not _is_kept_elsewhere(route, model, body.get("store"))
+    )
+
+
+def _are_understood(options: Any) -> bool:
+    """Whether we read `stream_options` as an engine does, which takes 1 for true."""
     if not isinstance(options, dict):
         return options is None
     return all(isinstance(value, bool | None) for value in options.values())
 
 
-def _points_elsewhere(prompts: list[Any]) -> bool:
-    """Whether a part of one of the prompts names what is elsewhere and may change there.
+def _names_media_elsewhere(prompts: list[Any]) -> bool:
+    """Whether a part of a prompt names what is elsewhere and may change there.
 
     Parts are those of chat completions (`{"image_url": {"url": …}}`), Responses (`{"image_url":
     …}`, `file_id`, items that are known by an id alone) and Messages (`{"source": {"url": …}}`).
@@ -301,13 +352,13 @@ def _points_elsewhere(prompts: list[Any]) -> bool:
     while rest:
         value = rest.pop()
         if isinstance(value, list):
-            # The rest of tokens are tokens, too.
+            # After one token there are only tokens.
             if not (value and isinstance(value[0], int)):
                 rest += value
         elif isinstance(value, dict):
             if not value.keys() <= _NAME_NOTHING and _names_other(value):
                 return True
-            # Not the arguments of tools, in which anything may be named.
+            # The arguments of tools, which may name anything, aren't visited.
             for name in _HOLD_PARTS:
                 if name in value:
                     rest.append(value[name])
@@ -334,58 +385,28 @@ def _is_sent_along(media: Any) -> bool:
     return isinstance(url, str) and url.startswith("data:")
 
 
-def _runs_there(tools: Any) -> bool:
-    """Whether a tool is run by the engine, as a search is, and not by the client."""
+def _has_engine_tool(tools: Any) -> bool:
+    """Whether the engine runs one of the tools, such as a search, and not the client."""
     return isinstance(tools, list) and any(
-        isinstance(tool, dict) and tool.get("type") not in _CLIENTS_TOOLS for tool in tools
+        isinstance(tool, dict) and tool.get("type") not in _CLIENT_TOOLS for tool in tools
     )
 
 
-def _is_kept_elsewhere(route: Route, named: ResolvedModel, store: Any) -> bool:
-    """Whether an engine that we don't know may keep the answer, by the id that it gives it.
+def _is_kept_elsewhere(route: CachedRoute, model: ResolvedModel, store: Any) -> bool:
+    """Whether an engine that we don't know may keep the answer, under the id that it gives.
 
-    OpenAI keeps Responses unless it is told not to, and other answers if it is told to.
+    OpenAI keeps Responses unless `store` is false, and other answers if it is true.
     """
-    return not named.is_vllm and store is not False and (route.engine_may_keep or bool(store))
+    return not model.is_vllm and store is not False and (route.engine_may_keep or bool(store))
 
 
-def _dumps(value: Mapping[str, Any]) -> bytes:
-    try:
-        return orjson.dumps(value)
-    except TypeError:
-        # An integer beyond 64 bits, or deeper than orjson writes.
-        try:
-            return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-        except RecursionError as exc:
-            raise BadRequestError("the body is nested too deeply", "body") from exc
-
-
-def _is_seed(value: Any) -> bool:
-    # vLLM takes -1 for none.
-    return isinstance(value, int) and not isinstance(value, bool) and value != -1
-
-
-def _is_zero(value: Any) -> bool:
+def _is_greedy(body: Mapping[str, Any]) -> bool:
+    """Whether a request asks for the likeliest token each time."""
+    value = body.get("temperature")
     return isinstance(value, int | float) and not isinstance(value, bool) and value == 0
 
 
-def key_headers(headers: MultiMapping[str]) -> tuple[tuple[str, str], ...]:
-    """Return which of the headers are part of a key, with their values."""
-    said: tuple[tuple[str, str], ...] = ()
-    for name in KEY_HEADERS:
-        if name in headers:
-            # Whether an engine joins several, or takes the first, we don't know.
-            said += tuple((name, value) for value in headers.getall(name))
-    return said
-
-
-KEY_HEADERS = tuple(
-    map(
-        istr,
-        (
-            "anthropic-beta", "anthropic-version", "openai-beta", "openai-organization",
-            "openai-project",
-        ),
-    )
-)  # fmt: skip
-"""Headers that may change an answer, and are part of its key."""
+def _has_seed(body: Mapping[str, Any]) -> bool:
+    value = body.get("seed")
+    # vLLM takes -1 for none.
+    return isinstance(value, int) and not isinstance(value, bool) and value != -1

@@ -1,333 +1,277 @@
-"""The routes whose answers are kept, and what each takes and gives.
+"""The table of an engine's routes: what each takes, what it gives, and who may use it.
 
-A row says what is particular to a route of vLLM's server (0.32; the classes of the requests are in
-`protocol.py` of `vllm/entrypoints/*`). All else is the same for every route.
+The routes are those of vLLM's server (0.32). Paths that the table doesn't name, such as those that
+stop an engine, change its weights or show what others ask, are for operators only.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
-from server.protocol import messages
+from server.protocol import vllm_fields
 from server.protocol.formats import CHOICES, MESSAGE, OPAQUE, RESPONSE, AnswerFormat
+from server.protocol.vllm_fields import RequestFields
 
-Equal = dict[str, tuple[Any, ...]]
-"""Fields with the values that mean the same as leaving them out."""
-Ignored = dict[str, type | tuple[type, ...]]
-"""Fields that change no answer as long as they are of these types; else they are refused."""
+
+class Dialect(Enum):
+    """Whose API a route belongs to, which decides the shape of errors."""
+
+    OPENAI = "openai"
+    ANTHROPIC = "anthropic"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Route:
-    """One route, by whatever path it is asked."""
+    """One route of an engine, under all of its paths."""
 
     paths: tuple[str, ...]
-    """The first one stands for all of them in keys and rules."""
-    format: AnswerFormat
-    streams: bool = False
-    """Whether `stream` asks for events."""
-    id_prefix: str = ""
-    deterministic: bool = False
-    """Whether the same request gets the same answer without a temperature or a seed."""
-    same_in_both_encodings: frozenset[str] = frozenset()
-    """What is answered alike in a body and in a stream; of anything else vLLM may leave out or
-    refuse something in one of them, or read it by another parser, so there the form is part of the
-    key. None where no form can be made of the other."""
-    ignored: Ignored
-    normalize: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
-    """Returns the fields of a body without what vLLM ignores within them."""
-    defaults: Equal
-    """As vLLM itself takes them: where `generation_config`, a chat template, or another field may
-    have a say, a default isn't equal to absence, and isn't here."""
-    media: tuple[str, ...] = ()
-    """Fields that may name media."""
-    unrepeatable: tuple[str, ...] = ()
-    """Fields that name what exists at one moment only, or in one server."""
-    engine_may_keep: bool = False
-    """Whether the engine itself may keep answers, under the ids that it gives."""
-    needs_model: bool = False
-    """Whether a body without a model is refused."""
+    """The first one stands for all of them in keys and rules. `{id}` is one segment of a path, and
+    `{rest}` one or more; `{any}` may be empty, too."""
+    dialect: Dialect = Dialect.OPENAI
+    tenant_allowed: bool = False
+    """Whether every tenant may use it, or operators only."""
+    salted: bool = False
+    """Whether vLLM takes a `cache_salt` here, which keeps tenants apart in its prefix cache."""
+    counts_prompts: bool = False
+    """Whether bodies that are passed through may hold several prompts, and so are read. Bodies of
+    cached routes always are."""
+    is_conversation: bool = False
+    """Whether `documents` belong to the one prompt that `messages` are."""
+    is_refused: bool = False
+    """Whether nobody may use it."""
+    operation: str | None = None
+    """Its name in OpenTelemetry's conventions (`gen_ai.operation.name`)."""
 
     @property
     def path(self) -> str:
-        """What it is known by."""
+        """The path by which the route is known."""
         return self.paths[0]
 
 
-_TEXT = (str, type(None))
-_OBJECT = (dict, type(None))
-_ID: Ignored = {"request_id": str}
-_RANK: Ignored = {"priority": int}
-# Classes that don't know a field take any value of it. These fields say who asks, where an engine
-# keeps things, and by what it finds them; a field that asks for another answer stays in the key.
-_UNKNOWN: Ignored = dict.fromkeys(
-    (
-        "metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
-        "service_tier", "store",
-    ),
-    object,
-)  # fmt: skip
-_TRANSFERS = ("kv_transfer_params", "ec_transfer_params")
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CachedRoute(Route):
+    """A route whose answers tiers keep."""
+
+    format: AnswerFormat
+    fields: RequestFields
+    streams: bool = False
+    """Whether `stream` asks for server-sent events."""
+    id_prefix: str = ""
+    """What the ids of its answers begin with."""
+    deterministic: bool = False
+    """Whether the same request gets the same answer without a temperature or a seed."""
+    engine_may_keep: bool = False
+    """Whether the engine itself may keep answers, under the ids that it gives."""
+    needs_model: bool = False
+    """Whether vLLM refuses a body without a model."""
 
 
-def _null(*names: str) -> Equal:
-    return dict.fromkeys(names, (None,))
-
-
-_SAMPLING = _null(
-    "cache_salt", "frequency_penalty", "logit_bias", "min_p", "presence_penalty",
-    "repetition_penalty", "return_mm_kwargs", "seed", "structured_outputs", "temperature",
-    "top_k", "top_p", "vllm_xargs", "watermarking",
-) | {
-    "ignore_eos": (False,),
-    "include_stop_str_in_output": (False,),
-    "mm_payload": ("tensors",),
-    "skip_special_tokens": (True,),
-    "stop": ([], None),
-    "stop_token_ids": ([], None),
-}  # fmt: skip
-_COMPLETING = _SAMPLING | _null(
-    "allowed_token_ids", "logprob_token_ids", "prompt_logprobs", "repetition_detection",
-    "response_format", "return_token_ids", "return_tokens_as_token_ids", "stream_interval",
-    "stream_options", "thinking_token_budget", "truncate_prompt_tokens", "truncation_side",
-) | {
-    "bad_words": ([],),
-    "length_penalty": (1,),
-    "min_tokens": (0,),
-    "return_token_offsets": (False, None),
-    "routed_experts_prompt_start": (0,),
-    "spaces_between_special_tokens": (True,),
-    "use_beam_search": (False,),
-}  # fmt: skip
-# `add_generation_prompt` is refused where a message is continued, but only if it is written out,
-# and a `tool_choice` is chosen where there are tools and none is written out.
-_CHAT = _COMPLETING | _null(
-    "chat_template", "chat_template_kwargs", "documents", "max_completion_tokens", "max_tokens",
-    "media_io_kwargs", "mm_processor_kwargs", "reasoning_effort", "return_prompt_text", "tools",
-) | {
-    "add_special_tokens": (False,),
-    "continue_final_message": (False,),
-    "echo": (False,),
-    "include_reasoning": (True,),
-    "logprobs": (False, None),
-    "n": (1, None),
-    "parallel_tool_calls": (True,),
-    "top_logprobs": (0, None),
-}  # fmt: skip
-_COMPLETION = (
-    _COMPLETING
-    | _null("logprobs", "prompt", "prompt_embeds", "suffix")
-    | {
-        "add_special_tokens": (True,),
-        "echo": (False, None),
-        "max_tokens": (16, None),
-        "n": (1,),
-    }
-)
-_RESPONSE = _SAMPLING | _null(
-    "chat_template_kwargs", "include", "instructions", "max_output_tokens", "max_tool_calls",
-    "media_io_kwargs", "metadata", "mm_processor_kwargs", "previous_input_messages",
-    "previous_response_id", "prompt", "reasoning", "text", "user", *_TRANSFERS,
-) | {
-    "background": (False,),
-    "enable_response_messages": (False,),
-    "include_reasoning": (True,),
-    "parallel_tool_calls": (True,),
-    "service_tier": ("auto",),
-    "tool_choice": ("auto",),
-    "tools": ([],),
-    "top_logprobs": (0, None),
-    "truncation": ("disabled",),
-}  # fmt: skip
-_MESSAGE = _null(
-    "cache_salt", "chat_template_kwargs", "output_config", "return_mm_kwargs", "stop_sequences",
-    "system", "temperature", "thinking", "tool_choice", "tools", "top_k", "top_p", "vllm_xargs",
-    "watermarking", *_TRANSFERS,
-) | {"mm_payload": ("tensors",)}  # fmt: skip
-# What a prompt of either kind takes; which kind it is, is told by the other fields.
-_POOLING = _null(
-    "cache_salt", "mm_processor_kwargs", "padding", "truncate_prompt_tokens", "truncation_side",
-    "use_activation",
-)  # fmt: skip
-_ENCODING = _null("dimensions") | {
-    "embed_dtype": ("float32",),
-    "encoding_format": ("float",),
-    "endianness": ("native",),
-}
-_SCORING = (
-    _POOLING
-    | _null("chat_template_kwargs", "instruction")
-    | {
-        "max_tokens_per_doc": (0,),
-        "max_tokens_per_query": (0,),
-    }
-)
-
-_ALIKE = frozenset(
-    {
-        "cache_salt", "chat_template_kwargs", "frequency_penalty", "ignore_eos", "logit_bias",
-        "logprobs", "max_completion_tokens", "max_tokens", "messages", "min_p", "min_tokens",
-        "model", "n", "presence_penalty", "prompt", "reasoning_effort", "repetition_penalty",
-        "response_format", "seed", "skip_special_tokens", "stop", "stop_token_ids",
-        "structured_outputs", "temperature", "top_k", "top_logprobs", "top_p",
-    }
-)  # fmt: skip
-_ASKED_BY: Ignored = _ID | _RANK | {"user": _TEXT}
-_MARKED: Ignored = {"cache_control": object, "service_tier": object}
-
-_TABLE = (
-    Route(
+_TABLE: tuple[Route, ...] = (
+    CachedRoute(
         paths=("/v1/chat/completions",),
         format=CHOICES,
+        fields=vllm_fields.CHAT,
         streams=True,
         id_prefix="chatcmpl-",
-        same_in_both_encodings=_ALIKE,
-        ignored=_ASKED_BY | _UNKNOWN | {"session_id": _TEXT},
-        defaults=_CHAT | _null(*_TRANSFERS),
-        media=("messages",),
-        unrepeatable=_TRANSFERS,
+        tenant_allowed=True,
+        salted=True,
+        counts_prompts=True,
+        is_conversation=True,
+        operation="chat",
     ),
-    Route(
+    CachedRoute(
         paths=("/v1/completions",),
         format=CHOICES,
+        fields=vllm_fields.COMPLETION,
         streams=True,
         id_prefix="cmpl-",
-        same_in_both_encodings=_ALIKE,
-        ignored=_ASKED_BY | _UNKNOWN | {"session_id": _TEXT},
-        defaults=_COMPLETION | _null(*_TRANSFERS),
-        unrepeatable=_TRANSFERS,
+        tenant_allowed=True,
+        salted=True,
+        counts_prompts=True,
+        operation="text_completion",
     ),
-    Route(
+    CachedRoute(
         paths=("/v1/responses",),
         format=RESPONSE,
+        fields=vllm_fields.RESPONSE,
         streams=True,
         id_prefix="resp_",
-        # `metadata`, `service_tier` and `user` come back in the answer.
-        ignored=_RANK
-        | {
-            "prompt_cache_key": _TEXT,
-            "prompt_cache_retention": object,
-            "safety_identifier": object,
-            "session_id": _TEXT,
-            "store": (bool, type(None)),
-        },
-        defaults=_RESPONSE,
-        media=("input", "previous_input_messages"),
-        # The answer's id would be the one asked for.
-        unrepeatable=(
-            *_TRANSFERS,
-            "background",
-            "conversation",
-            "previous_response_id",
-            "prompt",
-            "request_id",
-            "store",
-        ),
         engine_may_keep=True,
+        tenant_allowed=True,
+        salted=True,
+        counts_prompts=True,
+        operation="chat",
     ),
-    Route(
+    CachedRoute(
         paths=("/v1/messages",),
+        dialect=Dialect.ANTHROPIC,
         format=MESSAGE,
+        fields=vllm_fields.MESSAGE,
         streams=True,
         id_prefix="chatcmpl-",
-        ignored=_MARKED | {"metadata": _OBJECT},
-        normalize=messages.without_ignored_fields,
         needs_model=True,
-        defaults=_MESSAGE,
-        media=("messages", "system"),
-        unrepeatable=(*_TRANSFERS, "container", "mcp_servers"),
+        tenant_allowed=True,
+        salted=True,
+        counts_prompts=True,
+        operation="chat",
     ),
-    Route(
+    CachedRoute(
         paths=("/v1/messages/count_tokens",),
+        dialect=Dialect.ANTHROPIC,
         format=OPAQUE,
+        fields=vllm_fields.MESSAGE_COUNT,
         deterministic=True,
-        ignored=_MARKED | {"metadata": object},
-        normalize=messages.without_ignored_fields,
         needs_model=True,
-        defaults=_null(
-            "chat_template_kwargs", "output_config", "system", "thinking", "tool_choice", "tools"
-        ),
-        media=("messages", "system"),
-        unrepeatable=("container", "mcp_servers"),
+        tenant_allowed=True,
     ),
-    Route(
+    CachedRoute(
         paths=("/v1/embeddings",),
         format=OPAQUE,
+        fields=vllm_fields.EMBEDDING,
         id_prefix="embd-",
         deterministic=True,
-        ignored=_ASKED_BY,
-        defaults=_POOLING | _ENCODING,
-        media=("input", "messages"),
+        tenant_allowed=True,
+        salted=True,
+        counts_prompts=True,
+        operation="embeddings",
     ),
-    Route(
+    # Cohere's route uses the prefix cache without a cache salt, so it isn't for tenants.
+    CachedRoute(
         paths=("/v2/embed",),
         format=OPAQUE,
+        fields=vllm_fields.COHERE_EMBEDDING,
         id_prefix="embd-",
         deterministic=True,
-        ignored=_RANK,
-        defaults=_null("embedding_types", "input_type", "max_tokens", "output_dimension")
-        | {"truncate": ("END",)},
-        media=("inputs",),
-        # They may be anywhere.
-        unrepeatable=("images",),
     ),
-    Route(
+    CachedRoute(
         paths=("/score", "/v1/score"),
         format=OPAQUE,
+        fields=vllm_fields.SCORE,
         id_prefix="score-",
         deterministic=True,
-        ignored=_ASKED_BY,
-        defaults=_SCORING,
-        media=("queries", "documents", "items", "data_1", "data_2", "text_1", "text_2"),
+        tenant_allowed=True,
+        salted=True,
+        counts_prompts=True,
     ),
-    Route(
+    CachedRoute(
         paths=("/rerank", "/v1/rerank", "/v2/rerank"),
         format=OPAQUE,
+        fields=vllm_fields.RERANK,
         id_prefix="score-",
         deterministic=True,
-        ignored=_ASKED_BY,
-        defaults=_SCORING | {"top_n": (0,)},
-        media=("query", "documents"),
+        tenant_allowed=True,
+        salted=True,
+        counts_prompts=True,
     ),
-    Route(
+    CachedRoute(
         paths=("/pooling",),
         format=OPAQUE,
+        fields=vllm_fields.POOLING,
         id_prefix="pooling-",
         deterministic=True,
-        ignored=_ASKED_BY,
-        defaults=_POOLING | _ENCODING | _null("task"),
-        media=("input", "messages"),
-        # It is for plugins, which may take it for anything.
-        unrepeatable=("data",),
+        tenant_allowed=True,
+        salted=True,
+        counts_prompts=True,
     ),
-    Route(
+    CachedRoute(
         paths=("/classify",),
         format=OPAQUE,
+        fields=vllm_fields.CLASSIFICATION,
         id_prefix="classify-",
         deterministic=True,
-        ignored=_ASKED_BY,
-        defaults=_POOLING,
-        media=("input", "messages"),
+        tenant_allowed=True,
+        salted=True,
+        counts_prompts=True,
     ),
-    Route(
+    CachedRoute(
         paths=("/tokenize",),
         format=OPAQUE,
+        fields=vllm_fields.TOKENIZATION,
         deterministic=True,
-        ignored={},
-        defaults={"return_token_strs": (False, None)},
-        media=("messages",),
+        tenant_allowed=True,
     ),
-    Route(paths=("/detokenize",), format=OPAQUE, deterministic=True, ignored={}, defaults={}),
+    CachedRoute(
+        paths=("/detokenize",),
+        format=OPAQUE,
+        fields=vllm_fields.DETOKENIZATION,
+        deterministic=True,
+        tenant_allowed=True,
+    ),
+    Route(
+        paths=("/v1/chat/completions/batch",),
+        tenant_allowed=True,
+        salted=True,
+        counts_prompts=True,
+        is_conversation=True,
+    ),
+    *(
+        Route(paths=(path,), tenant_allowed=True, salted=True, counts_prompts=True)
+        for path in ("/generative_scoring", "/invocations", "/v1/systemone")
+    ),
+    Route(paths=("/v1/completions/render",), tenant_allowed=True, counts_prompts=True),
+    Route(paths=("/v1/messages/render",), dialect=Dialect.ANTHROPIC, tenant_allowed=True),
+    *(
+        Route(paths=(path,), tenant_allowed=True)
+        for path in (
+            "/ping", "/tokenizer_info", "/v1/audio/transcriptions", "/v1/audio/translations",
+            "/v1/chat/completions/derender", "/v1/chat/completions/render",
+            "/v1/completions/derender", "/v1/models", "/v1/realtime", "/v1/responses/render",
+            "/version",
+        )
+    ),
+    # The ids of what an engine keeps can't be guessed, and models are no secret.
+    Route(paths=("/v1/models/{rest}",), tenant_allowed=True),
+    Route(paths=("/v1/responses/{id}", "/v1/responses/{id}/cancel"), tenant_allowed=True),
+    Route(paths=("/v1/messages/{any}",), dialect=Dialect.ANTHROPIC),
+    # These would change a running engine, whose answers would then have another origin.
+    Route(paths=("/v1/load_lora_adapter", "/v1/unload_lora_adapter"), is_refused=True),
+)  # fmt: skip
+_ELSE = Route(paths=("/{any}",))
+
+CACHED_ROUTES: Mapping[str, CachedRoute] = {
+    path: route for route in _TABLE if isinstance(route, CachedRoute) for path in route.paths
+}
+"""The routes whose answers tiers keep, by each of their paths. Clients ask them by POST."""
+REFUSED_PATHS = tuple(path for route in _TABLE if route.is_refused for path in route.paths)
+
+_PARAMETERS = {r"\{id\}": "[^/]+", r"\{rest\}": "[^/].*", r"\{any\}": ".*"}
+
+
+def _matcher(path: str) -> Callable[[str], Any]:
+    pattern = re.escape(path)
+    for name, matches in _PARAMETERS.items():
+        pattern = pattern.replace(name, matches)
+    return re.compile(pattern, re.DOTALL).fullmatch
+
+
+_PLAIN = {path: route for route in _TABLE for path in route.paths if "{" not in path}
+_PATTERNS = tuple(
+    (_matcher(path), route) for route in _TABLE for path in route.paths if "{" in path
 )
 
-ROUTES: Mapping[str, Route] = {path: route for route in _TABLE for path in route.paths}
-"""The routes by each of their paths; all are asked by POST."""
 
-_STORES = "VLLM_ENABLE_RESPONSES_API_STORE"
-# With one of these options an engine may put something into one form alone: `metrics` and experts,
-# which a stream has only if it was asked for token counts, or reasoning, for which each form has a
-# parser of its own.
-_APART = (
+def route_of(path: str) -> Route:
+    """Return the route of a decoded path; for a path that isn't known, one for operators only."""
+    if (route := _PLAIN.get(path)) is not None:
+        return route
+    return next((route for matches, route in _PATTERNS if matches(path)), _ELSE)
+
+
+def is_tenant_allowed(path: str) -> bool:
+    """Whether every tenant may ask an engine for a decoded path.
+
+    Of a path with dot segments another server may make another path.
+    """
+    return route_of(path).tenant_allowed and not {".", ".."} & set(path.split("/"))
+
+
+_KEEPS_RESPONSES = "VLLM_ENABLE_RESPONSES_API_STORE"
+# With one of these options an engine may put something into one encoding only: `metrics` and
+# experts, which a stream has only where the client asked for token counts, or reasoning, for which
+# each encoding has its own parser.
+_MAKES_ENCODINGS_DIFFER = (
     "aux_output_config", "config", "enable_force_include_usage", "enable_per_request_metrics",
     "enable_return_routed_experts", "reasoning_parser", "structured_outputs_config",
     "tool_parser_plugin",
@@ -338,13 +282,15 @@ PLAIN_PARSERS = frozenset(
         "phi4_mini_json", "pythonic", "qwen3_json",
     }
 )  # fmt: skip
-"""Those of vLLM's parsers of tool calls that leave a text as it is where there are no tools."""
+"""vLLM's parsers of tool calls that leave a text unchanged where there are no tools."""
 
 
 def encodings_agree(options: Mapping[str, Any]) -> bool:
-    """Whether a vLLM with these options gives the same text in a body and in a stream."""
+    """Whether a vLLM with these options gives the same text in a JSON body and in a stream."""
     parser = options.get("tool_call_parser")
-    return not any(options.get(name) for name in _APART) and (not parser or parser in PLAIN_PARSERS)
+    return not any(options.get(name) for name in _MAKES_ENCODINGS_DIFFER) and (
+        not parser or parser in PLAIN_PARSERS
+    )
 
 
 def always_counts_tokens(options: Mapping[str, Any]) -> bool:
@@ -354,4 +300,4 @@ def always_counts_tokens(options: Mapping[str, Any]) -> bool:
 
 def engine_keeps_responses(environments: Iterable[Mapping[str, str]]) -> bool:
     """Whether a vLLM with one of these environments keeps what `/v1/responses` answers."""
-    return any(env.get(_STORES, "0") not in ("", "0") for env in environments)
+    return any(env.get(_KEEPS_RESPONSES, "0") not in ("", "0") for env in environments)

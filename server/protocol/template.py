@@ -1,4 +1,7 @@
-"""Templates: answers with marks in place of what is fresh each time they are given."""
+"""Templates: answers with marks in place of what differs in each response.
+
+A mark is a byte that JSON forbids unescaped (RFC 8259, section 7), so no answer contains one.
+"""
 
 import re
 from collections.abc import Mapping
@@ -10,34 +13,35 @@ import orjson
 from server.protocol.formats import CHOICES, CREATED, ID, OPAQUE, AnswerFormat, Encoding
 from tiers import Answer
 
+# These enclose what belongs only into a stream without token counts.
 _UNCOUNTED, _END = b"\x02", b"\x03"
-_MARKS = CHOICES.marks
+MARKS = CHOICES.marks
 _has_mark = re.compile(b"[%s]" % (ID + CREATED + _UNCOUNTED + _END)).search
-# Of a body, what stands before the first value that has others in it.
+# The part of a body before its first object or array.
 _head = re.compile(rb'\s*\{(?:[^"{}\[\]]|"[^"\\]*")*').match
-_fresh_fields = tuple(
+_marked_fields = tuple(
     (re.compile(rb'("%s"\s*:\s*)("[^"\\]*"|\d+)' % name.encode()), mark)
     for name, mark in OPAQUE.marks.items()
 )
-_without_uncounted = re.compile(_UNCOUNTED + b"[^" + _END + b"]*" + _END).sub
-_DATA = b"data: "
+_drop_uncounted = re.compile(_UNCOUNTED + b"[^" + _END + b"]*" + _END).sub
+DATA = b"data: "
 
 
 class Verbatim(bytes):
-    """What the engine has sent and clients get unchanged; it is no template."""
+    """Bytes of the engine that clients get unchanged: no template."""
 
     __slots__ = ()
 
 
 def json_template(
-    parsed: dict[str, Any], marks: Mapping[str, bytes] = _MARKS, within: str | None = None
+    parsed: dict[str, Any], marks: Mapping[str, bytes] = MARKS, within: str | None = None
 ) -> bytes:
-    """Return JSON in which marks stand for the values of some fields.
+    """Return an object as JSON in which marks stand for the values of some fields.
 
     Args:
-        parsed: the JSON.
-        marks: by the names of the fields.
-        within: the field whose value has these fields, if not the whole of it.
+        parsed: the object.
+        marks: the marks by the names of their fields.
+        within: the field whose value has these fields; `None` for the object itself.
     """
     if within is None:
         fields = [_field(name, marks.get(name) or orjson.dumps(v)) for name, v in parsed.items()]
@@ -56,64 +60,78 @@ def _field(name: str, value: bytes) -> bytes:
     return orjson.dumps(name) + b":" + value
 
 
-def sse_event(parsed: dict[str, Any], shape: AnswerFormat = CHOICES, lines: bytes = b"") -> bytes:
-    """Return a server-sent event for one chunk, as a template.
+def sse_event(
+    parsed: dict[str, Any], answer_format: AnswerFormat = CHOICES, lines: bytes = b""
+) -> bytes:
+    """Return a chunk as a server-sent event, as a template.
+
+    Args:
+        parsed: the chunk.
+        answer_format: of the answer that it is part of.
+        lines: the event's lines before its data.
 
     Raises:
-        ValueError: a mark is in the `lines` that stand before its data.
+        ValueError: one of the `lines` contains a mark.
     """
     if lines and _has_mark(lines):
-        raise ValueError("an event has a mark in it")
-    return lines + _DATA + json_template(parsed, shape.marks, shape.envelope) + b"\n\n"
+        raise ValueError("a line of an event contains a mark")
+    return (
+        lines + DATA + json_template(parsed, answer_format.marks, answer_format.envelope) + b"\n\n"
+    )
 
 
 def template_of_raw(raw: bytes) -> bytes | None:
-    """Return a body as a template that is read only where it begins.
+    """Return a body as a template, or `None` if it isn't an object or is an error.
 
-    `None` if it isn't an object, or is an error.
+    Only its beginning is read, up to the first object or array.
     """
-    found = _head(raw)
-    if found is None or ID in raw or CREATED in raw:
+    begin = _head(raw)
+    if begin is None or ID in raw or CREATED in raw:
         return None
-    head = found[0]
+    head = begin[0]
     if b'"error"' in head:
         return None
-    for field, mark in _fresh_fields:
+    for field, mark in _marked_fields:
         head = field.sub(rb"\g<1>" + mark, head, count=1)
-    return head + raw[found.end() :]
+    return head + raw[begin.end() :]
 
 
 def with_fingerprint(last: bytes, usage: dict[str, Any]) -> bytes:
-    """Return the last event with what vLLM puts there where no token counts follow."""
+    """Return the last event with the fingerprint that vLLM puts there in streams without counts.
+
+    Args:
+        last: the event before the token counts.
+        usage: the chunk of the token counts, which has the fingerprint in other streams.
+    """
     if not usage.get("system_fingerprint"):
         return last
-    stamp = b',"system_fingerprint":' + orjson.dumps(usage["system_fingerprint"])
-    return last.removesuffix(b"}\n\n") + _UNCOUNTED + stamp + _END + b"}\n\n"
+    field = b',"system_fingerprint":' + orjson.dumps(usage["system_fingerprint"])
+    return last.removesuffix(b"}\n\n") + _UNCOUNTED + field + _END + b"}\n\n"
 
 
 def fill_marks(content: bytes, id_: bytes, created: int) -> bytes:
-    """Return a template with a fresh `id` and `created` (Unix s) in place of the marks."""
+    """Return a template with an `id` and `created` (Unix s) in place of the marks."""
     return content.replace(ID, id_).replace(CREATED, b"%d" % created)
 
 
 def strip_usage_marks(content: bytes, *, wants_usage: bool) -> bytes:
-    """Return events as they are where token counts follow, or where none do."""
+    """Return events as they are in a stream with token counts, or in one without."""
     if _UNCOUNTED not in content:
         return content
     if wants_usage:
-        return _without_uncounted(b"", content)
+        return _drop_uncounted(b"", content)
     return content.replace(_UNCOUNTED, b"").replace(_END, b"")
 
 
 def render_item(item: bytes, id_: bytes, created: int, *, wants_usage: bool) -> bytes:
-    """Return what a flight brings as a client gets it."""
+    """Return one item of a flight as a client gets it."""
     if isinstance(item, Verbatim):
         return item
     return fill_marks(strip_usage_marks(item, wants_usage=wants_usage), id_, created)
 
 
 def render(answer: Answer, id_: bytes, created: int, *, wants_usage: bool, done: bytes) -> bytes:
-    """Return an answer in its own form, all of it, as a client gets it; `done` ends a stream."""
+    """Return a whole answer as a client gets it, in its own encoding; `done` ends a stream."""
     content = answer.content
     if answer.encoding == Encoding.SSE:
         usage = answer.trailer if wants_usage else b""
@@ -122,7 +140,7 @@ def render(answer: Answer, id_: bytes, created: int, *, wants_usage: bool, done:
 
 
 def etag(answer: Answer, *, wants_usage: bool) -> str:
-    """Return the tag of an answer in its own form: the same for all that differ in marks alone."""
+    """Return the tag of an answer in its own encoding. What stands for marks doesn't change it."""
     tag = blake2b(answer.content, digest_size=8)
     if wants_usage:
         tag.update(answer.trailer)

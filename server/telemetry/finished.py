@@ -18,7 +18,7 @@ _ENGINE = "engine"
 
 
 class FinishedRequests:
-    """Feeds what is told of requests that have ended.
+    """Records requests that have ended.
 
     Args:
         metrics: count every request.

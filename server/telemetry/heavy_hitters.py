@@ -1,9 +1,9 @@
-"""Heavy hitters: what comes most often in an endless stream, counted in constant memory.
+"""Heavy hitters: the most frequent items of an endless stream, counted in constant memory.
 
 Space-Saving (Metwally, Agrawal and El Abbadi, «Efficient Computation of Frequent and Top-k Elements
-in Data Streams», 2005): what isn't counted yet takes the place of what was counted least, and its
-count, as what it may have too much. So with k counters after n additions no count is too low, none
-too high by more than n/k, and whatever came more often than that is there.
+in Data Streams», 2005): an item without a counter replaces the one with the least count, and takes
+over its count, as a possible excess. So with k counters after n additions no count is too low, none
+is too high by more than n/k, and each item that came more often than that has a counter.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _Value = TypeVar("_Value")
 
 @dataclass(slots=True)
 class Counter(Generic[_Value]):
-    """How often something came, and what is known of it."""
+    """The count of an item, and a value that belongs to it."""
 
     count: float
     excess: float
@@ -25,12 +25,12 @@ class Counter(Generic[_Value]):
 
     @property
     def least(self) -> float:
-        """How often it came at least."""
+        """A lower bound of how often it came."""
         return self.count - self.excess
 
 
 class HeavyHitters(Generic[_Value]):
-    """Counters by number, at most `capacity` of them.
+    """Counters of items, which are numbers; at most `capacity` counters.
 
     Args:
         capacity: above 0.
@@ -39,11 +39,11 @@ class HeavyHitters(Generic[_Value]):
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._counters: dict[int, Counter[_Value]] = {}
-        # One entry for each counter, with a count that it had once: the least may have grown since.
+        # One entry for each counter, with a past count of it: the count may have grown since.
         self._heap: list[tuple[float, int]] = []
 
     def add(self, key: int, new: _Value) -> _Value:
-        """Count `key` once more; return what is known of it: `new`, if it wasn't counted yet."""
+        """Count `key` once more; return its value, which is `new` if it had no counter."""
         counter = self._counters.get(key)
         if counter is not None:
             counter.count += 1
@@ -60,18 +60,18 @@ class HeavyHitters(Generic[_Value]):
 
     @property
     def counters(self) -> Mapping[int, Counter[_Value]]:
-        """All of them, by what they count."""
+        """All counters by item."""
         return self._counters
 
     def scale(self, factor: float) -> None:
-        """Multiply all counts, so that what came earlier counts less; above 0 and below 1."""
+        """Multiply all counts by a factor between 0 and 1, so that earlier additions count less."""
         for counter in self._counters.values():
             counter.count *= factor
             counter.excess *= factor
         self._heap = [(count * factor, key) for count, key in self._heap]
 
     def _least(self) -> tuple[float, int]:
-        """Return the least count, and whose it is."""
+        """Return the least count and its item."""
         heap = self._heap
         while True:
             count, key = heap[0]

@@ -1,7 +1,7 @@
 """Logs on standard error: text on a terminal, JSON lines elsewhere.
 
-Where standard error is a file, and somebody gives that another name, as logrotate does, logs go on
-in a new file of the old name.
+Where standard error is a file that is renamed, as by logrotate, logs continue in a new file of the
+old name.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from pythonjsonlogger.orjson import OrjsonFormatter
 
 from server.config.schema import LogConfig
 
-# A plain tuple: making anything more of it would cost each hit half a microsecond.
+# A plain tuple: a named one would cost each hit half a microsecond more.
 _Access = tuple[float, str, str, int, str, str, str, float]
 
 _FLUSH_S = 0.2
@@ -31,14 +31,16 @@ _CLOSE_S = 2
 
 
 class LogStream:
-    """Standard error, written by a thread: a reader that stalls or goes stops nobody.
+    """Standard error, written by a thread, so that a reader that stalls blocks nobody.
 
-    What doesn't fit into the queue is dropped, and how much that was is said later.
+    Writes beyond `max_bytes` of queued text are dropped; a later line has their number.
+    The standard library's `QueueListener` bounds records instead of bytes, and takes no access log
+    that is formatted in batches without `logging`.
     """
 
     def __init__(self, target: BinaryIO, max_bytes: int = 8 * 1024**2) -> None:
         self._target, self._max_bytes = target, max_bytes
-        self._path = _path_of(target)
+        self._path = _file_path(target)
         self._queue: SimpleQueue[bytes | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._queued_bytes = self._dropped = 0
@@ -52,7 +54,7 @@ class LogStream:
             if self._queued_bytes + len(data) > self._max_bytes:
                 self._dropped += 1
                 return
-            data = self._drops() + data
+            data = self._drop_notice() + data
             self._queued_bytes += len(data)
         self._queue.put(data)
 
@@ -62,14 +64,14 @@ class LogStream:
     def close(self) -> None:
         """Write what is queued, but don't wait long for a reader that stalls."""
         with self._lock:
-            data = self._drops()
+            data = self._drop_notice()
             self._queued_bytes += len(data)
         self._queue.put(data)
         self._queue.put(None)
         self._thread.join(_CLOSE_S)
 
-    def _drops(self) -> bytes:
-        """Return the line that says what was dropped, if anything was; it is said once."""
+    def _drop_notice(self) -> bytes:
+        """Return the line that has the count of dropped writes, if there were any; resets it."""
         dropped, self._dropped = self._dropped, 0
         return b"%d log writes were dropped\n" % dropped if dropped else b""
 
@@ -83,13 +85,13 @@ class LogStream:
                 self._queued_bytes -= len(data)
 
     def _reopen_if_moved(self) -> None:
-        # What can't be opened, such as in a folder that is gone, leaves the file of before.
+        # If the path can't be opened, such as in a removed folder, the open file stays.
         with suppress(OSError):
             if self._path is None or is_at(self._path, file := self._target.fileno()):
                 return
             mode = stat.S_IMODE(os.fstat(file).st_mode)
             new = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, mode)
-            # Whatever else is written to standard error goes there, too.
+            # Whatever else writes to standard error writes there, too.
             os.dup2(new, file)
             os.close(new)
 
@@ -102,8 +104,8 @@ def is_at(path: Path, file: int) -> bool:
         return False
 
 
-def _path_of(target: BinaryIO) -> Path | None:
-    """Return by which path a stream is a file, if it is one."""
+def _file_path(target: BinaryIO) -> Path | None:
+    """Return the path of a stream's file; `None` if it is no file."""
     try:
         path = Path(f"/proc/self/fd/{target.fileno()}").readlink()
         return path if path.is_file() and is_at(path, target.fileno()) else None
@@ -112,7 +114,7 @@ def _path_of(target: BinaryIO) -> Path | None:
 
 
 def configure(log: LogConfig) -> LogStream:
-    """Set up logging for the whole process; returns the stream, to be closed at the end."""
+    """Set up logging for the process; returns its stream, which the caller closes."""
     stream = LogStream(sys.stderr.buffer)
     handler = logging.StreamHandler(stream)
     if _is_json(log):
@@ -125,41 +127,42 @@ def configure(log: LogConfig) -> LogStream:
 
 
 class AccessLog:
-    """One line for each answered request, among the logs and in their format.
+    """One line for each answered request, in the stream and the format of the logs.
 
-    Lines are made and written in batches, without `logging`, which would cost more than a hit.
+    Lines are formatted and written in batches, without `logging`, which would cost more than a hit.
     """
 
     def __init__(self, log: LogConfig, stream: LogStream) -> None:
         self._stream = stream
         self._enabled = logging.getLogger().isEnabledFor(logging.INFO)
         self._line = _json_line if _is_json(log) else _text_line
-        self._waiting: list[_Access] = []
+        self._pending: list[_Access] = []
 
     def add(self, *access: *_Access) -> None:
-        """Note a request; its line is written within a fraction of a second.
+        """Add a request; its line is written within a fraction of a second.
 
-        Takes when it ended (Unix s), method, path, status, request id, tier, outcome, and seconds.
+        Args:
+            access: time (Unix s), method, path, status, request id, tier, outcome, seconds.
         """
         if not self._enabled:
             return
-        if not self._waiting:
+        if not self._pending:
             asyncio.get_running_loop().call_later(_FLUSH_S, self.flush)
-        self._waiting.append(access)
-        if len(self._waiting) >= _BATCH:
+        self._pending.append(access)
+        if len(self._pending) >= _BATCH:
             self.flush()
 
     def flush(self) -> None:
-        """Write the lines that wait."""
-        if self._waiting:
-            lines = "".join(map(self._line, self._waiting))
-            self._waiting.clear()
+        """Write the pending lines."""
+        if self._pending:
+            lines = "".join(map(self._line, self._pending))
+            self._pending.clear()
             self._stream.write(lines)
 
 
 def _json_line(access: _Access) -> str:
     at, method, path, status, request_id, tier, outcome, seconds = access
-    # All else is ours, and needs no quoting.
+    # The other fields are ours, and need no escaping.
     message = _message(method, path, status)
     return (
         f'{{"asctime":"{_stamp(at)}","levelname":"INFO","name":"tierserve.access",'
@@ -170,14 +173,14 @@ def _json_line(access: _Access) -> str:
 
 @lru_cache(256)
 def _message(method: str, path: str, status: int) -> str:
-    # A path may hold any character, halves of surrogate pairs included.
+    # A path may hold any character, lone surrogates included.
     text = f"{method} {path} {status}".encode(errors="backslashreplace").decode()
     return orjson.dumps(text).decode()
 
 
 def _text_line(access: _Access) -> str:
     at, method, path, status, request_id, tier, outcome, seconds = access
-    # A path may hold any character, those that end a line included.
+    # A path may hold any character, line ends included.
     return (
         f"{_stamp(at)} INFO    tierserve.access: {method} {path!a} {status} {tier} {outcome}"
         f" {seconds * 1000:.3f} ms {request_id}\n"

@@ -1,14 +1,14 @@
-"""Which beginnings of prompts engines are asked for most: what their prefix caches can reuse.
+"""The prefixes that prompts share most: what engines' prefix caches can reuse.
 
-A beginning ends where one of the first parts of a prompt does (the tools, the system prompt, a
-message), or within them after 1,024, 4,096 and 16,384 characters, since a long text may begin alike
-and go on otherwise. Of a body only the first 32 KiB are looked at, and of several prompts the first
-one, so that the largest request takes a millisecond or two. Only what an engine has answered
-is counted: what a tier answers pays nothing.
+A prefix ends at the end of one of a prompt's first parts (the tools, the system prompt, a message),
+or within them after 1,024, 4,096 and 16,384 characters, since long texts may differ only later. Of
+a body only the first 32 KiB are parsed, and of several prompts only the first counts, so that the
+largest request takes a millisecond or two. Only requests that an engine has answered are counted,
+so a hit costs nothing.
 
-What an engine drops isn't part of its prompts (`server.protocol.messages`).
+Fields that the engine drops aren't part of its prompts (`server.protocol.vllm_fields`).
 
-Prompts of different tenants, models or cache salts are different beginnings, as they are to vLLM.
+Prompts of different tenants, models or cache salts have different prefixes, as they have in vLLM.
 All counts are halved every day.
 """
 
@@ -25,41 +25,41 @@ from server.protocol.usage import input_tokens_in, reused_tokens_in
 from server.telemetry.heavy_hitters import HeavyHitters
 
 _COUNTERS = 1000
-_TOLD = 100
+_MAX_REPORTED = 100
 _HALVED_EVERY_S = 86400
-_LOOKED_AT_BYTES = 32 * 1024
+_PARSED_BYTES = 32 * 1024
 _PARTS = 10
 _CUTS = (1024, 4096, 16384)
 _HEAD, _TAIL = 100, 60
 """Characters of a preview."""
 
 
-class _Beginning(NamedTuple):
+class _Prefix(NamedTuple):
     number: int
     characters: int
     preview: str
 
 
 @dataclass(slots=True)
-class _Known:
-    """What is known of a beginning that is counted."""
+class _PrefixStats:
+    """The statistics of a prefix."""
 
     model: str
     tenant: str
     shorter: int | None
-    """The number of the next shorter beginning of the same prompts."""
+    """The number of the next shorter prefix of the same prompts."""
     characters: int
     preview: str
     asked_at: float = 0
     tokens: float | None = None
-    """About so many, by the last prompt that it was of."""
-    told: float = 0
-    """Its tokens in all requests of which engines told what they reused."""
-    reused: float = 0
+    """An estimate by the last prompt that had this prefix."""
+    counted_tokens: float = 0
+    """Its tokens in all requests whose answers had a count of reused tokens."""
+    reused_tokens: float = 0
 
 
 class Prefixes:
-    """The beginnings that are asked for most, in 1,000 counters of less than a kilobyte each.
+    """The most frequent prefixes, in 1,000 counters of less than a kilobyte each.
 
     Args:
         clock: returns Unix seconds.
@@ -67,55 +67,55 @@ class Prefixes:
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._counters: HeavyHitters[_Known] = HeavyHitters(_COUNTERS)
+        self._counters: HeavyHitters[_PrefixStats] = HeavyHitters(_COUNTERS)
         self._halve_at = clock() + _HALVED_EVERY_S
 
     def note(self, request: ParsedRequest, counts: bytes) -> None:
-        """Count a request that an engine has answered, unless it generates nothing.
+        """Count the prefixes of a request that an engine has answered with generated text.
 
-        `counts` is the end of its answer, which may tell token counts.
+        `counts` is the end of its answer, which may have the token counts.
         """
         if not request.route.streams:
             return
         self._age()
         try:
-            fields = _looked_at(request.raw)
+            fields = _parse_start(request.raw)
         except ValueError:
-            # Nested more deeply than we look.
+            # It is nested too deeply.
             return
         if request.is_vllm:
-            fields = request.route.normalize(fields)
+            fields = request.route.fields.normalize(fields)
         model, tenant = request.model, request.tenant
         seed = hash((model, tenant, str(fields.get("cache_salt"))))
-        is_whole = len(request.raw) <= _LOOKED_AT_BYTES
+        is_whole = len(request.raw) <= _PARSED_BYTES
         parts = list(_parts(fields))
-        found = list(_beginnings(seed, parts, is_whole=is_whole))
-        if not found:
+        prefixes = list(_prefixes_of(seed, parts, is_whole=is_whole))
+        if not prefixes:
             return
-        of_a_character = 0.0
+        tokens_per_character = 0.0
         reused = None
         if request.prompts.number <= 1 and (tokens := input_tokens_in(counts)) is not None:
             reused = reused_tokens_in(counts)
             whole = sum(map(len, parts)) if is_whole else len(request.raw)
-            of_a_character = tokens / max(whole, 1)
+            tokens_per_character = tokens / max(whole, 1)
         now, shorter = self._clock(), None
-        for number, characters, preview in found:
-            new = _Known(model, tenant, shorter, characters, preview)
-            known = self._counters.add(number, new)
-            known.asked_at, shorter = now, number
-            if of_a_character:
-                known.tokens = of_a_character * characters
+        for number, characters, preview in prefixes:
+            new = _PrefixStats(model, tenant, shorter, characters, preview)
+            stats = self._counters.add(number, new)
+            stats.asked_at, shorter = now, number
+            if tokens_per_character:
+                stats.tokens = tokens_per_character * characters
                 if reused is not None:
-                    known.told += known.tokens
-                    known.reused += min(reused, known.tokens)
+                    stats.counted_tokens += stats.tokens
+                    stats.reused_tokens += min(reused, stats.tokens)
 
     def report(self) -> dict[str, Any]:
-        """Return the beginnings that were asked for more than once, those asked for most first.
+        """Return the prefixes that came more than once, the most frequent first.
 
-        One isn't told where a longer one was asked for as often, since that says more. `requests`
-        is how many there were at least; `tokens` is about how many it has, and `reused_tokens` how
-        many of them the engine says it didn't have to compute, in all these requests. They, and
-        `reused_ratio`, are null where it doesn't tell.
+        A prefix is left out if a longer one came as often. `requests` is a lower bound of their
+        number. `tokens` is an estimate of the prefix's tokens. `reused_tokens` is how many of them
+        the engine took from its prefix cache, in all these requests. These two and `reused_ratio`
+        are null where the engine doesn't report the counts.
         """
         self._age()
         counters = self._counters.counters
@@ -129,7 +129,7 @@ class Prefixes:
             if counter.least >= 2 and counter.least > longer.get(number, 0)
         ]
         shared.sort(key=lambda counter: (-counter.least, -counter.value.characters))
-        return {"prefixes": [_row(each.least, each.value) for each in shared[:_TOLD]]}
+        return {"prefixes": [_row(each.least, each.value) for each in shared[:_MAX_REPORTED]]}
 
     def _age(self) -> None:
         now = self._clock()
@@ -137,50 +137,53 @@ class Prefixes:
             return
         days = 1 + int((now - self._halve_at) // _HALVED_EVERY_S)
         self._halve_at += days * _HALVED_EVERY_S
-        # Beyond, the first is as good as forgotten.
+        # After 60 halvings nothing is left of a count.
         factor = 0.5 ** min(days, 60)
         self._counters.scale(factor)
         for counter in self._counters.counters.values():
-            counter.value.told *= factor
-            counter.value.reused *= factor
+            counter.value.counted_tokens *= factor
+            counter.value.reused_tokens *= factor
 
 
-def _row(requests: float, known: _Known) -> dict[str, Any]:
-    is_told = known.told > 0
+def _row(requests: float, stats: _PrefixStats) -> dict[str, Any]:
+    reused = reused_ratio = None
+    if stats.counted_tokens > 0:
+        reused = round(stats.reused_tokens)
+        reused_ratio = round(stats.reused_tokens / stats.counted_tokens, 4)
     return {
-        "model": known.model,
-        "tenant": known.tenant,
+        "model": stats.model,
+        "tenant": stats.tenant,
         "requests": round(requests),
-        "characters": known.characters,
-        "tokens": None if known.tokens is None else round(known.tokens),
-        "reused_tokens": round(known.reused) if is_told else None,
-        "reused_ratio": round(known.reused / known.told, 4) if is_told else None,
-        "asked_at": known.asked_at,
-        "preview": known.preview,
+        "characters": stats.characters,
+        "tokens": None if stats.tokens is None else round(stats.tokens),
+        "reused_tokens": reused,
+        "reused_ratio": reused_ratio,
+        "asked_at": stats.asked_at,
+        "preview": stats.preview,
     }
 
 
-def _looked_at(body: bytes) -> dict[str, Any]:
-    """Return the fields of a body, as far as they are looked at.
+def _parse_start(body: bytes) -> dict[str, Any]:
+    """Return the fields of a body's start, and its tools.
 
     Raises:
         ValueError: it is nested too deeply.
     """
     fields: dict[str, Any] = from_json(
-        body[:_LOOKED_AT_BYTES], allow_partial="trailing-strings", cache_strings="none"
+        body[:_PARSED_BYTES], allow_partial="trailing-strings", cache_strings="none"
     )
-    if len(body) > _LOOKED_AT_BYTES and "tools" not in fields:
-        # Clients write them after the messages. A quote within a text has a backslash before it, so
-        # this is a field's name; where it isn't one of the body's, what follows isn't JSON.
-        at = body.rfind(b'"tools":', len(body) - _LOOKED_AT_BYTES)
+    if len(body) > _PARSED_BYTES and "tools" not in fields:
+        # Clients write the tools after the messages. A quote within a text has a backslash before
+        # it, so this is a field's name. If it is no field of the body, the rest isn't valid JSON.
+        at = body.rfind(b'"tools":', len(body) - _PARSED_BYTES)
         if at >= 0:
             with suppress(ValueError):
                 fields["tools"] = from_json(b"{" + body[at:])["tools"]
     return fields
 
 
-def _beginnings(seed: int, parts: Sequence[str], *, is_whole: bool) -> Iterator[_Beginning]:
-    """Yield the beginnings of a prompt, shortest first; what is cut off has no end of its own."""
+def _prefixes_of(seed: int, parts: Sequence[str], *, is_whole: bool) -> Iterator[_Prefix]:
+    """Yield the prefixes of a prompt, shortest first; the last part may be cut off."""
     number, at, head, tail, tools = seed, 0, "", "", 0
     for index, part in enumerate(parts[:_PARTS]):
         done = 0
@@ -189,13 +192,13 @@ def _beginnings(seed: int, parts: Sequence[str], *, is_whole: bool) -> Iterator[
             ends.append(len(part))
         for end in ends:
             piece, done = part[done:end], end
-            # By chance anew in each process, so nobody can find two that share a number.
+            # Python seeds `hash` at random, so nobody can find prefixes that share a number.
             number = hash((number, piece))
             head, tail = (head + piece)[:_HEAD], (tail + piece)[-_TAIL:]
-            yield _Beginning(number, at + end, _preview(head, tail, at + end - tools))
+            yield _Prefix(number, at + end, _preview(head, tail, at + end - tools))
         at += len(part)
         if index == 0 and part.startswith(_TOOLS):
-            # They are alike, and tell less than what follows.
+            # The preview leaves the tools out: they look alike in all prompts.
             tools, head = at, ""
 
 
@@ -231,8 +234,8 @@ def _message(item: Any) -> str:
         return _text(item)
     role = item.get("role")
     rest = {name: value for name, value in item.items() if name != "role"}
-    said = rest["content"] if rest.keys() == {"content"} else rest
-    return f"{role}: {_text(said)}\n"
+    content = rest["content"] if rest.keys() == {"content"} else rest
+    return f"{role}: {_text(content)}\n"
 
 
 def _text(value: Any) -> str:

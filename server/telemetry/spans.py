@@ -1,8 +1,7 @@
-"""Spans: the steps of a request's road, as a trace shows them.
+"""Spans: the steps of a request in its trace, without a dependency on OpenTelemetry.
 
-Who traces a request is known by a context variable and not by argument, since a flight serves many
-requests: its steps belong to the one that has launched it. Where nothing is traced, a step costs
-less than half a microsecond.
+The trace is in a context variable, not an argument, since a flight serves many requests: its steps
+belong to the request that started it. A step that isn't traced costs less than half a microsecond.
 """
 
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from server.telemetry.served import Served
 
 
 class Step:
-    """A step that isn't traced: the base of those that are. A context manager."""
+    """A step that isn't traced, and the base class of traced ones; a context manager."""
 
     __slots__ = ()
 
@@ -24,23 +23,23 @@ class Step:
         pass
 
     def set_attributes(self, **attributes: str | int | bool) -> None:
-        """Say more about it, as `tierserve.NAME`."""
+        """Set attributes `tierserve.NAME` of its span."""
 
     def end(self) -> None:
-        """End it before its context does."""
+        """End it before its context exits."""
 
 
 class EngineSpan(Step):
-    """The step of asking an engine."""
+    """The step of an engine's request."""
 
     __slots__ = ()
 
     def inject(self, headers: Mapping[str, str]) -> Mapping[str, str]:
-        """Return the headers by which the engine's own spans become a part of the trace."""
+        """Return the headers with the trace's context, so that the engine's spans join it."""
         return headers
 
     def set_reply(self, status: int, host: str | None, port: int | None) -> None:
-        """Say which server has answered, and how."""
+        """Set the status of the reply, and the address of the server."""
 
 
 class RequestTrace(Protocol):
@@ -50,26 +49,26 @@ class RequestTrace(Protocol):
         """Begin a step."""
 
     def engine_request(self, method: str) -> EngineSpan:
-        """Begin the step of asking an engine."""
+        """Begin the step of an engine's request."""
 
     def set_served(self, served: Served) -> None:
         """Note what the request was served."""
 
 
 current: ContextVar[RequestTrace | None] = ContextVar("trace", default=None)
-"""The trace of the request that is served, if it is traced."""
+"""The trace of the current request, if it is traced."""
 
 UNTRACED = Step()
 _UNTRACED_REQUEST = EngineSpan()
 
 
 def step(name: str) -> Step:
-    """Begin a step of the request that is served."""
+    """Begin a step of the current request."""
     trace = current.get()
     return UNTRACED if trace is None else trace.step(name)
 
 
 def engine_request(method: str) -> EngineSpan:
-    """Begin the step of asking an engine for the request that is served."""
+    """Begin the step of an engine's request for the current request."""
     trace = current.get()
     return _UNTRACED_REQUEST if trace is None else trace.engine_request(method)

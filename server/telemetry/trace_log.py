@@ -1,8 +1,8 @@
-"""The access log as a trace: what `tierserve simulate` needs to replay the server's own requests.
+"""The trace: a log of requests that `tierserve simulate` replays.
 
-JSON lines, one for each request that a tier answered or could have: `time` (when it was answered,
-Unix s), `key`, `size` (bytes of the answer), `tokens` (of output, where the answer tells), `model`,
-`tier` and `outcome`. Keys are digests; prompts and answers aren't written.
+JSON lines, one for each request that a tier answered or could have answered: `time` (of the answer,
+Unix s), `key`, `size` (bytes of the answer), `tokens` (of output, if the answer has the count),
+`model`, `tier` and `outcome`. Keys are digests; prompts and answers aren't written.
 """
 
 import logging
@@ -23,30 +23,30 @@ from tiers import Answer
 logger = logging.getLogger(__name__)
 
 _FLUSH_S = 0.2
-# Far more than are answered between two flushes.
-_WAITING = 16 * 1024
-# Few, so that the event loop gets its turn after a fraction of a millisecond.
+# Far more requests than are answered between two flushes.
+_MAX_PENDING = 16 * 1024
+# Few, so that the thread lets the event loop run after a fraction of a millisecond.
 _BATCH = 32
-_TURN_S = 0.0005
+_PAUSE_S = 0.0005
 _CLOSE_S = 5
 _MODEL_CHARACTERS = 256
-# No line is longer.
+# The longest line.
 _LINE_BYTES = 4096
 
 
-# When, key, size, token counts, model, tier and outcome: a plain tuple, since it costs least.
+# Time, key, size, token counts, model, tier and outcome: a plain tuple, since it costs least.
 _Line = tuple[float, str, int, bytes, str, tuple[str, str]]
 
 
 class TraceLog:
-    """A trace that a thread writes, many requests at once.
+    """A trace, written in batches by a thread.
 
-    What doesn't fit into the queue, or can't be written, is missing from the trace, and how much
-    that is is said in the log. At `max_bytes` the file takes the name `earlier` in place of what
-    had it, and a new one is begun; also when somebody else has given it another name.
+    Requests that don't fit into the queue, or can't be written, are missing from the trace; the log
+    has their number. At `max_bytes` the file is renamed to `rotated(path)`, in place of an older
+    one, and a new file begins. A new one also begins after somebody else has renamed the file.
 
     Args:
-        path: continued if it is there.
+        path: of the trace; an existing file is continued.
         max_bytes: of each of the two files.
 
     Raises:
@@ -57,70 +57,70 @@ class TraceLog:
         self._path, self._max_bytes = path, max_bytes
         try:
             self._file = _open(path)
-            self._bytes = _drop_half_line(self._file)
+            self._bytes = _truncate_partial_line(self._file)
         except OSError as exc:
             should = f"should be a file that we can write, not {path}: {exc.strerror or exc}"
             raise ConfigError([f"log.trace: {should}"]) from exc
-        self._waiting: deque[_Line] = deque()
-        self._unqueued = self._unwritten = self._told = 0
+        self._pending: deque[_Line] = deque()
+        self._dropped = self._unwritten = self._logged = 0
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trace", daemon=True)
         self._thread.start()
 
     @property
     def missing(self) -> int:
-        """How many requests are missing from the trace."""
-        return self._unqueued + self._unwritten
+        """The number of requests that are missing from the trace."""
+        return self._dropped + self._unwritten
 
     def add(
         self, at: float, key: str, model: str, answer: Answer, outcome: tuple[str, str]
     ) -> None:
-        """Note a request that was answered at `at` (Unix s); never waits and never fails."""
-        if len(self._waiting) >= _WAITING:
-            self._unqueued += 1
+        """Add a request that was answered at `at` (Unix s); never waits and never fails."""
+        if len(self._pending) >= _MAX_PENDING:
+            self._dropped += 1
             return
         size = len(answer.content) + len(answer.trailer)
-        # The whole would keep memory while it waits.
+        # The whole answer would keep its memory while it is pending.
         counts = counts_in(answer)
-        self._waiting.append((at, key, size, counts, model[:_MODEL_CHARACTERS], outcome))
+        self._pending.append((at, key, size, counts, model[:_MODEL_CHARACTERS], outcome))
 
     def close(self) -> None:
-        """Write what waits, but don't wait long for a disk that hangs."""
+        """Write the pending requests, but don't wait long for a disk that hangs."""
         self._closing.set()
         self._thread.join(_CLOSE_S)
 
     def _run(self) -> None:
         while not self._closing.wait(_FLUSH_S):
-            self._write_waiting()
-        self._write_waiting()
+            self._write_pending()
+        self._write_pending()
         os.close(self._file)
 
-    def _write_waiting(self) -> None:
-        reason = "they came faster than the disk takes them"
+    def _write_pending(self) -> None:
+        reason = "they come faster than the disk takes them"
         with suppress(OSError):
-            # Somebody may have moved the file, or cut it short.
+            # Somebody may have renamed the file, or truncated it.
             if is_at(self._path, self._file):
                 self._bytes = os.fstat(self._file).st_size
             else:
                 self._begin()
-        while self._waiting:
-            lines = [self._waiting.popleft() for _ in range(min(_BATCH, len(self._waiting)))]
+        while self._pending:
+            lines = [self._pending.popleft() for _ in range(min(_BATCH, len(self._pending)))]
             try:
                 self._write(b"".join(map(_json_line, lines)))
             except OSError as exc:
                 self._unwritten += len(lines)
                 reason = str(exc)
-            self._closing.wait(_TURN_S)
-        # A disk that stays full mustn't fill the log, too.
-        if self.missing > 2 * self._told:
-            self._told = self.missing
-            logger.error("%d requests are missing from the trace: %s", self._told, reason)
+            self._closing.wait(_PAUSE_S)
+        # At each doubling, so that a disk that stays full doesn't fill the log, too.
+        if self.missing > 2 * self._logged:
+            self._logged = self.missing
+            logger.error("%d requests are missing from the trace: %s", self._logged, reason)
 
     def _write(self, data: bytes) -> None:
         if self._bytes + len(data) > self._max_bytes:
-            # Whoever took it away has made room as well.
+            # Where somebody has removed the file, there is room as well.
             with suppress(FileNotFoundError):
-                self._path.replace(earlier(self._path))
+                self._path.replace(rotated(self._path))
             self._begin()
         written = os.write(self._file, data)
         if written < len(data):
@@ -129,13 +129,13 @@ class TraceLog:
         self._bytes += written
 
     def _begin(self) -> None:
-        """Go on in the file that has the name now; it is made if it isn't there."""
+        """Continue in the file that has the name now, which is created if it is missing."""
         before, self._file = self._file, _open(self._path)
         os.close(before)
-        self._bytes = _drop_half_line(self._file)
+        self._bytes = _truncate_partial_line(self._file)
 
 
-def earlier(path: Path) -> Path:
+def rotated(path: Path) -> Path:
     """Return the name that a full trace takes: `trace.1.jsonl` for `trace.jsonl`."""
     return path.with_suffix(f".1{path.suffix}")
 
@@ -144,8 +144,8 @@ def _open(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
 
-def _drop_half_line(file: int) -> int:
-    """Drop the end of a file that was cut within a line; return the bytes that it has then."""
+def _truncate_partial_line(file: int) -> int:
+    """Truncate a partial line at the end of a file; return the bytes that remain."""
     size = os.fstat(file).st_size
     start = max(0, size - _LINE_BYTES)
     whole = start + os.pread(file, _LINE_BYTES, start).rfind(b"\n") + 1
@@ -159,6 +159,6 @@ def _json_line(line: _Line) -> bytes:
     fields = {"time": round(at, 3), "key": key, "size": size}
     if (tokens := output_tokens_in(counts)) is not None:
         fields["tokens"] = tokens
-    # A name may hold halves of surrogate pairs, which orjson does not write.
+    # A name may hold lone surrogates, which orjson does not write.
     name = model.encode(errors="backslashreplace").decode()
     return orjson.dumps(fields | {"model": name, "tier": tier, "outcome": outcome}) + b"\n"

@@ -12,7 +12,7 @@ from aiohttp import web
 from server.auth.credentials import bearer_key, presented_credentials
 from server.auth.tenants import Tenants
 from server.config.secrets import hash_key
-from server.protocol.surface import is_for_tenants
+from server.protocol.routes import is_tenant_allowed
 from server.web.request import HttpRequest
 from server.web.responses import error_response
 
@@ -67,7 +67,7 @@ class AccessControl:
 
     def for_engine_path(self, path: str) -> AccessCheck:
         """Return the check for requests that ask an engine for `path`."""
-        return self.require_tenant if is_for_tenants(path) else self.require_operator
+        return self.require_tenant if is_tenant_allowed(path) else self.require_operator
 
     def for_request_path(self, http: HttpRequest) -> web.Response | None:
         """Allow who may ask an engine for the request's own path."""

@@ -1,15 +1,14 @@
-"""The listening sockets, and HTTP that can't be understood."""
+"""The listening sockets, and the protocol: its timeouts, half-closed clients, and invalid HTTP."""
 
 import asyncio
 import logging
-import re
 import socket
 import ssl
 from functools import partial
 from typing import Any
 
 from aiohttp import HttpVersion11, web
-from aiohttp.http_exceptions import BadHttpMessage, InvalidURLError, LineTooLong
+from aiohttp.http_exceptions import BadHttpMethod, BadStatusLine, InvalidURLError, LineTooLong
 
 from server.config.base import SERVER
 from server.config.schema import ServerConfig, is_dual
@@ -18,29 +17,33 @@ from server.web.responses import error_response
 
 logger = logging.getLogger(__name__)
 
-# Of such as «Bad status line:\n  Invalid HTTP version:\n\n  b'GET / HTTP/9.9'».
-_first_words = re.compile(
-    r"(?:Bad status line:\s+)?([A-Z][A-Za-z '-]{4,80})(?:[.:]?\n|[.]?$)"
-).match
+_INVALID = "The request is not valid HTTP"
+_MISTAKES = {
+    LineTooLong: (431, "The request's target or a header is longer than 8190 bytes."),
+    InvalidURLError: (400, f"{_INVALID}: its target is no URL."),
+    BadHttpMethod: (400, f"{_INVALID}: its method is invalid, or it is TLS on a port without."),
+    BadStatusLine: (400, f"{_INVALID}: its first line should end with HTTP/1.1 or HTTP/1.0."),
+}
+"""Statuses and texts by aiohttp's exceptions, subclasses first; its texts quote the request."""
 _BACKLOG = 1024
-# Longer than clients and proxies keep connections that idle, so that they close them, and not we.
+# Longer than clients and proxies keep idle connections, so that they close them and we don't.
 _KEEP_ALIVE_S = 630
-# Between two looks whether a client that has closed its direction is there.
-_ASK_S = 0.5
+# Between two checks whether a half-closed client is still there.
+_PRESENCE_CHECK_S = 0.5
 
 
 class _Protocol(web.RequestHandler):
-    """aiohttp's HTTP/1.1 protocol, whose own errors are in OpenAI's shape.
+    """aiohttp's HTTP/1.1 protocol, with errors in OpenAI's shape.
 
-    A connection on which no head comes is closed: a first one within `client_timeout_s`, a further
-    one within the time for which it is kept open.
+    A connection closes if no head comes: the first within `client_timeout_s`, a further one within
+    the keep-alive timeout.
 
-    A client that has closed its direction may still wait for its answer, as `nc -N` does, or have
-    gone: both look alike until something is sent (RFC 9293, section 3.6). So an answer that comes
-    soon is sent, and a client that waits longer gets a `100 Continue` now and then. Clients ignore
-    it (RFC 9110, section 15.2.1), and it shows which have gone, so that no engine works for them.
-    Where none may be sent, to HTTP/1.0 and within a response, such a client counts as gone, as it
-    does over TLS, which ends in both directions at once, and over WebSockets.
+    A half-closed client may wait for its answer, as `nc -N` does, or have gone. Both look alike
+    until something is sent (RFC 9293, section 3.6). So an answer that comes soon is sent, and a
+    client that waits longer gets a `100 Continue` now and then. Clients ignore it (RFC 9110,
+    section 15.2.1), and sending it fails if the client has gone, so that no engine works for it.
+    Where none may be sent, to HTTP/1.0 and within a response, a half-closed client counts as gone.
+    So it does over TLS, which closes both directions at once, and over WebSockets.
     """
 
     def __init__(self, server: web.Server, timeout_s: float) -> None:
@@ -50,7 +53,7 @@ class _Protocol(web.RequestHandler):
             loop=asyncio.get_running_loop(),
             access_log=None,  # type: ignore[arg-type]
             keepalive_timeout=_KEEP_ALIVE_S,
-            # It would take what was cut short for whole.
+            # aiohttp would accept a compressed body that was cut short.
             auto_decompress=False,
         )
         self._timeout_s = timeout_s
@@ -58,23 +61,23 @@ class _Protocol(web.RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         loop = asyncio.get_running_loop()
-        self._deadline = loop.call_later(self._timeout_s, self._expect_head)
+        self._deadline = loop.call_later(self._timeout_s, self._close_without_head)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._deadline.cancel()
         super().connection_lost(exc)
 
-    # aiohttp's returns nothing, which closes the connection.
+    # aiohttp's method returns nothing, which closes the connection.
     def eof_received(self) -> bool:  # type: ignore[override]
-        if not self._owes_answer():
+        if not self._owes_response():
             return False
         # Of several requests that came at once, the last isn't known here when it is answered.
         self._close = len(self._messages) + (self._waiter is None) == 1
         self._deadline.cancel()
-        self._deadline = self._loop.call_later(_ASK_S, self._ask_whether_gone)
+        self._deadline = self._loop.call_later(_PRESENCE_CHECK_S, self._check_presence)
         return True
 
-    def _owes_answer(self) -> bool:
+    def _owes_response(self) -> bool:
         """Whether all of the last request has come, and its response has not begun."""
         if self.ssl_context is not None or self._upgraded or not self._request_count:
             return False
@@ -84,7 +87,7 @@ class _Protocol(web.RequestHandler):
             return http.content.is_eof() and not http.writer.output_size
         return self._waiter is None
 
-    def _ask_whether_gone(self) -> None:
+    def _check_presence(self) -> None:
         http, transport = self._current_request, self.transport
         if transport is None:
             return
@@ -96,9 +99,9 @@ class _Protocol(web.RequestHandler):
         elif self._waiter is not None and not self._messages:
             transport.close()
             return
-        self._deadline = self._loop.call_later(_ASK_S, self._ask_whether_gone)
+        self._deadline = self._loop.call_later(_PRESENCE_CHECK_S, self._check_presence)
 
-    def _expect_head(self) -> None:
+    def _close_without_head(self) -> None:
         if not self._request_count:
             self.force_close()
 
@@ -112,29 +115,21 @@ class _Protocol(web.RequestHandler):
         if request.writer.output_size > 0:
             raise ConnectionError("the response has begun")
         logger.info("a request could not be read: %s", exc or message)
-        text = f"The request is not valid HTTP{_reason(exc)}."
-        if isinstance(exc, LineTooLong):
-            status, text = 431, "The request's target or a header is longer than 8190 bytes."
+        mistakes = (known for kind, known in _MISTAKES.items() if isinstance(exc, kind))
+        status, text = next(mistakes, (status, f"{_INVALID}."))
         response = error_response(status, text)
         response.headers["Server"] = SERVER
         response.force_close()
         return response
 
     def log_exception(self, *args: Any, **more: Any) -> None:
-        # A body that is no valid HTTP has been answered, and is no failure of ours.
+        # The client got an error for an invalid body; it is no failure of ours.
         if not isinstance(more.get("exc_info"), web.RequestPayloadError):
             super().log_exception(*args, **more)
 
 
-def _reason(exc: BaseException | None) -> str:
-    """Return what is wrong by the parser's words, without the bytes that it shows."""
-    if isinstance(exc, BadHttpMessage) and (found := _first_words(exc.message)):
-        return f": {found[1]}"
-    return ": its target is no URL" if isinstance(exc, InvalidURLError) else ""
-
-
 def make_server(endpoint: Endpoint, options: ServerConfig) -> web.Server:
-    """Return aiohttp's server around one endpoint; its `Application` would double its cost."""
+    """Return aiohttp's low-level server; its `Application` would double the cost of a hit."""
 
     class Request(HttpRequest):
         client_timeout_s = options.client_timeout_s
@@ -151,36 +146,36 @@ async def listen(
     """Accept connections for `server`.
 
     Raises:
-        OSError: the address can't be had.
+        OSError: it can't listen at the address.
     """
     protocol = partial(_Protocol, server, options.client_timeout_s)
     loop = asyncio.get_running_loop()
     timeout_s = None if tls is None else options.client_timeout_s
-    where: dict[str, Any] = {"host": host, "port": port}
+    address: dict[str, Any] = {"host": host, "port": port}
     if is_dual(host):
-        where = {"sock": _of_both_families(port)}
+        address = {"sock": _dual_stack_socket(port)}
     return await loop.create_server(
-        protocol, **where, backlog=_BACKLOG, ssl=tls, ssl_handshake_timeout=timeout_s
+        protocol, **address, backlog=_BACKLOG, ssl=tls, ssl_handshake_timeout=timeout_s
     )
 
 
-def _of_both_families(port: int) -> socket.socket:
-    """Return a socket that is bound for IPv6 and IPv4; asyncio's own would refuse IPv4."""
+def _dual_stack_socket(port: int) -> socket.socket:
+    """Return a socket that is bound for IPv6 and IPv4; asyncio would bind IPv6 alone."""
     return socket.create_server(
         ("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG
     )
 
 
 def addresses(listener: asyncio.Server, tls: ssl.SSLContext | None) -> str:
-    """Return the URLs at which a listener is reached."""
+    """Return the URLs of a listener, for the log."""
     scheme = "http" if tls is None else "https"
-    found = [each.getsockname()[:2] for each in listener.sockets]
-    return ", ".join(f"{scheme}://{f'[{h}]' if ':' in h else h}:{p}" for h, p in found)
+    names = [each.getsockname()[:2] for each in listener.sockets]
+    return ", ".join(f"{scheme}://{f'[{h}]' if ':' in h else h}:{p}" for h, p in names)
 
 
 async def listen_unix(
     server: web.Server, bound: socket.socket, options: ServerConfig
 ) -> asyncio.Server:
-    """Accept connections for `server` at a Unix socket that is bound."""
+    """Accept connections for `server` at a bound Unix socket."""
     protocol = partial(_Protocol, server, options.client_timeout_s)
     return await asyncio.get_running_loop().create_unix_server(protocol, sock=bound)

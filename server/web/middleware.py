@@ -13,11 +13,12 @@ from collections.abc import Iterator
 
 from aiohttp import web
 
-from server.protocol.content_coding import UnknownCodingError
+from server.auth.credentials import DuplicateHeaderError
 from server.protocol.errors import BadRequestError
 from server.telemetry.finished import CLIENT_GONE, FinishedRequests
 from server.telemetry.served import OWN, REFUSED, attached
 from server.web.access import AccessCheck
+from server.web.content_coding import UnknownCodingError
 from server.web.request import (
     X_REQUEST_ID,
     Endpoint,
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 _MISTAKES = (
     BadRequestError,
+    DuplicateHeaderError,
     SlowClientError,
     web.HTTPRequestEntityTooLarge,
     web.RequestPayloadError,
@@ -130,6 +132,8 @@ def _mistake(exc: Exception) -> web.Response:
         if isinstance(exc, UnknownCodingError):
             response.headers["Accept-Encoding"] = "gzip, deflate"
         return response
+    if isinstance(exc, DuplicateHeaderError):
+        return error_response(400, str(exc), param=exc.header)
     if isinstance(exc, web.HTTPRequestEntityTooLarge):
         return error_response(413, "The body is larger than server.max_body_bytes allows.")
     if isinstance(exc, SlowClientError):

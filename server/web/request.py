@@ -12,13 +12,13 @@ from multidict import istr
 
 from server.auth.limits import RateLimiter
 from server.auth.tenants import NOBODY, Tenant
-from server.protocol.content_coding import DECODED, UnknownCodingError, decode
 from server.telemetry.served import Served
+from server.web.content_coding import DECODED, UnknownCodingError, decode
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 X_REQUEST_ID = istr("X-Request-Id")
 is_id = re.compile(r"[A-Za-z0-9._-]{1,128}").fullmatch
-"""Tells whether a client's id of a request can be taken; another is replaced."""
+"""Matches the ids of clients that are used; any other is replaced by ours."""
 
 
 class SlowClientError(Exception):
@@ -44,12 +44,12 @@ class HttpRequest(web.BaseRequest):
 
     @property
     def media_type(self) -> str:
-        """What its body is said to be, in lower case and without parameters."""
+        """The type in its `Content-Type`, in lower case and without parameters."""
         return _media_type(self.headers.get(hdrs.CONTENT_TYPE, ""))
 
     @property
     def content_coding(self) -> str:
-        """How its body is coded (RFC 9110, section 8.4), in lower case; empty if it isn't."""
+        """The codings of its body (RFC 9110, section 8.4), in lower case; empty if it has none."""
         codings = map(str.lower, self.list_header(hdrs.CONTENT_ENCODING))
         return ", ".join(coding for coding in codings if coding != "identity")
 
@@ -61,7 +61,8 @@ class HttpRequest(web.BaseRequest):
     def take_id_from_body(self, given: object) -> None:
         """Use the `request_id` of a body as the id, unless a header has one, as vLLM does.
 
-        A value that can't be our id is left to the engine; `None` says that the body wasn't read.
+        A value that can't be our id is left to the engine; `None` stands for a body that wasn't
+        read.
         """
         if X_REQUEST_ID in self.headers:
             return
@@ -71,20 +72,20 @@ class HttpRequest(web.BaseRequest):
             self.body_may_hold_id = True
 
     async def send_continue(self) -> None:
-        """Have a client go on that waits to be told so (RFC 9110, section 10.1.1)."""
+        """Ask a client for the body that waits for it (RFC 9110, section 10.1.1)."""
         if self.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
             await self.writer.write(CONTINUE)
-            # The response itself has not begun.
+            # aiohttp must not take this for the beginning of the response.
             self.writer.output_size = 0
 
     async def read_body(self) -> bytes:
-        """Return all of the body, without its coding.
+        """Return the whole body, decoded.
 
         Raises:
             web.HTTPRequestEntityTooLarge: it is larger than `client_max_size`.
-            web.RequestPayloadError: it isn't as HTTP demands.
+            web.RequestPayloadError: it violates HTTP.
             BadRequestError: it can't be decoded.
-            SlowClientError: it does not come in time.
+            SlowClientError: it does not arrive in time.
         """
         if hdrs.CONTENT_ENCODING in self.headers and self.content_coding:
             return await self._decoded()
@@ -94,7 +95,7 @@ class HttpRequest(web.BaseRequest):
                     return await self.read()
             except TimeoutError as exc:
                 raise SlowClientError from exc
-        # Most bodies are there when their handler starts: `read` would take twice as long.
+        # Most bodies are complete when their handler starts; `read` would take twice as long.
         body = self.content.read_nowait()
         if len(body) > self.client_max_size:
             raise web.HTTPRequestEntityTooLarge(self.client_max_size)
@@ -116,28 +117,28 @@ class HttpRequest(web.BaseRequest):
 
     @property
     def is_disconnected(self) -> bool:
-        """Whether its client has gone, or its connection is being closed."""
+        """Whether its connection is closed, or is being closed."""
         return self.transport is None or self.transport.is_closing()
 
     async def write(self, response: web.StreamResponse, data: bytes) -> None:
-        """Write to the client, as fast as it reads.
+        """Write to the client as fast as it reads.
 
         Raises:
-            ConnectionResetError: it has gone, or does not read any more.
+            ConnectionResetError: it has disconnected, or has stopped reading.
         """
         try:
             async with asyncio.timeout(self.client_timeout_s):
                 await response.write(data)
         except TimeoutError as exc:
             if self.transport is not None:
-                # What it has not taken would stay in memory.
+                # The bytes that it hasn't read would stay in memory.
                 self.transport.abort()
             raise ConnectionResetError("the client does not read") from exc
 
     def iter_body(self) -> AsyncIterator[bytes]:
-        """Return the body as it comes, without its coding if that is one of `DECODED`.
+        """Return the body as it arrives, decoded if its coding is one of `DECODED`.
 
-        Iterating raises what `body` does, each piece having its time.
+        Iterating raises what `read_body` does; each piece may take `client_timeout_s`.
         """
         coding = self.content_coding
         return decode(self._received(), coding) if coding in DECODED else self._received()

@@ -1,4 +1,4 @@
-"""What responses have in common: headers of ours, errors, the quick way out.
+"""Responses: the headers that all have, errors, and the quick one for hits.
 
 Errors are in OpenAI's shape, by vLLM's conventions (`code` is the HTTP status), and become
 Anthropic's where its API is asked.
@@ -15,12 +15,12 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.helpers import rfc822_formatted_time
 
 from server.config.base import SERVER
+from server.protocol.routes import Dialect, route_of
 from server.web.request import HttpRequest
 
 RETRY_AFTER_S = 5
 _NONE: Mapping[str, str] = MappingProxyType({})
-_ANTHROPICS = "/v1/messages"
-# As its documentation has them; other statuses are told by their class.
+# Its documentation lists these; other statuses map by their class.
 _ANTHROPICS_KINDS = {
     401: "authentication_error",
     403: "permission_error",
@@ -34,15 +34,15 @@ _ANTHROPICS_KINDS = {
 
 
 def server_headers(http: HttpRequest) -> dict[str, str]:
-    """Return the headers that each response carries."""
+    """Return the headers that every response has."""
     return {"Server": SERVER, "X-Request-Id": http.id, **http.response_headers}
 
 
 class PrebuiltResponse(web.StreamResponse):
     """A 200 with all of its body, written in one piece with its head.
 
-    aiohttp's `Response` takes a fifth of a hit longer, even to be made, so this has only what
-    aiohttp asks a response for at the end. Answers GET and POST, and has `server_headers`.
+    aiohttp's `Response` would make a hit take a fifth longer. So this has only the attributes that
+    aiohttp uses to finish a response. It is for GET and POST, and includes `server_headers`.
 
     Args:
         http: the request.
@@ -110,11 +110,6 @@ def error_body(
     return orjson.dumps({"error": error})
 
 
-def is_anthropic_path(path: str) -> bool:
-    """Whether a path is of Anthropic's API."""
-    return path == _ANTHROPICS or path.startswith(f"{_ANTHROPICS}/")
-
-
 class ErrorResponse(web.Response):
     """An error of ours."""
 
@@ -124,7 +119,7 @@ class ErrorResponse(web.Response):
 
     def in_dialect_of(self, path: str) -> Self:
         """Return it in the shape of the API that `path` is of."""
-        if is_anthropic_path(path):
+        if route_of(path).dialect is Dialect.ANTHROPIC:
             kind = _ANTHROPICS_KINDS.get(self.status)
             if kind is None:
                 kind = "invalid_request_error" if self.status < 500 else "api_error"

@@ -1,4 +1,4 @@
-"""TLS of the listening sockets: 1.2 or newer, and the certificate read again when it changes."""
+"""TLS of the listening sockets: 1.2 or newer, with a certificate that is reloaded on change."""
 
 import re
 import ssl
@@ -12,73 +12,75 @@ _first_in = re.compile("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----"
 
 
 class Certificate:
-    """A certificate with its key, as connections that begin are shown it.
+    """The certificate and key for new connections.
 
     Args:
-        files: where they are.
+        files: their paths.
 
     Raises:
-        ConfigError: they can't be read, or don't belong together.
+        ConfigError: the files can't be read, or the key is not the certificate's.
     """
 
     def __init__(self, files: TlsConfig) -> None:
-        self._tls = files
-        self._shown = self.read()
+        self._files = files
+        self._current = self.read()
         self.context = self.read()
-        """What the listening sockets are given once and for all."""
-        self.context.sni_callback = self._show
+        """The context of the listening sockets; it selects the current one for each connection."""
+        self.context.sni_callback = self._select_context
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What is read again when it changes."""
-        return self._tls.certificate_file, self._tls.key_file
+        """The files that are watched for changes."""
+        return self._files.certificate_file, self._files.key_file
 
     def read(self) -> ssl.SSLContext:
-        """Return what the files hold now.
+        """Return a context with what the files hold now.
 
         Raises:
-            ConfigError: they can't be read, or don't belong together.
+            ConfigError: the files can't be read, or the key is not the certificate's.
         """
-        made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        made.minimum_version = ssl.TLSVersion.TLSv1_2
-        made.set_alpn_protocols(["http/1.1"])
-        self._load(made)
-        return made
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(["http/1.1"])
+        self._load(context)
+        return context
 
     def use(self, read: ssl.SSLContext) -> None:
-        """Show what `read` returned from now on."""
-        self._shown = read
+        """Use the context that `read` returned for new connections."""
+        self._current = read
 
-    def _show(self, connection: ssl.SSLObject, _name: str | None, _: ssl.SSLContext) -> None:
-        # Called whether the client has named a host or not.
-        connection.context = self._shown
+    def _select_context(
+        self, connection: ssl.SSLObject, _name: str | None, _: ssl.SSLContext
+    ) -> None:
+        # Called also if the client has named no host.
+        connection.context = self._current
 
     def _load(self, context: ssl.SSLContext) -> None:
-        certificate, key = self._tls.certificate_file, self._tls.key_file
-        unread = []
+        certificate, key = self._files.certificate_file, self._files.key_file
+        mistakes = []
         for name, file in (("certificate_file", certificate), ("key_file", key)):
             try:
                 file.read_bytes()
             except OSError as exc:
-                unread.append(f"server.tls.{name}: {file}: {exc.strerror}")
-        if unread:
-            raise ConfigError(unread)
+                mistakes.append(f"server.tls.{name}: {file}: {exc.strerror}")
+        if mistakes:
+            raise ConfigError(mistakes)
         try:
-            # Without a password it would ask for one at the terminal.
+            # Without this OpenSSL asks for a password at the terminal.
             context.load_cert_chain(certificate, key, password="")
         except OSError as exc:
-            # Of which those of TLS are some.
-            why = exc.reason if isinstance(exc, ssl.SSLError) else exc.strerror
+            # `ssl.SSLError` is an `OSError`.
+            reason = exc.reason if isinstance(exc, ssl.SSLError) else exc.strerror
             should = "should be a certificate and its key in PEM, the key without a password"
-            raise ConfigError([f"server.tls: {should}: {why or exc}"]) from exc
+            raise ConfigError([f"server.tls: {should}: {reason or exc}"]) from exc
 
 
 def fingerprint(files: TlsConfig) -> bytes:
     """Return the SHA-256 of the certificate itself.
 
     Raises:
-        OSError: it can't be read.
-        ValueError: there is none in its file.
+        OSError: the file can't be read.
+        ValueError: the file holds no certificate.
     """
     found = _first_in(files.certificate_file.read_text(encoding="ascii"))
     if found is None:

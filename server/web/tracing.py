@@ -1,8 +1,8 @@
 """Tracing: requests and their steps as OpenTelemetry spans, sent to a collector by OTLP.
 
-A request has a server span, the child of its client's if there is one. Attributes are named by
-OpenTelemetry's semantic conventions for HTTP and for generative AI, and `tierserve.*` beside them;
-none holds a prompt, an answer, or a header. What the collector doesn't take is dropped, and no
+A request has a server span, the child of its client's span if there is one. Attributes are named by
+OpenTelemetry's semantic conventions for HTTP and for generative AI, our own `tierserve.*`. None
+holds a prompt, an answer, or a header. Spans that the collector doesn't take are dropped, and no
 request waits for it. Imported only where tracing is on, since it needs the extra `tracing`.
 """
 
@@ -10,7 +10,6 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from importlib.metadata import version
 from urllib.parse import urlsplit
 
 from aiohttp import web
@@ -23,7 +22,9 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from server.config.base import VERSION
 from server.config.tracing import TracingConfig as Options
+from server.protocol.routes import route_of
 from server.protocol.usage import input_tokens, output_tokens
 from server.telemetry.served import OWN, Served
 from server.telemetry.spans import UNTRACED, EngineSpan, Step, current
@@ -31,24 +32,17 @@ from server.web.request import Endpoint, HttpRequest
 
 logger = logging.getLogger(__name__)
 
-# Those of some thousand requests; more are dropped, as the SDK does.
+# The spans of some thousand requests; the SDK drops more.
 _QUEUED_SPANS = 8192
 _BATCH_SPANS = 512
-_EVERY_MS = 1000
-_EXPORT_S = 5
-# For what is still to be sent; a collector that hangs must not keep us.
-_CLOSE_S = 2
+_EXPORT_EVERY_MS = 1000
+_EXPORT_TIMEOUT_S = 5
+# For the spans that are still queued; a collector that hangs must not keep us.
+_CLOSE_TIMEOUT_S = 2
 _METHODS = frozenset(
     {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"}
 )
-_OPERATIONS = {
-    "/v1/chat/completions": "chat",
-    "/v1/completions": "text_completion",
-    "/v1/embeddings": "embeddings",
-    "/v1/messages": "chat",
-    "/v1/responses": "chat",
-}
-_CONTEXT = TraceContextTextMapPropagator()
+_PROPAGATOR = TraceContextTextMapPropagator()
 _PARENT, _STATE = "traceparent", "tracestate"
 
 
@@ -56,18 +50,18 @@ class Tracing:
     """Traces requests.
 
     Args:
-        options: where spans go, and which part of the requests is traced.
+        options: where spans are sent, and which share of the requests is traced.
     """
 
     def __init__(self, options: Options) -> None:
-        # Clients could fill our log by headers that aren't right, and a collector by being down.
+        # Clients could fill our log with invalid headers, and a collector that is down could, too.
         logging.getLogger("opentelemetry").setLevel(logging.ERROR)
         logging.getLogger("opentelemetry.exporter").setLevel(logging.CRITICAL)
-        # This says, three times a minute at most, that spans come faster than they are sent.
+        # It warns, three times a minute at most, of spans that are dropped.
         logging.getLogger("opentelemetry.sdk._shared_internal").setLevel(logging.WARNING)
-        named = Resource({"service.name": "tierserve", "service.version": version("tierserve")})
+        service = Resource({"service.name": "tierserve", "service.version": VERSION})
         self._provider = TracerProvider(
-            resource=named.merge(OTELResourceDetector().detect()),
+            resource=service.merge(OTELResourceDetector().detect()),
             sampler=ParentBased(TraceIdRatioBased(options.sample_ratio)),
             shutdown_on_exit=False,
         )
@@ -77,7 +71,7 @@ class Tracing:
                 exporter,
                 max_queue_size=_QUEUED_SPANS,
                 max_export_batch_size=_BATCH_SPANS,
-                schedule_delay_millis=_EVERY_MS,
+                schedule_delay_millis=_EXPORT_EVERY_MS,
             )
         )
         self._tracer = self._provider.get_tracer("tierserve")
@@ -109,10 +103,10 @@ class Tracing:
         return around
 
     def close(self) -> None:
-        """Send what is still to be sent, but don't wait long for it."""
+        """Send the spans that are still queued, but don't wait long for that."""
         closing = threading.Thread(target=self._provider.shutdown, name="tracing", daemon=True)
         closing.start()
-        closing.join(_CLOSE_S)
+        closing.join(_CLOSE_TIMEOUT_S)
 
 
 class _Trace:
@@ -135,7 +129,7 @@ class _Trace:
         return _Step(self._tracer.start_span(name, self._context))
 
     def engine_request(self, method: str) -> EngineSpan:
-        # Whether it is sampled or not, since the engine should do likewise.
+        # Also where it isn't sampled, so that the engine doesn't sample it either.
         span = self._tracer.start_span("engine", self._context, SpanKind.CLIENT)
         span.set_attribute("http.request.method", method)
         return _EngineRequest(span)
@@ -165,13 +159,13 @@ class _EngineRequest(_Step, EngineSpan):
     __slots__ = ()
 
     def inject(self, headers: Mapping[str, str]) -> Mapping[str, str]:
-        ours: dict[str, str] = {}
-        _CONTEXT.inject(ours, set_span_in_context(self._span, Context()))
-        handed = CIMultiDict(headers)
+        context: dict[str, str] = {}
+        _PROPAGATOR.inject(context, set_span_in_context(self._span, Context()))
+        changed = CIMultiDict(headers)
         for name in (_PARENT, _STATE):
-            handed.popall(name, None)
-        handed.update(ours)
-        return handed
+            changed.popall(name, None)
+        changed.update(context)
+        return changed
 
     def set_reply(self, status: int, host: str | None, port: int | None) -> None:
         self._span.set_attribute("http.response.status_code", status)
@@ -183,19 +177,21 @@ class _EngineRequest(_Step, EngineSpan):
 
 
 class _Exporter(SpanExporter):
-    """An exporter whose failures are said once, until it succeeds again."""
+    """An exporter that logs when it begins to fail, and when it succeeds again."""
 
-    def __init__(self, exporter: SpanExporter, to: str) -> None:
-        self._exporter, self._to = exporter, to
+    def __init__(self, exporter: SpanExporter, endpoint: str) -> None:
+        self._exporter, self._endpoint = exporter, endpoint
         self._is_failing = False
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         result = self._exporter.export(spans)
         is_failing = result is not SpanExportResult.SUCCESS
         if is_failing and not self._is_failing:
-            logger.warning("spans can't be sent to %s, and are dropped until they can", self._to)
+            logger.warning(
+                "spans can't be sent to %s; they are dropped until they can", self._endpoint
+            )
         elif self._is_failing and not is_failing:
-            logger.warning("spans are sent to %s again", self._to)
+            logger.warning("spans are sent to %s again", self._endpoint)
         self._is_failing = is_failing
         return result
 
@@ -207,25 +203,25 @@ class _Exporter(SpanExporter):
 
 
 def _exporter(options: Options) -> SpanExporter:
-    # Each takes a while to import, and the other isn't needed.
+    # Each is slow to import, and only one is needed.
     if options.protocol == "grpc":
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as Grpc
 
-        return Grpc(options.endpoint, timeout=_EXPORT_S)
+        return Grpc(options.endpoint, timeout=_EXPORT_TIMEOUT_S)
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as Http
 
     has_path = urlsplit(options.endpoint).path.strip("/")
     url = options.endpoint if has_path else options.endpoint.rstrip("/") + "/v1/traces"
-    return Http(url, timeout=_EXPORT_S)
+    return Http(url, timeout=_EXPORT_TIMEOUT_S)
 
 
 def _parent(http: HttpRequest) -> Context:
-    """Return the client's context, or an empty one where its headers tell none that is right."""
+    """Return the client's trace context, or an empty one where its headers hold no valid one."""
     if _PARENT not in http.headers:
         return Context()
-    # That of two can't be told which is meant (W3C Trace Context, section 3.2).
-    given = {name: http.headers.getall(name, []) for name in (_PARENT, _STATE)}
-    return _CONTEXT.extract(given, Context()) if len(given[_PARENT]) == 1 else Context()
+    # Of two, neither is valid (W3C Trace Context, section 3.2).
+    headers = {name: http.headers.getall(name, []) for name in (_PARENT, _STATE)}
+    return _PROPAGATOR.extract(headers, Context()) if len(headers[_PARENT]) == 1 else Context()
 
 
 def _set_status(span: Span, status: int) -> None:
@@ -236,7 +232,7 @@ def _set_status(span: Span, status: int) -> None:
 
 
 def _set_failure(span: Span, exc: BaseException) -> None:
-    # By its type alone: its text may quote what was asked.
+    # Its type alone: its text may quote the prompt.
     span.set_attribute("error.type", type(exc).__qualname__)
     if isinstance(exc, Exception):
         span.set_status(Status(StatusCode.ERROR))
@@ -256,8 +252,8 @@ def _set_request(
     }
     if route is not None:
         attributes["http.route"] = route
-    if operation := _OPERATIONS.get(route or ""):
-        attributes["gen_ai.operation.name"] = operation
+        if (operation := route_of(route).operation) is not None:
+            attributes["gen_ai.operation.name"] = operation
     if served.model:
         attributes["gen_ai.request.model"] = served.model
     if (answer := served.answer) is not None:
@@ -269,5 +265,5 @@ def _set_request(
 
 
 def _text(text: str) -> str:
-    """Return text without halves of surrogate pairs, which would spoil a whole batch."""
+    """Return text without lone surrogates, for which a whole batch would be refused."""
     return text.encode(errors="backslashreplace").decode()

@@ -280,9 +280,13 @@ def test_what_a_stopping_engine_calls_whole_is_not_stored(server: Server) -> Non
         given = [pool.submit(respond, server, stream=stream) for stream in (False, True)]
         server.until(lambda: server.metric("/metrics/engine", TOKENS) > made + 8)
         for process in living(server.session()):
-            # SIGTERM doesn't reach it.
-            if process.name() == "VLLM::EngineCore":
-                process.send_signal(signal.SIGINT)
+            # Neither makes it abort what it generates: only we may stop it.
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGINT)
+        server.until(lambda: server.metric("/metrics/engine", TOKENS) > made + 16)
+        # Then we stop it.
+        (socket,) = server.temporary.glob("tierserve-*/engine.sock")
+        socket.unlink()
         for each in given:
             each.result()
     server.until(lambda: server.status("/ready") == 503)

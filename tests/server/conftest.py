@@ -113,8 +113,8 @@ async def nothing_listed(_: web.Request) -> web.StreamResponse:
 class Upstream:
     """An HTTP server that does what `handler` says, and notes what it was asked.
 
-    `lists` answers `/v1/models`, which it is asked all the time, and `goes_on` the one token by
-    which it is seen to go on.
+    `lists` answers `/v1/models`, which it is asked all the time, and `token` the request for one
+    token that shows whether it keeps generating.
     """
 
     def __init__(self) -> None:
@@ -122,7 +122,7 @@ class Upstream:
         self.url = f"http://127.0.0.1:{self.port}"
         self.handler: Callable[[web.Request], Awaitable[web.StreamResponse]] = answer
         self.lists = nothing_listed
-        self.goes_on = one_token
+        self.token = one_token
         self.asked: list[web.Request] = []
         self.aborted = asyncio.Event()
 
@@ -136,11 +136,18 @@ class Upstream:
     async def stop(self) -> None:
         await self._runner.cleanup()
 
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
     async def _handle(self, http: web.Request) -> web.StreamResponse:
         if http.path == "/v1/models":
             return await self.lists(http)
         if http.path == "/v1/completions" and await http.read() == ONE_TOKEN:
-            return await self.goes_on(http)
+            return await self.token(http)
         self.asked.append(http)
         try:
             return await self.handler(http)
@@ -330,15 +337,20 @@ async def running(folder: Path, *upstreams: Upstream, **options: dict) -> AsyncI
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def _upstream() -> AsyncIterator[Upstream]:
-    made = Upstream()
-    await made.start()
-    yield made
-    await made.stop()
+    async with Upstream() as made:
+        yield made
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def own_upstream() -> AsyncIterator[Upstream]:
+    """One that no other test uses, which may be stopped."""
+    async with Upstream() as made:
+        yield made
 
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def upstream(_upstream: Upstream) -> Upstream:
-    _upstream.handler, _upstream.goes_on = answer, one_token
+    _upstream.handler, _upstream.token = answer, one_token
     _upstream.asked.clear()
     _upstream.aborted.clear()
     return _upstream

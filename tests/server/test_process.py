@@ -12,7 +12,7 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from server.app import _stopper
+from server.app import _stop_handler
 from server.config.schema import ServerConfig
 from server.web.listener import addresses, listen, make_server
 from tests.server.conftest import Front, Upstream, alike, question, running, skip_unless_runs
@@ -102,7 +102,7 @@ async def test_one_stop_may_be_asked_for_twice(monkeypatch) -> None:
     ended: list[int] = []
     monkeypatch.setattr(os, "_exit", ended.append)
     now, stop = 0.0, asyncio.Event()
-    on_signal = _stopper(stop, lambda: now)
+    on_signal = _stop_handler(stop, lambda: now)
     on_signal()
     assert stop.is_set()
     on_signal()

@@ -162,13 +162,13 @@ async def test_a_promotion_to_disk_does_not_hold_up_the_request(clock, tmp_path:
     remote = Remote(clock, delay=lambda: 0)
     disk = DiskCache(tmp_path, 1 << 20, clock=clock)
     tiers = [Tier("disk", disk), Tier("shared", remote, shared=True)]
-    copies = Transfers()
+    transfers = Transfers()
     chain = Chain(
         tiers,
         frequency=FrequencySketch(64),
         max_answer_bytes=99,
         promote_after=1,
-        copies=copies,
+        transfers=transfers,
         clock=clock,
     )
     for key in "ab":
@@ -182,7 +182,7 @@ async def test_a_promotion_to_disk_does_not_hold_up_the_request(clock, tmp_path:
     await renew(tiers[1], "c", ANSWER, clock)
     await chain.lookup("c")
     await chain.close()
-    assert len(copies) == 0
+    assert len(transfers) == 0
     again = DiskCache(tmp_path, 1 << 20, clock=clock)
     assert again.read("c") is not None
     await again.close()
@@ -205,7 +205,7 @@ async def test_a_store_outdates_a_promotion_that_waits(clock, tmp_path: Path) ->
 
 async def test_promotions_are_bounded(clock) -> None:
     """In bytes and in number; what has no room is counted, and let go."""
-    copies, written = Transfers(), []
+    transfers, written = Transfers(), []
 
     async def write(key: str) -> None:
         await asyncio.sleep(0)
@@ -213,15 +213,15 @@ async def test_promotions_are_bounded(clock) -> None:
 
     queue = WriteBehindQueue(100)
     for key, size in (("a", 60), ("b", 41), ("c", 40)):
-        queue.offer(PendingWrite(copies.begin(key), size, partial(write, key)))
-    assert (queue.dropped, len(copies)) == (1, 2)
-    await queue.finish()
-    assert (written, len(copies)) == (["a", "c"], 0)
+        queue.offer(PendingWrite(transfers.begin(key), size, partial(write, key)))
+    assert (queue.dropped, len(transfers)) == (1, 2)
+    await queue.drain()
+    assert (written, len(transfers)) == (["a", "c"], 0)
     for number in range(10_001):
-        queue.offer(PendingWrite(copies.begin(f"{number}"), 0, partial(write, "")))
+        queue.offer(PendingWrite(transfers.begin(f"{number}"), 0, partial(write, "")))
     assert queue.dropped == 2
-    await queue.finish()
-    assert (len(written), len(copies)) == (10_002, 0)
+    await queue.drain()
+    assert (len(written), len(transfers)) == (10_002, 0)
 
 
 async def test_on_evict_stores_in_the_shared_tier_at_once(clock, tmp_path: Path) -> None:

@@ -102,8 +102,8 @@ class ChainMachine(RuleBasedStateMachine):
 
     async def open(self, path: Path) -> None:
         policy, write, promote_after, durability = self.options
-        frequency, copies, clock = FrequencySketch(1024), Transfers(), self.clock
-        self.path, self.copies = path, copies
+        frequency, transfers, clock = FrequencySketch(1024), Transfers(), self.clock
+        self.path, self.transfers = path, transfers
         self.backend = DiskCache(
             path,
             MIB,
@@ -115,7 +115,7 @@ class ChainMachine(RuleBasedStateMachine):
         self.disk = Tier("disk", self.backend)
         purges = Purges(self.backend, clock=clock)
         self.demotion = Demotion(
-            [self.disk], frequency, copies, purges, max_bytes=30_000, clock=clock
+            [self.disk], frequency, transfers, purges, max_bytes=30_000, clock=clock
         )
         self.memory = MemoryCache(
             MEMORY_BYTES, policy=policy, on_evict=self.demotion.offer, clock=clock
@@ -129,7 +129,7 @@ class ChainMachine(RuleBasedStateMachine):
             frequency=frequency,
             max_answer_bytes=50_000,
             promote_after=promote_after,
-            copies=copies,
+            transfers=transfers,
             purges=purges,
             write=write,
             clock=clock,
@@ -185,7 +185,7 @@ class ChainMachine(RuleBasedStateMachine):
             crowd = f"crowd{number}"
             self.look_up([crowd] * 4)
             self.store(crowd, 3000, FRESHNESS[0])
-            self.run(self.demotion.finish())
+            self.run(self.demotion.drain())
         self.look_up([key])
 
     @rule(keys=st.lists(st.sampled_from(KEYS), min_size=1, max_size=4))
@@ -214,10 +214,10 @@ class ChainMachine(RuleBasedStateMachine):
 
     @rule()
     def let_movement_end(self) -> None:
-        self.run(self.demotion.finish())
+        self.run(self.demotion.drain())
         self.run(self.chain.drain())
-        self.run(self.demotion.finish())
-        assert len(self.copies) == 0
+        self.run(self.demotion.drain())
+        assert len(self.transfers) == 0
 
     @rule()
     def restart(self) -> None:
@@ -229,7 +229,7 @@ class ChainMachine(RuleBasedStateMachine):
     @rule()
     def kill(self) -> None:
         """Go on with what a kill at this moment would leave of the file."""
-        self.run(self.demotion.finish())
+        self.run(self.demotion.drain())
         self.run(self.chain.drain())
         write, durability = self.options[1], self.options[3]
         if durability is Durability.INTERVAL:
@@ -306,17 +306,17 @@ def test_finds_the_last_stored_answer_or_nothing(redis_server, monkeypatch) -> N
 async def test_nothing_older_comes_back_however_calls_interleave(seed, write, policy) -> None:
     chance, clock, numbers = random.Random(seed), Clock(), count(1)
     remote = Remote(clock, delay=lambda: chance.randrange(4))
-    frequency, copies = FrequencySketch(1024), Transfers()
+    frequency, transfers = FrequencySketch(1024), Transfers()
     farther = Tier("remote", remote, shared=chance.random() < 0.5)
     purges = Purges(clock=clock)
-    demotion = Demotion([farther], frequency, copies, purges, max_bytes=5000, clock=clock)
+    demotion = Demotion([farther], frequency, transfers, purges, max_bytes=5000, clock=clock)
     memory = MemoryCache(2500, policy=policy, on_evict=demotion.offer, clock=clock)
     chain = Chain(
         [Tier("memory", memory), farther],
         frequency=frequency,
         max_answer_bytes=10_000,
         promote_after=1,
-        copies=copies,
+        transfers=transfers,
         purges=purges,
         write=write,
         clock=clock,
@@ -355,6 +355,6 @@ async def test_nothing_older_comes_back_however_calls_interleave(seed, write, po
             group.create_task(come_and_go())
     for key in begun:
         await look_up(key)
-    await demotion.finish()
-    assert len(copies) == 0
+    await demotion.drain()
+    assert len(transfers) == 0
     assert memory.usage.bytes <= 2500

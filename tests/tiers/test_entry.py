@@ -31,7 +31,7 @@ def test_entries_survive_encoding(form, content, usage, at, generation, labels) 
 
 @pytest.mark.parametrize("label", ["", "a\nb"])
 def test_refuses_labels_that_it_could_not_tell_apart(label: str) -> None:
-    with pytest.raises(ValueError, match="without a line's end"):
+    with pytest.raises(ValueError, match="without a line break"):
         Provenance.of(0, ["model:m", label])
 
 

@@ -5,11 +5,11 @@ microseconds. Invariants: a read returns what was written last, from the queue i
 yet, or a miss if that write failed; the file never exceeds `max_bytes`; a record that doesn't
 verify is a miss.
 
-Failed writes are hidden here and in `tiers.failed_writes`, for two reasons. Here a deletion takes
-the place of the failed write: with `Durability.INTERVAL` the caller has long been answered when a
-commit fails, and every way to read (`hottest`, `keys_after`, …) has to agree. There the time at
-which an entry was stored decides, which only a tier knows: a write to a server that timed out may
-still arrive.
+Failed writes are hidden here and in `tiers.resilience.failed_writes`, for two reasons. Here a
+deletion takes the place of the failed write: with `Durability.INTERVAL` the caller has long been
+answered when a commit fails, and every way to read (`hottest`, `keys_after`, …) has to agree. There
+the time at which an entry was stored decides, which only a tier knows: a write to a server that
+timed out may still arrive.
 """
 
 import asyncio

@@ -1,8 +1,8 @@
-"""The memory tier's backend: entries in this process, bounded in bytes; a policy says who leaves.
+"""The memory tier's backend: entries in this process, bounded in bytes; a policy evicts.
 
-Owns the entries. Invariants: `usage.bytes` is the sum of what the entries cost and, with what the
-policy takes in any case, never exceeds `max_bytes` after a call; the policy knows exactly the keys
-that are in.
+Owns the entries. Invariants: `usage.bytes` is the sum of the entries' costs and, with the policy's
+fixed memory, never exceeds `max_bytes` after a call; the policy knows exactly the keys of the
+entries.
 """
 
 import sys
@@ -12,31 +12,31 @@ from collections.abc import Callable, Iterable, Iterator
 from tiers.backend import ByteCache
 from tiers.key import scope_of
 from tiers.memory.shares import Shares
-from tiers.policies import DEFAULT, POLICIES, Policy
+from tiers.policies import DEFAULT_POLICY, POLICIES, Policy
 
 _OVERHEAD_BYTES = sys.getsizeof("k" * 64) + sys.getsizeof(b"") + sys.getsizeof((0, 0)) + 24 + 100
-"""Key, object headers, expiry and a share of the dictionary; the policy's own comes on top."""
+"""Key, object headers, expiry and a share of the dictionary, without the policy's overhead."""
 
 OnEvict = Callable[[str, bytes, float | None], None]
-"""Told key, value and expiry (Unix seconds, or `None`) of an entry that left for room."""
+"""Called with key, value and expiry (Unix seconds, or `None`) of an evicted entry."""
 
 
 class MemoryCache(ByteCache):
     """An in-process cache of at most `max_bytes`, keys and overhead included.
 
-    A value that alone is larger than the cache is refused rather than emptying the cache for it.
-    The policy decides but for the scopes' shares (`tiers.key`).
+    A value larger than the whole cache is refused; nothing is evicted for it. The policy chooses
+    the entry that leaves, within the scopes' shares (`tiers.key`).
 
     Args:
-        max_bytes: what all entries together may take.
-        policy: the name of a policy in `POLICIES`, or one made for at most `max_bytes`.
-        on_evict: called for each entry that left because of room, after it left; not for what was
-            removed, replaced or had expired. It must not raise.
+        max_bytes: of all entries together.
+        policy: the name of a policy in `POLICIES`, or a policy for at most `max_bytes`.
+        on_evict: called after an entry was evicted for room; not after it was removed, replaced or
+            had expired. It must not raise.
         clock: returns Unix seconds.
         namespace: aiocache's prefix of keys.
 
     Raises:
-        ValueError: the policy is unknown, or made for more.
+        ValueError: the policy is unknown, or is for more than `max_bytes`.
     """
 
     NAME = "memory"
@@ -46,7 +46,7 @@ class MemoryCache(ByteCache):
         self,
         max_bytes: int,
         *,
-        policy: str | Policy = DEFAULT,
+        policy: str | Policy = DEFAULT_POLICY,
         on_evict: OnEvict | None = None,
         clock: Callable[[], float] = time.time,
         namespace: str | None = None,
@@ -54,14 +54,16 @@ class MemoryCache(ByteCache):
         super().__init__(max_bytes, clock=clock, namespace=namespace)
         if isinstance(policy, str):
             if policy not in POLICIES:
-                raise ValueError(f"unknown policy {policy!r}; there are {', '.join(POLICIES)}")
+                raise ValueError(f"policy should be one of {', '.join(POLICIES)}, not {policy!r}")
             policy = POLICIES[policy].within(max_bytes)
         elif policy.max_bytes > max_bytes:
-            raise ValueError(f"the policy is made for {policy.max_bytes} bytes, not {max_bytes}")
+            raise ValueError(
+                f"policy should be for at most {max_bytes} bytes, not {policy.max_bytes}"
+            )
         self.policy = policy
         self.on_evict = on_evict
         self.overhead_bytes = _OVERHEAD_BYTES + policy.OVERHEAD_BYTES
-        """What an entry costs beside its value, and beside its share if its key has a scope."""
+        """The cost of an entry beside its value, and beside `Shares` if its key has a scope."""
         self._shares = Shares()
         self._entries: dict[str, tuple[bytes, float | None]] = {}
 
@@ -75,7 +77,7 @@ class MemoryCache(ByteCache):
             self.usage.expirations += 1
             return None
         self.policy.access(key)
-        if self._shares.held:
+        if not self._shares.is_empty:
             self._shares.access(key)
         return value
 
@@ -113,7 +115,7 @@ class MemoryCache(ByteCache):
         return found if alive else None
 
     def victim(self, value_bytes: int) -> str | None:
-        share_bytes = Shares.OVERHEAD_BYTES if self._shares.held else 0
+        share_bytes = 0 if self._shares.is_empty else Shares.OVERHEAD_BYTES
         cost = value_bytes + self.overhead_bytes + share_bytes
         if self.usage.bytes + cost <= self.policy.max_bytes:
             return None
@@ -124,7 +126,8 @@ class MemoryCache(ByteCache):
         return iter([(key, *entry) for key, entry in self._entries.items()])
 
     def _evict(self) -> None:
-        key = self._shares.instead_of(self.policy.victim()) if self._shares.held else None
+        victim = None if self._shares.is_empty else self.policy.victim()
+        key = self._shares.instead_of(victim)
         if key is None:
             key = self.policy.evict()
         else:

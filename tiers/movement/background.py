@@ -1,9 +1,7 @@
-"""Movement between tiers beside requests: demotion, and what is remembered over a restart.
+"""Background work of a chain: demotion, sharing purges, and what outlives a restart.
 
-Promotion is in `tiers.movement.promotion`, since a hit leads to it. Two things are remembered in
-the disk
-tier: how often each key was asked for and, by the order in which entries would leave, which are the
-hottest.
+The disk tier keeps the frequency sketch, which is saved every few minutes and at shutdown. After a
+start, the nearest tier is refilled with the disk tier's hottest entries, those it would evict last.
 """
 
 import asyncio
@@ -27,16 +25,16 @@ _REFILL_AT_ONCE_BYTES = 1024**2
 
 
 class BackgroundWork:
-    """What goes on beside requests while a chain is in use.
+    """What runs beside requests while a chain is in use.
 
     Args:
         tiers: the chain's.
-        disk: the backend of one of them, which remembers.
+        disk: the backend of the disk tier, if there is one.
         frequency: the chain's.
         demotion: from the nearest tier.
         purges: the chain's.
-        shared_purges: keeps them and other machines' alike, if there is a shared tier.
-        write: when it is `ON_EVICT`, the nearest tier is written to the others at the end.
+        shared_purges: shares them with other machines, if there is a shared tier.
+        write: with `ON_EVICT`, `close` writes the nearest tier's entries to the others.
         clock: returns Unix seconds.
     """
 
@@ -58,7 +56,7 @@ class BackgroundWork:
         self._shared_purges = shared_purges
         self._tasks: list[asyncio.Task[None]] = []
         self.restored = asyncio.Event()
-        """Set when what was remembered has been taken over, as far as it could be."""
+        """Set when the sketch is loaded and the nearest tier refilled, as far as possible."""
 
     @property
     def dropped(self) -> int:
@@ -66,40 +64,40 @@ class BackgroundWork:
         return self._demotion.dropped
 
     async def start(self) -> None:
-        """Take over what others have purged, and in the background what was remembered."""
+        """Learn what other machines have purged, then load and refill in the background."""
         if self._shared_purges is not None:
-            # What was purged while we were away must not be given out now.
+            # Entries purged while this process was down must not be given out now.
             await self._shared_purges.sync()
             self._tasks.append(asyncio.create_task(self._shared_purges.run()))
         if self._disk is not None:
             self._tasks.append(asyncio.create_task(self._run(self._disk)))
 
     async def load_sketch(self) -> None:
-        """Take over how often each key was asked for, from the disk tier's file, if it is open."""
+        """Load the frequency sketch from the disk tier's file, if that is open."""
         if self._disk is not None and (saved := self._disk.load(_SKETCH)) is not None:
             try:
-                for _ in self._frequency.restoring(saved):
+                for _ in self._frequency.load(saved):
                     # Requests go first.
                     await asyncio.sleep(0)
             except ValueError as exc:
-                logger.info("frequencies start anew: %s", exc)
+                logger.info("the frequency sketch starts empty: %s", exc)
 
     async def drain(self) -> None:
         """Finish the demotions that are under way."""
-        await self._demotion.finish()
+        await self._demotion.drain()
 
     async def close(self) -> None:
-        """Finish demotions and save what is to be remembered; the tiers must still be open."""
+        """Finish demotions and save the sketch; the tiers must still be open."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.drain()
         if self._write is WritePolicy.ON_EVICT and self._nearest is not None:
-            # The end may come before all is written. Of entries that are alike, the newest first.
+            # The process may be killed before all is written. Of equals, the newest go first.
             entries = reversed(list(self._nearest.entries()))
             hottest = sorted(entries, key=lambda entry: -self._frequency.estimate(entry[0]))
             await self._demotion.write_all(hottest)
-        # What hasn't been taken over must not be lost, and a file that isn't open can't be written.
+        # Don't overwrite a sketch that wasn't loaded; a file that isn't open can't be written.
         if self._disk is not None and self.restored.is_set():
             await self._save(self._disk)
 
@@ -107,15 +105,15 @@ class BackgroundWork:
         try:
             await disk.opened()
         except OSError:
-            # The tier has said so itself.
+            # The disk tier has logged why.
             self.restored.set()
             return
-        await self._remember(disk)
+        await self._restore(disk)
         while True:
             await asyncio.sleep(_SAVE_EVERY_S)
             await self._save(disk)
 
-    async def _remember(self, disk: BlobStore) -> None:
+    async def _restore(self, disk: BlobStore) -> None:
         await self.load_sketch()
         if self._nearest is not None and self._nearest.backend is not disk:
             await _refill(self._nearest, disk, self._purges, self._clock)
@@ -123,7 +121,7 @@ class BackgroundWork:
 
     async def _save(self, disk: BlobStore) -> None:
         if not await disk.save(_SKETCH, self._frequency.dump()):
-            logger.warning("the frequencies could not be saved")
+            logger.warning("the frequency sketch could not be saved")
 
 
 async def _refill(

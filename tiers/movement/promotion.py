@@ -1,4 +1,4 @@
-"""Promotion: what a farther tier had is copied to nearer ones."""
+"""Promotion: an entry found in a farther tier is copied to nearer ones."""
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -6,34 +6,35 @@ from typing import NamedTuple
 
 from tiers.entry import Entry
 from tiers.frequency import FrequencySketch
-from tiers.movement.copies import Transfer
 from tiers.movement.queue import PendingWrite, WriteBehindQueue
+from tiers.movement.transfers import Transfer
 from tiers.tier import Tier
 
 
 class FarHit(NamedTuple):
-    """What a lookup has found in a farther tier."""
+    """An entry that a lookup has found in a farther tier."""
 
     key: str
     value: bytes
-    """The entry as it is encoded."""
+    """The encoded entry."""
     entry: Entry
-    asked: int
-    """How often it was asked for lately."""
+    frequency: int
+    """How often it was requested lately."""
     older_in: Collection[Tier]
     """The nearer tiers that hold an older entry under the key."""
 
 
 class Promotion:
-    """Copies an entry to a tier if it is asked for often, or if that holds an older one.
+    """Copies an entry to a tier if it is requested often, or if the tier holds an older one.
 
-    Often is at least `promote_after` times lately, and more often than what would be pushed out. A
-    tier that writes at once gets it before the request goes on, any other in the background.
+    Often means at least `promote_after` times lately, and more often than the entry that would be
+    evicted for it. Tiers that write at once are written before the request goes on, all others in
+    the background.
 
     Args:
-        frequency: tells how often what would be pushed out was asked for.
+        frequency: counts the requests of the entry that would be evicted.
         promote_after: a number of requests.
-        max_bytes: of what waits in the background; what doesn't fit isn't promoted.
+        max_bytes: of the write-behind queue; what doesn't fit isn't promoted.
         clock: returns Unix seconds.
     """
 
@@ -50,43 +51,43 @@ class Promotion:
 
     @property
     def dropped(self) -> int:
-        """How many found no room in the queue."""
+        """How many promotions found no room in the queue."""
         return self._queue.dropped
 
-    async def promote(self, copy: Transfer, found: FarHit, tiers: Sequence[Tier]) -> None:
-        """Promote to those of `tiers` that should have it; takes `copy` over."""
-        tiers = [tier for tier in tiers if self._is_worth(found, tier)]
-        now = [tier for tier in tiers if tier.in_memory]
+    async def promote(self, transfer: Transfer, hit: FarHit, tiers: Sequence[Tier]) -> None:
+        """Promote `hit` to those of `tiers` that are worth it. Takes over `transfer`."""
+        tiers = [tier for tier in tiers if self._is_worth(hit, tier)]
+        at_once = [tier for tier in tiers if tier.in_memory]
         later = [tier for tier in tiers if not tier.in_memory]
         try:
-            if now:
-                async with copy.writing() as is_latest:
+            if at_once:
+                async with transfer.writing() as is_latest:
                     if is_latest:
-                        await self._write(found, now)
+                        await self._write(hit, at_once)
         except BaseException:
-            copy.release()
+            transfer.release()
             raise
         if later:
-            write = partial(self._write, found, later)
-            self._queue.offer(PendingWrite(copy, len(found.value), write))
+            write = partial(self._write, hit, later)
+            self._queue.offer(PendingWrite(transfer, len(hit.value), write))
         else:
-            copy.release()
+            transfer.release()
 
-    async def finish(self) -> None:
-        """Write what is left in the queue."""
-        await self._queue.finish()
+    async def drain(self) -> None:
+        """Wait until the queue is empty."""
+        await self._queue.drain()
 
-    def _is_worth(self, found: FarHit, tier: Tier) -> bool:
-        if tier in found.older_in:
+    def _is_worth(self, hit: FarHit, tier: Tier) -> bool:
+        if tier in hit.older_in:
             return True
-        if found.asked < self._promote_after:
+        if hit.frequency < self._promote_after:
             return False
-        victim = tier.victim(len(found.value))
-        return victim is None or found.asked > self._frequency.estimate(victim)
+        victim = tier.victim(len(hit.value))
+        return victim is None or hit.frequency > self._frequency.estimate(victim)
 
-    async def _write(self, found: FarHit, tiers: Sequence[Tier]) -> None:
+    async def _write(self, hit: FarHit, tiers: Sequence[Tier]) -> None:
         for tier in tiers:
-            left_s = found.entry.kept_until - self._clock()
-            if left_s > 0 and (tier in found.older_in or not await tier.holds(found.key)):
-                promoted = await tier.put(found.key, found.value, left_s)
+            left_s = hit.entry.kept_until - self._clock()
+            if left_s > 0 and (tier in hit.older_in or not await tier.holds(hit.key)):
+                promoted = await tier.put(hit.key, hit.value, left_s)
                 tier.counts.promotions += promoted

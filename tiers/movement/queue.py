@@ -1,4 +1,4 @@
-"""Copies that are written in the background, bounded in bytes and in number."""
+"""The write-behind queue: transfers written in the background, bounded in bytes and number."""
 
 import asyncio
 from collections import deque
@@ -6,26 +6,26 @@ from collections.abc import Awaitable, Callable, Iterable
 from itertools import islice
 from typing import NamedTuple
 
-from tiers.movement.copies import Transfer
+from tiers.movement.transfers import Transfer
 
-_MOST_COPIES = 10_000
+_MAX_TRANSFERS = 10_000
 _AT_ONCE = 64
 
 
 class PendingWrite(NamedTuple):
-    """A copy that is to be written."""
+    """A transfer that waits to be written."""
 
-    copy: Transfer
+    transfer: Transfer
     bytes: int
     write: Callable[[], Awaitable[None]]
-    """Called only if nothing newer has been stored meanwhile; raises nothing."""
+    """Called only if nothing newer has been stored meanwhile. It must not raise."""
 
 
 class WriteBehindQueue:
-    """Writes copies in the order in which they came, many at once.
+    """Writes transfers in order, many at once.
 
     Args:
-        max_bytes: of the values that wait; what doesn't fit is dropped and counted.
+        max_bytes: of the values that wait; a transfer that doesn't fit is dropped and counted.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -35,20 +35,20 @@ class WriteBehindQueue:
         self._queue_bytes = 0
         self._running: asyncio.Task[None] | None = None
 
-    def offer(self, waiting: PendingWrite) -> None:
-        """Take a copy over, to write or to drop it; never waits."""
-        has_room = self._queue_bytes + waiting.bytes <= self._max_bytes
-        if not has_room or len(self._queue) >= _MOST_COPIES:
+    def offer(self, pending: PendingWrite) -> None:
+        """Take over a transfer, to write or to drop it. Never waits."""
+        has_room = self._queue_bytes + pending.bytes <= self._max_bytes
+        if not has_room or len(self._queue) >= _MAX_TRANSFERS:
             self.dropped += 1
-            waiting.copy.release()
+            pending.transfer.release()
             return
-        self._queue.append(waiting)
-        self._queue_bytes += waiting.bytes
+        self._queue.append(pending)
+        self._queue_bytes += pending.bytes
         if self._running is None:
             self._running = asyncio.create_task(self._run())
 
-    async def finish(self) -> None:
-        """Write what is left."""
+    async def drain(self) -> None:
+        """Wait until the queue is empty."""
         if self._running is not None:
             await self._running
 
@@ -56,20 +56,20 @@ class WriteBehindQueue:
         while self._queue:
             batch = [self._queue.popleft() for _ in range(min(len(self._queue), _AT_ONCE))]
             await write_all(batch)
-            self._queue_bytes -= sum(waiting.bytes for waiting in batch)
+            self._queue_bytes -= sum(pending.bytes for pending in batch)
         self._running = None
 
 
-async def write_all(copies: Iterable[PendingWrite]) -> None:
-    """Write copies, many at once, each unless it is outdated."""
-    rest = iter(copies)
-    # Together, since the disk tier commits together what comes together.
+async def write_all(transfers: Iterable[PendingWrite]) -> None:
+    """Write transfers, many at once, except those that are outdated."""
+    rest = iter(transfers)
+    # Together, since the disk tier commits in groups.
     while batch := list(islice(rest, _AT_ONCE)):
         await asyncio.gather(*map(_write, batch))
 
 
-async def _write(waiting: PendingWrite) -> None:
-    with waiting.copy:
-        async with waiting.copy.writing() as is_latest:
+async def _write(pending: PendingWrite) -> None:
+    with pending.transfer:
+        async with pending.transfer.writing() as is_latest:
             if is_latest:
-                await waiting.write()
+                await pending.write()

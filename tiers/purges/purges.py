@@ -1,15 +1,15 @@
-"""Purges: what may not be given out any more, of all tiers and processes, without looking for it.
+"""Purges: which entries may not be given out, in all tiers and processes, without searching them.
 
-A purge gives a label a number, which is higher than all before it: the time in microseconds, or
-one more than the last number where the clock lags. An entry carries its labels and a generation,
-the last number that was known when its making began; it is purged if one of its labels has a
-higher number. So a purge takes the same time for one entry and for millions, an answer that was
-being made meanwhile is purged too, and clocks that jump do no harm: only the order counts
-(Lamport, «Time, Clocks, and the Ordering of Events in a Distributed System», 1978).
+A purge gives a label an epoch higher than all before it: the time in microseconds, or one more than
+the last epoch if the clock lags. An entry carries its labels and a purge epoch, the last that was
+known when its generation began; it is purged if one of its labels has a higher epoch. So a purge
+takes the same time for one entry and for millions, answers under generation are purged too, and
+clocks that jump do no harm: only the order counts (Lamport, «Time, Clocks, and the Ordering of
+Events in a Distributed System», 1978).
 
-The numbers are kept in the disk tier's file, which processes may share. Invariants: a number in
-that file is higher than all that were there before; an entry is given out only by a table that was
-the file's no longer than `FRESH_S` ago.
+The epochs are kept in the disk tier's file, which processes may share. Invariants: an epoch in that
+file is higher than all that were there before; an entry is given out only by a table that was in
+the file at most `FRESH_S` ago.
 """
 
 import asyncio
@@ -37,28 +37,26 @@ _NAME = "purges"
 _SETTLE_S = FRESH_S + 0.005  # An event loop's timers may fire a little early.
 _DEADLINE_S = 5.0
 _BEYOND_US = 10**6 * 86400 * 365
-"""Further than any number that was lost can have been ahead of the clock."""
+"""Further ahead of the clock than any lost epoch can have been."""
 
 
 class PurgeError(Exception):
     """A purge holds in this process, but perhaps not in others, nor after a restart.
 
-    If the process ends before what failed has been made up for, entries may be given out again:
-    those on disk, where the disk tier could not store the purge; and those of a shared tier that
-    was not told, until the disk tier's file is open again, which takes its time after a kill. So
-    whoever gets this should purge again.
+    The next successful write makes up for it. If the process ends before that, purged entries of
+    the tier that could not store the purge may be given out again. So callers should purge again.
     """
 
 
 class Purges:
-    """What is purged, as this process knows it.
+    """The purges that this process knows.
 
     Args:
-        disk: keeps the table for other processes and for later; the chain's disk tier.
+        disk: the chain's disk tier, which keeps the table for other processes and restarts.
         max_bytes: of the table.
         clock: returns Unix seconds.
-        monotonic: returns seconds, by which the age of what is known is told.
-        deadline_s: how long a purge may wait for the disk.
+        monotonic: a monotonic clock in seconds, for the age of the table.
+        deadline_s: seconds that a purge may wait for the disk.
     """
 
     def __init__(
@@ -72,60 +70,60 @@ class Purges:
     ) -> None:
         self.table = PurgeTable(max_bytes=max_bytes)
         self.shared_unknown = False
-        """Whether other machines have purges that weren't taken over yet, as far as is known."""
+        """Whether other machines may have purges that this process hasn't read yet."""
         self._disk, self._max_bytes, self._deadline_s = disk, max_bytes, deadline_s
         self._clock, self._monotonic = clock, monotonic
-        self._look_at = inf if disk is None else -inf
+        self._refresh_at = inf if disk is None else -inf
         self._head = b""
-        self._is_blind = self._is_damaged = False
-        # Their numbers are given when they are committed, so until then nothing is newer.
+        self._unreadable = self._is_damaged = False
+        # Labels get their epochs at the commit, so until then every entry with one is purged.
         self._under_way: list[frozenset[str]] = []
         self._tasks: set[asyncio.Task[bool]] = set()
 
     def provenance(self, labels: Iterable[str] = ()) -> Provenance:
-        """Return what an answer is to be stored with whose making begins now.
+        """Return the provenance of an answer whose generation begins now.
 
         Raises:
-            ValueError: a label can't be one.
+            ValueError: a label is empty or has a line break.
         """
-        if self._monotonic() >= self._look_at:
-            self._look()
+        if self._monotonic() >= self._refresh_at:
+            self._refresh()
         return Provenance.of(self.table.latest, labels)
 
     def is_purged(self, key: str, entry: Entry | Provenance) -> bool:
-        """Return whether what was stored under `key`, or is being made for it, is purged."""
-        if self._monotonic() >= self._look_at:
-            self._look()
-        if entry.purge_epoch >= self.table.latest and not self._under_way and not self._is_blind:
-            # As nearly always.
+        """Return whether an entry under `key`, or an answer being generated for it, is purged."""
+        if self._monotonic() >= self._refresh_at:
+            self._refresh()
+        if entry.purge_epoch >= self.table.latest and not self._under_way and not self._unreadable:
+            # The common case.
             return False
-        return self._is_blind or self._cover_as_known(key, entry)
+        return self._unreadable or self._covers(key, entry)
 
-    def is_known_purged(self, key: str, origin: Provenance) -> bool:
-        """Return whether what has that origin isn't worth storing, since it is known to be purged.
+    def is_known_purged(self, key: str, provenance: Provenance) -> bool:
+        """Return whether an answer isn't worth storing, since it is known to be purged.
 
-        Where the file can't be read it may be purged and stored: `cover` tells once it is found.
+        While the file can't be read, an answer that is purged may be stored: `is_purged` hides it.
         """
-        if self._monotonic() >= self._look_at:
-            self._look()
-        return self._cover_as_known(key, origin)
+        if self._monotonic() >= self._refresh_at:
+            self._refresh()
+        return self._covers(key, provenance)
 
     def is_encoded_known_purged(self, key: str, value: bytes) -> bool:
-        """Return the same of an encoded entry, as far as it can be read."""
+        """Return the same for an encoded entry; `False` if it can't be decoded."""
         try:
             return self.is_known_purged(key, Entry.provenance_of(value))
         except ValueError:
             return False
 
     async def purge(self, *labels: str) -> None:
-        """Purge all entries with one of `labels`: `all`, or such as `model:m` (see `KINDS`).
+        """Purge all entries with one of `labels`: `all`, `key:KEY`, or any `KIND:NAME`.
 
-        Returns when that is on the disk, and all processes on this file know it. It is one step:
-        none of the labels is purged without the others.
+        Returns when the purge is on disk and all processes that use the file know it. Atomic: none
+        of the labels is purged without the others.
 
         Raises:
-            ValueError: one can't be a label, or they are more than `MAX_LABELS`.
-            PurgeError: it could not be written in time; it will be with the next that can.
+            ValueError: one isn't a label, or there are more than `MAX_LABELS`.
+            PurgeError: it could not be written in time; the next successful write includes it.
         """
         check_labels(labels)
         if self._disk is None:
@@ -144,24 +142,24 @@ class Purges:
         await asyncio.sleep(_SETTLE_S)
 
     def with_purge(self, labels: Sequence[str]) -> PurgeTable:
-        """Return the table with a purge that doesn't hold yet: `adopt` it once others have it."""
+        """Return the table with a purge that doesn't hold here until it is merged (`merge`)."""
         return self.table.with_purge(self._clock_us(), *labels)
 
     def read(self, packed: bytes) -> PurgeTable:
-        """Return a packed table; one by which everything is purged if it is damaged."""
+        """Return the table packed in `packed`; one that purges everything if it is damaged."""
         try:
             return PurgeTable.unpack(packed, max_bytes=self._max_bytes)
         except ValueError:
             return self.table.with_purge(self._clock_us() + _BEYOND_US, ALL)
 
     async def merge(self, table: PurgeTable, *, awaits_opening: bool = True) -> None:
-        """Take over purges that were made elsewhere, at once, and keep them.
+        """Apply the purges of another machine at once, and write them to disk.
 
-        Unless it `awaits_opening`, they are kept in the background where the disk tier isn't open
-        yet, which may take minutes.
+        Unless it `awaits_opening`, they are written in the background while the disk tier isn't
+        open yet.
 
         Raises:
-            PurgeError: they could not be written in time; they will be with the next that can.
+            PurgeError: they could not be written in time; the next successful write includes them.
         """
         merged, disk = self.table.merged(table), self._disk
         if merged is self.table:
@@ -170,84 +168,84 @@ class Purges:
         if disk is None:
             return
         if not awaits_opening and not disk.is_open:
-            # What waits there already will write the table as it is then.
+            # A commit that waits already will write the table as it is then.
             if not self._tasks:
-                self._keep(self._commit(disk))
+                self._start(self._commit(disk))
         elif not await self._in_time(self._commit(disk)):
             raise PurgeError("the disk tier could not store purges in time")
 
     async def close(self) -> None:
-        """Wait for what is being written; the disk tier must still be open."""
+        """Wait for writes under way; the disk tier must still be open."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=self._deadline_s)
 
-    def _cover_as_known(self, key: str, entry: Entry | Provenance) -> bool:
+    def _covers(self, key: str, entry: Entry | Provenance) -> bool:
         if self._under_way:
             own = {ALL, f"key:{key}", *entry.labels}
             if not all(map(own.isdisjoint, self._under_way)):
                 return True
         return self.table.purges(key, entry.purge_epoch, entry.packed_labels)
 
-    def _look(self) -> None:
-        """Take over what is in the file, if it has changed."""
+    def _refresh(self) -> None:
+        """Merge the table in the file, if it has changed."""
         disk = self._disk
         if disk is None or not disk.is_open:
-            # Look again soon, since entries may be read as soon as it is open.
+            # Without a new `_refresh_at`, since entries may be read as soon as it is open.
             return
         now = self._monotonic()
         try:
             blob = disk.reload(_NAME, self._head)
             if blob is not None:
-                self._take(blob)
+                self._adopt(blob)
         except OSError:
-            # Rather a miss than an entry that was purged elsewhere.
-            self._is_blind = True
+            # Rather a miss than an entry that another process has purged.
+            self._unreadable = True
             return
         except ValueError as exc:
-            self._distrust(disk, exc)
-        self._is_blind = False
-        self._look_at = now + FRESH_S
+            self._purge_all_for_damage(disk, exc)
+        self._unreadable = False
+        self._refresh_at = now + FRESH_S
 
-    def _take(self, blob: bytes) -> None:
+    def _adopt(self, blob: bytes) -> None:
         self.table = self.table.merged(PurgeTable.unpack(blob, max_bytes=self._max_bytes))
         self._head = blob[:HEAD_BYTES]
         self._is_damaged = False
 
-    def _distrust(self, disk: BlobStore, exc: ValueError) -> None:
+    def _purge_all_for_damage(self, disk: BlobStore, exc: ValueError) -> None:
         if self._is_damaged:
             return
         self._is_damaged = True
-        logger.error("everything is purged, since what was purged can't be read: %s", exc)
+        logger.error("everything is purged, since the table of purges can't be read: %s", exc)
         self.table = self.table.with_purge(self._clock_us() + _BEYOND_US, ALL)
-        self._keep(self._commit(disk))
+        self._start(self._commit(disk))
 
     async def _commit(self, disk: BlobStore, labels: Sequence[str] = ()) -> bool:
-        """Merge the table with the file's, and purge `labels`. Returns whether it is on disk."""
-        made = b""
+        """Merge the table into the file's, and purge `labels`. Returns whether it is on disk."""
+        packed = b""
 
         def change(blob: bytes | None) -> bytes:
-            # In the writer's thread, and once more if there was no room.
-            nonlocal made
+            # Runs in the writer's thread, and once more if there was no room.
+            nonlocal packed
             merged = self.table
             if blob is not None:
                 merged = self.read(blob).merged(merged)
             if labels:
                 merged = merged.with_purge(self._clock_us(), *labels)
-            made = merged.pack()
-            return made
+            packed = merged.pack()
+            return packed
 
-        is_kept = await disk.update(_NAME, change)
-        if is_kept:
-            self._take(made)
-        return is_kept
+        is_written = await disk.update(_NAME, change)
+        if is_written:
+            self._adopt(packed)
+        return is_written
 
     async def _in_time(self, commit: Coroutine[Any, Any, bool]) -> bool:
-        """Return whether it succeeds before the deadline. It goes on if it needs longer."""
-        task = self._keep(commit)
+        """Return whether it succeeds before the deadline; it goes on in the background."""
+        task = self._start(commit)
         await asyncio.wait([task], timeout=self._deadline_s)
         return task.done() and task.result()
 
-    def _keep(self, commit: Coroutine[Any, Any, bool]) -> asyncio.Task[bool]:
+    def _start(self, commit: Coroutine[Any, Any, bool]) -> asyncio.Task[bool]:
         task = asyncio.create_task(commit)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -1,4 +1,7 @@
-"""The table of purges: labels and their numbers."""
+"""The table of purges: labels and their epochs.
+
+A label is `all`, `key:KEY`, or `KIND:NAME` with any kind; what the kinds mean is for the caller.
+"""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -10,46 +13,28 @@ from tiers.backend import MAX_KEY_BYTES
 
 ALL = "all"
 """The label of every entry."""
-
-
 KEY = "key"
-
-
-KINDS = (KEY, "model", "tenant", "tag")
-"""What stands before the colon of any other label."""
-
-
+"""The kind of the label that every entry has by its key."""
 MAX_BYTES = 700_000
-"""Of a table, such as 9,000 purged keys. Memcached takes no more, in base64."""
-
-
+"""Of a packed table, such as 9,000 purged keys. Memcached takes no more, in base64."""
 MAX_LABELS = 1000
-"""Of one purge: they are to fill but a part of the table, and to be written in milliseconds."""
-
-
+"""Of one purge, so that it fills only a part of the table and is written in milliseconds."""
 _NAME_CHARACTERS = 128
-
-
 _FORMAT = 1
-
-
 _HEAD = Struct("<B8sI")
-"""Format, eight bytes that no other table has, and the number of labels."""
-
-
-_NUMBER_BYTES = 8
-
-
-_NOTHING: Mapping[str, int] = MappingProxyType({})
+"""Format, eight random bytes that tell two tables apart, and the number of labels."""
+HEAD_BYTES = _HEAD.size
+_EPOCH_BYTES = 8
+_EMPTY: Mapping[str, int] = MappingProxyType({})
 
 
 def label(kind: str, name: str) -> str:
-    """Return the label of what is called `name`; names that differ in odd characters may share it.
+    """Return the label of that kind and name.
 
     Args:
-        kind: one of `KINDS`.
-        name: its unprintable characters, and those after the first 128, are left out, but not of a
-            key, which is to be purged alone.
+        kind: any text without a colon; `KEY` for an entry's key.
+        name: a key is taken whole. Of another name, unprintable characters and those after the
+            first 128 are left out, so names that differ only in these share a label.
     """
     if kind == KEY:
         return f"{kind}:{name}"
@@ -57,58 +42,55 @@ def label(kind: str, name: str) -> str:
 
 
 class PurgeTable:
-    """Labels and their numbers, which are above 0. Never changed once made.
+    """Labels and their epochs, which are above 0. Immutable.
 
     A table that would outgrow `max_bytes` purges everything instead, and forgets the labels.
     """
 
-    __slots__ = ("_max_bytes", "_numbers", "latest")
+    __slots__ = ("_epochs", "_max_bytes", "latest")
 
-    def __init__(
-        self, numbers: Mapping[str, int] = _NOTHING, *, max_bytes: int = MAX_BYTES
-    ) -> None:
-        of_all = numbers.get(ALL, 0)
-        kept = {label: number for label, number in numbers.items() if number > of_all}
-        self.latest = max(kept.values(), default=of_all)
-        """The highest number, or 0."""
-        if of_all:
-            kept[ALL] = of_all
+    def __init__(self, epochs: Mapping[str, int] = _EMPTY, *, max_bytes: int = MAX_BYTES) -> None:
+        all_epoch = epochs.get(ALL, 0)
+        kept = {label: epoch for label, epoch in epochs.items() if epoch > all_epoch}
+        self.latest = max(kept.values(), default=all_epoch)
+        """The highest epoch, or 0."""
+        if all_epoch:
+            kept[ALL] = all_epoch
         if _bytes(kept) > max_bytes:
             self.latest += 1
             kept = {ALL: self.latest}
-        self._numbers, self._max_bytes = kept, max_bytes
+        self._epochs, self._max_bytes = kept, max_bytes
 
-    def purges(self, key: str, generation: int, labels: bytes) -> bool:
-        """Return whether an entry is purged, by its key, its generation, and its packed labels."""
-        if generation >= self.latest:
+    def purges(self, key: str, purge_epoch: int, labels: bytes) -> bool:
+        """Return whether an entry with this key, purge epoch and packed labels is purged."""
+        if purge_epoch >= self.latest:
             return False
-        number_of = self._numbers.get
-        if number_of(ALL, 0) > generation or number_of(f"key:{key}", 0) > generation:
+        epoch_of = self._epochs.get
+        if epoch_of(ALL, 0) > purge_epoch or epoch_of(f"key:{key}", 0) > purge_epoch:
             return True
         # A generator would cost half a microsecond more.
         for each in labels.decode().split("\n"):  # noqa: SIM110
-            if number_of(each, 0) > generation:
+            if epoch_of(each, 0) > purge_epoch:
                 return True
         return False
 
     def with_purge(self, clock_us: int, *labels: str) -> Self:
-        """Return a table in which `labels` have the highest number, one for all of them."""
-        number = max(clock_us, self.latest + 1)
-        news = dict.fromkeys(labels, number)
-        return type(self)(self._numbers | news, max_bytes=self._max_bytes)
+        """Return a table in which all `labels` have one epoch, higher than all others."""
+        purged = dict.fromkeys(labels, max(clock_us, self.latest + 1))
+        return type(self)(self._epochs | purged, max_bytes=self._max_bytes)
 
     def merged(self, other: Self) -> Self:
-        """Return a table of all labels, each with its higher number. The order doesn't matter."""
-        mine = self._numbers
-        news = {label: n for label, n in other._numbers.items() if n > mine.get(label, 0)}
-        return type(self)(mine | news, max_bytes=self._max_bytes) if news else self
+        """Return a table of the labels of both, each with its higher epoch. Commutative."""
+        ours = self._epochs
+        newer = {label: n for label, n in other._epochs.items() if n > ours.get(label, 0)}
+        return type(self)(ours | newer, max_bytes=self._max_bytes) if newer else self
 
     def pack(self) -> bytes:
-        """Return bytes that begin like no others, in `HEAD_BYTES`."""
-        count = len(self._numbers)
+        """Return bytes whose first `HEAD_BYTES` differ from those of every other call."""
+        count = len(self._epochs)
         head = _HEAD.pack(_FORMAT, os.urandom(8), count)
-        numbers = pack(f"<{count}Q", *self._numbers.values())
-        return head + numbers + "\n".join(self._numbers).encode()
+        epochs = pack(f"<{count}Q", *self._epochs.values())
+        return head + epochs + "\n".join(self._epochs).encode()
 
     @classmethod
     def unpack(cls, data: bytes, *, max_bytes: int = MAX_BYTES) -> Self:
@@ -121,28 +103,29 @@ class PurgeTable:
             version, _, count = _HEAD.unpack_from(data)
             if version != _FORMAT:
                 raise ValueError("the purges are of another format")
-            numbers = unpack_from(f"<{count}Q", data, _HEAD.size)
+            epochs = unpack_from(f"<{count}Q", data, _HEAD.size)
         except error as exc:
             raise ValueError("the purges are cut short") from exc
-        names_at = _HEAD.size + count * _NUMBER_BYTES
+        names_at = _HEAD.size + count * _EPOCH_BYTES
         names = data[names_at:].decode().split("\n") if count else []
-        return cls(dict(zip(names, numbers, strict=True)), max_bytes=max_bytes)
+        return cls(dict(zip(names, epochs, strict=True)), max_bytes=max_bytes)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, PurgeTable) and self._numbers == other._numbers
+        return isinstance(other, PurgeTable) and self._epochs == other._epochs
 
     def __hash__(self) -> int:
-        return hash(frozenset(self._numbers.items()))
+        return hash(frozenset(self._epochs.items()))
 
     def __len__(self) -> int:
-        return len(self._numbers)
-
-
-HEAD_BYTES = _HEAD.size
+        return len(self._epochs)
 
 
 def check_labels(labels: Sequence[str]) -> None:
-    """Raise `ValueError`, which says what would be right, unless `labels` can be purged at once."""
+    """Check the labels of one purge.
+
+    Raises:
+        ValueError: one isn't a label, or there are too many; the message says what would be right.
+    """
     if not 0 < len(labels) <= MAX_LABELS:
         raise ValueError(f"a purge should have from 1 to {MAX_LABELS} labels, not {len(labels)}")
     for each in labels:
@@ -151,13 +134,12 @@ def check_labels(labels: Sequence[str]) -> None:
 
 def _check_label(label: str) -> None:
     kind, colon, name = label.partition(":")
-    if label != ALL and not (kind in KINDS and colon and name and label.isprintable()):
-        kinds = ", ".join(f"{kind}:…" for kind in KINDS)
-        said = f"a label should be {ALL} or one of {kinds}, in printable characters"
-        raise ValueError(f"{said}, not {label[:_NAME_CHARACTERS]!r}")
+    if label != ALL and not (kind and colon and name and label.isprintable()):
+        should = f"a label should be {ALL}, {KEY}:… or KIND:NAME, in printable characters"
+        raise ValueError(f"{should}, not {label[:_NAME_CHARACTERS]!r}")
     if kind == KEY and len(name.encode()) > MAX_KEY_BYTES:
         raise ValueError(f"a key should have at most {MAX_KEY_BYTES} bytes")
 
 
-def _bytes(numbers: Mapping[str, int]) -> int:
-    return len("\n".join(numbers).encode()) + len(numbers) * _NUMBER_BYTES
+def _bytes(epochs: Mapping[str, int]) -> int:
+    return len("\n".join(epochs).encode()) + len(epochs) * _EPOCH_BYTES

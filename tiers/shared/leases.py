@@ -1,8 +1,9 @@
-"""Leases among all who use one server that aiocache reaches, such as Redis or Memcached.
+"""Leases among all processes that use one Redis or Memcached server.
 
-A lease is a key that names its owner. It expires soon after its owner has gone, who renews it as
-long as it lives. As aiocache's `RedLock` it is only as safe as one server and its clock, which is
-enough for a lease (`tiers.singleflight.leases`).
+A lease is a key whose value names its owner. The owner renews it; it expires soon after its owner
+has gone. Like aiocache's `RedLock` it is only as safe as one server and its clock, which is enough
+for a lease (`tiers.singleflight.leases`). redis-py's own lock would need Redis; these go through
+aiocache, so they serve Memcached too.
 """
 
 import asyncio
@@ -15,12 +16,10 @@ from dataclasses import dataclass
 from aiocache.base import BaseCache
 from aiocache.lock import OptimisticLock, OptimisticLockError
 
-from tiers.shared.calls import in_time
-
 logger = logging.getLogger(__name__)
 
 _RENEWALS = 3
-"""How often a lease is renewed in its time, so that one failure doesn't lose it."""
+"""How often a lease is renewed within its ttl, so that one failure doesn't lose it."""
 
 
 @dataclass(slots=True)
@@ -30,12 +29,12 @@ class _Held:
 
 
 class SharedLeases:
-    """Leases in a backend. Where that fails, each process counts its leases as taken.
+    """Leases in a backend. While the backend fails, each process gets every lease it asks for.
 
     Args:
         backend: an aiocache backend that stores bytes.
         deadline_s: seconds that taking, renewing or releasing may take.
-        ttl_s: whole seconds for which the lease of an owner that has gone is kept.
+        ttl_s: whole seconds after which the lease of an owner that has gone expires.
         sleep: waits for so many seconds.
     """
 
@@ -56,9 +55,10 @@ class SharedLeases:
         taken = True
         if key not in self._held:
             try:
-                taken = await in_time(self._add(_name_of(key)), self._deadline_s)
+                async with asyncio.timeout(self._deadline_s):
+                    taken = await self._add(_name_of(key))
             except Exception as exc:
-                logger.debug("a lease can't be had and counts as taken: %r", exc)
+                logger.debug("a lease can't be taken and counts as ours: %r", exc)
         if not taken:
             return False
         if (held := self._held.get(key)) is not None:
@@ -76,7 +76,8 @@ class SharedLeases:
         held.renewing.cancel()
         name = _name_of(key)
         try:
-            await in_time(self._give_back(name), self._deadline_s)
+            async with asyncio.timeout(self._deadline_s):
+                await self._delete(name)
         except Exception as exc:
             logger.debug("a lease can't be released and will expire: %r", exc)
 
@@ -88,12 +89,12 @@ class SharedLeases:
         try:
             await self._backend.add(name, self._owner, ttl=self._ttl_s, timeout=None)
         except ValueError:
-            # That is how aiocache says that there is one.
+            # aiocache raises it if the key exists.
             return await self._is_ours(name)
         return True
 
-    async def _give_back(self, name: str) -> None:
-        # Redis compares again; Memcached has no command for it.
+    async def _delete(self, name: str) -> None:
+        # Redis compares the owner again as it deletes; Memcached has no command for that.
         if await self._is_ours(name):
             await self._backend._redlock_release(self._backend.build_key(name), self._owner)
 
@@ -101,14 +102,15 @@ class SharedLeases:
         while True:
             await self._sleep(self._ttl_s / _RENEWALS)
             try:
-                await in_time(self._renew_once(name), self._deadline_s)
+                async with asyncio.timeout(self._deadline_s):
+                    await self._renew_once(name)
             except Exception as exc:
                 logger.debug("a lease can't be renewed: %r", exc)
 
     async def _renew_once(self, name: str) -> None:
         async with OptimisticLock(self._backend, name) as unchanged:
             if not await self._is_ours(name):
-                # Such as after the server has started anew.
+                # The server may have restarted and lost it.
                 await self._add(name)
                 return
             with contextlib.suppress(OptimisticLockError):

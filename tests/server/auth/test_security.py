@@ -467,7 +467,7 @@ async def test_keys_come_and_go_while_it_runs(guarded, upstream) -> None:
     ["", "acme: [", "acme: {keys: [KEY]}", "a: {no: 1}", "a: 0-1: [", "a: 2024-13-45", None],
 )
 async def test_a_broken_file_changes_nothing(guarded, broken: str | None) -> None:
-    kept = "and what was read before stays"
+    kept = "and changes nothing"
     before = guarded.log.read_text().count(kept)
     if broken is None:
         guarded.tenants.unlink()

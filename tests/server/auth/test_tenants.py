@@ -7,6 +7,7 @@ import pytest
 import yaml
 from multidict import CIMultiDict
 
+from server.auth.credentials import DuplicateHeaderError
 from server.auth.limits import Limits, RateLimiter
 from server.auth.tenants import Tenants
 from server.cli import main
@@ -249,16 +250,35 @@ def test_transfers_are_for_operators(tmp_path: Path) -> None:
         assert sent_for(tenants, "a", **{name: None})[name] is None
 
 
-def test_accounts_outlive_a_change(tmp_path: Path) -> None:
+def test_each_reading_of_the_file_is_a_revision(tmp_path: Path) -> None:
+    tenants = tenants_of(tmp_path, f"a: {{keys: ['{HASH}']}}")
+    headers = CIMultiDict({"Authorization": f"Bearer {'k' * 20}"})
+    before = tenants.find(headers)
+    tenants.use(tenants.read())
+    after = tenants.find(headers)
+    assert before is not None
+    assert after is not None
+    assert before.revision != after.revision
+
+
+def test_headers_that_stand_twice_are_a_mistake(tmp_path: Path) -> None:
+    for tenants in (Tenants(Section()), tenants_of(tmp_path, f"a: {{keys: ['{HASH}']}}")):
+        for name in ("Authorization", "x-api-key"):
+            with pytest.raises(DuplicateHeaderError, match=f"{name} should stand once") as caught:
+                tenants.find(CIMultiDict([(name, "a"), (name, "a")]))
+            assert caught.value.header == name
+
+
+def test_limiters_outlive_a_change(tmp_path: Path) -> None:
     made = []
 
-    def new_account(limits: Limits) -> RateLimiter:
+    def new_limiter(limits: Limits) -> RateLimiter:
         made.append(limits)
         return RateLimiter(limits)
 
     file = tmp_path / "t.yaml"
     file.write_text(f"a: {{keys: ['{HASH}'], max_requests: 1}}")
-    tenants = Tenants(Section(file=file), new_account)
+    tenants = Tenants(Section(file=file), new_limiter)
     tenants.limiters["a"].acquire()
     file.write_text(f"a: {{keys: ['{hash_key('other' * 9)}'], max_requests: 2}}")
     tenants.use(tenants.read())

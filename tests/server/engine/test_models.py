@@ -33,30 +33,25 @@ class Both:
     async def asked(self) -> list[tuple[str, dict]]:
         """Return which upstream was asked for what since the last time."""
         found = [(each, http) for each in (self.m, self.large) for http in each.asked]
-        told = []
+        requests = []
         for upstream, http in found:
             body = await http.read()
-            told.append(("m" if upstream is self.m else LARGE, orjson.loads(body) if body else {}))
+            requests.append(
+                ("m" if upstream is self.m else LARGE, orjson.loads(body) if body else {})
+            )
             upstream.asked.remove(http)
-        return told
+        return requests
 
 
 @asynccontextmanager
 async def both(folder: Path, **of_m) -> AsyncIterator[Both]:
-    pair = Upstream(), Upstream()
-    for each in pair:
-        await each.start()
-    models = {
-        "m": {"upstreams": [pair[0].url], "adapters": {"poet": "hub/poet"}} | of_m,
-        LARGE: {"upstreams": [pair[1].url], "aliases": ["large", "big"]},
-    }
-    front = Front(folder, models)
-    try:
-        async with front:
-            yield Both(front, *pair)
-    finally:
-        for each in pair:
-            await each.stop()
+    async with Upstream() as m, Upstream() as large:
+        models = {
+            "m": {"upstreams": [m.url], "adapters": {"poet": "hub/poet"}} | of_m,
+            LARGE: {"upstreams": [large.url], "aliases": ["large", "big"]},
+        }
+        async with Front(folder, models) as front:
+            yield Both(front, m, large)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -138,7 +133,7 @@ async def test_an_unknown_model_is_refused_as_vllm_does(
     assert await two.asked() == []
 
 
-async def test_whoever_needs_no_key_is_not_told_which_models_there_are(two: Both) -> None:
+async def test_whoever_needs_no_key_does_not_learn_which_models_there_are(two: Both) -> None:
     async with two.front.session.get("/ready?model=no") as response:
         assert response.status == 404
         error = (await response.json())["error"]
@@ -149,8 +144,8 @@ async def test_an_unknown_model_is_refused_in_anthropics_shape(two: Both) -> Non
     for path in ("/v1/messages", "/v1/messages/count_tokens"):
         async with two.front.session.post(path, json={"model": "no"}) as response:
             assert response.status == 404
-            told = {"type": "not_found_error", "message": NO_MODEL["message"]}
-            assert await response.json() == {"type": "error", "error": told}
+            error = {"type": "not_found_error", "message": NO_MODEL["message"]}
+            assert await response.json() == {"type": "error", "error": error}
 
 
 def form(*fields: tuple[str, str | bytes]) -> aiohttp.FormData:
@@ -261,10 +256,10 @@ async def test_all_names_are_listed_and_no_folder(two: Both) -> None:
     async with two.front.session.get("/v1/models") as response:
         text = await response.text()
     assert "secret" not in text
-    told = orjson.loads(text)
-    assert told["object"] == "list"
-    assert [card["id"] for card in told["data"]] == ["m", "poet", LARGE, "large", "big"]
-    m, poet, large, alias, _ = told["data"]
+    listed = orjson.loads(text)
+    assert listed["object"] == "list"
+    assert [card["id"] for card in listed["data"]] == ["m", "poet", LARGE, "large", "big"]
+    m, poet, large, alias, _ = listed["data"]
     common = {"object": "model", "owned_by": "vllm", "permission": []}
     assert m == common | {
         "id": "m", "created": 5, "root": "m", "parent": None, "max_model_len": 77
@@ -272,7 +267,7 @@ async def test_all_names_are_listed_and_no_folder(two: Both) -> None:
     assert (poet["root"], poet["parent"]) == ("poet", "m")
     assert (large["root"], large["parent"], large["max_model_len"]) == (LARGE, None, None)
     assert alias == large | {"id": "large"}
-    for card in told["data"]:
+    for card in listed["data"]:
         async with two.front.session.get(f"/v1/models/{card['id']}") as response:
             assert await response.json() == card
 
@@ -306,7 +301,7 @@ async def test_an_engine_that_does_not_list_is_not_waited_for(two: Both) -> None
     never.set()
 
 
-async def test_who_may_not_ask_an_engine_is_not_told_the_names(two: Both) -> None:
+async def test_who_may_not_ask_an_engine_gets_no_names(two: Both) -> None:
     async def refuse(http: web.Request) -> web.StreamResponse:
         if http.headers.get("Authorization") == "Bearer right":
             return cards("m")
@@ -329,9 +324,9 @@ async def test_one_that_is_down_leaves_the_others_serving(two: Both) -> None:
     await two.front.until_ready(503)
     async with two.front.session.get("/ready") as response:
         assert int(response.headers["Retry-After"]) > 0
-        told = await response.json()
-    assert told["models"] == {"m": "ready", LARGE: "down"}
-    assert told["error"]["message"] == f"Not ready: {LARGE}."
+        state = await response.json()
+    assert state["models"] == {"m": "ready", LARGE: "down"}
+    assert state["error"]["message"] == f"Not ready: {LARGE}."
     for name, status in (("m", 200), ("poet", 200), ("large", 503)):
         async with two.front.session.get(f"/ready?model={name}") as response:
             assert response.status == status
@@ -362,7 +357,7 @@ async def test_metrics_name_models_that_there_are(two: Both) -> None:
         assert await two.front.metric(counted % name) == 0
 
 
-async def test_engines_metrics_are_told_one_by_one(two: Both) -> None:
+async def test_engines_metrics_are_given_one_by_one(two: Both) -> None:
     for query, who in (("", "m"), ("?model=big", LARGE)):
         async with two.front.session.get(f"/metrics/engine{query}") as response:
             assert response.status == 200
@@ -392,7 +387,9 @@ async def test_each_model_has_its_own_bound(tmp_path: Path) -> None:
         assert (await waiting)[0] == 200
 
 
-async def test_what_tells_the_date_has_other_names_each_day(tmp_path: Path, monkeypatch) -> None:
+async def test_what_depends_on_the_date_has_another_identity_each_day(
+    tmp_path: Path, monkeypatch
+) -> None:
     days = iter([date(2026, 1, 1), date(2026, 1, 1), date(2026, 1, 2)])
     monkeypatch.setattr("server.engine.models.date", SimpleNamespace(today=lambda: next(days)))
     for name in ("plain", "dated"):

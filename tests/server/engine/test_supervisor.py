@@ -23,7 +23,7 @@ from server.engine.models import Models
 from server.engine.supervisor import Engine, EngineState, _flags, _log_lines
 from server.engine.weights import Weights
 
-# Connects to the test, and ends when the test says so.
+# Connects to the test, and ends when the test closes the connection.
 CHILD = """
 import socket, sys
 with socket.create_connection(("127.0.0.1", {port})) as test:
@@ -36,7 +36,7 @@ listening = socket.socket(socket.AF_UNIX)
 listening.bind({socket!r})
 listening.listen()
 """
-STUBBORN = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)" + CHILD
+STUBBORN = "import signal; signal.signal(signal.SIGRTMIN, signal.SIG_IGN)" + CHILD
 
 
 class Sleep:
@@ -121,7 +121,7 @@ async def engine(temporary: Path) -> AsyncIterator[Engine]:
 @asynccontextmanager
 async def running(engine: Engine, script: str) -> AsyncIterator[None]:
     """Run the engine's loop with `script` in vLLM's place."""
-    # The guard and its folder stay.
+    # The watchdog and its folder stay.
     engine._command = [*engine._command[:4], sys.executable, "-c", script]
     task = asyncio.create_task(engine.run())
     try:
@@ -132,7 +132,7 @@ async def running(engine: Engine, script: str) -> AsyncIterator[None]:
         assert task.cancelled()
 
 
-def said(caplog, level: int = logging.DEBUG) -> list[str]:
+def messages(caplog, level: int = logging.DEBUG) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= level]
 
 
@@ -153,7 +153,7 @@ def test_args_become_vllms_options(args: dict, flags: list[str]) -> None:
     assert list(_flags(args)) == flags
 
 
-async def test_a_folder_with_too_long_a_path_is_said(monkeypatch) -> None:
+async def test_a_folder_with_too_long_a_path_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * 90)
     with pytest.raises(ConfigError, match="TMPDIR"):
         supervised("m", ModelConfig(source="w"), Weights("w"), asyncio.Lock())
@@ -164,7 +164,7 @@ async def test_delays_grow_up_to_the_maximum(engine: Engine, sleep: Sleep, caplo
     async with running(engine, "raise SystemExit(3)"):
         assert [await sleep.next_delay_s() for _ in range(5)] == [1, 2, 4, 5, 5]
         assert (engine.restarts, engine.state) == (4, EngineState.DOWN)
-    assert "the engine of m ended with status 3" in said(caplog)
+    assert "the engine of m ended with status 3" in messages(caplog)
 
 
 async def test_what_can_not_be_started_is_tried_again(engine: Engine, sleep: Sleep, caplog) -> None:
@@ -172,7 +172,7 @@ async def test_what_can_not_be_started_is_tried_again(engine: Engine, sleep: Sle
         engine._command = ["/nowhere/python"]
         assert [await sleep.next_delay_s() for _ in range(3)] == [1, 2, 4]
         assert (engine.restarts, engine.state) == (2, EngineState.DOWN)
-    assert "/nowhere/python" in said(caplog, logging.ERROR)[0]
+    assert "/nowhere/python" in messages(caplog, logging.ERROR)[0]
 
 
 async def test_delays_start_anew_after_the_engine_was_ready_for_long(
@@ -204,7 +204,7 @@ async def test_cancelling_ends_the_child_and_removes_its_folder(
     engine: Engine, children: Children, monkeypatch, script: str
 ) -> None:
     # One that heeds a signal is never killed.
-    monkeypatch.setattr(server.engine, "_STOP_S", 0.01 if script == STUBBORN else 1000)
+    monkeypatch.setattr(server.engine.supervisor, "_STOP_S", 0.01 if script == STUBBORN else 1000)
     async with running(engine, script.format(port=children.port)):
         child = await children._came.get()
         assert engine.folder.stat().st_mode & 0o777 == 0o700
@@ -246,8 +246,8 @@ async def test_what_a_dead_engine_left_behind_is_replaced(
 async def test_an_engine_that_nobody_can_reach_any_more_is_started_anew(
     engine: Engine, children: Children, monkeypatch, caplog, removed: str
 ) -> None:
-    monkeypatch.setattr(server.engine, "_LOOK_S", 0.01)
-    monkeypatch.setattr(server.engine, "_STOP_S", 1000)
+    monkeypatch.setattr(server.engine.supervisor, "_SOCKET_CHECK_S", 0.01)
+    monkeypatch.setattr(server.engine.supervisor, "_STOP_S", 1000)
     socket = engine.folder / "engine.sock"
     script = LISTENS.format(socket=str(socket)) + CHILD.format(port=children.port)
     async with running(engine, script):
@@ -262,27 +262,29 @@ async def test_an_engine_that_nobody_can_reach_any_more_is_started_anew(
         async with children.next():
             assert socket.is_socket()
             assert engine.restarts == 1
-    assert f"the engine of m can't be reached any more: somebody removed {socket}" in said(caplog)
+    assert f"the engine of m can't be reached any more: somebody removed {socket}" in messages(
+        caplog
+    )
 
 
 async def test_last_words_are_logged(engine: Engine, sleep: Sleep, caplog, monkeypatch) -> None:
     caplog.set_level(logging.INFO)
     # However slow this machine is.
-    monkeypatch.setattr(server.engine, "_LAST_WORDS_S", 1000)
+    monkeypatch.setattr(server.engine.supervisor, "_DRAIN_OUTPUT_S", 1000)
     script = "for n in range(5000): print('word', n)\nprint('ERROR last', end='', flush=True)"
     async with running(engine, script):
         await sleep.delays.get()
     words = [f"word {n}" for n in range(5000)]
-    assert [line for line in said(caplog) if line.startswith("word")] == words
-    assert "ERROR last" in said(caplog, logging.ERROR)
+    assert [line for line in messages(caplog) if line.startswith("word")] == words
+    assert "ERROR last" in messages(caplog, logging.ERROR)
 
 
-async def test_what_is_said_of_a_stop_is_for_debugging(
+async def test_output_of_a_stop_is_for_debugging(
     engine: Engine, children: Children, caplog
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    says = "print('ERROR ended', flush=True), sys.exit(0)"
-    script = f"import signal, sys; signal.signal(signal.SIGINT, lambda *_: ({says}))"
+    stop = "print('ERROR ended', flush=True), sys.exit(0)"
+    script = f"import signal, sys; signal.signal(signal.SIGRTMIN, lambda *_: ({stop}))"
     async with running(engine, script + CHILD.format(port=children.port)):
         child = await children._came.get()
     child[1].close()
@@ -316,8 +318,8 @@ async def test_a_line_without_end_is_logged_in_pieces(caplog) -> None:
     output.feed_data(b"x" * 100_000)
     output.feed_eof()
     await _log_lines(SimpleNamespace(stdout=output), logging.getLogger("m"), asyncio.Event())
-    assert "".join(said(caplog)) == "x" * 100_000
-    assert max(map(len, said(caplog))) <= 2 * server.engine._LINE_BYTES
+    assert "".join(messages(caplog)) == "x" * 100_000
+    assert max(map(len, messages(caplog))) <= 2 * server.engine.supervisor._LINE_BYTES
 
 
 async def test_engines_load_one_after_another(
@@ -346,17 +348,17 @@ async def test_one_that_ends_gives_its_turn_up(
     await other.upstream.close()
 
 
-async def test_vllm_is_told_of_names_and_adapters(temporary: Path, monkeypatch) -> None:
+async def test_vllm_gets_names_and_adapters(temporary: Path, monkeypatch) -> None:
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     model = ModelConfig.model_validate(
         {"source": "w", "aliases": ["a"], "engine": {"args": {"max_lora_rank": 8}}}
     )
     weights = Weights("w", adapters={"a,b=c": temporary})
     made = supervised("m", model, weights, asyncio.Lock())
-    told = " ".join(made._command)
-    assert " --served-model-name m a --uds " in told
-    assert " --enable-lora --lora-modules " in told
-    assert f'{{"name":"a,b=c","path":"{temporary}"}} --max-lora-rank 8' in told
+    command = " ".join(made._command)
+    assert " --served-model-name m a --uds " in command
+    assert " --enable-lora --lora-modules " in command
+    assert f'{{"name":"a,b=c","path":"{temporary}"}} --max-lora-rank 8' in command
     assert made._env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "0"
     await made.upstream.close()
 
@@ -374,7 +376,7 @@ async def test_an_engine_has_a_home_where_its_user_has_none(monkeypatch) -> None
     assert (given, own) == ("/", folder)
 
 
-async def test_each_start_tells_anew_what_gives_the_answers(
+async def test_each_start_finds_the_identity_anew(
     temporary: Path, tmp_path: Path, sleep: Sleep
 ) -> None:
     (tmp_path / "config.json").write_text("{}")

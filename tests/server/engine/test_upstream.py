@@ -1,8 +1,10 @@
-"""Upstreams whose connections end at bad moments, and which of them count as ready."""
+"""Upstreams whose connections end at bad moments, which count as ready, and which go on."""
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 
 import pytest
 from aiohttp import web
@@ -98,20 +100,17 @@ async def test_what_an_upstream_has_begun_to_answer_is_not_sent_again(
 
 
 @pytest.mark.parametrize("status", [404, 405, 429])
-async def test_whatever_answers_is_ready(tmp_path, status: int) -> None:
+async def test_whatever_answers_is_ready(own_upstream: Upstream, tmp_path, status: int) -> None:
     async def no_list(_: web.Request) -> web.StreamResponse:
         return web.Response(status=status)
 
-    made = Upstream()
-    made.lists = no_list
-    await made.start()
-    async with running(tmp_path, made) as front:
+    own_upstream.lists = no_list
+    async with running(tmp_path, own_upstream) as front:
         assert (await front.ask(question()))[0] == 200
-        await front.until_logged(f"{made.url} is ready: GET /v1/models has status {status}")
-    await made.stop()
+        await front.until_logged(f"{own_upstream.url} is ready: GET /v1/models has status {status}")
 
 
-async def test_what_is_not_ready_says_why_once(tmp_path) -> None:
+async def test_what_is_not_ready_says_why_once(own_upstream: Upstream, tmp_path) -> None:
     looked = 0
 
     async def fails(_: web.Request) -> web.StreamResponse:
@@ -119,20 +118,17 @@ async def test_what_is_not_ready_says_why_once(tmp_path) -> None:
         looked += 1
         return web.Response(status=502)
 
-    made = Upstream()
-    await made.start()
-    async with running(tmp_path, made) as front:
-        await made.stop()
-        await front.until_logged(f"{made.url} is not ready: it takes no connection")
-        made.lists = fails
-        await made.start()
-        said = f"{made.url} is not ready: GET /v1/models has status 502"
+    async with running(tmp_path, own_upstream) as front:
+        await own_upstream.stop()
+        await front.until_logged(f"{own_upstream.url} is not ready: it takes no connection")
+        own_upstream.lists = fails
+        await own_upstream.start()
+        line = f"{own_upstream.url} is not ready: GET /v1/models has status 502"
         # Of four models, which have looked three times each.
         async with asyncio.timeout(60):
-            while looked < 12 or front.log.read_text().count(said) < 4:
+            while looked < 12 or front.log.read_text().count(line) < 4:
                 await front.ready()
-        assert front.log.read_text().count(said) == 4
-    await made.stop()
+        assert front.log.read_text().count(line) == 4
 
 
 async def test_who_answers_requests_may_take_its_time_to_list_models(
@@ -154,7 +150,7 @@ async def test_who_answers_requests_may_take_its_time_to_list_models(
         while True:
             (await asked.request("GET", "/x", None, {}, repeatable=True)).release()
 
-    monkeypatch.setattr("server.upstream._PROBE_S", 0.2)
+    monkeypatch.setattr("server.engine.upstream._PROBE_TIMEOUT_S", 0.2)
     monkeypatch.setattr(upstream, "lists", never)
     upstream.handler = empty
     asked = Asked(upstream.url, timeout_s=60)
@@ -166,8 +162,42 @@ async def test_who_answers_requests_may_take_its_time_to_list_models(
         assert not asked.ready
         assert caplog.text.count("is not ready: GET /v1/models has no answer after") == 1
         asking = asyncio.create_task(ask())
-        await asyncio.wait_for(asked.answers.wait(), 60)
+        await asyncio.wait_for(asked.ready_event.wait(), 60)
     for task in (watching, asking):
         task.cancel()
     await asyncio.gather(watching, asking, return_exceptions=True)
+    await asked.close()
+
+
+@pytest.mark.parametrize(
+    ("events", "keeps"),
+    [
+        ("", True),
+        ("probed", True),
+        ("unreachable probed", False),
+        ("stopped", False),
+        ("stopped probed", False),
+        ("stopped started probed", False),
+    ],
+)
+async def test_an_engine_of_ours_is_not_asked_whether_it_goes_on(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, events: str, keeps: bool
+) -> None:
+    now_s = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: next(now_s))
+    monkeypatch.setattr("server.engine.upstream.time", clock)
+    # Nobody listens there.
+    asked = Asked("http://engine", timeout_s=60, socket=str(tmp_path / "engine.sock"))
+    happen = {
+        "probed": lambda: asked._set_state(True, False, ""),
+        "started": asked.mark_started,
+        "stopped": asked.mark_stopped,
+        "unreachable": lambda: asked.mark_unreachable(OSError()),
+    }
+    asked.ready = True
+    since = next(now_s)
+    for event in events.split():
+        happen[event]()
+    assert asked.ready is ("stopped" not in events or "started" in events)
+    assert await asked.keeps_generating(since=since, model="m", headers={}) is keeps
     await asked.close()

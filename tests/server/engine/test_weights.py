@@ -9,7 +9,7 @@ import pytest
 
 from server.config.base import ConfigError
 from server.config.models import ModelConfig
-from server.engine.identity import adapted, fingerprint, identity, tells_time
+from server.engine.identity import adapter_identity, depends_on_date, fingerprint, identity
 from server.engine.weights import Weights, locate
 
 MODEL = ModelConfig(source="s")
@@ -85,19 +85,19 @@ def test_the_engines_environment_is_known(folder: Path) -> None:
     assert known() == known(VLLM_CPU_KVCACHE_SPACE="3", HF_TOKEN="secret")
 
 
-def test_a_template_that_tells_the_date_is_noticed(folder: Path) -> None:
-    assert not tells_time(MODEL, Weights(str(folder)))
-    assert not tells_time(MODEL, None)
-    assert tells_time(MODEL, Weights("a/hubs"))
+def test_a_template_with_the_date_is_noticed(folder: Path) -> None:
+    assert not depends_on_date(MODEL, Weights(str(folder)))
+    assert not depends_on_date(MODEL, None)
+    assert depends_on_date(MODEL, Weights("a/hubs"))
     (folder / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}")
-    assert tells_time(MODEL, Weights(str(folder)))
+    assert depends_on_date(MODEL, Weights(str(folder)))
 
 
 def test_an_adapter_is_known_by_its_content(folder: Path, tmp_path_factory) -> None:
     def known(adapter: str | None) -> str:
         weights = locate("m", model)
         base = identity(model, weights)
-        return base if adapter is None else adapted(base, adapter, model, weights)
+        return base if adapter is None else adapter_identity(base, adapter, model, weights)
 
     adapters = {}
     for name in ("one", "other"):
@@ -116,7 +116,9 @@ def test_an_adapter_is_known_by_its_content(folder: Path, tmp_path_factory) -> N
 def test_an_adapter_that_somebody_else_runs_is_known_by_its_source() -> None:
     model = ModelConfig(upstreams=("http://h",), adapters={"one": "v1", "other": "v2"})
     base = identity(model, None)
-    assert len({base, *(adapted(base, name, model, None) for name in ("one", "other"))}) == 3
+    assert (
+        len({base, *(adapter_identity(base, name, model, None) for name in ("one", "other"))}) == 3
+    )
 
 
 def test_a_hubs_adapter_is_a_folder_too(folder: Path, tmp_path_factory, monkeypatch) -> None:
@@ -153,7 +155,7 @@ def test_a_hubs_model_is_pinned_to_the_local_commit(tmp_path: Path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "mistake"),
     [
         ("embedded", "the embedded model isn't prepared; run scripts/serve"),
         ("./nowhere", "should be a folder with a config.json"),
@@ -161,13 +163,15 @@ def test_a_hubs_model_is_pinned_to_the_local_commit(tmp_path: Path, monkeypatch)
         ("a b", "should be 'embedded', a folder, or a hub's name, not 'a b'"),
     ],
 )
-def test_what_is_no_model_is_said(tmp_path: Path, monkeypatch, source: str, said: str) -> None:
+def test_what_is_no_model_is_a_mistake(
+    tmp_path: Path, monkeypatch, source: str, mistake: str
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=mistake):
         locate("m", ModelConfig(source=source.format(empty=tmp_path)))
 
 
-def test_serve_says_it_and_ends(tmp_path: Path) -> None:
+def test_serve_prints_the_mistakes_and_ends(tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
     config.write_text("models: {m: {source: ./nowhere}, n: {source: ./none}}\n")
     command = [sys.executable, "-m", "server.cli", "serve", "--config", config]

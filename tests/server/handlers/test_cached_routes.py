@@ -6,7 +6,7 @@ import orjson
 import pytest
 from aiohttp import web
 
-from server.protocol.routes import ROUTES
+from server.protocol.routes import CACHED_ROUTES
 from tests.server.conftest import Front, Upstream, body, running, stream
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -195,13 +195,13 @@ async def cut(http: web.Request) -> web.StreamResponse:
 
 @pytest.mark.parametrize("form", [False, True], ids=["body", "stream"])
 @pytest.mark.parametrize(
-    "goes_on", [says("abort"), says(None), says(None, 503), cut], ids=["aborts", "odd", "no", "cut"]
+    "token", [says("abort"), says(None), says(None, 503), cut], ids=["aborts", "odd", "no", "cut"]
 )
 async def test_what_a_stopping_engine_calls_whole_is_not_stored(
-    front: Front, upstream: Upstream, goes_on, form: bool
+    front: Front, upstream: Upstream, token, form: bool
 ) -> None:
     upstream.handler = answering(response_events()) if form else json(response())
-    upstream.goes_on = goes_on
+    upstream.token = token
     request = asked(stream=form)
     for _ in range(3):
         status, content = await send(front, RESPONSES, request)
@@ -213,7 +213,7 @@ async def test_what_a_stopping_engine_calls_whole_is_not_stored(
 async def test_what_an_engine_that_is_no_vllm_calls_whole_is_stored(
     front: Front, upstream: Upstream
 ) -> None:
-    upstream.handler, upstream.goes_on = json(response()), says(None, 404)
+    upstream.handler, upstream.token = json(response()), says(None, 404)
     request = asked()
     await send(front, RESPONSES, request)
     async with asyncio.timeout(60):
@@ -282,7 +282,7 @@ async def test_cut_streams_end_with_an_error_and_are_not_stored(
     assert len(upstream.asked) == 2
 
 
-FLAT = [path for path, route in ROUTES.items() if route.deterministic]
+FLAT = [path for path, route in CACHED_ROUTES.items() if route.deterministic]
 
 
 @pytest.mark.parametrize("path", FLAT)
@@ -297,7 +297,7 @@ async def test_what_is_deterministic_by_nature_needs_no_temperature(
         told, reply = await send(front, path, request, headers={"X-Request-Id": f"n{number}"})
         assert told.startswith(status)
         parsed = orjson.loads(reply)
-        assert parsed.pop("id") == f"{ROUTES[path].id_prefix}n{number}"
+        assert parsed.pop("id") == f"{CACHED_ROUTES[path].id_prefix}n{number}"
         assert parsed.pop("created") > 1
         given.append(parsed)
     assert given[0] == given[1] == {"object": "list", "data": made["data"]}
@@ -305,7 +305,7 @@ async def test_what_is_deterministic_by_nature_needs_no_temperature(
     assert upstream.asked[0].path == path
 
 
-@pytest.mark.parametrize("paths", [r.paths for r in ROUTES.values() if len(r.paths) > 1])
+@pytest.mark.parametrize("paths", [r.paths for r in CACHED_ROUTES.values() if len(r.paths) > 1])
 async def test_the_paths_of_a_route_share_answers(
     front: Front, upstream: Upstream, paths: tuple[str, ...]
 ) -> None:

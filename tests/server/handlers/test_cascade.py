@@ -32,15 +32,10 @@ class Inner:
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def inner(tmp_path) -> AsyncIterator[tuple[Inner, Front]]:
-    upstream = Upstream()
-    await upstream.start()
-    try:
-        made = Inner(upstream)
-        async with running(tmp_path, upstream) as front:
-            yield made, front
-    finally:
-        await upstream.stop()
+async def inner(own_upstream: Upstream, tmp_path) -> AsyncIterator[tuple[Inner, Front]]:
+    made = Inner(own_upstream)
+    async with running(tmp_path, own_upstream) as front:
+        yield made, front
 
 
 async def test_it_is_ready_when_its_engine_is(inner: tuple[Inner, Front]) -> None:

@@ -15,7 +15,7 @@ from aiohttp import web
 from schemathesis import Case, Response
 
 from server.config.secrets import hash_key, new_key
-from server.protocol.routes import ROUTES, Route
+from server.protocol.routes import CACHED_ROUTES, CachedRoute
 from tests.openapi import RIGHT, check, operations, requests_of, send
 from tests.server.conftest import Front, Upstream, answer, body, free_port, question, running
 from tests.server.pages.test_openapi import engine_document
@@ -39,7 +39,7 @@ FIELDS = {
 }
 
 
-def described(route: Route) -> dict:
+def described(route: CachedRoute) -> dict:
     """A route, in short, as an engine describes it."""
     ok = {"description": "OK", "content": {"application/json": {"schema": {}}}}
     if route.streams:
@@ -70,7 +70,7 @@ async def refuse(http: web.Request) -> web.StreamResponse:
 
 
 async def give(http: web.Request) -> web.StreamResponse:
-    return await answer(http) if ROUTES[http.path].streams else web.json_response(body())
+    return await answer(http) if CACHED_ROUTES[http.path].streams else web.json_response(body())
 
 
 def engine(respond: Handler) -> Handler:
@@ -78,11 +78,11 @@ def engine(respond: Handler) -> Handler:
 
     async def handle(http: web.Request) -> web.StreamResponse:
         if http.path == "/openapi.json":
-            paths = {path: described(route) for path, route in ROUTES.items()}
+            paths = {path: described(route) for path, route in CACHED_ROUTES.items()}
             return web.json_response(engine_document(**paths))
         if http.path == "/metrics":
             return web.Response(text="# HELP x x\n")
-        return await respond(http) if http.path in ROUTES else web.json_response({})
+        return await respond(http) if http.path in CACHED_ROUTES else web.json_response({})
 
     return handle
 
@@ -107,7 +107,7 @@ async def test_what_the_document_says_is_so(front: Front, upstream: Upstream) ->
                 response = await sent(case)
                 assert response.status_code < 500, case.as_curl_command()
                 check(case, response)
-                if case.path in ROUTES and response.status_code >= 400:
+                if case.path in CACHED_ROUTES and response.status_code >= 400:
                     again = await sent(case, **{"Cache-Control": "only-if-cached"})
                     assert again.status_code >= 400, case.as_curl_command()
             entries = await front.metric("tierserve_tier_entries")

@@ -9,7 +9,7 @@ from aiohttp import web
 from server.pages.openapi import build_document
 from server.protocol.cache_field import SCHEMA, parse_cache_field
 from server.protocol.errors import BadRequestError
-from server.protocol.routes import ROUTES
+from server.protocol.routes import CACHED_ROUTES
 from tests.server.conftest import CHAT, Upstream, alike, answer, body, question, running
 
 OWN = {
@@ -45,7 +45,7 @@ def engine_document(**paths: dict) -> dict:
 
 def made(engine: dict | None, **options: bool) -> dict:
     engines = [] if engine is None else [engine]
-    return build_document(engines, kept=ROUTES, version="1.2.3", **options)
+    return build_document(engines, kept=CACHED_ROUTES, version="1.2.3", **options)
 
 
 def operations(document: dict) -> Iterator[tuple[str, str, dict]]:
@@ -91,7 +91,7 @@ def test_it_holds_together(engine: dict | None, has_keys: bool) -> None:
 
 
 def test_without_an_engine_it_has_our_routes() -> None:
-    assert set(made(None)["paths"]) == OWN | set(ROUTES)
+    assert set(made(None)["paths"]) == OWN | set(CACHED_ROUTES)
 
 
 def test_what_we_add_to_a_route_whose_answers_are_kept() -> None:
@@ -171,7 +171,7 @@ def test_an_odd_document_is_refused(odd: dict) -> None:
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_it_is_the_engines_once_that_is_ready(tmp_path) -> None:
+async def test_it_is_the_engines_once_that_is_ready(own_upstream: Upstream, tmp_path) -> None:
     bodies: list[bytes] = []
 
     async def engine(http: web.Request) -> web.StreamResponse:
@@ -189,14 +189,12 @@ async def test_it_is_the_engines_once_that_is_ready(tmp_path) -> None:
             assert reply.content_type == "application/json"
             return await reply.json(), reply.headers["ETag"]
 
-    upstream = Upstream()
-    upstream.handler = engine
-    await upstream.start()
-    async with running(tmp_path, upstream) as front:
+    own_upstream.handler = engine
+    async with running(tmp_path, own_upstream) as front:
         # Neither of them is kept.
         for odd in ("x" * 10, {"paths": 1}):
             serve(odd)
-            assert set((await fetched(front))[0]["paths"]) == OWN | set(ROUTES)
+            assert set((await fetched(front))[0]["paths"]) == OWN | set(CACHED_ROUTES)
         serve(engine_document())
         document, etag = await fetched(front)
         assert "/v1/embeddings" in document["paths"]
@@ -204,16 +202,15 @@ async def test_it_is_the_engines_once_that_is_ready(tmp_path) -> None:
         assert await fetched(front) == (document, etag)
         async with front.session.get("/openapi.json", headers={"If-None-Match": etag}) as reply:
             assert (reply.status, await reply.read()) == (304, b"")
-        await upstream.stop()
+        await own_upstream.stop()
         await front.until_ready(503, model="m")
         without, _ = await fetched(front)
-        assert set(without["paths"]) == OWN | set(ROUTES)
-        await upstream.start()
+        assert set(without["paths"]) == OWN | set(CACHED_ROUTES)
+        await own_upstream.start()
         await front.until_ready()
         serve(engine_document(**{"/new": {"get": {"responses": {}}}}))
         assert "/new" in (await fetched(front))[0]["paths"]
         assert bodies == []
-    await upstream.stop()
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -236,8 +233,11 @@ async def test_what_it_says_of_answers_is_true(front, upstream) -> None:
 
 
 def test_the_field_cache_is_described_as_it_is_read() -> None:
-    parts = SCHEMA["properties"]
-    for name in parts:
+    parts = {}
+    for name, part in SCHEMA["properties"].items():
+        parts[name], null = part["anyOf"]
+        assert null == {"type": "null"}
+        assert part["description"]
         assert parse_cache_field({name: None}) == parse_cache_field(None)
     ttl, tags, variants = parts["ttl"], parts["tags"], parts["variants"]
     longest = "x" * tags["items"]["maxLength"]
@@ -257,7 +257,7 @@ def test_the_field_cache_is_described_as_it_is_read() -> None:
 
 def test_routes_that_no_engine_has_are_left_out() -> None:
     def summary(*engines: dict | None) -> str | None:
-        paths = build_document(engines, kept=ROUTES, version="1")["paths"]
+        paths = build_document(engines, kept=CACHED_ROUTES, version="1")["paths"]
         return paths["/rerank"]["post"]["summary"] if "/rerank" in paths else None
 
     other = {"paths": {"/rerank": {"post": {"responses": {}}}}}
@@ -265,4 +265,4 @@ def test_routes_that_no_engine_has_are_left_out() -> None:
     assert summary(engine_document()) is None
     assert summary(engine_document(), other) == "Another model's engine describes it"
     assert "perhaps none" in summary(engine_document(), None)
-    assert set(made(engine_document())["paths"]) & set(ROUTES) == {CHAT, "/v1/embeddings"}
+    assert set(made(engine_document())["paths"]) & set(CACHED_ROUTES) == {CHAT, "/v1/embeddings"}

@@ -6,30 +6,40 @@ import orjson
 import pytest
 from aiohttp import web
 
-from server.protocol.cache_control import NO_CACHE
-from server.protocol.cache_field import CacheField, parse_cache_field
+from server.protocol.cache_control import NO_CACHE, CacheControl
+from server.protocol.cache_field import parse_cache_field
 from server.protocol.errors import BadRequestError
 from tests.server.conftest import Front, Upstream, body, counting, question
+from tiers.acceptance import Acceptance
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 CHANCE = {"temperature": 1}
 
 
+NOTHING = (CacheControl(), False, None, None, None)
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (None, CacheField()),
-        ({}, CacheField()),
-        ({"mode": None, "ttl": None, "tags": None, "variants": None}, CacheField()),
-        ({"mode": "default"}, CacheField()),
-        ({"mode": "use", "variants": 3}, CacheField(use=True, variants=3)),
-        ({"mode": "no-cache"}, CacheField(control=NO_CACHE)),
-        ({"ttl": 1.5, "tags": ["a", "b"]}, CacheField(ttl_s=1.5, tags=("a", "b"))),
+        (None, NOTHING),
+        ({}, NOTHING),
+        ({"mode": None, "ttl": None, "tags": None, "variants": None}, NOTHING),
+        ({"mode": "default"}, NOTHING),
+        ({"mode": "use", "variants": 3}, (CacheControl(), True, None, None, 3)),
+        ({"mode": "no-cache"}, (NO_CACHE, False, None, None, None)),
+        ({"mode": "no-store"}, (CacheControl(no_store=True), False, None, None, None)),
+        (
+            {"mode": "only-if-cached"},
+            (CacheControl(Acceptance(only_if_cached=True)), False, None, None, None),
+        ),
+        ({"ttl": 1.5, "tags": ["a", "b"]}, (CacheControl(), False, 1.5, ("a", "b"), None)),
     ],
 )
-async def test_parts(given: Any, expected: CacheField) -> None:
-    assert parse_cache_field(given) == expected
+async def test_parts(given: Any, expected: tuple[Any, ...]) -> None:
+    field = parse_cache_field(given)
+    assert (field.control, field.use, field.ttl_s, field.tags, field.variants) == expected
 
 
 @pytest.mark.parametrize(
@@ -40,12 +50,16 @@ async def test_parts(given: Any, expected: CacheField) -> None:
         ({"tll": 3}, "cache.tll", "isn't known; cache takes mode, tags, ttl, variants"),
         ({"mode": "off"}, "cache.mode", "one of default, use, no-cache"),
         ({"mode": {}}, "cache.mode", "one of default"),
+        ({"ttl_s": 3}, "cache.ttl_s", "isn't known"),
+        ({"b": 1, "a": 1, "ttl": 0}, "cache.a", "isn't known"),
+        ({"x" * 200: 1}, f"cache.{'x' * 122}", "isn't known"),
         ({"ttl": 0}, "cache.ttl", "a number of seconds, more than 0"),
         ({"ttl": True}, "cache.ttl", "a number of seconds"),
         ({"ttl": "60"}, "cache.ttl", "a number of seconds"),
         ({"ttl": 1e300}, "cache.ttl", "a number of seconds"),
         ({"tags": "faq"}, "cache.tags", "a list of at most 16 texts"),
         ({"tags": ["a\n"]}, "cache.tags", "printable"),
+        ({"tags": ["a", 1]}, "cache.tags", "a list of at most 16 texts"),
         ({"variants": 65}, "cache.variants", "an integer from 1 to 64"),
         ({"variants": 1.0}, "cache.variants", "an integer from 1 to 64"),
         ({"variants": True}, "cache.variants", "an integer from 1 to 64"),

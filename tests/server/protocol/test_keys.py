@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from server.auth.tenants import open_tenant
 from server.protocol.model_names import ModelNames
 from server.protocol.request import ParsedRequest, parse_request
-from server.protocol.routes import ROUTES
+from server.protocol.routes import CACHED_ROUTES
 from tests.server.conftest import of_vllm
 
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
@@ -37,9 +37,9 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
     max_leaves=8,
 )
-ROUTE = ROUTES[CHAT]
+FIELDS = CACHED_ROUTES[CHAT].fields
 STRICT = "thinking_token_budget"
-KNOWN = sorted({*ROUTE.defaults, *ROUTE.ignored, *ROUTE.same_in_both_encodings, "stream"})
+KNOWN = sorted({*FIELDS.defaults, *FIELDS.ignored, *FIELDS.same_in_both_encodings, "stream"})
 NAMES = st.sampled_from(KNOWN) | TEXTS.filter(lambda name: name != "cache")
 BODIES = st.dictionaries(NAMES, JSON, max_size=6).map(
     # No other model is there.
@@ -81,7 +81,7 @@ def _dumped(body: dict[str, Any]) -> bytes:
 
 
 def _relevant(body: dict[str, Any]) -> str:
-    ignored = set(ROUTE.ignored) | set(ROUTE.defaults) | {"stream", "stream_options", "model"}
+    ignored = set(FIELDS.ignored) | set(FIELDS.defaults) | {"stream", "stream_options", "model"}
     return json.dumps({n: _number(v) for n, v in body.items() if n not in ignored}, sort_keys=True)
 
 

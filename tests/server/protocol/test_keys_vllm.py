@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticUndefined
 
-from server.protocol.messages import without_ignored_fields
-from server.protocol.routes import ROUTES
+from server.protocol.routes import CACHED_ROUTES
+from server.protocol.vllm_fields import without_ignored_fields
 from tests.server.protocol.test_keys import CHAT, RESPONSES, SAID, TEXT, request
 
 pytestmark = pytest.mark.engine
@@ -165,9 +165,11 @@ def default(field: Any) -> Any:
 
 
 def may_be_left_out(path: str, name: str, value: Any) -> bool:
-    if name in IRRELEVANT.get(path, ()) and isinstance(value, ROUTES[path].ignored[name]):
+    if name in IRRELEVANT.get(path, ()) and isinstance(
+        value, CACHED_ROUTES[path].fields.ignored[name]
+    ):
         return True
-    equal = ROUTES[path].defaults.get(name, ())
+    equal = CACHED_ROUTES[path].fields.defaults.get(name, ())
     return any(value == each and type(value) is type(each) for each in equal)
 
 
@@ -217,29 +219,30 @@ def test_defaults_written_out_change_nothing(made: Made) -> None:
 
 @pytest.mark.parametrize("path", sorted({made.path for made in CLASSES}))
 def test_nothing_is_left_out_that_no_class_has(path: str) -> None:
-    route = ROUTES[path]
+    route = CACHED_ROUTES[path]
     fields = [made.load().model_fields for made in CLASSES if made.path == path]
     known = {name for each in fields for name in each}
-    takes_any = {name for name, types in route.ignored.items() if types is object}
-    assert route.ignored.keys() - takes_any == IRRELEVANT.get(path, set())
-    assert route.defaults.keys() <= known
+    takes_any = {name for name, types in route.fields.ignored.items() if types is object}
+    assert route.fields.ignored.keys() - takes_any == IRRELEVANT.get(path, set())
+    assert route.fields.defaults.keys() <= known
     # What no class knows is taken whatever it is, and nobody reads it.
-    assert takes_any == route.ignored.keys() - known
-    for name, equal in route.defaults.items():
+    assert takes_any == route.fields.ignored.keys() - known
+    for name, equal in route.fields.defaults.items():
         for each in fields:
             assert name not in each or default(each[name]) in equal, name
 
 
 def test_all_routes_are_compared() -> None:
-    assert {ROUTES[made.path] for made in CLASSES} == set(ROUTES.values())
+    assert {CACHED_ROUTES[made.path] for made in CLASSES} == set(CACHED_ROUTES.values())
 
 
 @pytest.mark.parametrize("path", sorted({made.path for made in CLASSES}))
 def test_every_field_is_judged(path: str) -> None:
     """A field that a new vLLM brings is kept, until somebody says what it does."""
     known = {name for made in CLASSES if made.path == path for name in made.load().model_fields}
-    judged = {*ROUTES[path].ignored, *ROUTES[path].defaults, *KEPT[path]}
-    assert known - judged == ({"stream"} if ROUTES[path].streams else set())
+    route = CACHED_ROUTES[path]
+    judged = {*route.fields.ignored, *route.fields.defaults, *KEPT[path]}
+    assert known - judged == ({"stream"} if route.streams else set())
     assert KEPT[path] <= known
 
 
@@ -281,18 +284,18 @@ EDGES = (
 
 def understood(made: Made, body: dict[str, Any]) -> dict[str, Any] | None:
     """Return what vLLM makes of the fields that count; `None` if it refuses the body."""
-    route = ROUTES[made.path]
+    route = CACHED_ROUTES[made.path]
     try:
         # As it comes there: validators change what they are given.
         fields = made.load().model_validate(json.loads(request(made.path, body).raw))
     except (*refusals(), AttributeError, TypeError):
         return None
-    uncounted = {*route.ignored, "request_id", "stream", "stream_options"}
+    uncounted = {*route.fields.ignored, "request_id", "stream", "stream_options"}
     return {
         name: value
         for name, value in fields.model_dump(warnings=False).items()
         # Their iterators differ, and what becomes of messages is tested elsewhere.
-        if name not in (*uncounted, "messages") and value not in route.defaults.get(name, ())
+        if name not in (*uncounted, "messages") and value not in route.fields.defaults.get(name, ())
     }
 
 
@@ -308,13 +311,15 @@ def agree(made: Made, bodies: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("made", CLASSES, ids=lambda made: made.name)
 def test_what_has_one_key_is_refused_or_taken_alike(made: Made) -> None:
-    for name in {*made.load().model_fields, *ROUTES[made.path].ignored} - {"model", "messages"}:
+    ignored = CACHED_ROUTES[made.path].fields.ignored
+    for name in {*made.load().model_fields, *ignored} - {"model", "messages"}:
         agree(made, [made.body, *(made.body | {name: value} for value in EDGES)])
 
 
 @pytest.mark.parametrize("made", CLASSES[:4], ids=lambda made: made.name)
 def test_what_has_one_key_is_refused_or_taken_alike_whatever_else_it_says(made: Made) -> None:
-    names = sorted({*made.load().model_fields, *ROUTES[made.path].ignored} - {"messages"})
+    route = CACHED_ROUTES[made.path]
+    names = sorted({*made.load().model_fields, *route.fields.ignored} - {"messages"})
     said = st.dictionaries(
         st.sampled_from(names) | st.sampled_from(["stream", "stream_options"]),
         st.sampled_from(EDGES),
@@ -327,7 +332,7 @@ def test_what_has_one_key_is_refused_or_taken_alike_whatever_else_it_says(made: 
         less = [{n: v for n, v in body.items() if n != name or n in made.body} for name in body]
         forms = [body | {"stream": stream} for stream in (True, False, None)]
         floats = {n: float(v) for n, v in body.items() if type(v) is int and abs(v) < 2**70}
-        agree(made, [body, body | floats, *less, *(forms if ROUTES[made.path].streams else ())])
+        agree(made, [body, body | floats, *less, *(forms if route.streams else ())])
 
     tried()
 

@@ -1,4 +1,4 @@
-"""The dashboard and the alert rules: that they ask for what a real server tells."""
+"""The dashboard and the alert rules: that they ask for metrics that a real server exports."""
 
 import json
 import re
@@ -23,7 +23,7 @@ DASHBOARD = json.loads((CONFIGS / "grafana" / "tierserve.json").read_text())
 RULES = CONFIGS / "prometheus" / "alerts.yaml"
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 
-# Prometheus itself says so of what it scrapes.
+# Prometheus adds these itself.
 OF_PROMETHEUS = {"up": set()}
 LABELS_OF_PROMETHEUS = {"instance", "job"}
 LABELS_OF_VLLM = {"engine", "model_name"}
@@ -72,7 +72,7 @@ def redis(tmp_path_factory) -> Iterator[RedisServer]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def told(_upstream, redis, tmp_path_factory) -> dict[str, set[str]]:
+async def exported(_upstream, redis, tmp_path_factory) -> dict[str, set[str]]:
     """The metrics of a server with all tiers and a tenant, and the labels of each."""
     folder = tmp_path_factory.mktemp("front")
     key = new_key()
@@ -106,9 +106,9 @@ def vllm_metrics() -> set[str]:
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_what_is_asked_for_is_told(told: dict[str, set[str]]) -> None:
+async def test_what_is_asked_for_is_told(exported: dict[str, set[str]]) -> None:
     of_vllm = dict.fromkeys(vllm_metrics(), LABELS_OF_VLLM)
-    there = told | of_vllm | OF_PROMETHEUS
+    there = exported | of_vllm | OF_PROMETHEUS
     for who, promql in expressions():
         metrics, labels = asked_for(promql)
         assert metrics, who
@@ -118,9 +118,9 @@ async def test_what_is_asked_for_is_told(told: dict[str, set[str]]) -> None:
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_every_metric_of_ours_is_shown(told: dict[str, set[str]]) -> None:
+async def test_every_metric_of_ours_is_shown(exported: dict[str, set[str]]) -> None:
     asked = set().union(*(asked_for(promql)[0] for _, promql in expressions()))
-    ours = {name for name in told if not name.endswith(("_sum", "_count", "_created"))}
+    ours = {name for name in exported if not name.endswith(("_sum", "_count", "_created"))}
     assert ours <= asked
 
 

@@ -16,16 +16,16 @@ def test_the_last_day_is_told(given_: list[tuple[int, str, int]], later: int) ->
     for step, tier, tokens in given_:
         history.add(step * STEP_S + 1, tier, tokens, tokens / 2)
     now = (given_[-1][0] if given_ else 1) + later
-    told = history.report(now * STEP_S + 2)
+    report = history.report(now * STEP_S + 2)
     first = max(now - STEPS + 1, given_[0][0]) if given_ else now + 1
     shown = range(first, now + 1)
-    assert told["ends_at"] == (now + 1) * STEP_S
+    assert report["ends_at"] == (now + 1) * STEP_S
     for tier in TIERS:
-        ring = told["answered"].get(tier, [0] * len(shown))
+        ring = report["answered"].get(tier, [0] * len(shown))
         assert ring == [sum(s == step and t == tier for s, t, _ in given_) for step in shown]
-    assert told["tokens_saved"] == [sum(n for s, _, n in given_ if s == step) for step in shown]
-    assert sum(told["seconds_saved"]) == sum(told["tokens_saved"]) / 2
-    assert told["saved_since_start"]["tokens"] == sum(tokens for *_, tokens in given_)
+    assert report["tokens_saved"] == [sum(n for s, _, n in given_ if s == step) for step in shown]
+    assert sum(report["seconds_saved"]) == sum(report["tokens_saved"]) / 2
+    assert report["saved_since_start"]["tokens"] == sum(tokens for *_, tokens in given_)
 
 
 def test_a_clock_that_is_set_back_counts_on() -> None:
@@ -36,5 +36,5 @@ def test_a_clock_that_is_set_back_counts_on() -> None:
 
 
 def test_nothing_is_told_of_nothing() -> None:
-    told = History().report(10 * DAY_S)
-    assert (told["answered"], told["tokens_saved"], told["seconds_saved"]) == ({}, [], [])
+    report = History().report(10 * DAY_S)
+    assert (report["answered"], report["tokens_saved"], report["seconds_saved"]) == ({}, [], [])

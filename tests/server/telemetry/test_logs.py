@@ -22,16 +22,16 @@ def access(path: str = "/v1/models", request_id: str = "id-7") -> tuple:
 
 
 class Stalling(io.RawIOBase):
-    """Takes nothing until it is told to; says when something waits for it."""
+    """Takes nothing until it may; sets an event when a write waits for it."""
 
     def __init__(self) -> None:
-        self.said = b""
+        self.written = b""
         self.go_on, self.waited_for = threading.Event(), threading.Event()
 
     def write(self, data: bytes) -> int:
         self.waited_for.set()
         self.go_on.wait()
-        self.said += data
+        self.written += data
         return len(data)
 
 
@@ -88,12 +88,12 @@ def test_a_reader_that_stalls_costs_lines_and_nothing_else(stalling: Stalling) -
     assert stalling.waited_for.wait(60)
     for _ in range(3):
         stream.write(b"dropped\n")
-    # What fits is still taken, and says what didn't.
+    # What fits is still taken, with the number of what didn't.
     stream.write(b"\n")
     stream.write(b"dropped\n")
     stalling.go_on.set()
     stream.close()
-    assert stalling.said == b"12345678\n3 log writes were dropped\n\n1 log writes were dropped\n"
+    assert stalling.written == b"12345678\n3 log writes were dropped\n\n1 log writes were dropped\n"
 
 
 def test_closing_does_not_wait_for_a_reader_that_stalls(stalling: Stalling, monkeypatch) -> None:
@@ -102,7 +102,7 @@ def test_closing_does_not_wait_for_a_reader_that_stalls(stalling: Stalling, monk
     stream.write("x\n")
     assert stalling.waited_for.wait(60)
     stream.close()
-    assert stalling.said == b""
+    assert stalling.written == b""
 
 
 @pytest.mark.parametrize(
@@ -121,9 +121,9 @@ def test_lines_have_the_form_that_is_configured(
     logging.getLogger("a.b").warning("two\nlines %d", 7, extra={"request_id": "id-7"})
     stream.close()
     if is_json:
-        said = json.loads(target.getvalue())
-        assert re.fullmatch(r"[\d-]+ [\d:]+,\d{3}", said.pop("asctime"))
-        assert said == {
+        record = json.loads(target.getvalue())
+        assert re.fullmatch(r"[\d-]+ [\d:]+,\d{3}", record.pop("asctime"))
+        assert record == {
             "levelname": "WARNING", "name": "a.b", "message": "two\nlines 7", "request_id": "id-7"
         }  # fmt: skip
     else:
@@ -148,9 +148,9 @@ async def access_lines(form: str, *accesses: tuple, level: str = "info") -> list
 @pytest.mark.usefixtures("root")
 async def test_an_access_says_who_asked_for_what_and_what_came_of_it() -> None:
     (line,) = await access_lines("json", access())
-    said = json.loads(line)
-    stamp = said.pop("asctime")
-    assert said == {
+    record = json.loads(line)
+    stamp = record.pop("asctime")
+    assert record == {
         "levelname": "INFO", "name": "tierserve.access", "message": "GET /v1/models 200",
         "request_id": "id-7", "tier": "memory", "outcome": "hit", "ms": 1.234,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the metrics say of what happened."""
+"""The metrics of what happened."""
 
 from socket import socket
 
@@ -139,8 +139,8 @@ async def test_looks_at_shared_purges_that_failed_are_told() -> None:
 @pytest.mark.parametrize("state", EngineState)
 def test_the_engine_is_in_one_state(state: EngineState) -> None:
     metrics = made(models=[("m", state, 3, 7), ("n", EngineState.READY, 0, 0)])
-    told = {each: value(metrics, "engine_state", model="m", state=each) for each in EngineState}
-    assert told == {each: each is state for each in EngineState}
+    states = {each: value(metrics, "engine_state", model="m", state=each) for each in EngineState}
+    assert states == {each: each is state for each in EngineState}
     assert value(metrics, "engine_state", model="n", state="ready") == 1
     assert value(metrics, "engine_restarts_total", model="m") == 3
     assert value(metrics, "engine_restarts_total", model="n") == 0

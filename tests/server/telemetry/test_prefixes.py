@@ -1,4 +1,4 @@
-"""The beginnings of prompts that engines are asked for most: what is counted, and who is told."""
+"""The most frequent prefixes of prompts: what is counted, and who may read it."""
 
 import asyncio
 import json
@@ -46,20 +46,20 @@ class Counting:
         of = Tenant(tenant, tenant.encode(), salt=f"of {tenant}")
         self.prefixes.note(parse_request(path, orjson.dumps(asked), of, NAMES), counts)
 
-    def report(self) -> list[dict]:
+    def rows(self) -> list[dict]:
         return self.prefixes.report()["prefixes"]
 
 
 def chat(*messages: dict | str, **more) -> dict:
-    said = [{"role": "user", "content": m} if isinstance(m, str) else m for m in messages]
-    return {"model": "m", "messages": said} | more
+    listed = [{"role": "user", "content": m} if isinstance(m, str) else m for m in messages]
+    return {"model": "m", "messages": listed} | more
 
 
 def usage(prompt: int, reused: int | None = None) -> bytes:
-    told = {"prompt_tokens": prompt, "completion_tokens": 1}
+    counts = {"prompt_tokens": prompt, "completion_tokens": 1}
     if reused is not None:
-        told["prompt_tokens_details"] = {"cached_tokens": reused}
-    return orjson.dumps({"usage": told})
+        counts["prompt_tokens_details"] = {"cached_tokens": reused}
+    return orjson.dumps({"usage": counts})
 
 
 def test_what_several_prompts_begin_with_is_told() -> None:
@@ -67,13 +67,13 @@ def test_what_several_prompts_begin_with_is_told() -> None:
     for number in range(5):
         counting.ask(chat(SYSTEM, f"Question {number}?"))
     counting.ask(chat("Something else?"))
-    (told,) = counting.report()
+    (row,) = counting.rows()
     text = f"system: {SYSTEM['content']}\n"
-    assert (told["model"], told["tenant"], told["requests"]) == ("m", "acme", 5)
-    assert told["characters"] == len(text)
-    assert told["preview"] == f"{text[:100]}…{text[-60:]}"
-    assert told["asked_at"] == counting.now
-    assert (told["tokens"], told["reused_tokens"], told["reused_ratio"]) == (None, None, None)
+    assert (row["model"], row["tenant"], row["requests"]) == ("m", "acme", 5)
+    assert row["characters"] == len(text)
+    assert row["preview"] == f"{text[:100]}…{text[-60:]}"
+    assert row["asked_at"] == counting.now
+    assert (row["tokens"], row["reused_tokens"], row["reused_ratio"]) == (None, None, None)
 
 
 def test_what_vllm_drops_is_no_part_of_a_beginning() -> None:
@@ -84,9 +84,9 @@ def test_what_vllm_drops_is_no_part_of_a_beginning() -> None:
         marked = {"type": "text", "text": "One?", "cache_control": {"type": "ephemeral"}}
         asked = chat({"role": "user", "content": [marked]}, "Two?"[:number], system=system)
         counting.ask(asked, path="/v1/messages")
-    assert [
-        (told["requests"], told["preview"].count("x-anthropic")) for told in counting.report()
-    ] == [(3, 0)]
+    assert [(row["requests"], row["preview"].count("x-anthropic")) for row in counting.rows()] == [
+        (3, 0)
+    ]
 
 
 def test_a_longer_beginning_is_told_in_place_of_one_that_says_no_more() -> None:
@@ -96,7 +96,7 @@ def test_a_longer_beginning_is_told_in_place_of_one_that_says_no_more() -> None:
         counting.ask(chat(*turns[:2], temperature=1))
         counting.ask(chat(*turns, temperature=1))
     # Asked for by all, and by half.
-    assert [(each["requests"], each["preview"][-7:]) for each in counting.report()] == [
+    assert [(each["requests"], each["preview"][-7:]) for each in counting.rows()] == [
         (4, "r: One?"[-6:] + "\n"),
         (2, "r: Two?"[-6:] + "\n"),
     ]
@@ -107,9 +107,9 @@ def test_a_long_text_may_go_on_otherwise() -> None:
     shots = "Q: What is one and one? A: Two.\n" * 200
     for number in range(3):
         counting.ask({"model": "m", "prompt": f"{shots}{number}"}, path="/v1/completions")
-    (told,) = counting.report()
-    assert (told["requests"], told["characters"]) == (3, 4096)
-    assert told["preview"] == f"{shots[:100]}…{shots[4036:4096]}"
+    (row,) = counting.rows()
+    assert (row["requests"], row["characters"]) == (3, 4096)
+    assert row["preview"] == f"{shots[:100]}…{shots[4036:4096]}"
 
 
 @pytest.mark.parametrize(
@@ -131,9 +131,9 @@ def test_of_each_route_that_generates(path: str, fields) -> None:
     counting = Counting()
     for number in range(3):
         counting.ask({"model": "m"} | fields(str(number)), path=path)
-    (told,) = counting.report()
-    assert told["requests"] == 3
-    assert "function" not in told["preview"]
+    (row,) = counting.rows()
+    assert row["requests"] == 3
+    assert "function" not in row["preview"]
 
 
 def test_what_generates_nothing_is_not_counted() -> None:
@@ -143,7 +143,7 @@ def test_what_generates_nothing_is_not_counted() -> None:
         counting.ask({"model": "m", "prompt": "x"}, path="/tokenize")
         counting.ask({"model": "m"}, path="/v1/completions")
         counting.ask({"model": "m", "messages": 7})
-    assert counting.report() == []
+    assert counting.rows() == []
 
 
 def test_what_engines_keep_apart_is_apart() -> None:
@@ -159,9 +159,9 @@ def test_what_engines_keep_apart_is_apart() -> None:
         for question_ in "ab":
             asked = chat(SYSTEM, f"{number}{question_}") | way.get("more", {})
             counting.ask(asked, tenant=way.get("tenant", "acme"))
-    told = counting.report()
-    assert [each["requests"] for each in told] == [2] * len(ways)
-    assert sorted((each["model"], each["tenant"]) for each in told) == [
+    rows = counting.rows()
+    assert [each["requests"] for each in rows] == [2] * len(ways)
+    assert sorted((each["model"], each["tenant"]) for each in rows) == [
         ("m", "acme"), ("m", "acme"), ("m", "acme"), ("m", "globex"), ("n", "acme")
     ]  # fmt: skip
 
@@ -173,15 +173,15 @@ def test_what_the_engine_reuses_is_told() -> None:
     asked = [chat(system, f"{'y' * 92}{number}") for number in range(3)]
     counting.ask(asked[0], usage(100, 0))
     counting.ask(asked[1], usage(100, 80))
-    # One that doesn't tell says nothing about the others.
+    # One without the counts changes nothing for the others.
     counting.ask(asked[2], usage(100))
-    (told,) = counting.report()
-    assert (told["characters"], told["tokens"]) == (900, 90)
-    assert told["reused_tokens"] == 80
-    assert told["reused_ratio"] == pytest.approx(80 / 180, abs=1e-4)
+    (row,) = counting.rows()
+    assert (row["characters"], row["tokens"]) == (900, 90)
+    assert row["reused_tokens"] == 80
+    assert row["reused_ratio"] == pytest.approx(80 / 180, abs=1e-4)
     # More than it has can't be its own.
     counting.ask(asked[1], usage(100, 96))
-    assert counting.report()[0]["reused_tokens"] == 170
+    assert counting.rows()[0]["reused_tokens"] == 170
 
 
 def test_of_a_long_conversation_each_beginning_has_its_part_of_the_tokens() -> None:
@@ -189,11 +189,11 @@ def test_of_a_long_conversation_each_beginning_has_its_part_of_the_tokens() -> N
     system = {"role": "system", "content": "x" * 891}
     for number in range(2):
         # 21 parts, of 100 characters but for the first.
-        said = [f"{number}{turn:02}{'y' * 90}" for turn in range(20)]
-        counting.ask(chat(system, *said), usage(290, 90 * number))
-    (told,) = counting.report()
-    assert (told["characters"], told["tokens"]) == (900, 90)
-    assert told["reused_ratio"] == 0.5
+        turns = [f"{number}{turn:02}{'y' * 90}" for turn in range(20)]
+        counting.ask(chat(system, *turns), usage(290, 90 * number))
+    (row,) = counting.rows()
+    assert (row["characters"], row["tokens"]) == (900, 90)
+    assert row["reused_ratio"] == 0.5
 
 
 def test_yesterdays_count_half() -> None:
@@ -201,12 +201,12 @@ def test_yesterdays_count_half() -> None:
     for number in range(8):
         counting.ask(chat(SYSTEM, str(number)), usage(100, 50))
     counting.now += DAY_S
-    (told,) = counting.report()
-    assert (told["requests"], told["reused_tokens"]) == (4, 200)
+    (row,) = counting.rows()
+    assert (row["requests"], row["reused_tokens"]) == (4, 200)
     counting.ask(chat(SYSTEM, "new"))
-    assert counting.report()[0]["requests"] == 5
+    assert counting.rows()[0]["requests"] == 5
     counting.now += 1000 * DAY_S
-    assert counting.report() == []
+    assert counting.rows() == []
 
 
 def test_few_of_many_are_found_in_little_memory() -> None:
@@ -215,9 +215,9 @@ def test_few_of_many_are_found_in_little_memory() -> None:
         counting.ask(chat(f"Alone {number}."))
         if number % 20 == 0:
             counting.ask(chat(SYSTEM, f"Question {number}?"))
-    told = counting.report()
-    assert len(told) == 1
-    assert 190 < told[0]["requests"] <= 200
+    rows = counting.rows()
+    assert len(rows) == 1
+    assert 190 < rows[0]["requests"] <= 200
 
 
 def test_a_large_body_is_not_looked_at_to_its_end() -> None:
@@ -226,10 +226,10 @@ def test_a_large_body_is_not_looked_at_to_its_end() -> None:
     for number, tools in ((0, TOOLS), (1, TOOLS), (2, []), (3, [])):
         # Clients write tools after the messages, where they aren't looked at with the rest.
         counting.ask(chat(*long, str(number), tools=tools), usage(100_000, 90_000))
-    told = counting.report()
-    assert [each["requests"] for each in told] == [2, 2]
-    assert {each["reused_ratio"] for each in told} == {1.0}
-    assert all(10_000 < each["characters"] < 33_000 for each in told)
+    rows = counting.rows()
+    assert [each["requests"] for each in rows] == [2, 2]
+    assert {each["reused_ratio"] for each in rows} == {1.0}
+    assert all(10_000 < each["characters"] < 33_000 for each in rows)
 
 
 texts = st.text('aé😀"\\{ \n\ud800', max_size=40)
@@ -266,9 +266,9 @@ def test_no_request_is_too_odd(asked: dict, path: str) -> None:
     prefixes = Prefixes(lambda: 0)
     for _ in range(2):
         prefixes.note(request, b"")
-    told = prefixes.report()["prefixes"]
-    assert len(told) <= 1
-    assert all(len(each["preview"]) <= 161 for each in told)
+    rows = prefixes.report()["prefixes"]
+    assert len(rows) <= 1
+    assert all(len(each["preview"]) <= 161 for each in rows)
 
 
 @given(st.text('aé😀"\\\n\x01', min_size=1, max_size=20), st.integers(0, 12))
@@ -278,8 +278,8 @@ def test_a_large_body_may_be_cut_anywhere(text: str, more: int) -> None:
     for end in "ab":
         asked = orjson.dumps(chat(SYSTEM, padding[: -len(text) or None] + text * 20, end))
         prefixes.note(parse_request(CHAT, asked, open_tenant(""), NAMES), b"")
-    (told,) = prefixes.report()["prefixes"]
-    assert (told["requests"], told["characters"]) == (2, 16384)
+    (row,) = prefixes.report()["prefixes"]
+    assert (row["requests"], row["characters"]) == (2, 16384)
 
 
 KEYS = {name: new_key() for name in ("acme", "ops")}
@@ -292,7 +292,7 @@ def bearer(key: str) -> dict[str, str]:
 
 
 async def counting_engine(http: web.Request) -> web.StreamResponse:
-    """An engine that tells what it reused."""
+    """An engine that reports what it reused."""
     asked = orjson.loads(await http.read())
     counts = {"usage": {"prompt_tokens": 200, "prompt_tokens_details": {"cached_tokens": 64}}}
     if not asked.get("stream"):
@@ -344,18 +344,18 @@ async def test_an_administrator_sees_what_engines_were_asked(upstream, tmp_path)
             async with front.post(asked | more, headers=acme) as reply:
                 assert reply.status == 400
         async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
-            told = {"requests": 0}
+            row = {"requests": 0}
             async with asyncio.timeout(60):
                 # Noted once an answer is stored.
-                while told["requests"] < 4:
+                while row["requests"] < 4:
                     async with session.get("/prefixes", headers=bearer(ADMIN_KEY)) as reply:
-                        (told,) = (await reply.json())["prefixes"]
+                        (row,) = (await reply.json())["prefixes"]
             async with session.get("/prefixes", headers=acme) as reply:
                 assert reply.status == 401
-        assert (told["model"], told["tenant"], told["requests"]) == ("m", "acme", 4)
-        assert told["preview"].startswith("system: You are a patient")
-        assert told["tokens"] > 150
-        assert told["reused_tokens"] == 4 * 64
+        assert (row["model"], row["tenant"], row["requests"]) == ("m", "acme", 4)
+        assert row["preview"].startswith("system: You are a patient")
+        assert row["tokens"] > 150
+        assert row["reused_tokens"] == 4 * 64
         for path in ("/prefixes", "/overview", "/metrics"):
             async with front.session.get(path, headers=bearer(KEYS["ops"])) as reply:
                 assert b"patient" not in await reply.read()

@@ -15,7 +15,7 @@ from aiohttp import web
 from server.config.base import ConfigError
 from server.protocol.formats import Encoding
 from server.simulation.traces import TraceRequest, read
-from server.telemetry.trace_log import TraceLog, earlier
+from server.telemetry.trace_log import TraceLog, rotated
 from tests.server.conftest import Front, Upstream, alike, body, running
 from tiers import Answer
 
@@ -86,9 +86,9 @@ async def test_its_lines_are_requests(tmp_path: Path) -> None:
     file = tmp_path / "t.jsonl"
     trace = TraceLog(file, 10_000)
     add(trace, 0, model='"\ud800\n')
-    # Text that an engine was made to say is no token count.
-    said = orjson.dumps({"content": '"completion_tokens":9'})
-    add(trace, 1, Answer(Encoding.JSON, said))
+    # Generated text that looks like one is no token count.
+    content = orjson.dumps({"content": '"completion_tokens":9'})
+    add(trace, 1, Answer(Encoding.JSON, content))
     usage = b'data: {"usage":{"completion_tokens":3}}\n\n'
     add(trace, 2, Answer(Encoding.SSE, b"data: {}\n\n", usage))
     message = b'data: {"usage":{"output_tokens":0}}\n\ndata: {"usage":{"output_tokens":5}}\n\n'
@@ -101,7 +101,7 @@ async def test_its_lines_are_requests(tmp_path: Path) -> None:
     }  # fmt: skip
     assert read(file).requests == [
         TraceRequest("key0", len(ANSWER.content), 1e9, 7),
-        TraceRequest("key1", len(said), 1e9 + 1, 0),
+        TraceRequest("key1", len(content), 1e9 + 1, 0),
         TraceRequest("key2", 10 + len(usage), 1e9 + 2, 3),
         TraceRequest("key3", len(message), 1e9 + 3, 5),
     ]
@@ -113,10 +113,10 @@ async def test_a_full_file_makes_room_for_a_new_one(tmp_path: Path) -> None:
     for number in range(200):
         add(trace, number)
     trace.close()
-    both = [path.read_bytes() for path in (earlier(file), file)]
-    assert earlier(file).name == "t.1.jsonl"
+    both = [path.read_bytes() for path in (rotated(file), file)]
+    assert rotated(file).name == "t.1.jsonl"
     assert all(0 < len(data) <= 5000 for data in both)
-    keys = [request.key for path in (earlier(file), file) for request in read(path).requests]
+    keys = [request.key for path in (rotated(file), file) for request in read(path).requests]
     assert keys == [f"key{number}" for number in range(200 - len(keys), 200)]
     assert trace.missing == 0
 
@@ -164,7 +164,7 @@ async def test_what_is_missing_is_counted_and_said(caplog) -> None:
 
 
 async def test_never_holds_more_than_its_bound(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("server.telemetry.trace_log._WAITING", 0)
+    monkeypatch.setattr("server.telemetry.trace_log._MAX_PENDING", 0)
     trace = TraceLog(tmp_path / "t.jsonl", 5000)
     add(trace, 1)
     trace.close()

@@ -150,11 +150,9 @@ async def test_what_its_client_raises(front, upstream) -> None:
     assert upstream.asked == []
 
 
-async def test_without_an_engine_it_is_overloaded(upstream, tmp_path) -> None:
-    upstream = Upstream()
-    await upstream.start()
-    async with running(tmp_path, upstream) as front:
-        await upstream.stop()
+async def test_without_an_engine_it_is_overloaded(own_upstream: Upstream, tmp_path) -> None:
+    async with running(tmp_path, own_upstream) as front:
+        await own_upstream.stop()
         await front.until_ready(503)
         for path in (MESSAGES, COUNT):
             assert await error(front, path, json=SAID) == (503, "overloaded_error")

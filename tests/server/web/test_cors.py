@@ -1,4 +1,4 @@
-"""Pages of other sites: each response says alike whether they may read it."""
+"""Pages of other sites: each response allows them alike."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -40,7 +40,7 @@ async def shared(_upstream: Upstream, tmp_path_factory) -> AsyncIterator[Front]:
         yield made
 
 
-def said(response) -> tuple[str | None, str]:
+def cors_headers(response) -> tuple[str | None, str]:
     """Return which origin may read a response, and what it varies by."""
     allowed = response.headers.getall("Access-Control-Allow-Origin", [None])
     assert len(allowed) == 1
@@ -66,7 +66,7 @@ async def test_every_response_says_so(shared: Front, upstream: Upstream) -> None
         for origin, expected in ((APP, APP), (OTHER, None), (None, None)):
             headers = options.get("headers", KEYED) | ({"Origin": origin} if origin else {})
             async with shared.session.post(path, **options | {"headers": headers}) as response:
-                allowed, varies = said(response)
+                allowed, varies = cors_headers(response)
                 assert (allowed, "Origin" in varies) == (expected, True), path
                 assert ("Accept" in varies) is (path in ("/v1/others", "/v1/fails"))
                 exposed = response.headers.get("Access-Control-Expose-Headers")
@@ -76,7 +76,7 @@ async def test_every_response_says_so(shared: Front, upstream: Upstream) -> None
     assert statuses == [200] * 6 + [401, 400, 413, 200, 500, 403]
     for path in ("/health", "/ready", "/v1/models", "/", "/metrics", "/openapi.json"):
         async with shared.session.get(path, headers=KEYED | {"Origin": APP}) as response:
-            assert said(response) == (APP, "Origin"), path
+            assert cors_headers(response) == (APP, "Origin"), path
 
 
 async def test_a_page_asks_first_and_needs_no_key_for_that(
@@ -85,28 +85,28 @@ async def test_a_page_asks_first_and_needs_no_key_for_that(
     for path in (CHAT, "/v1/others", "/v1/models"):
         headers = ASKS | {"Origin": APP}
         async with shared.session.options(path, headers=headers) as response:
-            assert (response.status, said(response)) == (204, (APP, "Origin"))
+            assert (response.status, cors_headers(response)) == (204, (APP, "Origin"))
             assert response.headers["Access-Control-Allow-Methods"] == "POST"
             allowed = response.headers["Access-Control-Allow-Headers"]
             assert allowed == ASKS["Access-Control-Request-Headers"]
         async with shared.session.options(path, headers=ASKS | {"Origin": OTHER}) as response:
-            assert (response.status, said(response)) == (401, (None, "Origin"))
+            assert (response.status, cors_headers(response)) == (401, (None, "Origin"))
     assert upstream.asked == []
 
 
-async def test_limits_and_an_engine_that_is_down_are_said_to_pages_too(tmp_path) -> None:
+async def test_limits_and_an_engine_that_is_down_are_said_to_pages_too(
+    own_upstream: Upstream, tmp_path
+) -> None:
     tenants = tmp_path / "tenants.yaml"
     tenants.write_text(f"a: {{keys: ['{hash_key(KEY)}'], requests_per_minute: 1}}")
-    upstream = Upstream()
-    await upstream.start()
     sections = {"server": {"allowed_origins": ["*"]}, "tenants": {"file": str(tenants)}}
-    async with running(tmp_path, upstream, sections=sections) as front:
-        await upstream.stop()
+    async with running(tmp_path, own_upstream, sections=sections) as front:
+        await own_upstream.stop()
         await front.until_ready(503)
         statuses = []
         for _ in range(2):
             async with front.post(question(), headers=KEYED | {"Origin": OTHER}) as response:
-                assert said(response) == ("*", "")
+                assert cors_headers(response) == ("*", "")
                 assert response.headers["x-ratelimit-limit-requests"] == "1"
                 statuses.append(response.status)
     assert statuses == [503, 429]
@@ -117,5 +117,5 @@ async def test_without_origins_nobody_is_allowed(front: Front, upstream: Upstrea
     asked = question()
     for path in (CHAT, CHAT, "/v1/others"):
         async with front.session.post(path, json=asked, headers={"Origin": APP}) as response:
-            assert said(response)[0] is None
+            assert cors_headers(response)[0] is None
             await asyncio.wait_for(response.read(), 60)

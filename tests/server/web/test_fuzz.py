@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from server.config.secrets import hash_key, new_key
-from server.protocol.routes import ROUTES
+from server.protocol.routes import CACHED_ROUTES
 from tests.server.conftest import CHAT, Front, Upstream, answer, question, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -111,11 +111,14 @@ def are_refusals(statuses: list[int]) -> bool:
 
 
 OTHERS = "/v1/others"
-paths = st.sampled_from([*sorted(ROUTES), OTHERS])
+paths = st.sampled_from([*sorted(CACHED_ROUTES), OTHERS])
 fields = st.sampled_from(
     sorted(
         {"cache", "model", "seed", "stream", "stream_options", "temperature", "uuid"}.union(
-            *((*r.defaults, *r.ignored, *r.media, *r.unrepeatable) for r in ROUTES.values())
+            *(
+                (*r.fields.defaults, *r.fields.ignored, *r.fields.media, *r.fields.unrepeatable)
+                for r in CACHED_ROUTES.values()
+            )
         )
     )
 )

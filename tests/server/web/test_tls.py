@@ -231,7 +231,7 @@ async def until_shown(front: Front, expected: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoilt", "said"),
+    ("spoilt", "mistake"),
     [
         (lambda f: (f / "key.pem").unlink(), "server.tls.key_file: .*No such file"),
         (lambda f: (f / "certificate.pem").unlink(), "server.tls.certificate_file: .*No such"),
@@ -239,7 +239,7 @@ async def until_shown(front: Front, expected: bytes) -> None:
         (lambda f: certificate(f, "locked", b"word"), "the key without a password"),
     ],
 )
-async def test_check_reads_the_certificate(tmp_path: Path, capsys, spoilt, said: str) -> None:
+async def test_check_reads_the_certificate(tmp_path: Path, capsys, spoilt, mistake: str) -> None:
     certificate(tmp_path, "first")
     config = tmp_path / "c.yaml"
     config.write_text("server: {tls: {certificate_file: certificate.pem, key_file: key.pem}}")
@@ -247,4 +247,4 @@ async def test_check_reads_the_certificate(tmp_path: Path, capsys, spoilt, said:
     assert f"key_file: {tmp_path}/key.pem" in capsys.readouterr().out
     spoilt(tmp_path)
     assert main(["check", "--config", str(config)]) == 2
-    assert re.search(said, capsys.readouterr().err)
+    assert re.search(mistake, capsys.readouterr().err)

@@ -67,8 +67,8 @@ TOP = f"POST {CHAT}"
 async def test_a_miss_and_a_hit(front, upstream, collector, form: dict) -> None:
     asked = question(**form)
     trace, client, headers = context()
-    status, told, _ = await front.ask(asked, headers=headers)
-    assert (status, told) == (200, "tierserve; fwd=miss")
+    status, cache_status, _ = await front.ask(asked, headers=headers)
+    assert (status, cache_status) == (200, "tierserve; fwd=miss")
     names = MISS if form else (*MISS, "render")
     spans = await collector.trace(trace, TOP, *names)
     assert spans.keys() == {TOP, *names}
@@ -77,9 +77,9 @@ async def test_a_miss_and_a_hit(front, upstream, collector, form: dict) -> None:
     assert {span.parent_span_id for span in spans.values()} == {top.span_id}
     assert all(span.end_time_unix_nano >= span.start_time_unix_nano for span in spans.values())
     assert all(span.status.code != Status.STATUS_CODE_ERROR for span in spans.values())
-    said = attributes(top)
-    assert said.pop("tierserve.request_id")
-    assert said.pop("tierserve.key")
+    values = attributes(top)
+    assert values.pop("tierserve.request_id")
+    assert values.pop("tierserve.key")
     same = {
         "gen_ai.usage.input_tokens": 1,
         "gen_ai.usage.output_tokens": 1,
@@ -92,7 +92,7 @@ async def test_a_miss_and_a_hit(front, upstream, collector, form: dict) -> None:
         "url.path": CHAT,
         "url.scheme": "http",
     }
-    assert said == same | {"tierserve.tier": "engine", "tierserve.outcome": "miss"}
+    assert values == same | {"tierserve.tier": "engine", "tierserve.outcome": "miss"}
     assert attributes(spans["lookup disk"]) == {"tierserve.tier": "disk", "tierserve.found": False}
     assert attributes(spans["flight"]) == {"tierserve.joined": False}
     assert spans["engine"].kind == CLIENT
@@ -108,14 +108,14 @@ async def test_a_miss_and_a_hit(front, upstream, collector, form: dict) -> None:
     assert got.getall("tracestate") == ["them=1"]
 
     trace, client, headers = context()
-    _, told, _ = await front.ask_alone(asked, headers=headers)
-    assert "; hit; " in told
+    _, cache_status, _ = await front.ask_alone(asked, headers=headers)
+    assert "; hit; " in cache_status
     spans = await collector.trace(trace, TOP)
     assert spans.keys() == {TOP, "parse", "lookup memory", "render"}
-    said = attributes(spans[TOP])
-    assert said.pop("tierserve.request_id")
-    assert said.pop("tierserve.key")
-    assert said == same | {"tierserve.tier": "memory", "tierserve.outcome": "hit"}
+    values = attributes(spans[TOP])
+    assert values.pop("tierserve.request_id")
+    assert values.pop("tierserve.key")
+    assert values == same | {"tierserve.tier": "memory", "tierserve.outcome": "hit"}
     found = {"tierserve.tier": "memory", "tierserve.found": True}
     assert attributes(spans["lookup memory"]) == found
 

@@ -39,9 +39,11 @@ class House:
             folder, 1 << 20, worth=lambda key, _: self.frequency.estimate(key), clock=clock
         )
         disk = Tier("disk", self.disk)
-        copies = Transfers()
+        transfers = Transfers()
         purges = Purges(self.disk, clock=clock)
-        demotion = Demotion([disk], self.frequency, copies, purges, max_bytes=10_000, clock=clock)
+        demotion = Demotion(
+            [disk], self.frequency, transfers, purges, max_bytes=10_000, clock=clock
+        )
         self.demotion = demotion
         self.memory = MemoryCache(ROOM_FOR_TWO, on_evict=demotion.offer, clock=clock)
         tiers = [Tier("memory", self.memory), disk]
@@ -49,7 +51,7 @@ class House:
             tiers,
             frequency=self.frequency,
             max_answer_bytes=10_000,
-            copies=copies,
+            transfers=transfers,
             purges=purges,
             write=write,
             clock=clock,
@@ -98,7 +100,7 @@ async def test_on_evict_writes_to_disk_what_memory_evicts(tmp_path: Path, clock)
     for key in "abc":
         await house.tier_of(key)
         await house.chain.store(key, ANSWER, WEEK)
-    await house.demotion.finish()
+    await house.demotion.drain()
     on_disk = [key for key in "abc" if house.disk.holds(key)]
     assert len(on_disk) == 1
     assert not house.memory.holds(on_disk[0])
@@ -125,7 +127,7 @@ async def test_what_is_too_cold_is_not_demoted(tmp_path: Path, clock) -> None:
     house = House(tmp_path, clock, write=WritePolicy.ON_EVICT)
     for key in "abc":
         await house.chain.store(key, ANSWER, WEEK)
-    await house.demotion.finish()
+    await house.demotion.drain()
     assert [key for key in "abc" if house.disk.holds(key)] == []
     await house.close()
 
@@ -139,7 +141,7 @@ async def test_demotion_is_bounded_and_keeps_what_is_newer(house: House) -> None
     house.demotion.offer("old", b"older", expires_at)
     house.demotion.offer("large", bytes(9_990), expires_at)
     house.demotion.offer("other", bytes(100), expires_at)
-    await house.demotion.finish()
+    await house.demotion.drain()
     assert house.demotion.dropped == 1
     assert await house.disk.get("old") == b"newer"
     assert house.disk.holds("large")
@@ -201,7 +203,7 @@ async def test_what_is_purged_is_neither_demoted_nor_refilled(tmp_path: Path, cl
         await house.chain.store(
             key, ANSWER, WEEK, provenance=house.chain.provenance([f"tag:{key}"])
         )
-        await house.demotion.finish()
+        await house.demotion.drain()
     assert [key for key in "abcd" if house.disk.holds(key)] == ["a", "b"]
     for key in "ac":
         await house.chain.purge(f"tag:{key}")
@@ -241,12 +243,12 @@ async def test_on_evict_never_brings_back_an_older_answer(tmp_path: Path, clock)
     await house.chain.store("a", older, WEEK)
     for key in "bc":
         await house.chain.store(key, ANSWER, WEEK)
-    await house.demotion.finish()
+    await house.demotion.drain()
     assert house.disk.holds("a")
     await house.chain.store("a", newer, WEEK)
     for key in "bc":
         await house.chain.store(key, ANSWER, WEEK)
-    await house.demotion.finish()
+    await house.demotion.drain()
     hit = await house.chain.lookup("a")
     assert hit is not None
     assert hit.entry.answer == newer
@@ -260,21 +262,25 @@ async def test_a_store_outdates_what_waits_to_be_demoted(tmp_path: Path, clock) 
         await house.chain.store(key, ANSWER, WEEK)
     assert not house.memory.holds("a")
     await house.chain.store("a", Answer(JSON, b"newer"), WEEK)
-    await house.demotion.finish()
+    await house.demotion.drain()
     assert not house.disk.holds("a")
     await house.close()
 
 
 async def test_the_end_writes_many_entries_at_once(clock) -> None:
-    frequency, copies, remote = FrequencySketch(1024), Transfers(), Remote(clock, delay=lambda: 1)
+    frequency, transfers, remote = (
+        FrequencySketch(1024),
+        Transfers(),
+        Remote(clock, delay=lambda: 1),
+    )
     tier = Tier("remote", remote)
-    demotion = Demotion([tier], frequency, copies, Purges(), max_bytes=10_000, clock=clock)
+    demotion = Demotion([tier], frequency, transfers, Purges(), max_bytes=10_000, clock=clock)
     entries = [(f"{number}", b"1", clock.now + number) for number in range(100)]
     await demotion.write_all([*entries, ("never expires", b"1", None)])
     # The first has expired.
     assert tier.counts.demotions == len(remote.held) == 99
     assert 10 < remote.most_at_once <= 64
-    assert len(copies) == 0
+    assert len(transfers) == 0
 
 
 async def test_a_chain_without_tiers_only_misses(clock) -> None:

@@ -1,4 +1,4 @@
-"""Replays keys against a policy, and says what the optimum and pure chance would do."""
+"""Replays keys against a policy, and computes what the optimum and pure chance would do."""
 
 from collections.abc import Iterable, Sequence
 from fractions import Fraction

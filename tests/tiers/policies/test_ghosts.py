@@ -20,18 +20,18 @@ def test_knows_what_each_list_evicted_within_its_span(
     for key, which, size in steps:
         # As a policy does: what comes back is taken before it can be evicted again.
         evicted_at.pop(key, None)
-        ghosts.take(key, spans)
+        ghosts.pop(key, spans)
         ghosts.add(key, which, size, spans)
         evicted_at[key] = which, ghosts.evicted_bytes[which]
     for key in "abcdefghijkl":
         which, at = evicted_at.get(key, (0, -ROOMY))
         expected = which if ghosts.evicted_bytes[which] - at <= spans[which] else None
-        assert ghosts.take(key, spans) == expected
-        assert ghosts.take(key, spans) is None
+        assert ghosts.pop(key, spans) == expected
+        assert ghosts.pop(key, spans) is None
 
 
 def test_where_room_is_short_the_oldest_are_lost() -> None:
     ghosts, spans = Ghosts(4 * 256), (10_000, 10_000)
     for number in range(6):
         ghosts.add(str(number), number % 2, 1, spans)
-    assert [ghosts.take(str(number), spans) for number in range(6)] == [None, None, 0, 1, 0, 1]
+    assert [ghosts.pop(str(number), spans) for number in range(6)] == [None, None, 0, 1, 0, 1]

@@ -19,14 +19,13 @@ from tests.tiers.policies.replay import (
 )
 from tiers.policies import (
     ARC,
-    DEFAULT,
+    DEFAULT_POLICY,
     FIFO,
     LFU,
     LRU,
     POLICIES,
     S3FIFO,
     SIEVE,
-    Adaptive,
     Policy,
     WTinyLFU,
 )
@@ -94,7 +93,7 @@ def test_forgets_what_it_forgot(make: Make) -> None:
 @EVERY
 def test_knows_every_policy_by_name(make: type[Policy]) -> None:
     assert POLICIES[make.NAME] is make
-    assert DEFAULT in POLICIES
+    assert DEFAULT_POLICY in POLICIES
 
 
 @pytest.mark.parametrize("capacity", [3, 5, 7])
@@ -221,27 +220,26 @@ def test_arc_gives_room_to_the_list_whose_ghosts_return() -> None:
     policy = ARC(100)
     replay = Replay(policy)
     replay.ask(["a", "b", "a", "b"])
-    first = policy._once_target
+    first = policy._recent_target
     replay.ask(str(number) for number in range(200))
     # What was asked for once and evicted last returns: a longer once-list would have held it.
     replay.ask(str(100 + number) for number in range(2))
-    assert policy._once_target > first
+    assert policy._recent_target > first
 
 
-def test_adaptive_is_lru_in_a_small_cache_that_lru_suits() -> None:
-    # Every other request is for one of the last few keys.
-    ago = random.Random(1)
-    keys = [str(now - (now + 1) % 2 * ago.randrange(1, 10)) for now in range(10_000)]
-    hits = {make: count_hits(make(8 * 1024), keys, cost=1024) for make in (LRU, ARC, Adaptive)}
-    assert hits[Adaptive] == hits[LRU] > 1.02 * hits[ARC]
+ago = random.Random(1)
+TRACES = {
+    "recency": [str(now - (now + 1) % 2 * ago.randrange(1, 100)) for now in range(20_000)],
+    "favourites": [str(now % 32 if now % 3 == 0 else now) for now in range(20_000)],
+    "zipf": zipf(20_000, 5000),
+}
 
 
-@pytest.mark.parametrize("capacity", [8, 80])
-def test_adaptive_is_arc_where_that_finds_more(capacity: int) -> None:
-    # Favourites among what is asked for once.
-    keys = [str(now % 4 if now % 3 == 0 else now) for now in range(30 * capacity)]
-    hits = {
-        make: count_hits(make(capacity * 1024), keys, cost=1024) for make in (LRU, ARC, Adaptive)
-    }
-    assert hits[Adaptive] >= 0.9 * hits[ARC]
-    assert hits[Adaptive] >= hits[LRU]
+@pytest.mark.parametrize("trace", TRACES)
+@pytest.mark.parametrize("capacity", [64, 256, 1024])
+def test_arc_finds_as_much_as_lru_in_caches_of_64_entries_and_more(
+    trace: str, capacity: int
+) -> None:
+    """In smaller caches few ghosts return, so what ARC learns is chance, and LRU may find more."""
+    arc, lru = (count_hits(make(capacity * 1024), TRACES[trace], cost=1024) for make in (ARC, LRU))
+    assert arc >= 0.999 * lru

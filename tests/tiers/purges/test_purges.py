@@ -30,8 +30,8 @@ LABELS = ["all", "key:k", "model:m", "tenant:t", "tag:é", "tag:two words"]
 tables = st.dictionaries(st.sampled_from(LABELS), st.integers(1, 20)).map(PurgeTable)
 
 
-def origin(generation: int, *labels: str) -> tuple[int, bytes]:
-    made = Provenance.of(generation, labels)
+def packed(purge_epoch: int, *labels: str) -> tuple[int, bytes]:
+    made = Provenance.of(purge_epoch, labels)
     return made.purge_epoch, made.packed_labels
 
 
@@ -43,7 +43,7 @@ def test_merging_takes_the_higher_number_in_any_order(one, two, three) -> None:
     assert one.merged(two).latest == max(one.latest, two.latest)
     for each in LABELS:
         for generation in range(21):
-            entry = "k" if each == "key:k" else "other", *origin(generation, each)
+            entry = "k" if each == "key:k" else "other", *packed(generation, each)
             purged = one.purges(*entry) or two.purges(*entry)
             assert one.merged(two).purges(*entry) is purged
 
@@ -78,7 +78,7 @@ def test_the_order_holds_however_the_clock_jumps(steps) -> None:
         made.append((name, table.latest, False))
         for own, generation, gone in made:
             key, labels = ("k", ()) if own == "key:k" else ("other", (own,))
-            assert table.purges(key, *origin(generation, *labels)) is gone
+            assert table.purges(key, *packed(generation, *labels)) is gone
 
 
 def test_a_table_that_outgrows_its_bound_purges_everything_and_starts_anew() -> None:
@@ -89,8 +89,8 @@ def test_a_table_that_outgrows_its_bound_purges_everything_and_starts_anew() -> 
         table = table.with_purge(number, f"key:{number}")
         sizes.append(len(table.pack()))
         if len(table) < len(before):
-            assert table.purges("other", *origin(before.latest))
-            assert not table.purges("other", *origin(table.latest))
+            assert table.purges("other", *packed(before.latest))
+            assert not table.purges("other", *packed(table.latest))
     assert max(sizes) <= 1013
     assert min(sizes[20:]) < 100
     assert len(PurgeTable({f"key:{n:064}": n + 1 for n in range(9_000)}).pack()) <= MAX_BYTES
@@ -155,12 +155,12 @@ async def test_what_was_being_made_when_it_was_purged_is_not_stored(clock, tmp_p
     await chain.close()
 
 
-@pytest.mark.parametrize("wrong", ["", "all:", "key", "key:", "colour:red", "tag:a\nb", "m"])
+@pytest.mark.parametrize("wrong", ["", "all:", ":red", "key", "key:", "colour:", "tag:a\nb", "m"])
 async def test_says_what_a_label_should_be(clock, wrong: str) -> None:
     purges = Purges(clock=clock)
-    with pytest.raises(ValueError, match="a label should be all or one of key:…"):
+    with pytest.raises(ValueError, match="a label should be all, key:… or KIND:NAME"):
         await purges.purge(wrong)
-    with pytest.raises(ValueError, match="without a line's end"):
+    with pytest.raises(ValueError, match="without a line break"):
         purges.provenance(["a\nb"])
 
 

@@ -45,9 +45,9 @@ async def test_memcached_keeps_for_seconds(
 ) -> None:
     cache = memcached_server.open()
     assert await cache.set("a", b"1", ttl=ttl)
-    told = memcached_server.ask("mg tierserve:a t")
+    reply = memcached_server.ask("mg tierserve:a t")
     # After its second it is gone.
-    assert (told == b"EN" and ttl < 1) or least_s <= int(told[4:]) <= most_s
+    assert (reply == b"EN" and ttl < 1) or least_s <= int(reply[4:]) <= most_s
     await cache.close()
 
 
@@ -123,7 +123,7 @@ async def test_calls_that_are_cut_never_mix_up_replies(server) -> None:
 
 
 async def test_a_call_that_is_cut_while_it_connects_leaves_no_connection(server) -> None:
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         for turns in range(40):
             cache = server.open()
@@ -137,7 +137,7 @@ async def test_a_call_that_is_cut_while_it_connects_leaves_no_connection(server)
             del cache, call
         await asyncio.sleep(0)
         gc.collect()
-    assert [str(each.message) for each in told] == []
+    assert [str(each.message) for each in warned] == []
 
 
 async def test_hanging_and_dying_end_calls_and_leave_no_connection_lost(server) -> None:
@@ -173,14 +173,14 @@ async def test_connections_are_bounded(server) -> None:
     if is_memcached:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         writer.write(b"stats\r\n")
-        told = (await reader.readuntil(b"END\r\n")).decode()
+        stats = (await reader.readuntil(b"END\r\n")).decode()
         writer.close()
-        open_now = int(told.split("STAT curr_connections ")[1].split()[0])
+        open_now = int(stats.split("STAT curr_connections ")[1].split()[0])
         # Its own, and those of this question.
         assert open_now <= CONNECTIONS + 3
     else:
-        told = await cache.client.info("clients")
-        assert told["connected_clients"] <= CONNECTIONS
+        stats = await cache.client.info("clients")
+        assert stats["connected_clients"] <= CONNECTIONS
     await cache.close()
 
 

@@ -79,7 +79,7 @@ async def test_many_labels_reach_others_together(connect) -> None:
     assert await two.shared.sync()
     assert len(two.purges.table) == 1000
     # As one compare-and-set gives all of them one number.
-    assert len(set(two.purges.table._numbers.values())) == 1
+    assert len(set(two.purges.table._epochs.values())) == 1
 
 
 async def test_many_at_once_all_get_numbers_of_their_own(connect) -> None:

@@ -1,11 +1,13 @@
-"""Runs the engine so that it can't outlive us: `python -m server.engine.guard FOLDER COMMAND …`.
+"""Runs the engine as a command, and ends it when its parent ends.
 
-Standard input is a pipe whose other end our parent holds. When it closes (the parent wants that or
-has ended, by kill -9 too), or the command ends, the whole process group is ended. The group is our
-own: we are started as its leader. When the pipe has closed, the folder with the engine's socket is
-removed; else our parent has it, who takes a folder that goes for one that somebody else removes.
-Signals change nothing: a service manager sends them to each process, and our parent decides when we
-end.
+Usage: `python -m server.engine.parent_watchdog FOLDER COMMAND …`.
+
+Standard input is a pipe whose other end our parent holds. The whole process group ends when the
+pipe closes (the parent closes it or ends, by kill -9 too) or when the command ends. We lead that
+group, since we are started in a session of our own. When the pipe has closed, we remove the folder
+with the engine's socket. Otherwise the parent owns that folder, and takes its removal for a
+cleaner's. Signals have no effect: a service manager sends them to each process, and our parent
+decides when we end.
 """
 
 import contextlib
@@ -18,10 +20,11 @@ import sys
 import threading
 import time
 
+from server.engine.signal_shield import STOP_SIGNAL
 from server.process import ignore_signals
 
-_GRACE_S = 10
-_AGAIN_S = 1
+_KILL_AFTER_S = 10
+_REPEAT_AFTER_S = 1
 
 
 def main() -> int:
@@ -34,32 +37,32 @@ def main() -> int:
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL)  # noqa: S603
     threading.Thread(target=_watch, args=(child,), daemon=True).start()
     status = child.wait()
-    # Our parent never writes, so there is something to read once the pipe has closed.
+    # Our parent never writes, so the pipe is readable only once it has closed.
     if select.select([0], [], [], 0)[0]:
         shutil.rmtree(folder, ignore_errors=True)
     sys.stdout.flush()
-    _end_group_but_us()
+    _kill_rest_of_group()
     return status if status >= 0 else 128 - status
 
 
 def _watch(child: "subprocess.Popen[bytes]") -> None:
-    # Not through sys.stdin, whose lock a thread must not hold when the interpreter ends.
+    # Not through sys.stdin: a thread must not hold its lock when the interpreter ends.
     while os.read(0, 4096):
         pass
     _stop(child)
 
 
 def _stop(child: "subprocess.Popen[bytes]") -> None:
-    """End it gently if it can: vLLM may wait for ever for requests under way.
+    """Ask it to stop, and kill it if it doesn't: vLLM may wait for running requests for ever.
 
-    SIGTERM doesn't reach it (`server.engine.shielded`). While it loads it notices SIGINT only when
-    it is sent once more, which a vLLM that serves takes for the same stop.
+    vLLM may miss the signal while it loads, so it is sent twice; one that serves takes the two for
+    one stop.
     """
     began = time.monotonic()
-    child.send_signal(signal.SIGINT)
-    _wait(child, began + _AGAIN_S)
-    child.send_signal(signal.SIGINT)
-    _wait(child, began + _GRACE_S)
+    child.send_signal(STOP_SIGNAL)
+    _wait(child, began + _REPEAT_AFTER_S)
+    child.send_signal(STOP_SIGNAL)
+    _wait(child, began + _KILL_AFTER_S)
     child.kill()
 
 
@@ -68,11 +71,11 @@ def _wait(child: "subprocess.Popen[bytes]", until: float) -> None:
         time.sleep(0.1)
 
 
-def _end_group_but_us() -> None:
-    """Kill what the command left behind in our process group."""
-    group, us = os.getpgrp(), os.getpid()
+def _kill_rest_of_group() -> None:
+    """Kill the processes that the command left behind in our process group."""
+    group, own = os.getpgrp(), os.getpid()
     for name in os.listdir("/proc") if os.path.isdir("/proc") else ():  # noqa: PTH208, PTH112
-        if name.isdigit() and int(name) != us:
+        if name.isdigit() and int(name) != own:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 if os.getpgid(int(name)) == group:
                     os.kill(int(name), signal.SIGKILL)

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiers.failed_writes import FailedWrites
+from tiers.resilience.failed_writes import FailedWrites
 
 STEPS = st.lists(st.tuples(st.sampled_from("abcdef"), st.booleans()), max_size=40)
 

@@ -1,8 +1,8 @@
-"""Copies of entries on their way from one tier to another, and the stores that outdate them.
+"""Transfers: entries on their way from one tier to another, and the stores that outdate them.
 
-An answer may be stored while an older one under its key waits to be demoted, or is on its way from
-a far tier to a nearer one. Invariant: a copy is written only if nothing has been stored under its
-key since it was taken, nothing is being stored, and no other copy is being written.
+An answer may be stored while an older one under its key waits to be demoted or promoted. Invariant:
+a transfer is written only if since it began nothing has been stored under its key, nothing is being
+stored, and no other transfer is being written.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from typing import Self
 
 
 class _Traffic:
-    """What goes on under one key."""
+    """The transfers and stores under one key."""
 
     __slots__ = ("lock", "stores", "users")
 
@@ -23,54 +23,56 @@ class _Traffic:
 
 
 class Transfers:
-    """Knows the keys under which copies are taken or answers stored, while that lasts."""
+    """The keys under which transfers or stores are under way."""
 
     def __init__(self) -> None:
         self._by_key: dict[str, _Traffic] = {}
 
     def begin(self, key: str) -> "Transfer":
-        """Return a copy that stands for what a tier holds, or held, from now on."""
+        """Begin a transfer of what a tier holds now under `key`, or held until now."""
         return Transfer(self, key)
 
     @asynccontextmanager
     async def storing(self, key: str) -> AsyncIterator[None]:
-        """Wait until no copy under `key` is being written, and outdate those that are taken."""
-        traffic = self._enter(key)
+        """Wait until no transfer under `key` is being written; outdate those that have begun."""
+        traffic = self.enter(key)
         try:
             async with traffic.lock:
                 try:
                     yield
                 finally:
-                    # What was taken meanwhile may be of before.
+                    # Transfers that began meanwhile may carry the older entry.
                     traffic.stores += 1
         finally:
-            self._leave(key, traffic)
+            self.leave(key, traffic)
 
     def __len__(self) -> int:
         return len(self._by_key)
 
-    def _enter(self, key: str) -> _Traffic:
+    def enter(self, key: str) -> _Traffic:
+        """Count one more user of the key's traffic, until `leave`."""
         traffic = self._by_key.get(key)
         if traffic is None:
             traffic = self._by_key[key] = _Traffic()
         traffic.users += 1
         return traffic
 
-    def _leave(self, key: str, traffic: _Traffic) -> None:
+    def leave(self, key: str, traffic: _Traffic) -> None:
+        """Count one user less."""
         traffic.users -= 1
         if not traffic.users:
             del self._by_key[key]
 
 
 class Transfer:
-    """One copy that was taken. Use it as a context manager, or release it once."""
+    """One transfer. Use it as a context manager, or release it once."""
 
-    __slots__ = ("_copies", "_stores", "_traffic", "key")
+    __slots__ = ("_stores", "_traffic", "_transfers", "key")
 
-    def __init__(self, copies: Transfers, key: str) -> None:
+    def __init__(self, transfers: Transfers, key: str) -> None:
         self.key = key
-        self._copies = copies
-        self._traffic = copies._enter(key)
+        self._transfers = transfers
+        self._traffic = transfers.enter(key)
         self._stores = self._traffic.stores
 
     def __enter__(self) -> Self:
@@ -80,16 +82,16 @@ class Transfer:
         self.release()
 
     def release(self) -> None:
-        """Note that it won't be written any more."""
-        self._copies._leave(self.key, self._traffic)
+        """End the transfer; it won't be written any more."""
+        self._transfers.leave(self.key, self._traffic)
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[bool]:
-        """Tell whether it may be written, and hold up stores meanwhile."""
+        """Yield whether the transfer may be written. Stores wait until the context ends."""
         traffic = self._traffic
         if traffic.lock.locked():
             yield False
             return
         async with traffic.lock:
-            # A store that waited for the lock goes first.
+            # A store may have come first while this waited for the lock.
             yield self._stores == traffic.stores

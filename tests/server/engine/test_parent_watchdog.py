@@ -1,4 +1,4 @@
-"""The guard, as a real process around small programs."""
+"""The watchdog and the signal shield, as real processes around small programs."""
 
 import os
 import signal
@@ -11,12 +11,12 @@ import pytest
 
 Start = Callable[..., subprocess.Popen[bytes]]
 WAITS = "print('on', flush=True); signal.pause()"
-HEEDS = "signal.signal(signal.SIGINT, signal.SIG_DFL); "
-IGNORES = "signal.signal(signal.SIGINT, signal.SIG_IGN); "
-CLEANS_UP = "signal.signal(signal.SIGINT, lambda *_: sys.exit(5)); "
-HEEDS_THE_SECOND = f"""
+STOPS = "signal.signal(signal.SIGRTMIN, signal.SIG_DFL); "
+IGNORES = "signal.signal(signal.SIGRTMIN, signal.SIG_IGN); "
+CLEANS_UP = "signal.signal(signal.SIGRTMIN, lambda *_: sys.exit(5)); "
+STOPS_AT_THE_SECOND = f"""
 def once(*_): {CLEANS_UP}
-signal.signal(signal.SIGINT, once)
+signal.signal(signal.SIGRTMIN, once)
 print('on', flush=True)
 while True: signal.pause()
 """
@@ -26,7 +26,7 @@ if os.fork() == 0:
 os._exit(4)
 """
 # As `systemctl stop` and `systemctl kill` may send to each process of a service.
-TO_ALL = signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
+TO_ALL = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
 SHIELDED = """
 import contextlib, multiprocessing, os, signal, sys
 
@@ -46,13 +46,18 @@ if __name__ == "__main__":
     while True:
         signal.pause()
 """
-MAIN = ("-m", "server.engine.guard")
-AT_ONCE = "import sys; from server import guard; guard._GRACE_S = 0; sys.exit(guard.main())"
+MAIN = ("-m", "server.engine.parent_watchdog")
+KILLS_AT_ONCE = """
+import sys
+from server.engine import parent_watchdog
+parent_watchdog._KILL_AFTER_S = 0
+sys.exit(parent_watchdog.main())
+"""
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Start a guard of a Python script, as the engine does."""
+    """Start a watchdog of a Python script, as the engine does."""
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "engine.sock").touch()
@@ -83,10 +88,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 def ended(process: subprocess.Popen[bytes]) -> int:
     """Return the exit status, once all that hold the output have ended."""
-    said = process.stdout.read()
+    output = process.stdout.read()
     process.wait(60)
-    assert b"Fatal Python error" not in said
-    assert b"Traceback" not in said
+    assert b"Fatal Python error" not in output
+    assert b"Traceback" not in output
     return process.returncode
 
 
@@ -107,36 +112,36 @@ def test_the_commands_status_is_passed_on(start: Start, script: str, status: int
 
 @pytest.mark.parametrize(
     ("script", "status"),
-    [(HEEDS + WAITS, 128 + 2), (CLEANS_UP + WAITS, 5), (HEEDS_THE_SECOND, 5)],
+    [(STOPS + WAITS, 128 + signal.SIGRTMIN), (CLEANS_UP + WAITS, 5), (STOPS_AT_THE_SECOND, 5)],
 )
 def test_the_command_is_asked_to_end(start: Start, script: str, status: int) -> None:
-    guard = start(script)
-    assert guard.stdout.readline() == b"on\n"
-    guard.stdin.close()
-    assert ended(guard) == status
+    watchdog = start(script)
+    assert watchdog.stdout.readline() == b"on\n"
+    watchdog.stdin.close()
+    assert ended(watchdog) == status
 
 
 def test_a_command_that_does_not_end_is_killed(start: Start) -> None:
-    guard = start(IGNORES + WAITS, main=("-c", AT_ONCE))
-    assert guard.stdout.readline() == b"on\n"
-    guard.stdin.close()
-    assert ended(guard) == 128 + 9
+    watchdog = start(IGNORES + WAITS, main=("-c", KILLS_AT_ONCE))
+    assert watchdog.stdout.readline() == b"on\n"
+    watchdog.stdin.close()
+    assert ended(watchdog) == 128 + 9
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
 def test_a_signal_to_all_ends_none(start: Start, tmp_path: Path, monkeypatch, method: str) -> None:
     (tmp_path / "shielded_program.py").write_text(SHIELDED)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    command = (sys.executable, "-m", "server.engine.shielded", "shielded_program", method)
-    guard = start("", command=command)
-    assert guard.stdout.readline() == b"on\n"
+    command = (sys.executable, "-m", "server.engine.signal_shield", "shielded_program", method)
+    watchdog = start("", command=command)
+    assert watchdog.stdout.readline() == b"on\n"
     for number in TO_ALL:
-        os.killpg(guard.pid, number)
-    guard.stdin.close()
-    assert ended(guard) == 6
+        os.killpg(watchdog.pid, number)
+    watchdog.stdin.close()
+    assert ended(watchdog) == 6
 
 
 def test_what_the_command_left_behind_is_killed(start: Start) -> None:
-    guard = start(LEAVES_ONE)
+    watchdog = start(LEAVES_ONE)
     # The output ends only when the one that was left has ended too.
-    assert ended(guard) == 4
+    assert ended(watchdog) == 4

@@ -1,7 +1,7 @@
-"""A circuit breaker: after failures in a row nothing is asked for until a probe succeeds.
+"""A circuit breaker: after failures in a row, no call is made until a probe succeeds.
 
-So an outage costs a few calls their deadline, and not every one (Nygard, «Release It!», 2018,
-chapter 5). The probe goes on in the background, where nobody waits for it.
+So an outage costs a few calls their deadline, not all of them (Nygard, «Release It!», 2018,
+chapter 5). The probe runs in the background, where nobody waits for it.
 """
 
 import asyncio
@@ -9,27 +9,27 @@ import contextlib
 from collections.abc import Awaitable, Callable
 
 FAILURES = 3
-"""So many in a row open the breaker."""
+"""How many failures in a row open the breaker."""
 _PAUSE_S = 1.0
 
 
 class CircuitBreaker:
-    """Opens after `FAILURES` in a row, and closes when `probe` has returned without an error.
+    """Opens after `FAILURES` in a row, and closes when `probe` returns without an error.
 
     Args:
         probe: tries whether calls would succeed; must end by itself.
-        closed: told when calls may be made again.
+        on_close: called when calls may be made again.
         pause_s: seconds before each probe.
     """
 
     def __init__(
         self,
         probe: Callable[[], Awaitable[object]],
-        closed: Callable[[], None],
+        on_close: Callable[[], None],
         *,
         pause_s: float = _PAUSE_S,
     ) -> None:
-        self._probe, self._closed, self._pause_s = probe, closed, pause_s
+        self._probe, self._on_close, self._pause_s = probe, on_close, pause_s
         self._failures = 0
         self._recovery: asyncio.Task[None] | None = None
 
@@ -39,11 +39,11 @@ class CircuitBreaker:
         return self._recovery is not None
 
     def succeeded(self) -> None:
-        """Note that a call has succeeded."""
+        """Record that a call has succeeded."""
         self._failures = 0
 
     def failed(self) -> bool:
-        """Note that a call has failed. Returns whether the breaker opens for it."""
+        """Record that a call has failed. Returns whether this opens the breaker."""
         if self.is_open:
             return False
         self._failures += 1
@@ -53,18 +53,18 @@ class CircuitBreaker:
         return True
 
     async def close(self) -> None:
-        """End probing."""
+        """Stop probing."""
         if self._recovery is not None:
             self._recovery.cancel()
             await asyncio.wait([self._recovery])
 
     async def _recover(self) -> None:
-        is_well = False
-        while not is_well:
+        has_recovered = False
+        while not has_recovered:
             await asyncio.sleep(self._pause_s)
             with contextlib.suppress(Exception):
                 await self._probe()
-                is_well = True
+                has_recovered = True
         self._failures = 0
         self._recovery = None
-        self._closed()
+        self._on_close()

@@ -1,7 +1,7 @@
-"""Content codings of requests (RFC 9110, section 8.4.1), which engines don't undo.
+"""Content codings of requests (RFC 9110, section 8.4.1), which engines don't decode.
 
-We undo one of `DECODED` while the body comes, and refuse a body that is cut short. Other codings,
-and several one upon the other, are left to whoever gets the body.
+A coding in `DECODED` is decoded while the body comes, and a body that is cut short is refused.
+Bodies with other codings, or with several, pass through unchanged.
 """
 
 import zlib
@@ -12,12 +12,12 @@ from server.protocol.errors import BadRequestError
 _WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 DECODED = frozenset(_WINDOW_BITS)
 _GZIP = b"\x1f"
-# So much at once may come out of a few bytes.
+# A few bytes may decode to gigabytes, so they are decoded in pieces.
 _PIECE_BYTES = 64 * 1024
 
 
 class UnknownCodingError(BadRequestError):
-    """We have to read a body, and can't undo its coding."""
+    """A body that must be read has a coding that can't be decoded."""
 
     status = 415
 
@@ -29,13 +29,13 @@ async def decode(pieces: AsyncIterator[bytes], coding: str) -> AsyncIterator[byt
     """Yield the content of a body in `coding` that comes in `pieces`.
 
     Raises:
-        BadRequestError: it isn't in that coding, or not whole.
+        BadRequestError: it isn't in that coding, or isn't whole.
     """
     stream = None
     try:
         async for piece in pieces:
             if stream is None:
-                # Some leave out the head that `deflate` should have (RFC 1950, section 2.2).
+                # Some clients omit the head that `deflate` should have (RFC 1950, section 2.2).
                 is_raw = coding == "deflate" and piece[0] & 15 != 8
                 stream = zlib.decompressobj(-15 if is_raw else _WINDOW_BITS[coding])
             rest, has_more = piece, True
@@ -43,7 +43,7 @@ async def decode(pieces: AsyncIterator[bytes], coding: str) -> AsyncIterator[byt
                 if stream.eof:
                     if not (rest.startswith(_GZIP) and coding != "deflate"):
                         raise zlib.error("more follows its end")
-                    # A file of gzip's may be several, one after the other (RFC 1952, section 2.2).
+                    # A gzip file may have several members, one after the other (RFC 1952, 2.2).
                     stream = zlib.decompressobj(_WINDOW_BITS[coding])
                 content = stream.decompress(rest, _PIECE_BYTES)
                 if content:
