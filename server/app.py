@@ -50,7 +50,7 @@ from server.web.listener import addresses, listen, make_server
 from server.web.middleware import Middleware
 from server.web.request import Endpoint, Traced
 from server.web.tls import Certificate
-from tiers import Chain, DiskCache, SingleFlight
+from tiers import Chain, SingleFlight
 from tiers.answer_cache import AnswerCache
 from tiers.disk import EncryptionKeyError, UntrustedError
 
@@ -316,14 +316,13 @@ def _untraced(endpoint: Endpoint, _: str | None = None) -> Endpoint:
 async def _check_encryption_key(chain: Chain) -> None:
     """Fail if the disk tier's file turns out to need another key, once it is open."""
     for tier in chain.tiers:
-        if isinstance(tier.backend, DiskCache):
-            try:
-                await tier.backend.opened()
-            except EncryptionKeyError:
-                raise
-            except (OSError, UntrustedError):
-                # The log says why; the server goes on without that tier.
-                return
+        try:
+            await tier.opened()
+        except EncryptionKeyError:
+            raise
+        except (OSError, UntrustedError):
+            # The log says why; the server goes on without that tier.
+            return
 
 
 def _handle_signals(stop: asyncio.Event, reloads: Reloads) -> None:

@@ -84,7 +84,7 @@ async def open_stack(config: Config) -> TierStack:
 def build(
     config: Config,
     *,
-    sets_aside: bool = True,
+    quarantines: bool = True,
     clock: Callable[[], float] = time.time,
     chance: Callable[[], float] = random,
 ) -> tuple[Chain, BackgroundWork]:
@@ -92,20 +92,20 @@ def build(
 
     Args:
         config: describes the tiers, and how entries move between them.
-        sets_aside: whether a disk tier's file that can't be trusted gives way to a new one.
+        quarantines: whether a disk tier's file that can't be used gives way to a new one.
         clock: returns Unix seconds.
         chance: returns a number from 0 to below 1.
 
     Raises:
         ConfigError: the disk tier's folder, or a file that the shared tier needs, can't be used.
-        UntrustedError: the disk tier's file can't be trusted, and isn't to be set aside.
+        UntrustedError: the disk tier's file can't be used, and isn't to be quarantined.
     """
     tiers, cache = config.tiers, config.cache
     tier = Tier if config.tracing is None else TracedTier
     # First, since a disk tier that is open has to be closed again.
     shared = None if tiers.shared is None else _shared(tiers.shared, tier, clock)
     frequency = FrequencySketch(_sketch_keys(tiers))
-    disk = _disk(tiers.disk, frequency, clock, sets_aside=sets_aside)
+    disk = _disk(tiers.disk, frequency, clock, quarantines=quarantines)
     farther = [] if disk is None else [tier(disk.NAME, disk, clock=clock)]
     transfers, purges = Transfers(), _purges(disk, clock)
     demotion = Demotion(
@@ -155,7 +155,7 @@ def _disk(
     frequency: FrequencySketch,
     clock: Callable[[], float],
     *,
-    sets_aside: bool,
+    quarantines: bool,
 ) -> DiskCache | None:
     """Open the disk tier's backend, if there is one."""
     if config is None or config.path is None:
@@ -165,7 +165,7 @@ def _disk(
         return DiskCache(
             config.path,
             config.max_bytes,
-            sets_aside=sets_aside,
+            quarantines=quarantines,
             encryption_key=encryption_key(config),
             durability=config.durability,
             interval_s=config.interval_ms / 1000,
@@ -233,8 +233,7 @@ def build_lock(config: Config, chain: Chain) -> GenerationLock:
 
 def _is_open(chain: Chain) -> bool:
     """Return whether answers that other processes store on disk are found here."""
-    backends = (tier.backend for tier in chain.tiers)
-    return all(backend.is_open for backend in backends if isinstance(backend, DiskCache))
+    return all(tier.is_open for tier in chain.tiers)
 
 
 def _shared(config: SharedTierConfig, tier: type[Tier], clock: Callable[[], float]) -> Tier:

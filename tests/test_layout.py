@@ -28,6 +28,7 @@ LAYERS = (
 ANYWHERE = ("server.terminal", "server.process")
 """What knows nothing of the rest."""
 TIERS = (
+    ("tiers.memory", "tiers.disk"),
     ("tiers.answer_cache",),
     ("tiers.singleflight",),
     ("tiers.chain",),

@@ -15,7 +15,6 @@ from aiocache.base import BaseCache
 
 from tiers.backend import ByteCache
 from tiers.entry import Entry
-from tiers.memory.cache import MemoryCache
 from tiers.purges.purges import Purges
 from tiers.resilience.bulkhead import Bulkhead, BusyError
 from tiers.resilience.circuit_breaker import FAILURES, CircuitBreaker
@@ -93,9 +92,23 @@ class Tier:
         return not self._breaker.is_open
 
     @property
-    def writes_at_once(self) -> bool:
-        """Whether a write ends without waiting for anything."""
-        return isinstance(self.backend, MemoryCache)
+    def in_memory(self) -> bool:
+        """Whether entries are in this process alone: a write waits for nothing."""
+        return self.local is not None and self.local.in_memory
+
+    @property
+    def is_open(self) -> bool:
+        """Whether entries can be read; a file may still have to be verified."""
+        return self.local is None or self.local.is_open
+
+    async def opened(self) -> None:
+        """Return when entries can be read.
+
+        Raises:
+            OSError: they never can.
+        """
+        if self.local is not None:
+            await self.local.opened()
 
     async def get(
         self, key: str, purges: Purges, *, counted: bool = True

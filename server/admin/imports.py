@@ -7,7 +7,7 @@ from typing import Any
 from server.admin import export_format
 from server.admin.operations import AdminError
 from server.admin.time_slice import TimeSlice
-from tiers import Chain, DiskCache, ImportResult, MemoryCache, State
+from tiers import Chain, ImportResult, State
 
 # Stored concurrently, so that the disk tier commits them together.
 _BATCH, _BATCH_BYTES = 64, 8 * 1024**2
@@ -25,9 +25,9 @@ class ImportJob:
 
     def __init__(self, chain: Chain) -> None:
         self._chain = chain
-        far = [tier for tier in chain.tiers if not isinstance(tier.backend, MemoryCache)]
+        far = [tier for tier in chain.tiers if not tier.in_memory]
         self._into = far or chain.tiers
-        self._disks = [t.backend for t in chain.tiers if isinstance(t.backend, DiskCache)]
+        self._backends = [tier.local for tier in chain.tiers if tier.local is not None]
         self._counts = dict.fromkeys(
             ("stored", "unchanged", "older", "expired", "purged", "refused", "damaged"), 0
         )
@@ -83,8 +83,8 @@ class ImportJob:
         batch, self._batch, self._batch_bytes = self._batch, [], 0
         for result in await asyncio.gather(*map(self._import_entry, batch)):
             self._counts[result] += 1
-        for disk in self._disks:
-            while disk.queued_bytes > _MAX_QUEUED_BYTES:  # noqa: ASYNC110 - commits take a while.
+        for each in self._backends:
+            while each.queued_bytes > _MAX_QUEUED_BYTES:  # noqa: ASYNC110 - commits take a while.
                 await asyncio.sleep(_DRAIN_S)
 
     async def _import_entry(self, found: export_format.ExportedEntry) -> ImportResult:

@@ -9,7 +9,7 @@ from typing import Any
 
 from server.admin.operations import AdminError, EntryQuery
 from server.admin.time_slice import TimeSlice
-from tiers import Chain, DiskCache, Entry, State, Tier
+from tiers import Chain, Entry, State, Tier
 from tiers.backend import ByteCache
 
 # A page of disk entries ends after so many keys, however few of them match.
@@ -31,7 +31,7 @@ class EntryListing:
 
     def __init__(self, chain: Chain, tiers: Sequence[Tier]) -> None:
         self._chain = chain
-        self._backends = {t.name: t.backend for t in tiers if isinstance(t.backend, ByteCache)}
+        self._backends = {t.name: t.local for t in tiers if t.local is not None}
         self._walks: dict[EntryQuery, Iterator[tuple[int, str]]] = {}
 
     def open_backends(self) -> list[ByteCache]:
@@ -41,7 +41,7 @@ class EntryListing:
             AdminError: one of them is still being opened.
         """
         backends = list(self._backends.values())
-        if not all(each.is_open for each in backends if isinstance(each, DiskCache)):
+        if not all(each.is_open for each in backends):
             raise AdminError(503, "The disk tier is being opened; try again.")
         return backends
 
@@ -98,7 +98,7 @@ class EntryListing:
             part = query._replace(after=at, limit=query.limit - len(rows))
             at = (
                 await self._page_of_disk(backend, part, nearer, rows)
-                if isinstance(backend, DiskCache)
+                if backend.is_ordered
                 else await self._page_of_memory(backend, part, rows)
             )
             if at:
@@ -161,7 +161,7 @@ class EntryListing:
 
     async def _page_of_disk(
         self,
-        disk: DiskCache,
+        disk: ByteCache,
         query: EntryQuery,
         nearer: Sequence[ByteCache],
         rows: list[dict[str, Any]],
@@ -190,12 +190,12 @@ class EntryListing:
         return entry is not None and query.label in entry.labels
 
 
-def _disk_places(disk: DiskCache, query: EntryQuery) -> Iterator[tuple[str, str]]:
+def _disk_places(disk: ByteCache, query: EntryQuery) -> Iterator[tuple[str, str]]:
     """Yield place and key of each entry after `query.after`: by key with a prefix, else by rank."""
     if query.prefix:
-        # `sorted_keys` begins after its argument, but the prefix may be a key itself.
+        # `keys_after` begins after its argument, but the prefix may be a key itself.
         first = [] if query.after else [query.prefix]
-        for key in joined(first, disk.sorted_keys(query.after or query.prefix)):
+        for key in joined(first, disk.keys_after(query.after or query.prefix)):
             if not key.startswith(query.prefix):
                 return
             yield key, key
@@ -204,8 +204,8 @@ def _disk_places(disk: DiskCache, query: EntryQuery) -> Iterator[tuple[str, str]
         below = bytes.fromhex(query.after) if query.after else None
     except ValueError as exc:
         raise AdminError(400, _AFTER, param="after") from exc
-    for rank, found in disk.ranked(below):
-        yield rank.hex(), found.key.decode()
+    for rank, key in disk.ranked_keys(below):
+        yield rank.hex(), key
 
 
 def _parse_memory_place(after: str) -> tuple[float, str]:

@@ -15,9 +15,8 @@ from server.config.schema import Config
 from server.protocol import template
 from server.protocol.formats import CHOICES
 from server.protocol.labels import label_problem
-from tiers import Chain, DiskCache, MemoryCache, PurgeError, Tier
-from tiers.backend import ByteCache
-from tiers.disk import check
+from tiers import Chain, PurgeError, Tier
+from tiers.disk import verify_in_use
 from tiers.purges.table import ALL, MAX_LABELS, label
 
 # Of a wrong name, in an error message.
@@ -85,7 +84,7 @@ class LocalOperations(AdminOperations):
         entries = 0
         yield export_format.header_line()
         for number, backend in enumerate(backends, 1):
-            keys = backend.sorted_keys() if isinstance(backend, DiskCache) else backend.keys()
+            keys = backend.keys_after() if backend.is_ordered else backend.keys()
             for key in keys:
                 if key not in exported and (entry := self._listing.peek(backend, key)) is not None:
                     entries += 1
@@ -105,8 +104,8 @@ class LocalOperations(AdminOperations):
 
     async def verify(self) -> dict[str, Any]:
         for backend in self._listing.open_backends():
-            if isinstance(backend, DiskCache):
-                return (await check(backend.path))._asdict()
+            if backend.path is not None:
+                return (await verify_in_use(backend.path))._asdict()
         raise AdminError(409, "There is no disk tier.")
 
 
@@ -119,25 +118,22 @@ async def open_local(config: Config) -> AsyncIterator[LocalOperations]:
         OSError: it can't be opened.
         UntrustedError: it is damaged. Only a server quarantines it.
     """
-    chain, movement = build(config, sets_aside=False)
+    chain, movement = build(config, quarantines=False)
     try:
         for tier in chain.tiers:
-            if isinstance(tier.backend, DiskCache):
-                await tier.backend.opened()
+            await tier.opened()
         await movement.load_sketch()
         # This process's memory tier is empty.
-        tiers = [tier for tier in chain.tiers if not isinstance(tier.backend, MemoryCache)]
+        tiers = [tier for tier in chain.tiers if not tier.in_memory]
         yield LocalOperations(chain, tiers)
     finally:
         await chain.close()
 
 
 def _statistics(tier: Tier) -> dict[str, Any]:
-    told: dict[str, Any] = {"tier": tier.name, **asdict(tier.counts)}
-    if isinstance(backend := tier.backend, ByteCache):
-        told |= asdict(backend.usage)
-    if isinstance(backend, MemoryCache | DiskCache):
-        told["max_bytes"] = backend.max_bytes
-    if isinstance(backend, DiskCache) and (file := backend.statistics()) is not None:
-        told["file"] = asdict(file)
-    return told
+    statistics: dict[str, Any] = {"tier": tier.name, **asdict(tier.counts)}
+    if (backend := tier.local) is not None:
+        statistics |= asdict(backend.usage) | {"max_bytes": backend.max_bytes}
+        if (file := backend.statistics()) is not None:
+            statistics["file"] = asdict(file)
+    return statistics

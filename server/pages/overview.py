@@ -15,7 +15,6 @@ from server.telemetry.finished import FinishedRequests
 from server.telemetry.history import History
 from server.web.request import HttpRequest
 from tiers import Chain, Tier
-from tiers.backend import ByteCache
 
 
 class Overview:
@@ -66,6 +65,6 @@ class Overview:
 
     def _tier(self, tier: Tier) -> Mapping[str, Any]:
         told = {"tier": tier.name, "available": tier.available}
-        if isinstance(backend := tier.backend, ByteCache):
+        if (backend := tier.local) is not None:
             told |= {"entries": backend.usage.entries, "bytes": backend.usage.bytes}
         return told

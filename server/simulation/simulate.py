@@ -240,8 +240,8 @@ def _result(
 
 
 def _tier_result(tier: Tier, asked: int, hits: int, hit_bytes: int, asked_bytes: int) -> TierResult:
-    backend, counts = tier.backend, tier.counts
-    if not isinstance(backend, MemoryCache | DiskCache):
+    backend, counts = tier.local, tier.counts
+    if backend is None:
         raise TypeError("only memory and disk are simulated")
     return TierResult(
         name=tier.name,

@@ -14,7 +14,6 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from tiers import Chain
-from tiers.backend import ByteCache
 from tiers.singleflight.lock import LockStats
 
 _BOUNDS_S = (
@@ -137,7 +136,7 @@ class _Tiers(Collector):
 
     def collect(self) -> Iterable[Metric]:
         tiers = self._chain.tiers
-        usages = [(t.name, t.backend.usage) for t in tiers if isinstance(t.backend, ByteCache)]
+        usages = [(tier.name, tier.local.usage) for tier in tiers if tier.local is not None]
         for name in ("entries", "bytes"):
             gauge = GaugeMetricFamily(f"tierserve_tier_{name}", f"{name} held", labels=("tier",))
             for tier, usage in usages:

@@ -35,7 +35,7 @@ from tiers import (
     WritePolicy,
 )  # fmt: skip
 from tiers.disk import Durability
-from tiers.disk.recovery import MARK
+from tiers.disk.marks import CLEAN
 from tiers.entry import SKEW_S
 from tiers.policies import POLICIES
 from tiers.shared.redis import RedisBytes
@@ -240,7 +240,7 @@ class ChainMachine(RuleBasedStateMachine):
         self.run(self.close())
         stat = (left / "data.mdb").stat()
         # As if it had been verified, which takes another process and its time.
-        (left / MARK).write_text(f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}")
+        (left / CLEAN).write_text(f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}")
         self.run(self.open(left))
         if write is WritePolicy.ON_INSERT:
             self.expect_all_on_disk()

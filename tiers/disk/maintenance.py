@@ -1,13 +1,12 @@
-"""What is done to the disk tier's file by hand: it is compacted, verified, or checked while in use.
+"""What is done to the disk tier's file by hand: it is compacted, verified, or its key is checked.
 
-Each raises `OSError` if there is no file, and those that need it alone if another process has it
+Each raises `OSError` if there is no file. `compact` and `verify` also do if another process has it
 open.
 """
 
 import asyncio
 import contextlib
 import errno
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -19,8 +18,10 @@ import lmdb
 
 from tiers.disk.compaction import shrink
 from tiers.disk.encryption import Cipher, EncryptionKeyError
-from tiers.disk.file import DATA, OtherFormatError, check_seal
-from tiers.disk.recovery import Recovery, is_clean, verifier
+from tiers.disk.file import DATA, OtherFormatError, check_encryption
+from tiers.disk.marks import Marks
+from tiers.disk.recovery import Recovery
+from tiers.disk.verify import VerifyReport, command, read_report
 
 
 class Compacted(NamedTuple):
@@ -30,16 +31,6 @@ class Compacted(NamedTuple):
     after: int
 
 
-class Verified(NamedTuple):
-    """What was found in a file."""
-
-    entries: int
-    damaged: int
-    """Of them, entries that don't verify."""
-    problem: str | None = None
-    """Why the file can't be used at all."""
-
-
 def compact(folder: Path) -> Compacted:
     """Make the file in `folder` as small as its entries, having verified it if need be.
 
@@ -47,84 +38,77 @@ def compact(folder: Path) -> Compacted:
         OSError: there is no file, another process has it open, it can't be read, there is no room
             for a copy, or it was interrupted.
         OtherFormatError: the file has another format.
-        UntrustedError: it was not closed cleanly, and can't be used.
+        UntrustedError: it may be damaged, and can't be used.
     """
     data = folder / DATA
     before = data.stat().st_size
-    with _alone(folder) as opening:
-        if not opening.is_clean():
-            opening.verify()
+    with _exclusively(folder) as recovery:
+        if not recovery.marks.is_trusted():
+            recovery.verify_and_repair()
         try:
             shrink(folder)
         except lmdb.Error as exc:
             raise OSError(errno.EIO, f"LMDB can't read the file: {exc}", str(data)) from exc
-        opening.mark()
+        recovery.marks.mark_clean()
         return Compacted(before, data.stat().st_size)
 
 
-def verify(folder: Path, *, repair: bool = False) -> Verified:
+def verify(folder: Path, *, repair: bool = False) -> VerifyReport:
     """Verify the pages and records of the file in `folder`; with `repair`, drop damaged entries.
 
     Raises:
         OSError: there is no file, another process has it open, or it was interrupted.
     """
     (folder / DATA).stat()
-    with _alone(folder) as opening:
-        report = opening.examine(repair=repair)
-        if "problem" in report:
-            return Verified(0, 0, report["problem"])
-        if repair:
-            opening.mark()
-        return Verified(report["entries"], report["damaged"])
+    with _exclusively(folder) as recovery:
+        report = recovery.verify(repair=repair)
+        if repair and report.problem is None:
+            recovery.marks.mark_clean()
+        return report
 
 
-async def check(folder: Path) -> Verified:
+async def verify_in_use(folder: Path) -> VerifyReport:
     """Verify the records of a file that may be in use, in another process, and change nothing.
 
     Raises:
         OSError: there is no file.
     """
     (folder / DATA).stat()
-    command, env = verifier(folder, "--records")
-    process = await asyncio.create_subprocess_exec(
-        *command, env=env, stdout=asyncio.subprocess.PIPE
-    )
+    words, env = command(folder, "--records")
+    process = await asyncio.create_subprocess_exec(*words, env=env, stdout=asyncio.subprocess.PIPE)
     try:
-        said, _ = await process.communicate()
+        output, _ = await process.communicate()
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
-    try:
-        return Verified(**({"entries": 0, "damaged": 0} | json.loads(said)))
-    except ValueError:
-        return Verified(0, 0, f"verifying it ended with status {process.returncode}")
+    return read_report(output, process.returncode)
 
 
 def check_key(folder: Path, encryption_key: bytes | None) -> None:
     """Check that a `DiskCache` with this key could read the file in `folder`, if there is one.
 
-    Nothing is touched. Of a file that is in use or wasn't closed cleanly nothing is known.
+    Nothing is touched. A file that is in use, or was left by a kill, isn't checked.
 
     Raises:
-        SealError: it couldn't.
+        EncryptionKeyError: it couldn't.
     """
-    seal = None if encryption_key is None else Cipher(encryption_key)
+    cipher = None if encryption_key is None else Cipher(encryption_key)
     try:
-        if (folder / DATA).exists() and is_clean(folder):
-            check_seal(folder, seal)
+        if (folder / DATA).exists() and Marks(folder).is_clean():
+            check_encryption(folder, cipher)
     except EncryptionKeyError:
         raise
     except (OSError, lmdb.Error, OtherFormatError):
-        # A server says so, or makes another.
+        # A server logs that, or makes another file.
         return
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[Recovery]:
-    opening = Recovery(folder, sys.maxsize, time.time, sets_aside=False)
+def _exclusively(folder: Path) -> Iterator[Recovery]:
+    recovery = Recovery(folder, sys.maxsize, time.time, quarantines=False)
     try:
-        if not opening.try_exclusive():
+        if not recovery.try_exclusive():
             raise OSError(errno.EBUSY, "another process has the disk tier open", str(folder))
-        yield opening
+        yield recovery
     finally:
-        opening.release(whole=False)
+        recovery.release(closed=False)

@@ -1,6 +1,6 @@
 """The bytes in the disk tier's file: records, rows of its indexes, blobs.
 
-Owns their layout and checksums, and nothing of LMDB. `FORMAT` changes with any of it.
+It owns their layout and checksums, and knows nothing of LMDB. `FORMAT` changes with any of it.
 """
 
 from struct import Struct, error
@@ -17,21 +17,21 @@ _HEADER = Struct("<BIBdQ")
 _HEADER_BYTES = _HEADER.size
 _CHECKED_FROM = Struct("<BI").size
 _CRC = Struct("<I")
-_RANK = Struct(">dQ")
+_SORT_KEY = Struct(">dQ")
 _DOT = DOT.encode()
-NOBODY = bytes(SCOPE_LENGTH)
+NO_SCOPE = bytes(SCOPE_LENGTH)
 """The scope of a key without one."""
 _SEQUENCE = Struct(">Q")
-_PLACE = Struct("<dQd")
+_ROW = Struct("<dQd")
 _BYTES = Struct("<Q")
 
 
-class Place(NamedTuple):
-    """Where an entry stands in the two orders, and its key."""
+class IndexRow(NamedTuple):
+    """An entry's place in the orders of eviction and of expiry, and its key."""
 
     priority: float
-    tick: int
-    """Tells entries of one priority apart: the one that was stored or read last is above."""
+    touch: int
+    """The number of its last store or read: of equal priorities, the higher stays longer."""
     expires_at: float
     key: bytes
 
@@ -58,35 +58,35 @@ def unpack(key: bytes, record: memoryview) -> tuple[int, float, int, memoryview]
 
 
 def sequence_of(record: memoryview) -> int:
-    """Return the sequence number of a record that need not verify; 0, which none has, if cut."""
+    """Return the sequence number of a record that may be damaged; 0, which none has, if cut."""
     return int(_HEADER.unpack_from(record)[4]) if len(record) >= _HEADER.size else 0
 
 
-def pack_rank(number: float, tick: int) -> bytes:
-    """Return a key that sorts by `number`, if it isn't negative, and then by age."""
-    return _RANK.pack(max(number, 0.0), tick)
+def pack_sort_key(number: float, touch: int) -> bytes:
+    """Return a key that sorts by `number`, of which negative ones are equal, then by `touch`."""
+    return _SORT_KEY.pack(max(number, 0.0), touch)
 
 
-def unpack_rank(rank: bytes | memoryview) -> tuple[float, int]:
-    """Read what `pack_rank` wrote."""
-    number, tick = _RANK.unpack(rank)
-    return number, tick
+def unpack_sort_key(sort_key: bytes | memoryview) -> tuple[float, int]:
+    """Read what `pack_sort_key` wrote."""
+    number, touch = _SORT_KEY.unpack(sort_key)
+    return number, touch
 
 
 def scope_of(key: bytes) -> bytes:
-    """Return a key's scope, as `tiers.key` does, or `NOBODY`."""
+    """Return a key's scope, as `tiers.key` does, or `NO_SCOPE`."""
     if key[SCOPE_LENGTH : SCOPE_LENGTH + 1] != _DOT:
-        return NOBODY
-    return scope_of_text(key[: SCOPE_LENGTH + 1].decode(errors="replace")).encode() or NOBODY
+        return NO_SCOPE
+    return scope_of_text(key[: SCOPE_LENGTH + 1].decode(errors="replace")).encode() or NO_SCOPE
 
 
-def pack_order(place: Place) -> bytes:
-    """Return a key that sorts by scope, and then by rank."""
-    return scope_of(place.key) + pack_rank(place.priority, place.tick)
+def pack_order(row: IndexRow) -> bytes:
+    """Return a key that sorts by scope, then by priority and touch."""
+    return scope_of(row.key) + pack_sort_key(row.priority, row.touch)
 
 
 def unpack_order(row: bytes | memoryview) -> tuple[bytes, bytes]:
-    """Return scope and rank of what `pack_order` wrote."""
+    """Return scope and sort key of what `pack_order` wrote."""
     return bytes(row[:SCOPE_LENGTH]), bytes(row[SCOPE_LENGTH:])
 
 
@@ -100,15 +100,15 @@ def unpack_sequence(key: bytes | memoryview) -> int:
     return int(_SEQUENCE.unpack(key)[0])
 
 
-def pack_place(place: Place) -> bytes:
-    """Return the row of an entry's place."""
-    return _PLACE.pack(place.priority, place.tick, place.expires_at) + place.key
+def pack_row(row: IndexRow) -> bytes:
+    """Return a row as it is stored."""
+    return _ROW.pack(row.priority, row.touch, row.expires_at) + row.key
 
 
-def unpack_place(row: memoryview) -> Place:
-    """Read what `pack_place` wrote."""
-    priority, tick, expires_at = _PLACE.unpack_from(row)
-    return Place(priority, tick, expires_at, bytes(row[_PLACE.size :]))
+def unpack_row(row: memoryview) -> IndexRow:
+    """Read what `pack_row` wrote."""
+    priority, touch, expires_at = _ROW.unpack_from(row)
+    return IndexRow(priority, touch, expires_at, bytes(row[_ROW.size :]))
 
 
 def pack_blob(name: bytes, blob: bytes) -> bytes:
@@ -133,13 +133,13 @@ def unpack_blob(name: bytes, data: memoryview) -> bytes:
     return bytes(blob)
 
 
-def pack_held(scope: bytes, held_bytes: int) -> bytes:
-    """Return the row of what a scope holds."""
+def pack_scope_bytes(scope: bytes, held_bytes: int) -> bytes:
+    """Return the row of the bytes that a scope holds."""
     return pack_blob(scope, _BYTES.pack(held_bytes))
 
 
-def unpack_held(scope: bytes, row: memoryview | None) -> int:
-    """Read what `pack_held` wrote, in bytes; 0 where there is no row, or none that verifies."""
+def unpack_scope_bytes(scope: bytes, row: memoryview | None) -> int:
+    """Read what `pack_scope_bytes` wrote; 0 where there is no row, or none that verifies."""
     try:
         return 0 if row is None else int(_BYTES.unpack(unpack_blob(scope, row))[0])
     except (ValueError, error):

@@ -40,6 +40,7 @@ class MemoryCache(ByteCache):
     """
 
     NAME = "memory"
+    in_memory = True
 
     def __init__(
         self,
@@ -50,7 +51,7 @@ class MemoryCache(ByteCache):
         clock: Callable[[], float] = time.time,
         namespace: str | None = None,
     ) -> None:
-        super().__init__(clock=clock, namespace=namespace)
+        super().__init__(max_bytes, clock=clock, namespace=namespace)
         if isinstance(policy, str):
             if policy not in POLICIES:
                 raise ValueError(f"policy should be one of {', '.join(POLICIES)}, not {policy!r}")
@@ -59,7 +60,6 @@ class MemoryCache(ByteCache):
             raise ValueError(
                 f"policy should be for at most {max_bytes} bytes, not {policy.max_bytes}"
             )
-        self.max_bytes = max_bytes
         self.policy = policy
         self.on_evict = on_evict
         self.overhead_bytes = _OVERHEAD_BYTES + policy.OVERHEAD_BYTES

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from tiers.disk import DiskCache
+from tiers.backend import BlobStore
 from tiers.frequency import FrequencySketch
 from tiers.movement.demotion import Demotion, WritePolicy
 from tiers.purges.purges import Purges
@@ -41,7 +41,7 @@ class BackgroundWork:
     def __init__(
         self,
         tiers: Sequence[Tier],
-        disk: DiskCache | None,
+        disk: BlobStore | None,
         frequency: FrequencySketch,
         demotion: Demotion,
         purges: Purges,
@@ -101,7 +101,7 @@ class BackgroundWork:
         if self._disk is not None and self.restored.is_set():
             await self._save(self._disk)
 
-    async def _run(self, disk: DiskCache) -> None:
+    async def _run(self, disk: BlobStore) -> None:
         try:
             await disk.opened()
         except OSError:
@@ -113,19 +113,19 @@ class BackgroundWork:
             await asyncio.sleep(_SAVE_EVERY_S)
             await self._save(disk)
 
-    async def _restore(self, disk: DiskCache) -> None:
+    async def _restore(self, disk: BlobStore) -> None:
         await self.load_sketch()
         if self._nearest is not None and self._nearest.backend is not disk:
             await _refill(self._nearest, disk, self._purges, self._clock)
         self.restored.set()
 
-    async def _save(self, disk: DiskCache) -> None:
+    async def _save(self, disk: BlobStore) -> None:
         if not await disk.save(_SKETCH, self._frequency.dump()):
             logger.warning("the frequency sketch could not be saved")
 
 
 async def _refill(
-    nearest: Tier, disk: DiskCache, purges: Purges, clock: Callable[[], float]
+    nearest: Tier, disk: BlobStore, purges: Purges, clock: Callable[[], float]
 ) -> None:
     """Copy the hottest entries into the nearest tier, hottest first, until that is full."""
     number = read_bytes = 0

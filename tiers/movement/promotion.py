@@ -57,8 +57,8 @@ class Promotion:
     async def promote(self, transfer: Transfer, hit: FarHit, tiers: Sequence[Tier]) -> None:
         """Promote `hit` to those of `tiers` that are worth it. Takes over `transfer`."""
         tiers = [tier for tier in tiers if self._is_worth(hit, tier)]
-        at_once = [tier for tier in tiers if tier.writes_at_once]
-        later = [tier for tier in tiers if not tier.writes_at_once]
+        at_once = [tier for tier in tiers if tier.in_memory]
+        later = [tier for tier in tiers if not tier.in_memory]
         try:
             if at_once:
                 async with transfer.writing() as is_latest:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from math import inf
 from typing import Any
 
-from tiers.disk import DiskCache
+from tiers.backend import BlobStore
 from tiers.entry import Entry, Provenance
 from tiers.purges.table import (
     ALL,
@@ -61,7 +61,7 @@ class Purges:
 
     def __init__(
         self,
-        disk: DiskCache | None = None,
+        disk: BlobStore | None = None,
         *,
         max_bytes: int = MAX_BYTES,
         clock: Callable[[], float] = time.time,
@@ -211,7 +211,7 @@ class Purges:
         self._head = blob[:HEAD_BYTES]
         self._is_damaged = False
 
-    def _purge_all_for_damage(self, disk: DiskCache, exc: ValueError) -> None:
+    def _purge_all_for_damage(self, disk: BlobStore, exc: ValueError) -> None:
         if self._is_damaged:
             return
         self._is_damaged = True
@@ -219,7 +219,7 @@ class Purges:
         self.table = self.table.with_purge(self._clock_us() + _BEYOND_US, ALL)
         self._start(self._commit(disk))
 
-    async def _commit(self, disk: DiskCache, labels: Sequence[str] = ()) -> bool:
+    async def _commit(self, disk: BlobStore, labels: Sequence[str] = ()) -> bool:
         """Merge the table into the file's, and purge `labels`. Returns whether it is on disk."""
         packed = b""
 

@@ -9,7 +9,7 @@ from struct import Struct, error, pack, unpack_from
 from types import MappingProxyType
 from typing import Self
 
-from tiers.disk import MAX_KEY_BYTES
+from tiers.backend import MAX_KEY_BYTES
 
 ALL = "all"
 """The label of every entry."""

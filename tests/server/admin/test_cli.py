@@ -25,7 +25,7 @@ from tests.server.admin.test_exports import entry, export
 from tests.server.conftest import Front, Upstream, alike, answer, body, question, running
 from tiers import Chain, DiskCache, FrequencySketch
 from tiers.disk.file import DATA
-from tiers.disk.recovery import MARK
+from tiers.disk.marks import CLEAN
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -249,7 +249,7 @@ async def test_a_file_of_another_format_stays_where_it_is(
             await disk.set(f"{number}", bytes(900_000))
         await disk.close()
     if closed == "not cleanly":
-        (folder / MARK).unlink()
+        (folder / CLEAN).unlink()
     held = {file.name for file in folder.iterdir()}
     before = (folder / DATA).read_bytes()
     for arguments in (

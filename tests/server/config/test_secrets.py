@@ -14,6 +14,7 @@ from server.cli import main
 from server.config.base import ConfigError
 from server.config.load import load
 from tests.server.conftest import Front, Upstream, alike, question
+from tiers.disk.marks import IN_USE
 
 KEY = os.urandom(32)
 
@@ -42,7 +43,7 @@ async def test_a_key_is_written_in_hexadecimal_or_base64(tmp_path, capsys, key, 
     assert f"encryption_key_file: {tmp_path}/key" in printed or not in_file
     for _ in range(2):
         chain, _ = build(load(file))
-        assert chain.tiers[-1].backend._seal._key == KEY
+        assert chain.tiers[-1].backend._cipher._key == KEY
         await chain.close()
 
 
@@ -79,20 +80,24 @@ async def test_a_server_does_not_start_with_another_key(tmp_path: Path) -> None:
     assert (tmp_path / "disk" / "data.mdb").read_bytes() == before
 
 
+@pytest.mark.parametrize("is_trusted", [True, False])
 @pytest.mark.asyncio(loop_scope="module")
 async def test_a_server_that_was_killed_does_not_go_on_with_another_key(
-    upstream: Upstream, tmp_path: Path
+    upstream: Upstream, tmp_path: Path, is_trusted: bool
 ) -> None:
+    """It learns of the key at its start or, where the file has to be verified, after that."""
     disk = {"path": str(tmp_path / "disk"), "max_bytes": "4MiB", "encryption_key": KEY.hex()}
     front = Front(tmp_path, alike(upstream.url), disk=disk)
     await front.start()
     await front.ask(question())
     front.process.kill()
     await front.stop()
+    if not is_trusted:
+        (tmp_path / "disk" / IN_USE).unlink()
     changed = orjson.loads(front.config.read_bytes())
     changed["tiers"]["disk"]["encryption_key"] = os.urandom(32).hex()
     front.config.write_bytes(orjson.dumps(changed))
     process = await asyncio.create_subprocess_exec(*front.command, stderr=subprocess.PIPE)
     _, said = await asyncio.wait_for(process.communicate(), 60)
-    assert process.returncode == 1
+    assert process.returncode == (2 if is_trusted else 1)
     assert b"it is encrypted with another key" in said

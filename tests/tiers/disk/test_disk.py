@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from tests.tiers.conftest import Clock
 from tiers import DiskCache
-from tiers.disk import Durability, check, compact
+from tiers.disk import Durability, compact, verify_in_use
 from tiers.disk.file import DATA, DiskFile
 from tiers.disk.record_format import unpack_blob
 from tiers.disk.recovery import Recovery
@@ -201,7 +201,7 @@ async def test_what_can_not_be_read_is_no_end(opened, monkeypatch, error) -> Non
     def failing(*args: object) -> None:
         raise error
 
-    for name in ("numbered", "load"):
+    for name in ("record_of", "load"):
         monkeypatch.setattr(DiskFile, name, failing)
     assert list(cache.hottest()) == []
     assert cache.load("sketch") is None
@@ -305,11 +305,11 @@ async def test_the_writer_survives_whatever_a_batch_raises(opened, monkeypatch, 
     failing = False
     assert await cache.set("a", b"1")
     assert await cache.get("a") == b"1"
-    said = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    message = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
     unexpected = "the disk tier can't store, and tries again: ZeroDivisionError"
-    assert said == [
-        f"{unexpected}; 1 changes are lost so far",
-        "the disk tier stores again; 3 changes were lost",
+    assert message == [
+        f"{unexpected}; 1 writes have failed so far",
+        "the disk tier stores again; 3 writes failed",
     ]
 
 
@@ -346,7 +346,7 @@ async def test_a_lost_change_never_shows_what_it_was_to_replace(
 
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(DiskFile, "_transact", failing)
-        patch.setattr("tiers.disk.cache._MOST_LOST", most_lost)
+        patch.setattr("tiers.disk.cache._MAX_FAILED_WRITES", most_lost)
         patch.setattr("tiers.disk.writer._FIRST_DELAY_S", chance.choice([0, 1e-4]))
         cache = DiskCache(Path(folder), MIB, durability=durability, interval_s=0.001)
         for number in range(40):
@@ -357,7 +357,7 @@ async def test_a_lost_change_never_shows_what_it_was_to_replace(
                 done = await (cache.set(key, value) if (value := last[key]) else cache.delete(key))
             except OSError:
                 done = False
-            if not done and len(cache._lost) >= most_lost:
+            if not done and len(cache._failed_writes) >= most_lost:
                 # Its caller knows, and there is no room to remember it.
                 last[key] = cache.read(key)
             if chance.random() < 0.3:
@@ -527,7 +527,7 @@ class Model:
     def rows(self) -> list[int]:
         dbs = self.cache._file.dbs
         with self.cache._file.env.begin() as txn:
-            return [txn.stat(db)["entries"] for db in (dbs.entries, dbs.places, dbs.order)]
+            return [txn.stat(db)["entries"] for db in (dbs.entries, dbs.rows, dbs.order)]
 
 
 @given(STEPS)
@@ -552,9 +552,9 @@ async def test_those_of_another_pid_namespace_wait_until_the_file_is_closed(
 ) -> None:
     first = await opened()
     await first.set("a", b"1")
-    monkeypatch.setattr("tiers.disk.opening._namespace", lambda: 1)
+    monkeypatch.setattr("tiers.disk.recovery._namespace", lambda: 1)
     second = DiskCache(tmp_path, MIB)
-    by_hand = DiskCache(tmp_path, MIB, sets_aside=False)
+    by_hand = DiskCache(tmp_path, MIB, quarantines=False)
     with pytest.raises(OSError, match="those who share a file should share a PID namespace"):
         await by_hand.opened()
     await by_hand.close()
@@ -572,20 +572,20 @@ async def test_those_of_another_pid_namespace_wait_until_the_file_is_closed(
 
 
 def test_who_has_died_elsewhere_is_not_waited_for(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("tiers.disk.opening._namespace", iter([1, 2, 2]).__next__)
+    monkeypatch.setattr("tiers.disk.recovery._namespace", iter([1, 2, 2]).__next__)
     first, second, third = (Recovery(tmp_path, MIB, Clock()) for _ in range(3))
-    assert first.try_now()
-    assert not second.try_now()
+    assert first.try_open()
+    assert not second.try_open()
     assert second.waits_for_others
     (tmp_path / DATA).write_bytes(b"not closed cleanly")
     os.close(first._lock)
-    assert not second.try_now()
+    assert not second.try_open()
     assert not second.waits_for_others
     # Now it is alone, and has to verify.
-    assert not third.try_now()
+    assert not third.try_open()
     assert not third.waits_for_others
     for each in (second, third):
-        each.release(whole=False)
+        each.release(closed=False)
 
 
 async def test_is_private(tmp_path: Path) -> None:
@@ -605,7 +605,7 @@ async def test_keys_come_in_order_each_once_whatever_changes(opened) -> None:
     cache = await opened(max_bytes=8 * MIB)
     texts = sorted(f"{number}" for number in range(1000))
     await asyncio.gather(*(cache.set(key, b"v") for key in texts))
-    walk = cache.sorted_keys()
+    walk = cache.keys_after()
     found = [next(walk)]
     for number, key in enumerate(walk):
         found.append(key)
@@ -614,7 +614,7 @@ async def test_keys_come_in_order_each_once_whatever_changes(opened) -> None:
     assert len(found) == len(set(found))
     assert set(texts) <= set(found)
     assert [key for key in found if key in texts] == texts
-    assert list(cache.sorted_keys("9998")) == []
+    assert list(cache.keys_after("9998")) == []
 
 
 async def test_what_waits_to_be_committed_is_among_the_keys(opened) -> None:
@@ -623,7 +623,7 @@ async def test_what_waits_to_be_committed_is_among_the_keys(opened) -> None:
     writes = [asyncio.create_task(cache.write(key, b"w", None)) for key in ("second", "first")]
     await asyncio.sleep(0)
     assert cache.queued_bytes == len("secondwfirstw")
-    assert sorted(cache.sorted_keys()) == ["first", "second"]
+    assert sorted(cache.keys_after()) == ["first", "second"]
     assert cache.peek("second") == (b"w", None)
     assert await asyncio.gather(*writes) == [True, True]
     assert cache.queued_bytes == 0
@@ -632,15 +632,15 @@ async def test_what_waits_to_be_committed_is_among_the_keys(opened) -> None:
 async def test_a_file_in_use_is_checked(opened, tmp_path: Path) -> None:
     cache = await opened()
     await asyncio.gather(*(cache.set(f"{number}", b"text%d" % number * 9) for number in range(9)))
-    assert await check(tmp_path) == (9, 0, None)
+    assert await verify_in_use(tmp_path) == (9, 0, None)
     data = tmp_path / DATA
     at = data.read_bytes().index(b"text7text7")
     with data.open("r+b") as file:
         file.seek(at)
         file.write(b"TEXT")
-    assert await check(tmp_path) == (9, 1, None)
+    assert await verify_in_use(tmp_path) == (9, 1, None)
     with pytest.raises(OSError, match="No such file"):
-        await check(tmp_path / "none")
+        await verify_in_use(tmp_path / "none")
 
 
 async def test_a_file_that_was_removed_is_missed(opened, monkeypatch, caplog) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiers import DiskCache, Purges
-from tiers.disk import EncryptionKeyError, check, compact
+from tiers.disk import EncryptionKeyError, compact, verify_in_use
 from tiers.disk.encryption import Cipher
 from tiers.disk.file import DATA, DiskFile
 from tiers.disk.maintenance import verify
@@ -69,7 +69,7 @@ async def test_nothing_stands_in_the_file_and_all_is_read(opened, tmp_path, comp
 
 
 @pytest.mark.parametrize(
-    ("first", "then", "said"),
+    ("first", "then", "message"),
     [
         (KEY, OTHER_KEY, "encrypted with another key"),
         (KEY, None, "is encrypted, and there is no key"),
@@ -79,7 +79,7 @@ async def test_nothing_stands_in_the_file_and_all_is_read(opened, tmp_path, comp
 )
 @pytest.mark.parametrize("is_clean", [True, False])
 async def test_another_key_is_refused_and_nothing_lost(
-    opened, tmp_path: Path, caplog, first, then, said: str, is_clean: bool
+    opened, tmp_path: Path, caplog, first, then, message: str, is_clean: bool
 ) -> None:
     cache = await opened(first)
     await fill(cache, 3)
@@ -87,10 +87,10 @@ async def test_another_key_is_refused_and_nothing_lost(
     if not is_clean:
         (tmp_path / "clean").unlink()
     before = (tmp_path / DATA).read_bytes()
-    with pytest.raises(EncryptionKeyError, match=said):
+    with pytest.raises(EncryptionKeyError, match=message):
         await opened(then)
     if not is_clean:
-        assert said in caplog.text
+        assert message in caplog.text
     else:
         # Nor has the next one to verify it.
         assert (tmp_path / "clean").exists()
@@ -103,7 +103,7 @@ async def test_another_key_is_refused_and_nothing_lost(
 async def test_upkeep_needs_no_key(opened, tmp_path: Path) -> None:
     cache = await opened(compresses=True)
     await fill(cache, 600)
-    assert (await check(tmp_path)).damaged == 0
+    assert (await verify_in_use(tmp_path)).damaged == 0
     for n in range(300):
         await cache.delete(f"{n}")
     await cache.close()
@@ -147,18 +147,18 @@ async def test_purges_are_known_after_a_restart_and_name_nothing(opened, tmp_pat
 
 async def test_an_unchanged_table_of_purges_is_opened_once(opened, monkeypatch) -> None:
     times = 0
-    unseal = Cipher.open
+    decrypt = Cipher.decrypt
 
-    def counted(seal: Cipher, name: bytes, sealed: bytes | memoryview) -> bytes:
+    def counted(cipher: Cipher, name: bytes, data: bytes | memoryview) -> bytes:
         nonlocal times
         times += name == b"blob:blob:purges"
-        return unseal(seal, name, sealed)
+        return decrypt(cipher, name, data)
 
     cache, now = await opened(), 0.0
     here, elsewhere = (Purges(cache, monotonic=lambda: now) for _ in range(2))
     origin = here.provenance(["tag:a"])
     await elsewhere.purge("tag:a")
-    monkeypatch.setattr(Cipher, "open", counted)
+    monkeypatch.setattr(Cipher, "decrypt", counted)
     for changes in (1, 2):
         for _ in range(5):
             now += FRESH_S
@@ -166,7 +166,7 @@ async def test_an_unchanged_table_of_purges_is_opened_once(opened, monkeypatch) 
         assert times == changes
         monkeypatch.undo()
         await elsewhere.purge("tag:b")
-        monkeypatch.setattr(Cipher, "open", counted)
+        monkeypatch.setattr(Cipher, "decrypt", counted)
     now += FRESH_S
     assert here.is_purged("k", origin._replace(packed_labels=b"tag:b"))
     assert times == 3
@@ -174,20 +174,20 @@ async def test_an_unchanged_table_of_purges_is_opened_once(opened, monkeypatch) 
 
 @given(name=st.binary(), plain=st.binary(), number=st.none() | st.integers(0, 2**64 - 1))
 def test_a_seal_opens_only_as_it_was_made(name: bytes, plain: bytes, number: int | None) -> None:
-    seal = Cipher(KEY)
-    kept = seal.begin()
-    sealed = seal.seal(name, plain, number)
+    cipher = Cipher(KEY)
+    kept = cipher.begin()
+    sealed = cipher.encrypt(name, plain, number)
     later = Cipher(KEY)
     later.resume(kept)
-    assert later.open(name, sealed) == plain
-    assert seal.seal(name, plain, number) != sealed
+    assert later.decrypt(name, sealed) == plain
+    assert cipher.encrypt(name, plain, number) != sealed
     for wrong_name, wrong in (
         (name + b"x", sealed),
         (name, sealed[:-1]),
         (name, sealed[:20] + bytes([sealed[20] ^ 1]) + sealed[21:]),
         (name, b""),
     ):
-        with pytest.raises(ValueError, match="not what was sealed"):
-            later.open(wrong_name, wrong)
+        with pytest.raises(ValueError, match="not what was encrypted"):
+            later.decrypt(wrong_name, wrong)
     with pytest.raises(EncryptionKeyError):
         Cipher(OTHER_KEY).resume(kept)

@@ -13,7 +13,7 @@ from tests.tiers.memory.test_memory import EVERY, run
 from tiers import DiskCache, MemoryCache
 from tiers.backend import ByteCache
 from tiers.disk import Durability
-from tiers.disk.record_format import NOBODY, pack_held, scope_of, unpack_held
+from tiers.disk.record_format import NO_SCOPE, pack_scope_bytes, scope_of, unpack_scope_bytes
 from tiers.disk.verify import verify
 from tiers.key import digest, is_key, scope_named, scoped
 from tiers.key import scope_of as scope_of_key
@@ -46,8 +46,8 @@ def test_a_key_says_whose_it_is() -> None:
     assert is_key(key)
     assert key.startswith(A)
     assert scope_of(key.encode()) == A.encode()
-    assert scope_of(digest(b"1").encode()) == NOBODY
-    assert scope_of(b"short") == NOBODY
+    assert scope_of(digest(b"1").encode()) == NO_SCOPE
+    assert scope_of(b"short") == NO_SCOPE
     assert len(set(SCOPES)) == 3
 
 
@@ -134,10 +134,10 @@ async def test_who_floods_the_disk_takes_nobody_elses_share(tmp_path: Path) -> N
     assert entries[B] > 100
     hottest = [key for key, _, _ in cache.hottest() if key.startswith(A)]
     assert hottest == [key_in(A, 1999 - number) for number in range(entries[A])]
-    ranks = [rank for rank, _ in cache.ranked()]
+    ranks = [rank for rank, _ in cache.ranked_keys()]
     assert ranks == sorted(ranks, reverse=True)
     assert len(ranks) == entries.total()
-    assert [rank for rank, _ in cache.ranked(ranks[99])] == ranks[100:]
+    assert [rank for rank, _ in cache.ranked_keys(ranks[99])] == ranks[100:]
     await cache.close()
 
 
@@ -172,7 +172,7 @@ async def test_what_leaves_the_disk_was_beyond_its_share(steps) -> None:
 def counted(env: lmdb.Environment) -> dict[bytes, int]:
     with env.begin() as txn:
         scopes = env.open_db(b"scopes", txn=txn, create=False)
-        return {key: unpack_held(key, memoryview(row)) for key, row in txn.cursor(db=scopes)}
+        return {key: unpack_scope_bytes(key, memoryview(row)) for key, row in txn.cursor(db=scopes)}
 
 
 def real(env: lmdb.Environment) -> dict[bytes, int]:
@@ -181,11 +181,11 @@ def real(env: lmdb.Environment) -> dict[bytes, int]:
         entries = env.open_db(b"entries", txn=txn, create=False)
         for key, record in txn.cursor(db=entries):
             held[scope_of(key)] += len(record)
-    del held[NOBODY]
+    del held[NO_SCOPE]
     return dict(held)
 
 
-@pytest.mark.parametrize("row", [None, b"", b"\xff" * 12, pack_held(A.encode(), 2**60)])
+@pytest.mark.parametrize("row", [None, b"", b"\xff" * 12, pack_scope_bytes(A.encode(), 2**60)])
 async def test_what_scopes_hold_is_counted_again_in_a_damaged_file(tmp_path: Path, row) -> None:
     cache = DiskCache(tmp_path, MIB, durability=Durability.OS)
     for number in range(20):

@@ -22,7 +22,7 @@ from tiers import (
     WritePolicy,
 )  # fmt: skip
 from tiers.disk import Durability
-from tiers.disk.recovery import MARK
+from tiers.disk.marks import CLEAN
 from tiers.movement.background import _refill
 
 ROOM_FOR_TWO = 6000
@@ -115,7 +115,7 @@ async def test_on_evict_writes_to_disk_what_memory_evicts(tmp_path: Path, clock)
 async def test_ends_while_the_file_is_still_being_verified(tmp_path: Path, clock, write) -> None:
     house = House(tmp_path, clock)
     await house.close()
-    (tmp_path / MARK).unlink()
+    (tmp_path / CLEAN).unlink()
     house = House(tmp_path, clock, write=write)
     await house.movement.start()
     assert await house.chain.store("a", ANSWER, WEEK)
