@@ -1,12 +1,14 @@
 """The chain that a configuration describes: its tiers, and what moves entries between them."""
 
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from math import inf
 from pathlib import Path
 from random import random
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from aiocache.base import BaseCache
@@ -18,6 +20,7 @@ from server.config.secrets import parse_cipher_key
 from server.config.shared_url import _MEMCACHED_PORT
 from server.telemetry.spans import step
 from tiers import (
+    Answer,
     BackgroundWork,
     Chain,
     Demotion,
@@ -27,6 +30,7 @@ from tiers import (
     Freshness,
     GenerationLock,
     MemoryCache,
+    Provenance,
     Purges,
     Tier,
     Transfers,
@@ -49,6 +53,34 @@ _DEMOTION_BYTES = 16 * 1024**2
 _PURGES_PART = 32
 
 
+class TierStack(NamedTuple):
+    """The tiers of a server, and what goes on beside and between them."""
+
+    chain: Chain
+    background: BackgroundWork
+    lock: GenerationLock
+
+    async def close(self) -> None:
+        """Store what is left, and close the tiers."""
+        await self.lock.close()
+        await self.background.close()
+        await self.chain.close()
+
+
+async def open_stack(config: Config) -> TierStack:
+    """Open the tiers that a server needs.
+
+    Raises:
+        ConfigError: the disk tier's folder, or a file that the shared tier needs, can't be used.
+    """
+    chain, background = build(config)
+    try:
+        return TierStack(chain, background, build_lock(config, chain))
+    except ConfigError:
+        await chain.close()
+        raise
+
+
 def build(
     config: Config,
     *,
@@ -68,68 +100,81 @@ def build(
         ConfigError: the disk tier's folder, or a file that the shared tier needs, can't be used.
         UntrustedError: the disk tier's file can't be trusted, and isn't to be set aside.
     """
-    where, cache, farther = config.tiers, config.cache, []
-    # First, since a disk tier that is open has to be closed again.
+    tiers, cache = config.tiers, config.cache
     tier = Tier if config.tracing is None else TracedTier
-    shared = None if where.shared is None else _shared(where.shared, tier, clock)
-    frequency = FrequencySketch(_sketch_keys(where))
-    disk = None
-    if (on_disk := where.disk) is not None and on_disk.path is not None:
-        log_if_new("tiers.disk.path", on_disk.path)
-        try:
-            disk = DiskCache(
-                on_disk.path,
-                on_disk.max_bytes,
-                sets_aside=sets_aside,
-                encryption_key=encryption_key(on_disk),
-                durability=on_disk.durability,
-                interval_s=on_disk.interval_ms / 1000,
-                compresses=on_disk.compression == "zstd",
-                worth=lambda key, size: (1 + frequency.estimate(key)) / size,
-                clock=clock,
-            )
-        except EncryptionKeyError as exc:
-            raise sealed_otherwise(on_disk.path, exc) from exc
-        except OSError as exc:
-            raise _no_folder(on_disk.path, exc) from exc
-        farther.append(tier(disk.NAME, disk, clock=clock))
-    copies = Transfers()
-    purges = _purges(disk, clock)
+    # First, since a disk tier that is open has to be closed again.
+    shared = None if tiers.shared is None else _shared(tiers.shared, tier, clock)
+    frequency = FrequencySketch(_sketch_keys(tiers))
+    disk = _disk(tiers.disk, frequency, clock, sets_aside=sets_aside)
+    farther = [] if disk is None else [tier(disk.NAME, disk, clock=clock)]
+    copies, purges = Transfers(), _purges(disk, clock)
     demotion = Demotion(farther, frequency, copies, purges, max_bytes=_DEMOTION_BYTES, clock=clock)
-    tiers = farther
-    if (memory := where.memory) is not None:
-        cache_ = MemoryCache(
-            memory.max_bytes, policy=memory.policy, on_evict=demotion.offer, clock=clock
+    chained = list(farther)
+    if tiers.memory is not None:
+        memory = MemoryCache(
+            tiers.memory.max_bytes,
+            policy=tiers.memory.policy,
+            on_evict=demotion.offer,
+            clock=clock,
         )
-        tiers = [tier(cache_.NAME, cache_, clock=clock), *farther]
+        chained.insert(0, tier(memory.NAME, memory, clock=clock))
     shared_purges = None
     if shared is not None:
-        tiers = [*tiers, shared]
+        chained.append(shared)
         shared_purges = SharedPurges(purges, shared.backend)
-    chain = Chain(
-        tiers,
+    chain = (Chain if config.tracing is None else TracedChain)(
+        chained,
         frequency=frequency,
         max_answer_bytes=cache.max_answer_bytes,
-        promote_after=where.promote_after,
+        promote_after=tiers.promote_after,
         copies=copies,
         purges=purges,
         shared_purges=shared_purges,
-        write=where.write,
+        write=tiers.write,
         ttl_jitter=cache.ttl_jitter,
         clock=clock,
         chance=chance,
     )
-    movement = BackgroundWork(
-        tiers,
+    background = BackgroundWork(
+        chained,
         disk,
         frequency,
         demotion,
         purges,
         shared_purges=shared_purges,
-        write=where.write,
+        write=tiers.write,
         clock=clock,
     )
-    return chain, movement
+    return chain, background
+
+
+def _disk(
+    config: DiskTierConfig | None,
+    frequency: FrequencySketch,
+    clock: Callable[[], float],
+    *,
+    sets_aside: bool,
+) -> DiskCache | None:
+    """Open the disk tier's backend, if there is one."""
+    if config is None or config.path is None:
+        return None
+    log_if_new("tiers.disk.path", config.path)
+    try:
+        return DiskCache(
+            config.path,
+            config.max_bytes,
+            sets_aside=sets_aside,
+            encryption_key=encryption_key(config),
+            durability=config.durability,
+            interval_s=config.interval_ms / 1000,
+            compresses=config.compression == "zstd",
+            worth=lambda key, size: (1 + frequency.estimate(key)) / size,
+            clock=clock,
+        )
+    except EncryptionKeyError as exc:
+        raise sealed_otherwise(config.path, exc) from exc
+    except OSError as exc:
+        raise _no_folder(config.path, exc) from exc
 
 
 def encryption_key(disk: DiskTierConfig) -> bytes | None:
@@ -155,8 +200,8 @@ def _purges(disk: DiskCache | None, clock: Callable[[], float]) -> Purges:
     return Purges(disk, max_bytes=int(min(MAX_BYTES, room)), clock=clock)
 
 
-def build_turns(config: Config, chain: Chain) -> GenerationLock:
-    """Return the turns at generating what `chain` doesn't hold.
+def build_lock(config: Config, chain: Chain) -> GenerationLock:
+    """Return the lock of what `chain` doesn't hold.
 
     Raises:
         ConfigError: the file of leases in the disk tier's folder can't be used.
@@ -180,7 +225,8 @@ def build_turns(config: Config, chain: Chain) -> GenerationLock:
         for tier in chain.tiers
         if wait_s and tier.shared
     ]
-    return GenerationLock(chain, leases, wait_s=wait_s)
+    lock = GenerationLock if config.tracing is None else TracedLock
+    return lock(chain, leases, wait_s=wait_s)
 
 
 def _is_open(chain: Chain) -> bool:
@@ -268,7 +314,44 @@ class TracedTier(Tier):
         if not counted:
             # Who waits for another process looks many times; the step is the wait.
             return await super().get(key, purges, counted=False)
-        with step(f"lookup {self.name}") as looking:
+        with step(f"lookup {self.name}") as span:
             found = await super().get(key, purges)
-            looking.set_attributes(tier=self.name, found=found is not None)
+            span.set_attributes(tier=self.name, found=found is not None)
             return found
+
+
+class TracedChain(Chain):
+    """Stands in for a chain where requests are traced."""
+
+    async def store(
+        self,
+        key: str,
+        answer: Answer,
+        freshness: Freshness,
+        *,
+        provenance: Provenance | None = None,
+        generation_s: float = 0,
+        age_s: float = 0,
+    ) -> bool:
+        with step("store"):
+            return await super().store(
+                key,
+                answer,
+                freshness,
+                provenance=provenance,
+                generation_s=generation_s,
+                age_s=age_s,
+            )
+
+
+class TracedLock(GenerationLock):
+    """Stands in for a generation lock where requests are traced."""
+
+    @asynccontextmanager
+    async def acquire(
+        self, key: str, purge_epoch: int, not_before: float
+    ) -> AsyncIterator[Answer | None]:
+        with step("turn") as span:
+            async with super().acquire(key, purge_epoch, not_before) as answer:
+                span.end()
+                yield answer

@@ -5,16 +5,17 @@ import os
 import signal
 import sys
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
 
-from server.admin.options import add_cache
+from server.admin.arguments import add_cache_command
 from server.config.base import ConfigError
 from server.config.load import load, redact
 from server.config.schema import Config
 from server.process import become_child_of_init, ignore_signals, open_standard_streams
+from server.simulation.commands import add_simulate_command
+from server.simulation.commands import run as simulate
 
 # As shells report of a program that SIGPIPE has ended.
 _PIPE_CLOSED = 128 + signal.SIGPIPE
@@ -32,8 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--config", type=Path, required=True, metavar="FILE")
-    _add_simulate(commands)
-    add_cache(commands)
+    add_simulate_command(commands)
+    add_cache_command(commands)
     commands.add_parser("version", help="print the version")
     _add_keys(commands)
     options = parser.parse_args(arguments)
@@ -75,7 +76,7 @@ def _run(config: Config, options: argparse.Namespace) -> int:
         print(_as_yaml(config), end="")
         return 0
     if options.command == "simulate":
-        return _simulate(config, options)
+        return simulate(config, options)
     if options.command == "cache":
         from server.admin.commands import run
 
@@ -104,70 +105,6 @@ def _print_key(tenant: str) -> None:
     # Apart from the lines for the file, so that these can be appended to it.
     print(f"The tenant's key, which nothing shows again: {key}", file=sys.stderr)
     print(yaml.safe_dump({tenant: {"keys": [hash_key(key)]}}), end="")
-
-
-def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    text = "replay traces of keys and sizes against the tiers, and say what they would do"
-    command = commands.add_parser("simulate", help=text, description=text)
-    command.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="CSV or JSONL")
-    command.add_argument(
-        "--config", type=Path, default=Path(os.devnull), metavar="FILE", help="describes the tiers"
-    )
-    for tier in ("memory", "disk"):
-        text = "another limit of that tier: 64MiB, 10%% of the trace's footprint, or none"
-        command.add_argument(f"--{tier}", metavar="SIZE|P%", help=text)
-    command.add_argument("--recommend", action="store_true", help="say which size is enough")
-    command.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    text = "plot hit ratios over time or, with --recommend, against size"
-    command.add_argument("--plot", type=Path, metavar="FILE.png|svg", help=text)
-
-
-def _simulate(config: Config, options: argparse.Namespace) -> int:
-    from server.simulation.report import as_json, as_text, notes, report
-    from server.simulation.simulate import limit
-    from server.simulation.traces import TraceError, read
-    from server.terminal import progress
-
-    if options.plot is not None:
-        _check_plot(options.plot)
-    try:
-        traces = [read(file) for file in options.traces]
-    except TraceError as exc:
-        raise ConfigError([str(exc)]) from exc
-    configs = [limit(config, trace, options.memory, options.disk, _say) for trace in traces]
-    reports, plots = [], []
-    for trace, limited in zip(traces, configs, strict=True):
-        told, replay = report(limited, trace, progress, recommends=options.recommend)
-        reports.append(told)
-        plots.append((trace, replay, told.recommendation))
-        if not options.json:
-            print(as_text(told), flush=True)
-    missing = notes(configs[0])
-    if options.json:
-        print(as_json(reports, missing))
-    elif missing:
-        print(*missing, sep="\n")
-    if options.plot is not None:
-        from server.simulation.plot import draw
-
-        try:
-            draw(options.plot, plots)
-        except OSError as exc:
-            should = f"should be a file that we can write, not {options.plot}"
-            raise ConfigError([f"--plot: {should}: {exc.strerror or exc}"]) from exc
-    return 0
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def _check_plot(file: Path) -> None:
-    """Raise what is wrong with a plot before the long replay, not after it."""
-    if file.suffix not in {".png", ".svg"}:
-        raise ConfigError([f"--plot: should end in .png or .svg, not {str(file)!r}"])
-    if find_spec("matplotlib") is None:
-        raise ConfigError(["--plot: matplotlib isn't installed; it is in the extra simulate"])
 
 
 def _as_yaml(config: Config) -> str:

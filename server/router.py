@@ -1,108 +1,136 @@
-"""Which handler answers which request."""
+"""Which endpoint answers which request, and who is allowed to ask it."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from aiohttp import web
 from prometheus_client import generate_latest
 
-from server.admin.handler import Admin
-from server.engine.models import Models
+from server.admin.handler import AdminHandler
 from server.handlers.cached import CachedRoutes
 from server.handlers.model_list import PATH as MODELS
 from server.handlers.model_list import ModelList, is_one_model
 from server.handlers.proxied import ProxiedRoutes, refuse_adapters
-from server.pages.document import Document
-from server.pages.files import ADMIN, Files
+from server.pages.openapi_handler import OpenApiHandler
 from server.pages.overview import Overview
+from server.pages.static_files import ADMIN_PAGES, FRONT_PAGES, StaticFiles
 from server.protocol.routes import ROUTES
 from server.protocol.surface import ADAPTER_PATHS
 from server.telemetry.metrics import Metrics
 from server.web.access import AccessCheck, AccessControl, allow_anyone
-from server.web.middleware import read_only
-from server.web.request import Handler, HttpRequest, Traced
-
-_Wrapped = Callable[[Handler, AccessCheck], Handler]
-
-
-_Routes = dict[tuple[str, str], Handler]
+from server.web.cors import answer_preflight, with_cors
+from server.web.middleware import Middleware, own, read_only
+from server.web.request import Endpoint, HttpRequest, Traced
 
 
-def _owned(
-    others: ProxiedRoutes, wrapped: _Wrapped, metrics: Metrics, readers: AccessCheck
-) -> dict[str, Handler]:
-    """Return the handlers of our own paths for machines; `readers` may read metrics."""
+@dataclass(frozen=True, slots=True)
+class Handlers:
+    """What answers the requests to the front."""
 
-    async def health(_: HttpRequest) -> web.Response:
-        return web.Response()
-
-    async def own_metrics(_: HttpRequest) -> web.Response:
-        text = generate_latest(metrics.registry)
-        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
-
-    return {
-        "/health": wrapped(read_only(health), allow_anyone),
-        "/ready": wrapped(read_only(others.ready), allow_anyone),
-        "/metrics": wrapped(read_only(own_metrics), readers),
-        "/metrics/engine": wrapped(read_only(others.metrics), readers),
-    }
+    cached: CachedRoutes
+    proxied: ProxiedRoutes
+    model_list: ModelList
+    metrics: Metrics
+    overview: Overview
+    document: OpenApiHandler
 
 
-def _pages(
-    files: Files, overview: Overview, about: Document, wrapped: _Wrapped, door: AccessControl
-) -> dict[str, Handler]:
-    """Return the handlers of what browsers ask for."""
-    return dict.fromkeys(files.paths, wrapped(read_only(files.answer), allow_anyone)) | {
-        "/openapi.json": wrapped(read_only(about.answer), door.identify_tenant),
-        "/overview": wrapped(read_only(overview.answer), door.identify_tenant),
-    }
+class Router:
+    """Makes the endpoints of the front and of the admin listeners.
 
+    Args:
+        handlers: of the front.
+        middleware: surrounds all of them.
+        access: decides who is allowed.
+        traced: adds spans to what asks engines.
+        open_metrics: whether anyone may read metrics.
+    """
 
-def _routes(
-    road: CachedRoutes, models: Models, wrapped: _Wrapped, traced: Traced, door: AccessControl
-) -> _Routes:
-    """Return the handlers of an engine's routes that aren't passed through."""
-    routes = {
-        ("POST", path): traced(wrapped(road.answer, door.for_engine_path(path)), path)
-        for path in ROUTES
-    }
-    routes |= {
-        ("POST", path): wrapped(refuse_adapters, door.require_tenant) for path in ADAPTER_PATHS
-    }
-    routes["GET", MODELS] = wrapped(ModelList(models).all, door.require_tenant)
-    return routes
+    def __init__(
+        self,
+        handlers: Handlers,
+        middleware: Middleware,
+        access: AccessControl,
+        traced: Traced,
+        *,
+        open_metrics: bool,
+    ) -> None:
+        self._handlers, self._middleware, self._access = handlers, middleware, access
+        self._traced, self._open_metrics = traced, open_metrics
 
+    def front(self, allowed_origins: tuple[str, ...]) -> Endpoint:
+        """Return the endpoint of all requests to the front."""
+        engine, ours = self._engine_endpoints(), self._own_endpoints() | self._page_endpoints()
+        wrap, access, handlers = self._middleware.wrap, self._access, self._handlers
+        one_model = wrap(own(handlers.model_list.one), access.require_tenant)
+        other = self._traced(wrap(handlers.proxied.answer, access.for_request_path))
 
-def _router(
-    routes: _Routes,
-    owned: Mapping[str, Handler],
-    others: ProxiedRoutes,
-    models: Models,
-    wrapped: _Wrapped,
-    traced: Traced,
-    door: AccessControl,
-) -> Handler:
-    """Return the handler of all requests; `owned` are ours, whatever the method."""
-    one = wrapped(ModelList(models).one, door.require_tenant)
-    rest = traced(wrapped(others.answer, door.for_request_path))
+        def endpoint(http: HttpRequest) -> Awaitable[web.StreamResponse]:
+            # Most paths are found as they were sent, which spares parsing the URL.
+            found = engine.get((http.method, http.raw_path)) or engine.get((http.method, http.path))
+            if found is None:
+                is_one = http.method == "GET" and is_one_model(http.path)
+                found = ours.get(http.path) or (one_model if is_one else other)
+            return found(http)
 
-    def route(http: HttpRequest) -> Awaitable[web.StreamResponse]:
-        # Most paths are found as they were sent, which spares making URLs of them.
-        handler = routes.get((http.method, http.raw_path)) or routes.get((http.method, http.path))
-        if handler is None:
-            is_one = http.method == "GET" and is_one_model(http.path)
-            handler = owned.get(http.path) or (one if is_one else rest)
-        return handler(http)
+        preflight = wrap(own(answer_preflight), allow_anyone)
+        return with_cors(allowed_origins, endpoint, preflight)
 
-    return route
+    def admin(self, admin: AdminHandler) -> Callable[[AccessCheck], Endpoint]:
+        """Return what makes the endpoint of an admin listener; the pages' files need no key."""
+        files = StaticFiles(ADMIN_PAGES)
+        pages = self._middleware.wrap(read_only(own(files.answer)), allow_anyone)
 
+        def endpoint_for(check: AccessCheck) -> Endpoint:
+            api = self._middleware.wrap(own(admin.answer), check)
+            return lambda http: (pages if http.path in files else api)(http)
 
-def _admin_door(admin: Admin, wrapped: _Wrapped) -> Callable[[AccessCheck], Handler]:
-    """Return what makes the admin listeners' handlers: the pages' files need no key."""
-    files = Files(ADMIN)
-    open_to_all = wrapped(read_only(files.answer), allow_anyone)
+        return endpoint_for
 
-    def handler(enter: AccessCheck) -> Handler:
-        api = wrapped(admin.answer, enter)
-        return lambda http: (open_to_all if http.path in files else api)(http)
+    def _engine_endpoints(self) -> dict[tuple[str, str], Endpoint]:
+        """Return the endpoints of an engine's routes that aren't passed through."""
+        wrap, access, handlers = self._middleware.wrap, self._access, self._handlers
+        endpoints = {
+            ("POST", path): self._traced(
+                wrap(handlers.cached.answer, access.for_engine_path(path)), path
+            )
+            for path in ROUTES
+        }
+        endpoints |= {
+            ("POST", path): wrap(own(refuse_adapters), access.require_tenant)
+            for path in ADAPTER_PATHS
+        }
+        endpoints["GET", MODELS] = wrap(own(handlers.model_list.all), access.require_tenant)
+        return endpoints
 
-    return handler
+    def _own_endpoints(self) -> dict[str, Endpoint]:
+        """Return the endpoints of our own paths for machines."""
+        wrap, handlers = self._middleware.wrap, self._handlers
+        readers = allow_anyone if self._open_metrics else self._access.require_operator
+
+        async def health(_: HttpRequest) -> web.Response:
+            return web.Response()
+
+        async def metrics(_: HttpRequest) -> web.Response:
+            text = generate_latest(handlers.metrics.registry)
+            return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
+
+        return {
+            "/health": wrap(read_only(own(health)), allow_anyone),
+            "/ready": wrap(read_only(own(handlers.proxied.ready)), allow_anyone),
+            "/metrics": wrap(read_only(own(metrics)), readers),
+            "/metrics/engine": wrap(read_only(handlers.proxied.metrics), readers),
+        }
+
+    def _page_endpoints(self) -> dict[str, Endpoint]:
+        """Return the endpoints of what browsers ask for."""
+        wrap, files, known = (
+            self._middleware.wrap,
+            StaticFiles(FRONT_PAGES),
+            self._access.identify_tenant,
+        )
+        page = wrap(read_only(own(files.answer)), allow_anyone)
+        return dict.fromkeys(files.paths, page) | {
+            "/openapi.json": wrap(read_only(own(self._handlers.document.answer)), known),
+            "/overview": wrap(read_only(own(self._handlers.overview.answer)), known),
+        }

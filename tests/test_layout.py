@@ -28,6 +28,7 @@ LAYERS = (
 ANYWHERE = ("server.terminal", "server.process")
 """What knows nothing of the rest."""
 TIERS = (
+    ("tiers.answer_cache",),
     ("tiers.singleflight",),
     ("tiers.chain",),
     ("tiers.movement",),
@@ -42,6 +43,7 @@ TIERS = (
         "tiers.failed_writes",
         "tiers.file_locks",
     ),
+    ("tiers.acceptance",),
     ("tiers.entry", "tiers.key"),
 )
 HTTP = ("server.web", "server.handlers", "server.pages", "server.admin", "server.engine.upstream",

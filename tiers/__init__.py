@@ -16,7 +16,7 @@ from tiers.movement.demotion import Demotion, WritePolicy
 from tiers.purges.purges import PurgeError, Purges
 from tiers.singleflight.flight import Flight, SingleFlight
 from tiers.singleflight.leases import FileLeases
-from tiers.singleflight.turns import GenerationLock
+from tiers.singleflight.lock import GenerationLock
 from tiers.tier import Tier
 
 __all__ = [

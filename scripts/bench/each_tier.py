@@ -1,10 +1,14 @@
 """Each tier alone: speed and stalls; what memory takes, and how the disk tier starts.
 
-Values are answers of about 2 KB cut from Python's help, keys are digests, as in service. Lookups
-are of random keys that are there; stores are of new keys, by many tasks at once. A stall is how
-late the event loop wakes a task that asked for a millisecond, while the tasks store. What the
-process grows by while the memory tier is filled stands beside what the tier counts for it.
-The shared tier's servers are started on the loopback; its lookups are made by the tasks, too.
+Values are answers of about 2 KB cut from Python's help, and keys are digests, as in service.
+Lookups are of random keys that the tier holds; stores are of new keys, by many tasks at once. A
+stall is how late the event loop wakes a task that sleeps for a millisecond, while the tasks store.
+The memory that the process grows by while the memory tier is filled stands beside what the tier
+counts.
+
+Memory and disk are read inline, one key after another, without the chain, HTTP or JSON, so a hit of
+the server takes far longer than a lookup here. The shared tier's servers run on the loopback, and
+many tasks look up at once, so a lookup's time includes waiting for the others.
 
 Usage: each_tier.py [--entries N] [--operations N] [--tasks N] [--folder PATH]
 """

@@ -1,11 +1,15 @@
 """Hits of the whole product against a bare aiohttp handler, as ratios of requests per second.
 
-Three servers run side by side, all pinned to one core, with uvloop: the product answering from
-its memory tier, the product answering from its disk tier (it has no other), and an aiohttp
-handler that reads the same bodies and returns the same bytes. wrk, pinned to another core, asks
-them in turn, so that what else the machine does strikes all three alike. A process of the lowest
-priority keeps wrk's core awake: a core that sleeps between two answers is dear to wake, above all
-a virtual one, and the server pays. A ratio is the median of the rounds' ratios.
+Three servers run side by side, pinned to one core, with uvloop: the product answering from its
+memory tier, the product answering from its disk tier (it has no other), and an aiohttp handler
+that reads the same bodies and returns the same bytes. wrk, pinned to another core, asks them in
+turn, so that other work of the machine slows all three alike. A process of the lowest priority
+keeps wrk's core awake: a sleeping core wakes slowly, above all a virtual one, and the server would
+pay for it. A ratio is the median of the rounds' ratios.
+
+Answers are asked for in the encoding in which they are stored; a hit in the other one is converted,
+which takes about 2 ms for 500 tokens more. Questions have 100 and 4,000 bytes; longer ones aren't
+measured. Compare two versions by runs that alternate on one quiet machine.
 
 Needs wrk and two cores. Usage: hits.py [--rounds N] [--seconds N] [--connections N] [--questions N]
 """

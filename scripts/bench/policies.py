@@ -4,8 +4,9 @@ Each trace is replayed against each policy at several cache sizes, given as shar
 footprint: the bytes of all different keys. Mooncake's traces are replayed twice: as whole requests,
 and as prefix blocks, each a key. `server/simulation/traces.py` says which formats there are.
 
-A key keeps the size that it had when it was let in. What alone is larger than the cache is a miss
-and is not let in.
+A key keeps the size with which it was admitted. An entry that is larger than the cache is a miss,
+and isn't admitted. Real traces of LLM requests rarely repeat whole requests, so read a trace's
+share of repeated requests (`again`) first: no policy finds more than that.
 
 Needs libcachesim (https://libcachesim.com), which has the policies to compare with.
 

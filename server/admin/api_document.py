@@ -3,50 +3,43 @@
 from collections.abc import Mapping
 from typing import Any
 
+from server.admin.export_format import ENCODING_NAMES
 from server.admin.operations import MAX_PAGE
-from server.pages.openapi import ERROR
 from server.protocol.labels import A_TAG, MAX_TAG_CHARACTERS, TENANT
+from server.web.openapi_parts import OBJECT, OPENAI_ERROR, TEXT, object_schema, openapi_document
 from tiers.key import KEY_PATTERN
 from tiers.purges.table import ALL, KEY, KINDS, MAX_LABELS
+
+_JSON, _JSONL = "application/json", "application/jsonl"
+_NUMBER, _INTEGER = {"type": "number"}, {"type": "integer"}
 
 
 def _list(items: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "array", "items": items}
 
 
-_JSON, _LINES = "application/json", "application/jsonl"
-_TEXT, _NUMBER, _WHOLE = {"type": "string"}, {"type": "number"}, {"type": "integer"}
-_TEXTS = _list(_TEXT)
-_ANY = {"type": "object"}
-
-
-def _object(**properties: Any) -> dict[str, Any]:
-    return {"type": "object", "required": [*properties], "properties": properties}
-
-
-def _one_or_more(name: dict[str, Any]) -> dict[str, Any]:
-    one = _TEXT | name
-    return {"anyOf": [one, _list(one) | {"minItems": 1, "maxItems": MAX_LABELS}]}
-
-
 _ROW = {
-    "key": _TEXT,
-    "tiers": _TEXTS,
-    "bytes": _WHOLE,
+    "key": TEXT,
+    "tiers": _list(TEXT),
+    "bytes": _INTEGER,
     "age_s": _NUMBER,
     "ttl_s": _NUMBER,
-    "state": _TEXT,
-    "frequency": _WHOLE,
-    "labels": _TEXTS,
+    "state": TEXT,
+    "frequency": _INTEGER,
+    "labels": _list(TEXT),
 }
-_ENTRY = _object(
+_ENTRY = object_schema(
     **_ROW,
     stored_at=_NUMBER,
     expires_at=_NUMBER,
     kept_until=_NUMBER,
     took_s=_NUMBER,
-    form={"enum": ["body", "events"]},
-    content=_TEXT,
+    form={"enum": [*ENCODING_NAMES.values()]},
+    content=TEXT,
+)
+_PAGE = object_schema(
+    entries=_list(object_schema(**_ROW)),
+    after={"type": ["string", "null"]},
 )
 _NAMES: Mapping[str, dict[str, Any]] = {
     KEY: {"pattern": f"^{KEY_PATTERN}$"},
@@ -54,6 +47,13 @@ _NAMES: Mapping[str, dict[str, Any]] = {
     "tenant": {"pattern": f"^{TENANT}$"},
     "tag": {"minLength": 1, "maxLength": MAX_TAG_CHARACTERS, "description": A_TAG},
 }
+
+
+def _one_or_more(name: dict[str, Any]) -> dict[str, Any]:
+    one = TEXT | name
+    return {"anyOf": [one, _list(one) | {"minItems": 1, "maxItems": MAX_LABELS}]}
+
+
 _PURGE = {
     "type": "object",
     "minProperties": 1,
@@ -61,112 +61,119 @@ _PURGE = {
     "additionalProperties": False,
     "properties": {ALL: {"const": True}} | {kind: _one_or_more(_NAMES[kind]) for kind in KINDS},
 }
-_REFUSALS = {
+_STATUSES = {
     "400": "The request is wrong; `param` names the field",
-    "404": "There is no entry under this key",
-    "408": "The body did not come in time",
-    "409": "It can't be done while a server runs, or without a disk tier",
+    "401": "The admin key is missing or wrong",
+    "404": "No entry has this key",
+    "408": "The body did not arrive in time",
+    "409": "A running server can't do this, or there is no disk tier",
     "413": "The body is larger than server.max_body_bytes",
-    "503": "The disk tier is being opened, or can't be written; try again",
+    "503": "The disk tier is still opening or can't be written; try again",
 }
-_KEY = {"name": "key", "in": "path", "required": True, "schema": _TEXT | {"minLength": 1}}
-_QUERY = {
-    "tier": ("Only entries that this tier holds", _TEXT),
-    "prefix": ("Only keys that begin with this", _TEXT),
-    "label": ("Only entries with this label, such as `model:NAME`", _TEXT),
-    "limit": ("Entries of a page", {"type": "integer", "minimum": 1, "maximum": MAX_PAGE}),
-    "after": ("As the page before gave it", _TEXT),
-}
-_PARAMETERS = [
+_KEY = {"name": "key", "in": "path", "required": True, "schema": TEXT | {"minLength": 1}}
+_QUERY = [
     {"name": name, "in": "query", "description": text, "schema": schema}
-    for name, (text, schema) in _QUERY.items()
+    for name, text, schema in (
+        ("tier", "Only entries that this tier holds", TEXT),
+        ("prefix", "Only keys that begin with this", TEXT),
+        ("label", "Only entries with this label, such as `model:NAME`", TEXT),
+        ("limit", "Entries per page", _INTEGER | {"minimum": 1, "maximum": MAX_PAGE}),
+        ("after", "The `after` of the previous page", TEXT),
+    )
 ]
 
 
-def document(version: str) -> dict[str, Any]:
-    """Return the document (OpenAPI 3.1); `version` is ours."""
-    return {
-        "openapi": "3.1.0",
-        "info": {
-            "title": "tierserve, admin API",
-            "version": version,
-            "license": {"name": "Apache-2.0"},
-        },
-        "paths": {
-            "/stats": {"get": _does("What the tiers hold and did", _object(tiers=_list(_ANY)))},
-            "/entries": {
-                "get": _does(
-                    "A page of entries, nearest tier and hottest first",
-                    _object(entries=_list(_object(**_ROW)), after={"type": ["string", "null"]}),
-                    "400",
-                    "503",
-                    parameters=_PARAMETERS,
-                )
-            },
-            "/entries/{key}": {
-                "parameters": [_KEY],
-                "get": _does("An entry and its content", _ENTRY, "400", "404"),
-                "delete": _does("Purge it", None, "400", "404", "503"),
-            },
-            "/purge": {
-                "post": _does(
-                    "Purge all entries with a label, or all",
-                    _object(purged=_TEXTS),
-                    *("400", "408", "413", "503"),
-                    body=(_JSON, _PURGE),
-                )
-            },
-            "/export": {
-                "get": _does("All entries, a line each", _TEXT, "503", media_type=_LINES),
-            },
-            "/import": {
-                "post": _does(
-                    "Store the entries of an export",
-                    _ANY,
-                    *("400", "408", "503"),
-                    body=(_LINES, _TEXT),
-                )
-            },
-            "/compact": {"post": _does("Make the disk tier's file smaller", _ANY, "409")},
-            "/verify": {"post": _does("Look for damaged entries on disk", _ANY, "409", "503")},
-            "/overview": {"get": _does("Who answered in the last day", _ANY)},
-            "/prefixes": {
-                "get": _does(
-                    "The beginnings of prompts that engines are asked for most",
-                    _object(prefixes=_list(_ANY)),
-                )
-            },
-            "/config": {"get": _does("The effective configuration, without secrets", _ANY)},
-            "/openapi.json": {"get": _does("This document", _ANY)},
-        },
-        "components": {
-            "schemas": {"Error": ERROR},
-            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
-        },
-        # The Unix socket asks for no key.
-        "security": [{"bearer": []}, {}],
-    }
-
-
-def _does(
+def _operation(
     summary: str,
-    told: Mapping[str, Any] | None,
-    *refusals: str,
+    answer: Mapping[str, Any] | None,
+    *statuses: str,
     parameters: list[dict[str, Any]] | None = None,
     body: tuple[str, Mapping[str, Any]] | None = None,
     media_type: str = _JSON,
 ) -> dict[str, Any]:
-    """Return an operation, whose answer is `told`, or is none."""
-    done: dict[str, Any] = {"204": {"description": "It is done"}}
-    if told is not None:
-        done = {"200": {"description": summary, "content": {media_type: {"schema": told}}}}
+    """Return an operation.
+
+    Args:
+        summary: one line.
+        answer: the schema of its answer, or `None` where that has no body.
+        statuses: of its errors, beside 401.
+        parameters: of its query.
+        body: media type and schema of the request's body.
+        media_type: of the answer.
+    """
+    responses: dict[str, Any] = {"204": {"description": "Done"}}
+    if answer is not None:
+        responses = {"200": {"description": summary, "content": {media_type: {"schema": answer}}}}
     error = {_JSON: {"schema": {"$ref": "#/components/schemas/Error"}}}
-    refused = {status: {"description": _REFUSALS[status], "content": error} for status in refusals}
-    unknown = {"401": {"description": "It takes the admin key", "content": error}}
-    made: dict[str, Any] = {"summary": summary, "responses": done | unknown | refused}
+    for status in ("401", *statuses):
+        responses[status] = {"description": _STATUSES[status], "content": error}
+    operation: dict[str, Any] = {"summary": summary, "responses": responses}
     if parameters is not None:
-        made["parameters"] = parameters
+        operation["parameters"] = parameters
     if body is not None:
-        media, schema = body
-        made["requestBody"] = {"required": True, "content": {media: {"schema": schema}}}
-    return made
+        body_type, schema = body
+        operation["requestBody"] = {"required": True, "content": {body_type: {"schema": schema}}}
+    return operation
+
+
+_PATHS = {
+    "/stats": {
+        "get": _operation("Counters and sizes of each tier", object_schema(tiers=_list(OBJECT)))
+    },
+    "/entries": {
+        "get": _operation(
+            "A page of entries: nearest tier first, most requested first",
+            _PAGE,
+            *("400", "503"),
+            parameters=_QUERY,
+        )
+    },
+    "/entries/{key}": {
+        "parameters": [_KEY],
+        "get": _operation("An entry and its content", _ENTRY, "400", "404"),
+        "delete": _operation("Purge an entry", None, "400", "404", "503"),
+    },
+    "/purge": {
+        "post": _operation(
+            "Purge all entries with these labels, or all entries",
+            object_schema(purged=_list(TEXT)),
+            *("400", "408", "413", "503"),
+            body=(_JSON, _PURGE),
+        )
+    },
+    "/export": {"get": _operation("All entries, one per line", TEXT, "503", media_type=_JSONL)},
+    "/import": {
+        "post": _operation(
+            "Store the entries of an export",
+            OBJECT,
+            *("400", "408", "503"),
+            body=(_JSONL, TEXT),
+        )
+    },
+    "/compact": {"post": _operation("Shrink the disk tier's file", OBJECT, "409")},
+    "/verify": {"post": _operation("Count damaged entries on disk", OBJECT, "409", "503")},
+    "/overview": {"get": _operation("Which tiers answered in the last 24 hours", OBJECT)},
+    "/prefixes": {
+        "get": _operation(
+            "The most frequent beginnings of prompts that reached an engine",
+            object_schema(prefixes=_list(OBJECT)),
+        )
+    },
+    "/config": {"get": _operation("The effective configuration, without secrets", OBJECT)},
+    "/openapi.json": {"get": _operation("This document", OBJECT)},
+}
+
+
+def build_admin_document(version: str) -> dict[str, Any]:
+    """Return the document (OpenAPI 3.1); `version` is tierserve's."""
+    return openapi_document(
+        "tierserve, admin API",
+        version,
+        paths=_PATHS,
+        components={
+            "schemas": {"Error": OPENAI_ERROR},
+            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
+        },
+        # The Unix socket needs no key.
+        security=[{"bearer": []}, {}],
+    )

@@ -1,4 +1,4 @@
-"""What Prometheus is told of the tenants."""
+"""Prometheus metrics of the tenants."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -12,11 +12,18 @@ from prometheus_client.registry import Collector
 from server.auth.limits import RateLimiter
 
 
-class _Tenants(Collector):
+class TenantCollector(Collector):
+    """Reads what tenants have asked when it is scraped.
+
+    Args:
+        limiters: returns the rate limiter of each tenant with a key, by its name.
+        unauthorized: returns how many requests had no valid key.
+    """
+
     def __init__(
-        self, accounts: Callable[[], Mapping[str, RateLimiter]], turned_away: Callable[[], int]
+        self, limiters: Callable[[], Mapping[str, RateLimiter]], unauthorized: Callable[[], int]
     ) -> None:
-        self._accounts, self._turned_away = accounts, turned_away
+        self._limiters, self._unauthorized = limiters, unauthorized
 
     def collect(self) -> Iterable[Metric]:
         requests = CounterMetricFamily(
@@ -28,11 +35,11 @@ class _Tenants(Collector):
         active = GaugeMetricFamily(
             "tierserve_tenant_active", "Requests under way", labels=("tenant",)
         )
-        for name, account in self._accounts().items():
-            requests.add_metric((name,), account.requests)
-            active.add_metric((name,), account.active)
-            for limit, count in account.refused.items():
+        for name, limiter in self._limiters().items():
+            requests.add_metric((name,), limiter.requests)
+            active.add_metric((name,), limiter.active)
+            for limit, count in limiter.refused.items():
                 refused.add_metric((name, limit), count)
         away = CounterMetricFamily("tierserve_turned_away", "Requests without a key that is known")
-        away.add_metric((), self._turned_away())
+        away.add_metric((), self._unauthorized())
         return requests, refused, active, away

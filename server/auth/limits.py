@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 from math import ceil
 from typing import NamedTuple
 
-from server.telemetry.history import History
-
 _MINUTE_S = 60.0
 # By so much sums of seconds may be wrong.
 _ROUNDING_S = 1e-6
@@ -75,14 +73,13 @@ class RateLimiter:
         clock: returns seconds that only go forwards.
     """
 
-    __slots__ = ("_bucket", "_clock", "_most", "active", "history", "refused", "requests")
+    __slots__ = ("_bucket", "_clock", "_most", "active", "refused", "requests")
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._bucket: _Bucket | None = None
         self.active = self.requests = 0
         self.refused = {"requests_per_minute": 0, "max_requests": 0}
-        self.history = History()
         self.set_limits(limits)
 
     def set_limits(self, limits: Limits) -> None:

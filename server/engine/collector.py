@@ -1,4 +1,4 @@
-"""What Prometheus is told of the models' engines."""
+"""Prometheus metrics of the models' engines."""
 
 from collections.abc import Callable, Iterable
 
@@ -12,11 +12,17 @@ from prometheus_client.registry import Collector
 from server.engine.supervisor import EngineState
 
 ModelState = tuple[str, EngineState, int, int]
-"""Of a model: its name, what can be expected of its engine, how often that was restarted, and how
-many requests are there now."""
+"""Of a model: its name, its engine's state, how often that was restarted, and how many requests are
+there now."""
 
 
-class _Models(Collector):
+class EngineCollector(Collector):
+    """Reads the states of the engines when it is scraped.
+
+    Args:
+        models: returns the state of each model.
+    """
+
     def __init__(self, models: Callable[[], Iterable[ModelState]]) -> None:
         self._models = models
 
@@ -28,12 +34,12 @@ class _Models(Collector):
         restarts = CounterMetricFamily(
             "tierserve_engine_restarts", "Starts after the first", labels=("model",)
         )
-        asked = GaugeMetricFamily(
+        requests = GaugeMetricFamily(
             "tierserve_engine_requests", "Requests at the engine now", labels=("model",)
         )
-        for model, now, starts, requests in self._models():
+        for model, now, starts, active in self._models():
             for state in EngineState:
                 gauge.add_metric((model, state), state == now)
             restarts.add_metric((model,), starts)
-            asked.add_metric((model,), requests)
-        return gauge, restarts, asked
+            requests.add_metric((model,), active)
+        return gauge, restarts, requests

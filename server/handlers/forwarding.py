@@ -1,10 +1,11 @@
 """Passing a request through to an engine and its reply back, unchanged and without buffering."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
 
 import aiohttp
 from aiohttp import hdrs, web
-from multidict import CIMultiDict
 from yarl import URL
 
 from server.engine.upstream import UnavailableError, Upstreams
@@ -12,72 +13,87 @@ from server.handlers.errors import failure, unavailable
 from server.handlers.upstream_headers import UNBUFFERED, forwarded_headers, returned_headers
 from server.protocol.content_coding import DECODED
 from server.protocol.errors import BadRequestError
-from server.web.request import HttpRequest, SlowClientError
+from server.telemetry.served import Served, attach
+from server.web.request import HttpRequest, Reply, SlowClientError
 from server.web.responses import server_headers
 
 # Token counts are there.
 _END_BYTES = 1024
 
 
-async def forward(
-    http: HttpRequest,
-    upstreams: Upstreams,
-    *,
-    body: bytes | None = None,
-    path: str | None = None,
-    headers: Mapping[str, str] | None = None,
-    cache_status: str | None = None,
-    repeatable: bool = False,
-    ended: Callable[[bytes], None] | None = None,
-) -> web.StreamResponse:
-    """Pass `http` to an upstream.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forwarding:
+    """How a request is passed to an upstream."""
 
-    Args:
-        http: the client's request.
-        upstreams: one of them is asked.
-        body: the request's body where it has been read already, as an engine may be sent it.
-        path: asked instead of the request's own.
-        headers: with which it is asked, instead of those of the request that are an engine's.
-        cache_status: added to the reply (RFC 9211).
-        repeatable: whether nothing but the reply comes of it, whatever the method.
-        ended: is told the end of an answer, once all of it has been passed on.
-    """
-    http.outcome = ("engine", "pass")
-    headers = forwarded_headers(http) if headers is None else headers
-    data: AsyncIterator[bytes] | bytes | None = body
-    if body is None and http.body_exists:
-        data = http.iter_body()
-        if http.content_coding not in DECODED and hdrs.CONTENT_LENGTH in http.headers:
-            # Some upstreams take no uploads without.
-            headers = CIMultiDict(headers)
-            headers[hdrs.CONTENT_LENGTH] = http.headers[hdrs.CONTENT_LENGTH]
+    model: str = ""
+    """By the engine's name, for metrics."""
+    body: bytes | None = None
+    """The request's body where it has been read already, as an engine may be sent it."""
+    path: str | None = None
+    """Asked instead of the request's own."""
+    headers: Mapping[str, str] | None = None
+    """Sent instead of the request's own that are for engines."""
+    cache_status: str | None = None
+    """Added to the reply (RFC 9211)."""
+    repeatable: bool = False
+    """Whether the request has no other effect than its reply, whatever the method."""
+    on_end: Callable[[bytes], None] | None = None
+    """Called with the end of an answer, once all of it has been passed on."""
+
+
+async def forward(http: HttpRequest, upstreams: Upstreams, forwarding: Forwarding) -> Reply:
+    """Pass `http` to one of the upstreams, and its reply back as it comes."""
+    passed = Served("engine", "pass", forwarding.model)
+    error = passed._replace(outcome="error")
     response: web.StreamResponse | None = None
     try:
         async with upstreams.request(
             http.method,
-            path or http.rel_url.raw_path_qs,
-            data=data,
-            headers=headers,
-            repeatable=repeatable,
+            forwarding.path or http.rel_url.raw_path_qs,
+            data=_data(http, forwarding),
+            headers=_headers(http, forwarding),
+            repeatable=forwarding.repeatable,
         ) as reply:
-            response = _answering(http, reply, cache_status)
+            response = _answering(http, reply, forwarding.cache_status)
             await response.prepare(http)
             end = await _pass_on(http, reply, response)
-            if ended is not None and reply.status == 200:
-                ended(end)
-            return response
+            if forwarding.on_end is not None and reply.status == 200:
+                forwarding.on_end(end)
+            return response, passed
     except UnavailableError as exc:
-        http.outcome = ("engine", "error")
-        return unavailable(exc)
+        return unavailable(exc), error
     except (aiohttp.ClientError, OSError) as exc:
-        if (unread := _unread(http, exc)) is not None:
-            raise unread from exc
-        if not http.is_disconnected:
-            http.outcome = ("engine", "error")
-        if response is not None:
-            # What has begun can only be cut, so that the client sees that it isn't whole.
-            raise ConnectionResetError from exc
-        return failure(exc)
+        if (mistake := _clients_mistake(http, exc)) is not None:
+            attach(mistake, passed)
+            raise mistake from exc
+        if response is None:
+            return failure(exc), passed if http.is_disconnected else error
+        # What has begun can only be cut, so that the client sees that it isn't whole.
+        cut = ConnectionResetError()
+        attach(cut, passed if http.is_disconnected else error)
+        raise cut from exc
+    except asyncio.CancelledError as exc:
+        attach(exc, passed)
+        raise
+
+
+def _data(http: HttpRequest, forwarding: Forwarding) -> AsyncIterator[bytes] | bytes | None:
+    return http.iter_body() if _is_streamed(http, forwarding) else forwarding.body
+
+
+def _headers(http: HttpRequest, forwarding: Forwarding) -> Mapping[str, str]:
+    if forwarding.headers is not None:
+        return forwarding.headers
+    headers = forwarded_headers(http)
+    is_unchanged = _is_streamed(http, forwarding) and http.content_coding not in DECODED
+    if is_unchanged and hdrs.CONTENT_LENGTH in http.headers:
+        # Some upstreams take no uploads without.
+        headers[hdrs.CONTENT_LENGTH] = http.headers[hdrs.CONTENT_LENGTH]
+    return headers
+
+
+def _is_streamed(http: HttpRequest, forwarding: Forwarding) -> bool:
+    return forwarding.body is None and http.body_exists
 
 
 def _answering(
@@ -114,7 +130,7 @@ async def _pass_on(
     return end
 
 
-def _unread(http: HttpRequest, exc: BaseException) -> Exception | None:
+def _clients_mistake(http: HttpRequest, exc: BaseException) -> Exception | None:
     """Return the client's mistake, if that was met while its body was passed on."""
     if isinstance(exc.__cause__, BadRequestError | SlowClientError):
         return exc.__cause__

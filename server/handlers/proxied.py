@@ -5,11 +5,12 @@ from aiohttp import hdrs, web
 
 from server.engine.models import Models
 from server.engine.supervisor import EngineState
-from server.handlers.forwarding import forward
+from server.handlers.forwarding import Forwarding, forward
 from server.handlers.model_routing import route_to_model
 from server.handlers.websocket import forward_websocket, is_websocket_upgrade
 from server.protocol.model_names import UnknownModelError
-from server.web.request import HttpRequest
+from server.telemetry.served import OWN
+from server.web.request import HttpRequest, Reply
 from server.web.responses import RETRY_AFTER_S, error_body, error_response
 
 
@@ -50,12 +51,13 @@ class ProxiedRoutes:
             headers={"Retry-After": str(RETRY_AFTER_S)},
         )
 
-    async def metrics(self, http: HttpRequest) -> web.StreamResponse:
+    async def metrics(self, http: HttpRequest) -> Reply:
         """Answer with vLLM's own metrics, of one model."""
-        named = self._models.names().resolve(http.query.get("model"))
-        return await forward(http, self._models.upstreams(named.name), path="/metrics")
+        model = self._models.names().resolve(http.query.get("model")).name
+        forwarding = Forwarding(model=model, path="/metrics")
+        return await forward(http, self._models.upstreams(model), forwarding)
 
-    async def answer(self, http: HttpRequest) -> web.StreamResponse:
+    async def answer(self, http: HttpRequest) -> Reply:
         """Pass any other request through.
 
         Raises:
@@ -64,15 +66,15 @@ class ProxiedRoutes:
         """
         if http.method == hdrs.METH_CONNECT or not http.rel_url.raw_path_qs.startswith("/"):
             # What follows a CONNECT is no body that an engine could be sent, and `*` is no path.
-            return error_response(400, "A request needs a path here, and there are no tunnels.")
+            text = "A request needs a path here, and there are no tunnels."
+            return error_response(400, text), OWN
         named, body, id_ = await route_to_model(http, self._models.names(), self._max_prompts)
-        http.model = named.name
         if id_ is not None or (body is None and http.body_exists):
             http.take_id_from_body(id_)
         upstreams = self._models.upstreams(named.name)
         if is_websocket_upgrade(http):
-            return await forward_websocket(http, upstreams)
-        return await forward(http, upstreams, body=body)
+            return await forward_websocket(http, upstreams, named.name)
+        return await forward(http, upstreams, Forwarding(model=named.name, body=body))
 
 
 async def refuse_adapters(_: HttpRequest) -> web.Response:

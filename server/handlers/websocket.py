@@ -8,7 +8,8 @@ from aiohttp import web
 from server.engine.upstream import UnavailableError, Upstreams
 from server.handlers.errors import failure, unavailable
 from server.handlers.upstream_headers import forwarded_headers
-from server.web.request import HttpRequest
+from server.telemetry.served import Served, attach
+from server.web.request import HttpRequest, Reply
 from server.web.responses import server_headers
 
 # As uvicorn's own limit, under which vLLM runs.
@@ -21,9 +22,10 @@ def is_websocket_upgrade(http: HttpRequest) -> bool:
     return http.headers.get("Upgrade", "").lower() == "websocket"
 
 
-async def forward_websocket(http: HttpRequest, upstreams: Upstreams) -> web.StreamResponse:
-    """Join the client and an upstream until either closes, which is told to the other."""
-    http.outcome = ("engine", "pass")
+async def forward_websocket(http: HttpRequest, upstreams: Upstreams, model: str) -> Reply:
+    """Join the client and an upstream until either closes, and close the other alike."""
+    passed = Served("engine", "pass", model)
+    error = passed._replace(outcome="error")
     protocols = http.list_header("Sec-WebSocket-Protocol")
     headers = forwarded_headers(http)
     # The two connections shake hands on their own.
@@ -39,18 +41,21 @@ async def forward_websocket(http: HttpRequest, upstreams: Upstreams) -> web.Stre
             client.headers.update(server_headers(http))
             await client.prepare(http)
             await _join(client, engine)
-            return client
+            return client, passed
     except UnavailableError as exc:
-        http.outcome = ("engine", "error")
-        return unavailable(exc)
+        return unavailable(exc), error
     except aiohttp.WSServerHandshakeError as exc:
-        return web.Response(status=exc.status)
+        return web.Response(status=exc.status), passed
     except (aiohttp.ClientError, OSError) as exc:
-        if client is not None:
-            # Not the engine has failed: this client has gone.
-            raise ConnectionResetError from exc
-        http.outcome = ("engine", "error")
-        return failure(exc)
+        if client is None:
+            return failure(exc), error
+        # The client has gone; the engine hasn't failed.
+        cut = ConnectionResetError()
+        attach(cut, passed)
+        raise cut from exc
+    except asyncio.CancelledError as exc:
+        attach(exc, passed)
+        raise
 
 
 async def _join(*pair: _Socket) -> None:

@@ -13,17 +13,18 @@ from typing import Any, NamedTuple
 
 from server.config.base import CENTURY_S
 from server.config.schema import MAX_VARIANTS
-from server.protocol.cache_control import CacheControl
+from server.protocol.cache_control import NO_CACHE, CacheControl
 from server.protocol.errors import BadRequestError
 from server.protocol.labels import A_TAG, MAX_TAG_CHARACTERS, MAX_TAGS, is_tag
+from tiers.acceptance import Acceptance
 
 _USE = "use"
 _MODES = {
     "default": CacheControl(),
     _USE: CacheControl(),
-    "no-cache": CacheControl(no_cache=True),
+    "no-cache": NO_CACHE,
     "no-store": CacheControl(no_store=True),
-    "only-if-cached": CacheControl(only_if_cached=True),
+    "only-if-cached": CacheControl(Acceptance(only_if_cached=True)),
 }
 
 

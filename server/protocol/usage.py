@@ -23,7 +23,7 @@ def counts_in(answer: Answer) -> bytes:
 
 def output_tokens(answer: Answer) -> int | None:
     """Return how many tokens were generated, where that is told."""
-    return output_tokens_in(answer.trailer or answer.content)
+    return _last(answer.trailer or answer.content, _OUTPUT)
 
 
 def output_tokens_in(counts: bytes) -> int | None:

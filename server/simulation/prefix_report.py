@@ -1,7 +1,7 @@
-"""Prefix reuse: how much of each prompt a cache of prefix blocks would hold, by trace.
+"""Prefix reuse: how much of each prompt a cache of prefix blocks holds.
 
-A model of vLLM's prefix cache, not a tier: only the leading run of blocks that are in is reused,
-and of a prompt the last blocks leave first.
+It models vLLM's prefix cache, not a tier: only the leading run of cached blocks is reused, and a
+prompt's last blocks are evicted first.
 """
 
 from dataclasses import dataclass
@@ -10,25 +10,25 @@ from server.simulation.traces import BLOCK_TOKENS, Trace
 from tiers.policies import LRU, POLICIES
 
 SHARES = (0.01, 0.1, 1.0)
-"""Sizes of the cache, of all different blocks of the trace."""
+"""Sizes of the cache, as shares of all different blocks of the trace."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrefixReuse:
-    """What a cache of `max_blocks` under a policy reused."""
+    """The blocks that a cache of `max_blocks` reused under a policy."""
 
     policy: str
     max_blocks: int
     blocks: int
-    """Those of all prompts."""
+    """Of all prompts."""
     reused: int
     reuse_ratio: float
     tokens_saved: int
-    """Of prompts, that weren't computed again."""
+    """Tokens of prompts that need not be computed again."""
 
 
 def measure(trace: Trace, policies: tuple[str, ...]) -> list[PrefixReuse]:
-    """Replay a trace's prefix blocks against caches of several sizes; nothing where it has none."""
+    """Replay a trace's prefix blocks against caches of several sizes, if it has blocks."""
     different = len({block for request in trace.requests for block in request.blocks})
     if not different:
         return []
@@ -48,7 +48,7 @@ def reuse(trace: Trace, name: str, max_blocks: int) -> PrefixReuse:
         keys = [str(block) for block in request.blocks]
         blocks += len(keys)
         reused += next((run for run, key in enumerate(keys) if key not in held), len(keys))
-        # As vLLM frees them: the end of a prompt is of no use without its beginning.
+        # vLLM evicts a prompt's end first, since it is useless without the beginning.
         for key in reversed(keys):
             if key in held:
                 policy.access(key)

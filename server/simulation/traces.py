@@ -1,17 +1,17 @@
 """Traces: requests with their keys and sizes, read from files in the formats of public traces.
 
-Four kinds, told by their columns or fields:
+The first line's columns or fields decide among four formats:
 
-- `key` and `size` (bytes), and where there are any `time` (seconds) and `tokens` (of output).
+- `key` and `size` (bytes), and optionally `time` (seconds) and `tokens` (of output).
 - `lbn`, `size` and `time`: block storage, where the key is the block.
-- `TIMESTAMP`, `ContextTokens` and `GeneratedTokens`: Azure's LLM traces. They don't say which
-  requests are alike, so the pair of lengths stands in for the key. Requests that are alike have
-  alike lengths, but not the other way round: it is a stand-in, with more hits than the traffic had.
+- `TIMESTAMP`, `ContextTokens` and `GeneratedTokens`: Azure's LLM traces. They have no keys, so the
+  pair of lengths is the key. Equal requests have equal lengths, but so have others: the simulation
+  has more hits than the traffic had.
 - `timestamp` (ms), `output_length` and `hash_ids`: Mooncake's. The key is the list of all prefix
-  blocks, so only whole requests are alike.
+  blocks, so two requests have the same key only if their whole prompts are equal.
 
-The first two may be CSV or JSONL. Where a trace tells no size, an answer is taken for
-`ENVELOPE_BYTES` and `TOKEN_BYTES` per token.
+The first two may be CSV or JSONL. Without sizes, an answer has `ENVELOPE_BYTES` and `TOKEN_BYTES`
+per token.
 """
 
 import csv
@@ -38,23 +38,23 @@ class TraceRequest(NamedTuple):
     size: int
     """Bytes of its answer."""
     at_s: float = 0
-    """When it came; 0 where the trace doesn't tell."""
+    """The time of the request; 0 if the trace has none."""
     tokens: int = 0
-    """Of output; 0 where the trace doesn't tell."""
+    """Of output; 0 if the trace has none."""
     blocks: tuple[int, ...] = ()
-    """The prefix blocks of its prompt, where the trace tells."""
+    """The prefix blocks of its prompt, if the trace has any."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Requests in order; at least one."""
+    """At least one request, in the order of the file."""
 
     name: str
     requests: list[TraceRequest]
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """The bytes of all different keys, each at its largest."""
+        """The largest size of each key, in bytes."""
         sizes: dict[str, int] = {}
         for request in self.requests:
             sizes[request.key] = max(request.size, sizes.get(request.key, 0))
@@ -62,12 +62,12 @@ class Trace:
 
     @cached_property
     def footprint_bytes(self) -> int:
-        """What all different keys take together."""
+        """The size of all different keys together."""
         return sum(self.sizes.values())
 
 
 class TraceError(ValueError):
-    """A trace can't be read. Says where, and what would be right."""
+    """A trace can't be read. The message has file and line, and what would be right."""
 
 
 Row = Mapping[str, Any]
@@ -124,11 +124,11 @@ def _lines(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _unreadable(path: Path, exc: OSError) -> TraceError:
-    return TraceError(f"{path}: should be a file that can be read: {exc.strerror}")
+    return TraceError(f"{path}: should be a readable file: {exc.strerror}")
 
 
 def _parser(first: Row) -> Callable[[Row], TraceRequest]:
-    """Return what makes requests of rows like the first."""
+    """Return the parser of the format that the first row has."""
     for columns, parse in _PARSERS.items():
         if first.keys() >= set(columns):
             return parse
@@ -189,7 +189,7 @@ def _text(row: Row, name: str) -> str:
 
 def _count(row: Row, name: str) -> int:
     text = _text(row, name)
-    # `int` would take 1_000, too.
+    # `int` accepts 1_000, too.
     if not (text.isascii() and text.isdigit()):
         raise ValueError(f"{name} should be a whole number, not {text!r}")
     return int(text)

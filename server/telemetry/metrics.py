@@ -13,12 +13,9 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from server.auth.collector import _Tenants
-from server.auth.limits import RateLimiter
-from server.engine.collector import ModelState, _Models
 from tiers import Chain
 from tiers.backend import ByteCache
-from tiers.singleflight.turns import LockStats
+from tiers.singleflight.lock import LockStats
 
 _BOUNDS_S = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300,
@@ -30,30 +27,24 @@ class Metrics:
 
     Args:
         chain: whose tiers report what they hold and did.
-        models: tells the state of each.
-        dropped: tells how many demotions found no room in the queue.
-        waits: those for another process.
-        accounts: tells what each tenant with a key has asked, by its name.
-        turned_away: tells how many requests came without a key that is known.
+        demotions_dropped: returns how many demotions found no room in the queue.
+        lock_stats: of the waits for another process.
+        collectors: of what other packages report.
     """
 
     def __init__(
         self,
         chain: Chain,
         *,
-        models: Callable[[], Iterable[ModelState]],
-        dropped: Callable[[], int],
-        waits: LockStats,
-        accounts: Callable[[], Mapping[str, RateLimiter]],
-        turned_away: Callable[[], int],
+        demotions_dropped: Callable[[], int],
+        lock_stats: LockStats,
+        collectors: Iterable[Collector],
     ) -> None:
         self._latencies: dict[tuple[str, str, str], _Latency] = {}
         self.registry = CollectorRegistry()
-        self.registry.register(_Requests(self._latencies))
-        self.registry.register(_Tiers(chain, dropped))
-        self.registry.register(_Models(models))
-        self.registry.register(_Turns(waits))
-        self.registry.register(_Tenants(accounts, turned_away))
+        own = _Requests(self._latencies), _Tiers(chain, demotions_dropped), _Waits(lock_stats)
+        for collector in (*own, *collectors):
+            self.registry.register(collector)
 
     def observe(
         self,
@@ -122,9 +113,9 @@ class _Requests(Collector):
         return requests, seconds, tokens, saved
 
 
-class _Turns(Collector):
-    def __init__(self, waits: LockStats) -> None:
-        self._waits = waits
+class _Waits(Collector):
+    def __init__(self, stats: LockStats) -> None:
+        self._stats = stats
 
     def collect(self) -> Iterable[Metric]:
         waits = CounterMetricFamily(
@@ -132,17 +123,17 @@ class _Turns(Collector):
             labels=("end",),
         )  # fmt: skip
         for end in ("answered", "took_over", "gave_up", "aborted"):
-            waits.add_metric((end,), getattr(self._waits, end))
+            waits.add_metric((end,), getattr(self._stats, end))
         waiting = GaugeMetricFamily("tierserve_flights_waiting", "Flights that wait now")
-        waiting.add_metric((), self._waits.waiting)
+        waiting.add_metric((), self._stats.waiting)
         return waits, waiting
 
 
 class _Tiers(Collector):
     """Reads the tiers' own counts when asked."""
 
-    def __init__(self, chain: Chain, dropped: Callable[[], int]) -> None:
-        self._chain, self._dropped = chain, dropped
+    def __init__(self, chain: Chain, demotions_dropped: Callable[[], int]) -> None:
+        self._chain, self._demotions_dropped = chain, demotions_dropped
 
     def collect(self) -> Iterable[Metric]:
         tiers = self._chain.tiers
@@ -162,7 +153,10 @@ class _Tiers(Collector):
         for tier_ in tiers:
             available.add_metric((tier_.name,), tier_.available)
         yield available
-        queues = {"demotions": self._dropped(), "promotions": self._chain.promotions_dropped}
+        queues = {
+            "demotions": self._demotions_dropped(),
+            "promotions": self._chain.promotions_dropped,
+        }
         for name, count in queues.items():
             dropped = CounterMetricFamily(
                 f"tierserve_{name}_dropped", "For which the queue was full"

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Protocol, Self
 
+from server.telemetry.served import Served
+
 
 class Step:
     """A step that isn't traced, and the base class of traced ones; a context manager."""
@@ -48,6 +50,9 @@ class RequestTrace(Protocol):
 
     def engine_request(self, method: str) -> EngineSpan:
         """Begin the step of an engine's request."""
+
+    def set_served(self, served: Served) -> None:
+        """Note what the request was served."""
 
 
 current: ContextVar[RequestTrace | None] = ContextVar("trace", default=None)

@@ -1,7 +1,7 @@
-"""The door: whose request it is, and whether it may come in.
+"""Access control: which tenant a request is of, and whether it is allowed.
 
-Its methods are given a request and return why it may not, as a response, or `None` if it may; they
-are for `server.middleware.wrap`.
+An access check is given a request, notes its tenant on it, and returns the response that refuses
+it, or `None` if it is allowed. `server.web.middleware` calls it before the handler.
 """
 
 from collections.abc import Callable
@@ -20,41 +20,40 @@ AccessCheck = Callable[[HttpRequest], web.Response | None]
 
 
 class AccessControl:
-    """The door of all routes that answer requests.
+    """The access checks of all routes.
 
     Args:
-        tenants: who may come in.
+        tenants: who is allowed.
     """
 
     def __init__(self, tenants: Tenants) -> None:
         self._tenants = tenants
         self.unauthorized = 0
-        """Requests without a key that is known."""
+        """How many requests had no valid key."""
 
     def require_tenant(self, http: HttpRequest) -> web.Response | None:
-        """Let in whoever has a key, within the tenant's limits."""
+        """Allow a tenant within its rate limits."""
         if (refused := self.identify_tenant(http)) is not None:
             return refused
-        account = http.tenant.limiter
-        if account is None:
+        limiter = http.tenant.limiter
+        if limiter is None:
             return None
-        refusal = account.acquire()
-        if headers := account.headers:
+        limited = limiter.acquire()
+        if headers := limiter.headers:
             http.response_headers = {**http.response_headers, **headers}
-        if refusal is None:
-            http.limiter = account
+        if limited is None:
+            http.limiter = limiter
             return None
-        http.outcome = ("none", "refused")
         return error_response(
             429,
-            refusal.text,
+            limited.text,
             kind="requests",
             code="rate_limit_exceeded",
-            retry_after_s=refusal.retry_after_s,
+            retry_after_s=limited.retry_after_s,
         )
 
     def identify_tenant(self, http: HttpRequest) -> web.Response | None:
-        """Let in whoever has a key, without counting it: for what costs no engine anything."""
+        """Allow any tenant without counting the request: for what costs no engine anything."""
         tenant = self._tenants.find(http.headers)
         if tenant is None:
             self.unauthorized += 1
@@ -63,37 +62,36 @@ class AccessControl:
         return None
 
     def require_operator(self, http: HttpRequest) -> web.Response | None:
-        """Let in whoever has an operator's key."""
+        """Allow operators, within their rate limits."""
         return self.require_tenant(http) or (None if http.tenant.operator else _forbidden())
 
     def for_engine_path(self, path: str) -> AccessCheck:
-        """Return what lets in whoever may ask an engine for `path`."""
+        """Return the check for requests that ask an engine for `path`."""
         return self.require_tenant if is_for_tenants(path) else self.require_operator
 
     def for_request_path(self, http: HttpRequest) -> web.Response | None:
-        """Let in whoever may ask an engine for the request's path."""
+        """Allow who may ask an engine for the request's own path."""
         return self.for_engine_path(http.path)(http)
 
 
 def allow_anyone(_: HttpRequest) -> None:
-    """Let anybody in."""
+    """Allow every request."""
 
 
 def require_key(key_hash: str) -> AccessCheck:
-    """Return what lets in whoever has the key with this hash."""
+    """Return the check that allows the key with this hash, and no other."""
 
-    def enter(http: HttpRequest) -> web.Response | None:
+    def check(http: HttpRequest) -> web.Response | None:
         key = bearer_key(presented_credentials(http.headers))
-        # Whoever has hashed an empty variable has let nobody in.
-        is_known = bool(key) and compare_digest(hash_key(key), key_hash)
-        return None if is_known else unauthorized(http)
+        # An empty key never authenticates, also where an empty text was hashed by mistake.
+        is_valid = bool(key) and compare_digest(hash_key(key), key_hash)
+        return None if is_valid else unauthorized(http)
 
-    return enter
+    return check
 
 
 def unauthorized(http: HttpRequest) -> web.Response:
-    """Return what a request without a key that is known gets, which doesn't repeat the key."""
-    http.outcome = ("none", "refused")
+    """Return the response to a request without a valid key; it doesn't repeat the key."""
     if presented_credentials(http.headers):
         text = "Incorrect API key provided."
     else:

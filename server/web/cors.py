@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Collection
 
 from aiohttp import hdrs, web
 
-from server.web.request import Handler, HttpRequest
+from server.web.request import Endpoint, HttpRequest
 
 ANY = "*"
 # The longest time for which a browser caches it.
@@ -19,8 +19,8 @@ _BY_ORIGIN = {"Vary": "Origin"}
 _EXPOSED = {"Access-Control-Expose-Headers": "*"}
 
 
-def with_cors(origins: Collection[str], handler: Handler, preflight: Handler) -> Handler:
-    """Return `handler` with CORS for these origins; `preflight` answers their preflights."""
+def with_cors(origins: Collection[str], endpoint: Endpoint, preflight: Endpoint) -> Endpoint:
+    """Return `endpoint` with CORS for these origins; `preflight` answers their preflights."""
     for_others: dict[str, str] = _BY_ORIGIN
     by_origin: dict[str, dict[str, str]] = {}
     if ANY in origins:
@@ -36,9 +36,9 @@ def with_cors(origins: Collection[str], handler: Handler, preflight: Handler) ->
         )
         if is_preflight and hdrs.ACCESS_CONTROL_ALLOW_ORIGIN in http.response_headers:
             return preflight(http)
-        return handler(http)
+        return endpoint(http)
 
-    return answer if origins else handler
+    return answer if origins else endpoint
 
 
 async def answer_preflight(http: HttpRequest) -> web.Response:

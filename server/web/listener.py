@@ -12,7 +12,7 @@ from aiohttp.http_exceptions import BadHttpMethod, BadStatusLine, InvalidURLErro
 
 from server.config.base import SERVER
 from server.config.schema import ServerConfig, is_dual
-from server.web.request import CONTINUE, Handler, HttpRequest
+from server.web.request import CONTINUE, Endpoint, HttpRequest
 from server.web.responses import error_response
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ class _Protocol(web.RequestHandler):
             super().log_exception(*args, **more)
 
 
-def make_server(handler: Handler, options: ServerConfig) -> web.Server:
+def make_server(endpoint: Endpoint, options: ServerConfig) -> web.Server:
     """Return aiohttp's low-level server; its `Application` would double the cost of a hit."""
 
     class Request(HttpRequest):
@@ -137,7 +137,7 @@ def make_server(handler: Handler, options: ServerConfig) -> web.Server:
     loop = asyncio.get_running_loop()
     make_request = partial(Request, loop=loop, client_max_size=options.max_body_bytes)
     # The handler is given what the factory makes, which aiohttp's types don't say.
-    return web.Server(handler, request_factory=make_request, handler_cancellation=True)  # type: ignore[arg-type]
+    return web.Server(endpoint, request_factory=make_request, handler_cancellation=True)  # type: ignore[arg-type]
 
 
 async def listen(

@@ -1,116 +1,135 @@
-"""What surrounds every handler: request id, last-resort errors, metrics, access log.
+"""What surrounds every handler: the request's id, access, last-resort errors, and the record of it.
 
-Wraps handlers when their routes are added: aiohttp's own middlewares would cost each hit two more
-coroutines.
+Handlers are wrapped when their routes are made: aiohttp's own middlewares would cost each hit two
+more coroutines.
 """
 
+import asyncio
 import itertools
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from aiohttp import web
 
-from server.config.base import SERVER
 from server.protocol.content_coding import UnknownCodingError
 from server.protocol.errors import BadRequestError
-from server.protocol.usage import output_tokens
-from server.telemetry.history import History
-from server.telemetry.logs import AccessLog
-from server.telemetry.metrics import Metrics
-from server.telemetry.trace_log import TraceLog
-from server.web.request import X_REQUEST_ID, Handler, HttpRequest, SlowClientError, is_id
-from server.web.responses import ErrorResponse, error_response
+from server.telemetry.finished import CLIENT_GONE, FinishedRequests
+from server.telemetry.served import OWN, REFUSED, attached
+from server.web.access import AccessCheck
+from server.web.request import (
+    X_REQUEST_ID,
+    Endpoint,
+    Handler,
+    HttpRequest,
+    Reply,
+    SlowClientError,
+    is_id,
+)
+from server.web.responses import ErrorResponse, error_response, server_headers
 
 logger = logging.getLogger(__name__)
 
-# As nginx logs it; nobody receives it.
-_CLIENT_GONE = 499
-# Of requests whose answer a tier gave, or would have given if it had had it.
-_LOOKED_UP = frozenset({"collapsed", "hit", "miss", "stale"})
-_ENGINE = "engine"
 _MISTAKES = (
     BadRequestError,
     SlowClientError,
     web.HTTPRequestEntityTooLarge,
     web.RequestPayloadError,
 )
+"""Mistakes of clients, which are answered with a status of 400 to 499."""
 
 
-def wrap(
-    handler: Handler,
-    metrics: Metrics,
-    history: History,
-    access: AccessLog,
-    trace: TraceLog | None = None,
-    *,
-    enter: Callable[[HttpRequest], web.Response | None],
-) -> Handler:
-    """Return `handler` with its surroundings.
+class Middleware:
+    """Makes endpoints of handlers.
 
-    A response that it prepares itself needs `server_headers`. What `enter` returns, unless it is
-    `None`, is the response without asking the handler.
+    Args:
+        finished: is given every request that has ended.
     """
-    ids = _request_ids()
 
-    async def around(http: HttpRequest) -> web.StreamResponse:
-        given = http.headers.get(X_REQUEST_ID)
-        http.id = given if given and is_id(given) else next(ids)
-        started = time.perf_counter()
-        status = _CLIENT_GONE
-        try:
-            refused = enter(http)
-            if refused is None:
-                if not http.content.is_eof():
-                    await http.send_continue()
-                response = await handler(http)
-            else:
-                response = refused
-            status = response.status
-        except _MISTAKES as exc:
-            response = _said(exc)
-            status = response.status
-        except ConnectionError:
-            raise
-        except Exception:
-            logger.exception("a request failed", extra={"request_id": http.id})
-            response = error_response(500, "Internal error.")
-            status = 500
-        finally:
-            _note(http, status, time.perf_counter() - started, metrics, history, access, trace)
-        if not response.prepared:
-            if isinstance(response, ErrorResponse):
-                response.in_dialect_of(http.path)
-            headers = response.headers
-            headers["Server"], headers["X-Request-Id"] = SERVER, http.id
-            if http.response_headers:
-                headers.update(http.response_headers)
-        return response
+    def __init__(self, finished: FinishedRequests) -> None:
+        self._finished = finished
+        self._ids = _request_ids()
 
-    return around
+    def wrap(self, handler: Handler, check: AccessCheck) -> Endpoint:
+        """Return the endpoint of a handler.
+
+        A response that the handler prepares itself needs `server_headers`. What `check` returns,
+        unless it is `None`, is the response instead of the handler's.
+        """
+        ids, finished = self._ids, self._finished.add
+
+        async def endpoint(http: HttpRequest) -> web.StreamResponse:
+            given = http.headers.get(X_REQUEST_ID)
+            http.id = given if given and is_id(given) else next(ids)
+            started = time.perf_counter()
+            status, served = CLIENT_GONE, OWN
+            try:
+                if (refused := check(http)) is None:
+                    if not http.content.is_eof():
+                        await http.send_continue()
+                    response, served = await handler(http)
+                else:
+                    response, served = refused, REFUSED
+                status = response.status
+            except _MISTAKES as exc:
+                response, served = _mistake(exc), attached(exc)
+                status = response.status
+            except (ConnectionError, asyncio.CancelledError) as exc:
+                served = attached(exc)
+                raise
+            except Exception as exc:
+                logger.exception("a request failed", extra={"request_id": http.id})
+                response, served = error_response(500, "Internal error."), attached(exc)
+                status = 500
+            finally:
+                tenant = None
+                if http.limiter is not None:
+                    http.limiter.release()
+                    tenant = http.tenant.name
+                seconds = time.perf_counter() - started
+                finished(http.method, http.path, http.id, tenant, status, seconds, served)
+            return response if response.prepared else _with_server_headers(http, response)
+
+        return endpoint
 
 
 def read_only(handler: Handler) -> Handler:
     """Return `handler` for GET and HEAD alone."""
 
-    async def read(http: HttpRequest) -> web.StreamResponse:
+    async def read(http: HttpRequest) -> Reply:
         if http.method in ("GET", "HEAD"):
             return await handler(http)
         refused = error_response(405, "The method should be GET or HEAD.")
         refused.headers["Allow"] = "GET, HEAD"
-        return refused
+        return refused, OWN
 
     return read
 
 
-def _said(exc: Exception) -> web.Response:
-    """Return what a client gets that has made one of `_MISTAKES`."""
+def own(endpoint: Endpoint) -> Handler:
+    """Return the handler of what answers by itself, without tiers and engines."""
+
+    async def handler(http: HttpRequest) -> Reply:
+        return await endpoint(http), OWN
+
+    return handler
+
+
+def _with_server_headers(http: HttpRequest, response: web.StreamResponse) -> web.StreamResponse:
+    if isinstance(response, ErrorResponse):
+        response.in_dialect_of(http.path)
+    response.headers.update(server_headers(http))
+    return response
+
+
+def _mistake(exc: Exception) -> web.Response:
+    """Return the response to one of `_MISTAKES`."""
     if isinstance(exc, BadRequestError):
-        refused = error_response(exc.status, str(exc), param=exc.param)
+        response = error_response(exc.status, str(exc), param=exc.param)
         if isinstance(exc, UnknownCodingError):
-            refused.headers["Accept-Encoding"] = "gzip, deflate"
-        return refused
+            response.headers["Accept-Encoding"] = "gzip, deflate"
+        return response
     if isinstance(exc, web.HTTPRequestEntityTooLarge):
         return error_response(413, "The body is larger than server.max_body_bytes allows.")
     if isinstance(exc, SlowClientError):
@@ -121,41 +140,11 @@ def _said(exc: Exception) -> web.Response:
     return response
 
 
-def _note(
-    http: HttpRequest,
-    status: int,
-    seconds: float,
-    metrics: Metrics,
-    history: History,
-    access: AccessLog,
-    trace: TraceLog | None,
-) -> None:
-    """Count a request that has ended, and have it written down."""
-    account = http.limiter
-    if account is not None:
-        account.release()
-    tier, outcome = http.outcome
-    if status == _CLIENT_GONE and outcome != "error":
-        outcome = "aborted"
-    tokens = 0 if http.found is None else output_tokens(http.found[1]) or 0
-    metrics.observe(http.model, tier, outcome, seconds, tokens, http.saved_s)
-    at = time.time()
-    if outcome in _LOOKED_UP:
-        saved = 0 if tier == _ENGINE else tokens
-        history.add(at, tier, saved, http.saved_s)
-        if account is not None:
-            account.history.add(at, tier, saved, http.saved_s)
-    access.add(at, http.method, http.path, status, http.id, tier, outcome, seconds)
-    if trace is not None and http.found is not None:
-        request, answer = http.found
-        trace.add(at, request.key, request.model, answer, (tier, outcome))
-
-
 def _request_ids() -> Iterator[str]:
     """Yield ids that no other process gives: counted, since `uuid4` costs a system call."""
     start, ends = secrets.token_hex(12), [f"{number:02x}" for number in range(256)]
     for number in itertools.count():
-        # Each number would cost a hit more to write than all else of its id.
+        # Formatting each number would cost a hit more than the rest of its id.
         id_ = f"{start}{number:06x}"
         for end in ends:
             yield id_ + end

@@ -1,4 +1,4 @@
-"""A request as it came in: aiohttp's, with its id and what became of it."""
+"""An HTTP request: aiohttp's, with its id, its tenant, and what may go wrong with its body."""
 
 import asyncio
 import re
@@ -13,8 +13,7 @@ from multidict import istr
 from server.auth.limits import RateLimiter
 from server.auth.tenants import NOBODY, Tenant
 from server.protocol.content_coding import DECODED, UnknownCodingError, decode
-from server.protocol.request import ParsedRequest
-from tiers import Answer
+from server.telemetry.served import Served
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 X_REQUEST_ID = istr("X-Request-Id")
@@ -27,7 +26,7 @@ class SlowClientError(Exception):
 
 
 class HttpRequest(web.BaseRequest):
-    """One HTTP request."""
+    """One HTTP request, with what the server's own layers know of it."""
 
     client_timeout_s: float
     """How long its client may pause; set by a subclass, since an argument would cost each hit."""
@@ -36,21 +35,12 @@ class HttpRequest(web.BaseRequest):
     """The `X-Request-Id` of its response: the client's own, if it has sent one, or a new one."""
     body_may_hold_id: bool = False
     """Whether its body may hold another id, which the engine is to take."""
-    model: str = ""
-    """Which model it is for, by the engine's name of it; none where it is for us."""
-    outcome: tuple[str, str] = ("none", "own")
-    """Which tier answered, and how."""
-    found: tuple[ParsedRequest, Answer] | None = None
-    """Where the answer may be kept: what was asked for, and the answer."""
-    saved_s: float = 0
-    """The seconds that it once took to generate the answer which a tier had."""
     tenant: Tenant = NOBODY
-    """Who asks; set at the door."""
+    """Who asks; set by its access check."""
     limiter: RateLimiter | None = None
-    """Where it counts as under way."""
+    """Of its tenant, where it counts as under way; set by its access check."""
     response_headers: Mapping[str, str] = MappingProxyType({})
-    """Of its response: its tenant's limits, its engine's load, and what pages of other sites may do
-    with it."""
+    """Of its response: those of CORS and of its tenant's limits."""
 
     @property
     def media_type(self) -> str:
@@ -68,15 +58,15 @@ class HttpRequest(web.BaseRequest):
         members = ",".join(self.headers.getall(name, ())).split(",")
         return [member for member in map(str.strip, members) if member]
 
-    def take_id_from_body(self, told: object) -> None:
+    def take_id_from_body(self, given: object) -> None:
         """Use the `request_id` of a body as the id, unless a header has one, as vLLM does.
 
         A value that can't be our id is left to the engine; `None` says that the body wasn't read.
         """
         if X_REQUEST_ID in self.headers:
             return
-        if isinstance(told, str) and is_id(told):
-            self.id = told
+        if isinstance(given, str) and is_id(given):
+            self.id = given
         else:
             self.body_may_hold_id = True
 
@@ -169,12 +159,16 @@ def _media_type(content_type: str) -> str:
     return content_type.partition(";")[0].strip().lower()
 
 
-Handler = Callable[[HttpRequest], Awaitable[web.StreamResponse]]
+Reply = tuple[web.StreamResponse, Served]
+"""A response, and what was served with it."""
+Handler = Callable[[HttpRequest], Awaitable[Reply]]
 """What answers a request."""
+Endpoint = Callable[[HttpRequest], Awaitable[web.StreamResponse]]
+"""What aiohttp calls: a handler with what surrounds it, or what answers by itself."""
 
 
 class Traced(Protocol):
-    """Returns a handler that has a span for each request, if requests are traced."""
+    """Returns an endpoint that has a span for each request, if requests are traced."""
 
-    def __call__(self, handler: Handler, route: str | None = None, /) -> Handler:
-        """Take a handler, and the path of its route if it has but one."""
+    def __call__(self, endpoint: Endpoint, route: str | None = None, /) -> Endpoint:
+        """Take an endpoint, and the path of its route if it has but one."""

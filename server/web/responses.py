@@ -4,7 +4,9 @@ Errors are in OpenAI's shape, by vLLM's conventions (`code` is the HTTP status),
 Anthropic's where its API is asked.
 """
 
+from collections.abc import Mapping
 from http import HTTPStatus
+from types import MappingProxyType
 from typing import Self
 
 import orjson
@@ -16,6 +18,7 @@ from server.config.base import SERVER
 from server.web.request import HttpRequest
 
 RETRY_AFTER_S = 5
+_NONE: Mapping[str, str] = MappingProxyType({})
 _ANTHROPICS = "/v1/messages"
 # As its documentation has them; other statuses are told by their class.
 _ANTHROPICS_KINDS = {
@@ -42,10 +45,15 @@ class PrebuiltResponse(web.StreamResponse):
     aiohttp asks a response for at the end. Answers GET and POST, and has `server_headers`.
 
     Args:
-        http: what is answered.
+        http: the request.
         content_type, cache_status, age_s, etag: values of headers.
         body: all of it.
+        engine_headers: of the engine's reply.
     """
+
+    # Not properties, which would be two calls more.
+    status = 200
+    prepared = True
 
     def __init__(
         self,
@@ -55,6 +63,7 @@ class PrebuiltResponse(web.StreamResponse):
         age_s: int,
         etag: str,
         body: bytes,
+        engine_headers: Mapping[str, str] = _NONE,
     ) -> None:
         self._writer = http.writer
         self._keeps_alive = http.keep_alive
@@ -63,8 +72,9 @@ class PrebuiltResponse(web.StreamResponse):
             end = "Connection: close\r\n"
         elif http.version < HttpVersion11:
             end = "Connection: keep-alive\r\n"
-        if http.response_headers:
-            end += "".join(f"{name}: {value}\r\n" for name, value in http.response_headers.items())
+        for headers in (http.response_headers, engine_headers):
+            if headers:
+                end += "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
         head = (
             f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
             f"Cache-Status: {cache_status}\r\nAge: {age_s}\r\nETag: {etag}\r\n"
@@ -72,14 +82,6 @@ class PrebuiltResponse(web.StreamResponse):
             f"Server: {SERVER}\r\nDate: {rfc822_formatted_time()}\r\n{end}\r\n"
         )
         self._whole = head.encode() + body
-
-    @property
-    def status(self) -> int:
-        return 200
-
-    @property
-    def prepared(self) -> bool:
-        return True
 
     @property
     def keep_alive(self) -> bool:

@@ -25,8 +25,9 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from server.config.tracing import TracingConfig as Options
 from server.protocol.usage import input_tokens, output_tokens
+from server.telemetry.served import OWN, Served
 from server.telemetry.spans import UNTRACED, EngineSpan, Step, current
-from server.web.request import Handler, HttpRequest
+from server.web.request import Endpoint, HttpRequest
 
 logger = logging.getLogger(__name__)
 
@@ -81,17 +82,18 @@ class Tracing:
         )
         self._tracer = self._provider.get_tracer("tierserve")
 
-    def traced(self, handler: Handler, route: str | None = None) -> Handler:
-        """Return `handler` with a span for each request; `route` is its path, if it has one."""
+    def traced(self, endpoint: Endpoint, route: str | None = None) -> Endpoint:
+        """Return `endpoint` with a span for each request; `route` is its path, if it has one."""
 
         async def around(http: HttpRequest) -> web.StreamResponse:
             method = http.method if http.method in _METHODS else "_OTHER"
             span = self._tracer.start_span(
                 f"{method} {route}" if route else method, _parent(http), SpanKind.SERVER
             )
-            token = current.set(_Trace(self._tracer, span))
+            trace = _Trace(self._tracer, span)
+            token = current.set(trace)
             try:
-                response = await handler(http)
+                response = await endpoint(http)
                 if span.is_recording():
                     _set_status(span, response.status)
             except BaseException as exc:
@@ -100,7 +102,7 @@ class Tracing:
             finally:
                 current.reset(token)
                 if span.is_recording():
-                    _set_request(span, http, method, route)
+                    _set_request(span, http, trace.served, method, route)
                     span.end()
             return response
 
@@ -118,6 +120,10 @@ class _Trace:
 
     def __init__(self, tracer: Tracer, span: Span) -> None:
         self._tracer, self._span = tracer, span
+        self.served = OWN
+
+    def set_served(self, served: Served) -> None:
+        self.served = served
 
     @cached_property
     def _context(self) -> Context:
@@ -238,14 +244,15 @@ def _set_failure(span: Span, exc: BaseException) -> None:
         span.set_status(Status(StatusCode.ERROR))
 
 
-def _set_request(span: Span, http: HttpRequest, method: str, route: str | None) -> None:
-    tier, outcome = http.outcome
+def _set_request(
+    span: Span, http: HttpRequest, served: Served, method: str, route: str | None
+) -> None:
     attributes: dict[str, str | int] = {
         "http.request.method": method,
         "network.protocol.version": f"{http.version.major}.{http.version.minor}",
-        "tierserve.outcome": outcome,
+        "tierserve.outcome": served.outcome,
         "tierserve.request_id": http.id,
-        "tierserve.tier": tier,
+        "tierserve.tier": served.tier,
         "url.path": _text(http.path),
         "url.scheme": http.scheme,
     }
@@ -253,11 +260,10 @@ def _set_request(span: Span, http: HttpRequest, method: str, route: str | None) 
         attributes["http.route"] = route
     if operation := _OPERATIONS.get(route or ""):
         attributes["gen_ai.operation.name"] = operation
-    if http.model:
-        attributes["gen_ai.request.model"] = http.model
-    if http.found is not None:
-        request, answer = http.found
-        attributes["tierserve.key"] = request.key
+    if served.model:
+        attributes["gen_ai.request.model"] = served.model
+    if (answer := served.answer) is not None:
+        attributes["tierserve.key"] = served.key
         for name, count in (("input", input_tokens(answer)), ("output", output_tokens(answer))):
             if count is not None:
                 attributes[f"gen_ai.usage.{name}_tokens"] = count

@@ -15,9 +15,8 @@ import pytest_asyncio
 from server.app import _stopper
 from server.config.schema import ServerConfig
 from server.web.listener import addresses, listen, make_server
+from tests.server.conftest import Front, Upstream, alike, question, running, skip_unless_runs
 from tiers.disk.file import DATA
-
-from .conftest import Front, Upstream, alike, question, running, skip_unless_runs
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiers.conftest import JSON
+from tests.tiers.conftest import JSON, Remote
 from tiers import (
     Answer,
     Chain,
@@ -24,8 +24,6 @@ from tiers.backend import ByteCache
 from tiers.chain import ImportResult
 from tiers.entry import SKEW_S
 from tiers.movement.queue import PendingWrite, WriteBehindQueue
-
-from .conftest import Remote
 
 ANSWER = Answer(JSON, b"{}")
 
@@ -293,7 +291,7 @@ async def test_cuts_ttls_by_chance_within_the_jitter(clock) -> None:
 
 
 async def test_refreshes_early_the_likelier_the_closer_the_end(clock) -> None:
-    """With a chance of one half, from took_s * ln 2 = 6.9 s before the end on."""
+    """With a chance of one half, from generation_s * ln 2 = 6.9 s before the end on."""
     chain = chain_of(clock, MemoryCache(10_000, clock=clock), chance=lambda: 0.5)
     await chain.store("k", ANSWER, Freshness(60), generation_s=10)
     refreshed = []

@@ -18,7 +18,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.tiers.conftest import JSON
+from tests.tiers.conftest import JSON, Clock, Remote
 from tiers import (
     Answer,
     BackgroundWork,
@@ -39,8 +39,6 @@ from tiers.disk.recovery import MARK
 from tiers.entry import SKEW_S
 from tiers.policies import POLICIES
 from tiers.shared.redis import RedisBytes
-
-from .conftest import Clock, Remote
 
 MIB = 1024 * 1024
 MEMORY_BYTES = 16 * 1024

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tiers.conftest import JSON
+from tests.tiers.conftest import JSON, Clock, Remote
 from tiers import (
     Answer,
     Chain,
@@ -29,9 +29,7 @@ from tiers.purges.purges import Purges
 from tiers.shared.calls import Bulkhead, BusyError
 from tiers.shared.circuit import FAILURES, CircuitBreaker
 
-from .conftest import Clock, Remote
-
-TIMES = ("stored_at", "expires_at", "took_s", "stale_while_revalidate_s", "stale_if_error_s")
+TIMES = ("stored_at", "expires_at", "generation_s", "stale_while_revalidate_s", "stale_if_error_s")
 # Nothing is purged.
 PURGES = Purges()
 

@@ -362,7 +362,7 @@ def test_secrets_are_not_shown(tmp_path: Path, capsys, url: str) -> None:
     [("redis://h", "redis"), ("unix:///s", "redis"), ("memcached://h", "memcached")],
 )
 def test_names_the_extra_that_is_missing(tmp_path: Path, monkeypatch, url: str, extra: str) -> None:
-    monkeypatch.setattr("server.shared.find_spec", lambda _: None)
+    monkeypatch.setattr("server.config.shared_url.find_spec", lambda _: None)
     with pytest.raises(
         ConfigError, match=f"tiers.shared.url: needs the extra {extra}, as scripts/"
     ):
@@ -615,6 +615,6 @@ def test_tracings_mistakes_are_named(tmp_path: Path, section: str, mistake: str)
 
 def test_names_the_extra_that_tracing_needs(tmp_path: Path, monkeypatch) -> None:
     file = write(tmp_path, "tracing: {endpoint: 'http://h'}")
-    monkeypatch.setattr("server.tracing_config.find_spec", lambda _: None)
+    monkeypatch.setattr("server.config.tracing.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match="tracing: needs the extra tracing, as scripts/"):
         load(file)

@@ -58,16 +58,16 @@ class Visit:
     def __init__(self, page: playwright.Page) -> None:
         self.page = page
         self.wrong: list[str] = []
-        page.on("console", self._said)
+        page.on("console", self._on_console)
         page.on("pageerror", lambda error: self.wrong.append(str(error)))
-        page.on("request", self._asked)
+        page.on("request", self._on_request)
         page.set_default_timeout(15_000)
 
-    def _said(self, message: playwright.ConsoleMessage) -> None:
+    def _on_console(self, message: playwright.ConsoleMessage) -> None:
         if message.type in ("error", "warning"):
             self.wrong.append(message.text)
 
-    def _asked(self, request: playwright.Request) -> None:
+    def _on_request(self, request: playwright.Request) -> None:
         if not re.match(r"http://127\.0\.0\.1:\d+/", request.url):
             self.wrong.append(request.url)
 
@@ -143,11 +143,11 @@ async def test_a_prompt_may_be_sent_before_all_models_are_listed(front, upstream
 
 async def test_after_a_restart_the_disk_answers(upstream, visit, tmp_path) -> None:
     page = visit.page
-    for said in ("Answered by the engine (miss)", "Answered by disk (hit)"):
+    for title in ("Answered by the engine (miss)", "Answered by disk (hit)"):
         async with running(tmp_path, upstream, memory=None) as front:
             await page.goto(front.url)
             await page.get_by_role("button", name="Send").click()
-            await expect(page.locator(".answer")).to_contain_text(said)
+            await expect(page.locator(".answer")).to_contain_text(title)
             await expect(page.get_by_role("button", name="Send")).to_be_enabled()
             # It would look for a server that has gone.
             await page.goto("about:blank")
@@ -169,11 +169,11 @@ async def test_it_can_be_read_by_everybody(front, guarded, visit) -> None:
             await expect(page.locator("#entries tbody tr").first).to_be_visible()
             row = page.locator("#entries tbody tr").filter(has_text="a-tag-of")
             assert all([(await each.bounding_box())["height"] < 400 for each in await row.all()])
-        told = await page.evaluate(_LOOK)
-        assert told["wide"] <= told["width"]
-        assert told["unnamed"] == []
-        background = _luminance(told["colors"].pop("--card"))
-        for name, color in told["colors"].items():
+        looks = await page.evaluate(_LOOK)
+        assert looks["wide"] <= looks["width"]
+        assert looks["unnamed"] == []
+        background = _luminance(looks["colors"].pop("--card"))
+        for name, color in looks["colors"].items():
             # WCAG 2.2, success criterion 1.4.3.
             lighter, darker = sorted((background, _luminance(color)), reverse=True)
             assert (lighter + 0.05) / (darker + 0.05) >= 4.5, name
@@ -216,7 +216,7 @@ async def test_an_entry_is_found_looked_at_and_purged(guarded, upstream, visit) 
     rows = page.locator("#entries tbody tr")
     await expect(rows.filter(has_text=EVIL)).to_have_count(1)
     await page.get_by_label("Search by").select_option("tag")
-    await page.get_by_label("for (nothing: the hottest)").fill(EVIL)
+    await page.get_by_label("for (empty: the most frequent)").fill(EVIL)
     await page.get_by_role("button", name="Search").click()
     await expect(rows).to_have_count(1)
     await rows.get_by_role("button").click()
@@ -229,7 +229,7 @@ async def test_an_entry_is_found_looked_at_and_purged(guarded, upstream, visit) 
     assert (await guarded.ask(asked))[1].startswith("tierserve; hit")
     await purge.click()
     await page.get_by_role("dialog").get_by_role("button", name="Purge").click()
-    await expect(page.get_by_text("There is none.")).to_be_visible()
+    await expect(page.get_by_text("No entry matches.")).to_be_visible()
     await expect(shown).to_be_hidden()
     assert (await guarded.ask(asked))[1] == "tierserve; fwd=miss"
     assert (await guarded.ask(other))[1].startswith("tierserve; hit")
@@ -317,9 +317,9 @@ async def test_a_page_of_another_site_asks(guarded, upstream, visit) -> None:
     for stream_it in (False, True):
         asked = question(stream=stream_it)
         for how in ("fwd=miss", "hit"):
-            status, said, text = await visit.page.evaluate(_FETCH, [url, KEY, asked])
-            assert (status, said.split("; ")[1], "yes" in text) == (200, how, True)
+            status, cache_status, text = await visit.page.evaluate(_FETCH, [url, KEY, asked])
+            assert (status, cache_status.split("; ")[1], "yes" in text) == (200, how, True)
             await guarded.ask_alone(asked)
     by_chance = question(temperature=1)
-    _, said, _ = await visit.page.evaluate(_FETCH, [url, KEY, by_chance])
-    assert said == "tierserve; fwd=bypass"
+    _, cache_status, _ = await visit.page.evaluate(_FETCH, [url, KEY, by_chance])
+    assert cache_status == "tierserve; fwd=bypass"

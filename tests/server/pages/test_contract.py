@@ -1,4 +1,4 @@
-"""What the OpenAPI document says is so, for requests that are made out of it, right and wrong.
+"""What the OpenAPI document describes is true, for right and wrong requests made out of it.
 
 Nothing gets a 500 or none, and what is refused leaves nothing in the tiers. `tests/e2e/surface`
 does the same with the real engine and all that it describes.
@@ -17,9 +17,8 @@ from schemathesis import Case, Response
 from server.config.secrets import hash_key, new_key
 from server.protocol.routes import ROUTES, Route
 from tests.openapi import RIGHT, check, operations, requests_of, send
-
-from .conftest import Front, Upstream, answer, body, free_port, question, running
-from .test_openapi import engine_document
+from tests.server.conftest import Front, Upstream, answer, body, free_port, question, running
+from tests.server.pages.test_openapi import engine_document
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -74,8 +73,8 @@ async def give(http: web.Request) -> web.StreamResponse:
     return await answer(http) if ROUTES[http.path].streams else web.json_response(body())
 
 
-def engine(say: Handler) -> Handler:
-    """Return an engine that describes itself, and does what `say` does on the routes of answers."""
+def engine(respond: Handler) -> Handler:
+    """Return an engine that describes itself, and responds so on the routes of answers."""
 
     async def handle(http: web.Request) -> web.StreamResponse:
         if http.path == "/openapi.json":
@@ -83,7 +82,7 @@ def engine(say: Handler) -> Handler:
             return web.json_response(engine_document(**paths))
         if http.path == "/metrics":
             return web.Response(text="# HELP x x\n")
-        return await say(http) if http.path in ROUTES else web.json_response({})
+        return await respond(http) if http.path in ROUTES else web.json_response({})
 
     return handle
 
@@ -102,8 +101,8 @@ async def test_what_the_document_says_is_so(front: Front, upstream: Upstream) ->
         async def sent(case: Case, **headers: str) -> Response:
             return await asyncio.to_thread(send, session, front.url, case, HANGS_S, **headers)
 
-        for say in (refuse, give):
-            upstream.handler = engine(say)
+        for respond in (refuse, give):
+            upstream.handler = engine(respond)
             for case in cases:
                 response = await sent(case)
                 assert response.status_code < 500, case.as_curl_command()
@@ -112,7 +111,7 @@ async def test_what_the_document_says_is_so(front: Front, upstream: Upstream) ->
                     again = await sent(case, **{"Cache-Control": "only-if-cached"})
                     assert again.status_code >= 400, case.as_curl_command()
             entries = await front.metric("tierserve_tier_entries")
-            assert (entries > 0) is (say is give)
+            assert (entries > 0) is (respond is give)
     assert (await front.ask(question()))[0] == 200
     log = front.log.read_text()
     assert "Traceback" not in log

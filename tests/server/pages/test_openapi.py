@@ -6,7 +6,7 @@ import orjson
 import pytest
 from aiohttp import web
 
-from server.pages.openapi import document
+from server.pages.openapi import build_document
 from server.protocol.cache_field import SCHEMA, parse_cache_field
 from server.protocol.errors import BadRequestError
 from server.protocol.routes import ROUTES
@@ -45,11 +45,11 @@ def engine_document(**paths: dict) -> dict:
 
 def made(engine: dict | None, **options: bool) -> dict:
     engines = [] if engine is None else [engine]
-    return document(engines, kept=ROUTES, version="1.2.3", **options)
+    return build_document(engines, kept=ROUTES, version="1.2.3", **options)
 
 
-def operations(told: dict) -> Iterator[tuple[str, str, dict]]:
-    for path, item in told["paths"].items():
+def operations(document: dict) -> Iterator[tuple[str, str, dict]]:
+    for path, item in document["paths"].items():
         for method, operation in item.items():
             yield path, method, operation
 
@@ -68,17 +68,17 @@ def references(part: object) -> Iterator[str]:
 @pytest.mark.parametrize("engine", [None, engine_document()], ids=["none", "vllm"])
 @pytest.mark.parametrize("has_keys", [False, True])
 def test_it_holds_together(engine: dict | None, has_keys: bool) -> None:
-    told = made(engine, has_keys=has_keys)
-    assert told["openapi"].startswith("3.1")
-    for reference in references(told):
-        part = told
+    document = made(engine, has_keys=has_keys)
+    assert document["openapi"].startswith("3.1")
+    for reference in references(document):
+        part = document
         for name in reference.removeprefix("#/").split("/"):
             part = part[name]
-    ids = [operation.get("operationId") for *_, operation in operations(told)]
+    ids = [operation.get("operationId") for *_, operation in operations(document)]
     known = [each for each in ids if each]
     assert len(known) == len(set(known))
-    tags = {each["name"] for each in told["tags"]}
-    for path, _, operation in operations(told):
+    tags = {each["name"] for each in document["tags"]}
+    for path, _, operation in operations(document):
         assert set(operation["tags"]) <= tags
         assert "200" in operation["responses"]
         assert "422" not in operation["responses"]
@@ -95,38 +95,38 @@ def test_without_an_engine_it_has_our_routes() -> None:
 
 
 def test_what_we_add_to_a_route_whose_answers_are_kept() -> None:
-    told = made(engine_document(), has_keys=True)["paths"][CHAT]["post"]
-    theirs, ours = told["requestBody"]["content"]["application/json"]["schema"]["allOf"]
+    operation = made(engine_document(), has_keys=True)["paths"][CHAT]["post"]
+    theirs, ours = operation["requestBody"]["content"]["application/json"]["schema"]["allOf"]
     assert theirs == {"$ref": "#/components/schemas/Chat"}
     assert set(ours["properties"]) == {"cache"}
-    assert {each["name"] for each in told["parameters"]} == {
+    assert {each["name"] for each in operation["parameters"]} == {
         "Cache-Control",
         "If-None-Match",
         "X-Request-Id",
     }
-    assert set(told["responses"]["200"]["headers"]) == {
+    assert set(operation["responses"]["200"]["headers"]) == {
         "Age",
         "Cache-Status",
         "ETag",
         "X-Request-Id",
     }
-    assert set(told["responses"]) == {
+    assert set(operation["responses"]) == {
         "200", "304", "400", "401", "404", "408", "413", "429", "502", "503", "504"
     }  # fmt: skip
-    assert "Retry-After" in told["responses"]["429"]["headers"]
+    assert "Retry-After" in operation["responses"]["429"]["headers"]
 
 
-def test_what_an_engine_says_of_routes_that_are_ours_is_left_out() -> None:
-    told = made(engine_document())
-    assert told["paths"]["/health"]["get"]["summary"] != "theirs"
+def test_an_engines_description_of_our_routes_is_left_out() -> None:
+    document = made(engine_document())
+    assert document["paths"]["/health"]["get"]["summary"] != "theirs"
 
 
-def test_what_we_refuse_whatever_an_engine_says_is_left_out() -> None:
-    told = made(engine_document(**{"/v1/load_lora_adapter": {"post": {"responses": {}}}}))
-    assert "/v1/load_lora_adapter" not in told["paths"]
+def test_routes_that_we_refuse_are_left_out() -> None:
+    document = made(engine_document(**{"/v1/load_lora_adapter": {"post": {"responses": {}}}}))
+    assert "/v1/load_lora_adapter" not in document["paths"]
 
 
-def test_errors_are_told_in_all_the_shapes_that_they_may_have() -> None:
+def test_errors_have_all_schemas_that_they_may_have() -> None:
     own = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Theirs"}}}}
     theirs = {"post": {"responses": {"200": {}, "415": own | {"description": "Not JSON"}}}}
     paths = made(engine_document(**{"/v1/messages": theirs, "/x": theirs}))["paths"]
@@ -134,9 +134,9 @@ def test_errors_are_told_in_all_the_shapes_that_they_may_have() -> None:
         "/v1/messages": ["TierserveMessagesError", "TierserveError", "TierserveDetail"],
         "/x": ["TierserveError", "TierserveDetail"],
     }.items():
-        told = paths[path]["post"]["responses"]["415"]
-        assert told["description"] == "Not JSON"
-        assert told["content"]["application/json"]["schema"] == {
+        response = paths[path]["post"]["responses"]["415"]
+        assert response["description"] == "Not JSON"
+        assert response["content"]["application/json"]["schema"] == {
             "anyOf": [{"$ref": f"#/components/schemas/{name}"} for name in shapes]
         }
 
@@ -172,16 +172,16 @@ def test_an_odd_document_is_refused(odd: dict) -> None:
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_it_is_the_engines_once_that_is_ready(own_upstream: Upstream, tmp_path) -> None:
-    said: list[bytes] = []
+    bodies: list[bytes] = []
 
     async def engine(http: web.Request) -> web.StreamResponse:
         if http.path != "/openapi.json":
             return await answer(http)
-        return web.json_response(body=said.pop())
+        return web.json_response(body=bodies.pop())
 
-    def says(told: object) -> None:
+    def serve(document: object) -> None:
         # Each model's engine is asked.
-        said[:] = [orjson.dumps(told)] * len(alike())
+        bodies[:] = [orjson.dumps(document)] * len(alike())
 
     async def fetched(front) -> tuple[dict, str]:
         async with front.session.get("/openapi.json") as reply:
@@ -193,13 +193,13 @@ async def test_it_is_the_engines_once_that_is_ready(own_upstream: Upstream, tmp_
     async with running(tmp_path, own_upstream) as front:
         # Neither of them is kept.
         for odd in ("x" * 10, {"paths": 1}):
-            says(odd)
+            serve(odd)
             assert set((await fetched(front))[0]["paths"]) == OWN | set(ROUTES)
-        says(engine_document())
-        told, etag = await fetched(front)
-        assert "/v1/embeddings" in told["paths"]
-        # It was asked for once: there is nothing more that it says.
-        assert await fetched(front) == (told, etag)
+        serve(engine_document())
+        document, etag = await fetched(front)
+        assert "/v1/embeddings" in document["paths"]
+        # It was asked for once: there is no further body to serve.
+        assert await fetched(front) == (document, etag)
         async with front.session.get("/openapi.json", headers={"If-None-Match": etag}) as reply:
             assert (reply.status, await reply.read()) == (304, b"")
         await own_upstream.stop()
@@ -208,18 +208,20 @@ async def test_it_is_the_engines_once_that_is_ready(own_upstream: Upstream, tmp_
         assert set(without["paths"]) == OWN | set(ROUTES)
         await own_upstream.start()
         await front.until_ready()
-        says(engine_document(**{"/new": {"get": {"responses": {}}}}))
+        serve(engine_document(**{"/new": {"get": {"responses": {}}}}))
         assert "/new" in (await fetched(front))[0]["paths"]
-        assert said == []
+        assert bodies == []
 
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_what_it_says_of_answers_is_true(front, upstream) -> None:
-    told = made(None)["paths"][CHAT]["post"]["responses"]
+    responses = made(None)["paths"][CHAT]["post"]["responses"]
     asked = question(cache={"tags": ["a"]})
     for _ in range(2):
         async with front.post(asked) as reply:
-            assert {n.lower() for n in told["200"]["headers"]} <= {n.lower() for n in reply.headers}
+            assert {n.lower() for n in responses["200"]["headers"]} <= {
+                n.lower() for n in reply.headers
+            }
             assert orjson.loads(await reply.read())["choices"] == body()["choices"]
     async with front.post(question(cache={"tags": "a"})) as reply:
         assert reply.status == 400
@@ -250,10 +252,10 @@ def test_the_field_cache_is_described_as_it_is_read() -> None:
             parse_cache_field(field)
 
 
-def test_routes_that_no_engine_has_are_not_told() -> None:
+def test_routes_that_no_engine_has_are_left_out() -> None:
     def summary(*engines: dict | None) -> str | None:
-        told = document(engines, kept=ROUTES, version="1")["paths"]
-        return told["/rerank"]["post"]["summary"] if "/rerank" in told else None
+        paths = build_document(engines, kept=ROUTES, version="1")["paths"]
+        return paths["/rerank"]["post"]["summary"] if "/rerank" in paths else None
 
     other = {"paths": {"/rerank": {"post": {"responses": {}}}}}
     assert summary() == "Described by the engine, once it is ready"

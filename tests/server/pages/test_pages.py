@@ -1,4 +1,4 @@
-"""The pages over HTTP: what their files may do, and whose numbers they tell."""
+"""The pages over HTTP: what their files may do, and whose numbers they show."""
 
 import re
 from pathlib import Path
@@ -108,8 +108,8 @@ async def test_a_tenant_sees_itself_and_an_operator_all(guarded, upstream) -> No
             assert reply.headers["Cache-Control"] == "no-store"
             return await reply.json()
 
-    def answered(told: dict) -> dict[str, int]:
-        return {name: sum(ring) for name, ring in told["history"]["answered"].items()}
+    def answered(shown: dict) -> dict[str, int]:
+        return {name: sum(ring) for name, ring in shown["history"]["answered"].items()}
 
     acme = await overview(guarded.url, KEYS["acme"])
     assert answered(acme) == {"engine": 1, "memory": 2}

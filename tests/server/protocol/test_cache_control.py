@@ -9,22 +9,23 @@ from hypothesis import strategies as st
 from server.protocol.cache_control import CacheControl, parse_cache_control
 from server.protocol.formats import Encoding
 from tiers import Answer, Entry, State
+from tiers.acceptance import Acceptance
 
 
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
         ("", CacheControl()),
-        ("no-cache", CacheControl(no_cache=True)),
-        ("No-Store , ONLY-IF-CACHED", CacheControl(no_store=True, only_if_cached=True)),
-        ("max-age=60", CacheControl(max_age_s=60)),
-        ('max-age="60",min-fresh = 5', CacheControl(max_age_s=60, min_fresh_s=5)),
-        ("max-stale", CacheControl(max_stale_s=inf)),
-        ("max-stale=30, max-stale=90", CacheControl(max_stale_s=30)),
-        ("max-age=-1", CacheControl(max_age_s=0)),
-        ("max-age=", CacheControl(max_age_s=0)),
-        ("min-fresh=soon", CacheControl(min_fresh_s=inf)),
-        ("max-stale=soon", CacheControl(max_stale_s=0)),
+        ("no-cache", CacheControl(Acceptance(no_cache=True))),
+        ("No-Store , ONLY-IF-CACHED", CacheControl(Acceptance(only_if_cached=True), no_store=True)),
+        ("max-age=60", CacheControl(Acceptance(max_age_s=60))),
+        ('max-age="60",min-fresh = 5', CacheControl(Acceptance(max_age_s=60, min_fresh_s=5))),
+        ("max-stale", CacheControl(Acceptance(max_stale_s=inf))),
+        ("max-stale=30, max-stale=90", CacheControl(Acceptance(max_stale_s=30))),
+        ("max-age=-1", CacheControl(Acceptance(max_age_s=0))),
+        ("max-age=", CacheControl(Acceptance(max_age_s=0))),
+        ("min-fresh=soon", CacheControl(Acceptance(min_fresh_s=inf))),
+        ("max-stale=soon", CacheControl(Acceptance(max_stale_s=0))),
         ('private="no-cache", x-no-store=1', CacheControl()),
         (',,=;"', CacheControl()),
     ],
@@ -67,7 +68,9 @@ def test_what_is_taken(value: str, takes: set[int]) -> None:
     entry = Entry(Answer(Encoding.JSON, b""), 0, 100, 0, 50, 1000)
     control = parse_cache_control(value)
     ages = {
-        age for age in (FRESH, STALE, FALLBACK) if control.accepts(entry, entry.state(age), age)
+        age
+        for age in (FRESH, STALE, FALLBACK)
+        if control.acceptance.accepts(entry, entry.state(age), age)
     }
     assert ages == takes
     assert entry.state(FALLBACK) is State.STALE_IF_ERROR

@@ -6,7 +6,7 @@ import orjson
 import pytest
 from aiohttp import web
 
-from server.protocol.cache_control import CacheControl
+from server.protocol.cache_control import NO_CACHE
 from server.protocol.cache_field import CacheField, parse_cache_field
 from server.protocol.errors import BadRequestError
 from tests.server.conftest import Front, Upstream, body, counting, question
@@ -24,7 +24,7 @@ CHANCE = {"temperature": 1}
         ({"mode": None, "ttl": None, "tags": None, "variants": None}, CacheField()),
         ({"mode": "default"}, CacheField()),
         ({"mode": "use", "variants": 3}, CacheField(use=True, variants=3)),
-        ({"mode": "no-cache"}, CacheField(control=CacheControl(no_cache=True))),
+        ({"mode": "no-cache"}, CacheField(control=NO_CACHE)),
         ({"ttl": 1.5, "tags": ["a", "b"]}, CacheField(ttl_s=1.5, tags=("a", "b"))),
     ],
 )

@@ -150,7 +150,7 @@ chat = partial(events_of, ROLE)
         chat(HI | {"logprobs": {"content": None}}, END | {"logprobs": {"content": None}}),
         chat(HI | {"logprobs": {"content": [], "refusal": []}}, END | {"logprobs": {}}),
         # Token counts that are missing, or beside a choice.
-        chat(END)._replace(usage=b""),
+        chat(END)._replace(trailer=b""),
         chat(END, usage=USAGE),
         chat(END, counts={"choices": [], "usage": {"total_tokens": 3}}),
         chat(END, counts={"choices": [END], "usage": USAGE}),

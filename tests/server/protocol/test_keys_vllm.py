@@ -22,8 +22,7 @@ from pydantic_core import PydanticUndefined
 
 from server.protocol.messages import without_ignored_fields
 from server.protocol.routes import ROUTES
-
-from .test_keys import CHAT, RESPONSES, SAID, TEXT, request
+from tests.server.protocol.test_keys import CHAT, RESPONSES, SAID, TEXT, request
 
 pytestmark = pytest.mark.engine
 

@@ -7,7 +7,7 @@ import pytest_asyncio
 from aiohttp import web
 from yarl import URL
 
-from .conftest import CHAT, Front, Upstream, running
+from tests.server.conftest import CHAT, Front, Upstream, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

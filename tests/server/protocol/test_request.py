@@ -179,7 +179,7 @@ def test_an_engine_that_we_do_not_know_may_keep_answers(path, store, is_repeatab
 
 
 @pytest.mark.parametrize(
-    ("has_one_parser", "more"),
+    ("encodings_agree", "more"),
     [
         (False, {}),
         (True, {"tools": [{"type": "function", "function": {"name": "f"}}]}),
@@ -188,8 +188,8 @@ def test_an_engine_that_we_do_not_know_may_keep_answers(path, store, is_repeatab
         (True, {"return_token_ids": True}),
     ],
 )
-def test_forms_are_apart_where_parsers_may_differ(has_one_parser: bool, more: dict) -> None:
-    named = ModelNames({"m": of_vllm("m", "i", encodings_agree=has_one_parser)})
+def test_forms_are_apart_where_parsers_may_differ(encodings_agree: bool, more: dict) -> None:
+    named = ModelNames({"m": of_vllm("m", "i", encodings_agree=encodings_agree)})
     forms = [BODY | more, BODY | more | {"stream": True}, BODY | more | {"stream": False}]
     body, events, said = (
         parse_request(CHAT, orjson.dumps(f), open_tenant(""), named).key for f in forms

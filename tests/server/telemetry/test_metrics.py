@@ -5,11 +5,12 @@ from socket import socket
 import pytest
 
 from server.cache import open_cache
+from server.engine.collector import EngineCollector
 from server.engine.supervisor import EngineState
 from server.telemetry.metrics import _BOUNDS_S, Metrics
 from tiers import Chain, DiskCache, FrequencySketch, MemoryCache, Purges, Tier
 from tiers.shared.purges import SharedPurges
-from tiers.singleflight.turns import LockStats
+from tiers.singleflight.lock import LockStats
 from tiers.tier import Counts
 
 MISS = {"model": "m", "tier": "engine", "outcome": "miss"}
@@ -25,11 +26,9 @@ def made(
     chain = Chain(tiers, frequency=FrequencySketch(1), max_answer_bytes=1, **options)
     return Metrics(
         chain,
-        models=lambda: models,
-        dropped=dropped,
-        accounts=dict,
-        turned_away=int,
-        waits=waits or LockStats(),
+        demotions_dropped=dropped,
+        lock_stats=waits or LockStats(),
+        collectors=[EngineCollector(lambda: models)],
     )
 
 

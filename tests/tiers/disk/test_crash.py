@@ -23,6 +23,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.tiers.child import Child, processes
 from tests.tiers.conftest import JSON
 from tiers import (
     Answer,
@@ -38,8 +39,6 @@ from tiers.disk import Durability
 from tiers.disk.file import DATA, DiskFile
 from tiers.disk.recovery import _ASK_TO_END, verifier
 from tiers.disk.verify import _Pages, verify
-
-from .child import Child, processes
 
 MIB = 1024 * 1024
 LONG = os.environ.get("TIERSERVE_LONG") == "1"

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.tiers.conftest import Clock
 from tiers import DiskCache
 from tiers.disk import Durability, check, compact
 from tiers.disk.file import DATA, DiskFile
@@ -24,8 +25,6 @@ from tiers.disk.record_format import unpack_blob
 from tiers.disk.recovery import Recovery
 from tiers.disk.transaction import Change
 from tiers.disk.verify import verify
-
-from .conftest import Clock
 
 MIB = 1024 * 1024
 LONG = os.environ.get("TIERSERVE_LONG") == "1"

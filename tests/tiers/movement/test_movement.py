@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiers.conftest import JSON
+from tests.tiers.conftest import JSON, Remote
 from tiers import (
     Answer,
     BackgroundWork,
@@ -24,8 +24,6 @@ from tiers import (
 from tiers.disk import Durability
 from tiers.disk.recovery import MARK
 from tiers.movement.background import _refill
-
-from .conftest import Remote
 
 ROOM_FOR_TWO = 6000
 ANSWER = Answer(JSON, bytes(1800))

@@ -107,7 +107,7 @@ def test_seed_example(capacity: int) -> None:
     assert optimum == {3: 2, 5: 3, 7: 3}[capacity]
     assert count_most_hits(capacity, SEED_EXAMPLE) == 3
     row = (capacity, *hits, f"{float(mean):.2f}", optimum)
-    assert f"| {' | '.join(map(str, row))} |\n" in Path("README.md").read_text()
+    assert f"| {' | '.join(map(str, row))} |\n" in Path("scripts/README.md").read_text()
 
 
 def zipf(requests: int, keys: int, exponent: float = 0.9) -> list[str]:

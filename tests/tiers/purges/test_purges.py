@@ -57,7 +57,7 @@ def test_a_table_survives_packing_and_no_two_begin_alike(table) -> None:
 
 @given(tables, st.data())
 def test_a_table_that_is_cut_or_of_another_format_is_refused(table, data) -> None:
-    packed = table.stamped(1, "tag:last").pack()
+    packed = table.with_purge(1, "tag:last").pack()
     size = data.draw(st.integers(0, len(packed) - len("tag:last") - 2))
     with pytest.raises(ValueError, match=r"purges|argument|decode"):
         PurgeTable.unpack(packed[:size])
@@ -255,7 +255,7 @@ async def test_requests_that_are_alike_join_before_the_file_is_open(clock, tmp_p
         fcntl.flock(lock, fcntl.LOCK_EX)
         disk = DiskCache(tmp_path, 1 << 20, clock=clock)
         purges, go = Purges(disk, clock=clock), asyncio.Event()
-        flights = SingleFlight(max_bytes=100, purged=purges.is_purged)
+        flights = SingleFlight(max_bytes=100, is_purged=purges.is_purged)
 
         async def produce(flight: Flight) -> None:
             await go.wait()

@@ -116,7 +116,7 @@ async def test_finish_cancels_what_takes_too_long() -> None:
 
 async def test_nobody_joins_what_has_been_purged() -> None:
     purged: set[tuple[str, Provenance]] = set()
-    flights = SingleFlight(max_bytes=10, purged=lambda key, origin: (key, origin) in purged)
+    flights = SingleFlight(max_bytes=10, is_purged=lambda key, origin: (key, origin) in purged)
     go = asyncio.Event()
 
     async def produce(flight: Flight) -> None:
@@ -143,7 +143,7 @@ async def test_flights_are_kept_apart_and_known_by_their_key() -> None:
         await asyncio.Event().wait()
 
     purged: list[str] = []
-    flights = SingleFlight(max_bytes=1024, purged=lambda key, _: key in purged)
+    flights = SingleFlight(max_bytes=1024, is_purged=lambda key, _: key in purged)
     first, _ = flights.join("k", SSE, produce)
     other, joined = flights.join("k", SSE, produce, variant="x")
     assert not joined
@@ -156,37 +156,37 @@ async def test_flights_are_kept_apart_and_known_by_their_key() -> None:
     await flights.drain(0)
 
 
-async def test_a_flight_is_landing_until_its_producer_returns() -> None:
+async def test_a_flight_is_being_stored_until_its_producer_returns() -> None:
     went: dict[Flight, asyncio.Event] = {}
 
     async def produce(flight: Flight) -> None:
         went[flight] = asyncio.Event()
         await flight.publish(b"item")
         flight.end(Answer(SSE, b"item"))
-        flights.mark_storing("k", flight)
+        flights.mark_being_stored("k", flight)
         await went[flight].wait()
 
     purged: list[str] = []
-    flights = SingleFlight(max_bytes=1024, purged=lambda key, _: key in purged)
-    assert flights.storing("k") is None
+    flights = SingleFlight(max_bytes=1024, is_purged=lambda key, _: key in purged)
+    assert flights.being_stored("k") is None
     first, _ = flights.join("k", SSE, produce)
-    assert flights.storing("k") is None
+    assert flights.being_stored("k") is None
     assert await read(first) == [b"item"]
-    assert flights.storing("k") is first.flight
+    assert flights.being_stored("k") is first.flight
     second, _ = flights.join("k", SSE, produce, variant="x")
     assert await read(second) == [b"item"]
-    last = flights.storing("k")
+    last = flights.being_stored("k")
     assert last is second.flight
     assert await read(last.subscribe()) == [b"item"]
-    assert flights.storing("other") is None
+    assert flights.being_stored("other") is None
     # The one that lands first is another.
     went[first.flight].set()
     await asyncio.sleep(0.01)
-    assert flights.storing("k") is last
+    assert flights.being_stored("k") is last
     purged.append("k")
-    assert flights.storing("k") is None
+    assert flights.being_stored("k") is None
     purged.clear()
     went[second.flight].set()
     await flights.drain(1)
-    assert flights.storing("k") is None
-    assert not flights._landing
+    assert flights.being_stored("k") is None
+    assert not flights._being_stored

@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.tiers.child import Child
 from tiers import FileLeases
 from tiers.singleflight.leases import FILE
-
-from .child import Child
 
 KEYS = ("a", "b", "c")
 STEPS = st.lists(

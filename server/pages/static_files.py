@@ -1,7 +1,7 @@
-"""The pages' files: HTML, style and scripts, read once, and the policy that they are shown under.
+"""The pages' HTML, CSS and JavaScript files, read once, and their Content-Security-Policy.
 
-Nothing in them is inline and nothing is from elsewhere, and the browser sees to both. They hold no
-data, so they are given to anybody; what they show they ask for with the key that they are given.
+The policy forbids inline code and other origins. The files hold no data, so anybody may read them;
+their scripts fetch all data with the key that the user enters.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from server.pages.resource import Resource
+from server.pages.resource import ETagResource
 from server.web.request import HttpRequest
 
 _FOLDER = Path(__file__).with_name("static")
@@ -20,27 +20,27 @@ _TYPES = {
     ".svg": "image/svg+xml",
 }
 _PREFIX = "/pages/"
-# Text can't become HTML or script by any way of the DOM's, either.
+# Trusted types: no API of the DOM may turn text into HTML or script.
 _POLICY = (
     "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "object-src 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
 )
 _HEADERS = {"Content-Security-Policy": _POLICY, "Referrer-Policy": "no-referrer"}
 
-FRONT = {"/": "home.html", "/docs": "docs.html"}
-ADMIN = {"/admin": "admin.html"}
+FRONT_PAGES = {"/": "home.html", "/docs": "docs.html"}
+ADMIN_PAGES = {"/admin": "admin.html"}
 
 
-class Files:
-    """The files under `/pages/`, and pages at paths of their own.
+class StaticFiles:
+    """A handler of the files under `/pages/`, and of HTML pages at their own paths.
 
     Args:
-        pages: files by path.
+        pages: the HTML files by path.
     """
 
     def __init__(self, pages: Mapping[str, str]) -> None:
         resources = {
-            file.name: Resource(file.read_bytes(), _TYPES[file.suffix], _HEADERS)
+            file.name: ETagResource(file.read_bytes(), _TYPES[file.suffix], _HEADERS)
             for file in sorted(_FOLDER.iterdir())
         }
         shared = {f"{_PREFIX}{n}": r for n, r in resources.items() if not n.endswith(".html")}
@@ -51,9 +51,9 @@ class Files:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """All of them."""
+        """The paths of all files and pages."""
         return tuple(self._by_path)
 
     async def answer(self, http: HttpRequest) -> web.Response:
-        """Answer one of the paths."""
+        """Answer a request for one of the paths."""
         return self._by_path[http.path].response(http)

@@ -1,8 +1,8 @@
-"""Turns: single flight among processes. Whose turn it is to generate an answer, and who waits.
+"""The lock that a process holds while it generates an answer: single flight among processes.
 
-One process holds the lease and generates; the others look for its answer in the tiers, and for
-the lease, which is free when the process ended or what it made was no answer to store. Invariant:
-nobody waits longer than `wait_s`, whatever others do.
+The process that holds the lease generates. The others poll the tiers for its answer, and the lease,
+which is free once that process has ended or has generated nothing to store. Invariant: nobody
+waits longer than `wait_s`, whatever others do.
 """
 
 import asyncio
@@ -25,26 +25,26 @@ _GROWTH = 1.5
 
 @dataclass(slots=True)
 class LockStats:
-    """Waits for another process, and how they ended since this process started."""
+    """Waits for another process since this process started, by how they ended."""
 
     waiting: int = 0
-    """Under way now."""
+    """Waits that go on now."""
     answered: int = 0
-    """With its answer."""
+    """The other process stored its answer."""
     took_over: int = 0
-    """With its lease, but no answer."""
+    """The lease became free without an answer."""
     gave_up: int = 0
-    """With neither, in time."""
+    """Neither happened within `wait_s`."""
     aborted: int = 0
-    """Because nobody asked any more."""
+    """The last subscriber left."""
 
 
 class GenerationLock:
-    """Gives out turns at generating answers.
+    """Lets one process at a time generate the answer under a key.
 
     Args:
-        chain: where the others' answers appear.
-        leases: all of them are taken for a turn, in this order; without any, it is always ours.
+        chain: where the answers of other processes appear.
+        leases: all of them are taken, in this order; without any, this process never stats.
         wait_s: the most seconds to wait for others.
         clock: returns seconds that only grow.
         sleep: waits for so many seconds.
@@ -67,60 +67,58 @@ class GenerationLock:
     async def acquire(
         self, key: str, purge_epoch: int, not_before: float
     ) -> AsyncIterator[Answer | None]:
-        """Wait for the turn at `key`, which lasts as long as the context.
+        """Hold the lock of `key` for as long as the context lasts.
 
-        Only those of the same `generation` (see `tiers.purges.purges`) wait for each other: what is
-        purged meanwhile is nobody's answer any more.
-
-        Gives the answer that another process has stored meanwhile, after `newer_than` (Unix s);
-        `None` asks for one to be generated, and stored before the context ends. With `inf` no
-        answer of others will do, so none is waited for.
+        Yields the answer that another process has stored since `not_before` (Unix s). `None` asks
+        for an answer to be generated, and to be stored before the context ends. With `inf` no
+        answer of another process will do, so none is waited for. Callers of different
+        `purge_epoch`s don't wait for each other, since a purge between them outdates the answer.
         """
-        async with AsyncExitStack() as turn:
+        async with AsyncExitStack() as held:
             answer, lease = None, f"{key}.{purge_epoch}"
-            is_ours = not self._leases or await self._take(lease, turn)
+            is_ours = not self._leases or await self._take(lease, held)
             if self._leases and not_before < inf:
                 # If it is ours, it may have been stored between the lookup and now.
-                find = self._chain.find_newer if is_ours else partial(self._wait, lease, turn)
+                find = self._chain.find_newer if is_ours else partial(self._wait, lease, held)
                 answer = await find(key, not_before)
             yield answer
 
     async def close(self) -> None:
-        """Give up what is still held."""
+        """Release the leases that are still held."""
         for leases in self._leases:
             await leases.close()
 
     async def _wait(
-        self, lease: str, turn: AsyncExitStack, key: str, newer_than: float
+        self, lease: str, held: AsyncExitStack, key: str, not_before: float
     ) -> Answer | None:
-        waits, until, poll_s = self.stats, self._clock() + self._wait_s, _FIRST_POLL_S
-        waits.waiting += 1
+        stats, until, poll_s = self.stats, self._clock() + self._wait_s, _FIRST_POLL_S
+        stats.waiting += 1
         try:
             while (left_s := until - self._clock()) > 0:
                 await self._sleep(min(poll_s, left_s))
                 poll_s = min(poll_s * _GROWTH, _LAST_POLL_S)
-                is_ours = await self._take(lease, turn)
+                is_ours = await self._take(lease, held)
                 # In this order: what is stored before a lease is released is found after it.
-                answer = await self._chain.find_newer(key, newer_than)
+                answer = await self._chain.find_newer(key, not_before)
                 if answer is not None:
-                    waits.answered += 1
+                    stats.answered += 1
                     return answer
                 if is_ours:
-                    waits.took_over += 1
+                    stats.took_over += 1
                     return None
         except asyncio.CancelledError:
-            waits.aborted += 1
+            stats.aborted += 1
             raise
         finally:
-            waits.waiting -= 1
-        waits.gave_up += 1
+            stats.waiting -= 1
+        stats.gave_up += 1
         return None
 
-    async def _take(self, lease: str, turn: AsyncExitStack) -> bool:
+    async def _take(self, lease: str, held: AsyncExitStack) -> bool:
         async with AsyncExitStack() as taken:
             for leases in self._leases:
                 if not await leases.take(lease):
                     return False
                 taken.push_async_callback(leases.release, lease)
-            turn.push_async_exit(taken.pop_all())
+            held.push_async_exit(taken.pop_all())
             return True

@@ -20,7 +20,7 @@ from tiers import (
     MemoryCache,
     Tier,
 )  # fmt: skip
-from tiers.singleflight.turns import LockStats
+from tiers.singleflight.lock import LockStats
 
 OLD, NEW = Answer(JSON, b"{1}"), Answer(JSON, b"{2}")
 
@@ -71,48 +71,48 @@ async def test_the_first_generates_and_the_second_gets_what_it_stored(processes,
     (chain, turns), (_, others) = processes
 
     async with AsyncExitStack() as stack:
-        assert await stack.enter_async_context(turns.turn("k", 0, 0)) is None
+        assert await stack.enter_async_context(turns.acquire("k", 0, 0)) is None
 
         async def store() -> None:
             await chain.store("k", NEW, Freshness(60))
             await stack.aclose()
 
         waiting.then[9] = store
-        async with others.turn("k", 0, 0) as answer:
+        async with others.acquire("k", 0, 0) as answer:
             assert answer == NEW
-    assert others.waits == LockStats(answered=1)
-    assert turns.waits == LockStats()
+    assert others.stats == LockStats(answered=1)
+    assert turns.stats == LockStats()
 
 
 async def test_looks_again_once_it_has_the_turn(processes) -> None:
     (chain, _), (_, others) = processes
     await chain.store("k", NEW, Freshness(60))
-    async with others.turn("k", 0, 0) as answer:
+    async with others.acquire("k", 0, 0) as answer:
         assert answer == NEW
-    assert others.waits == LockStats()
+    assert others.stats == LockStats()
 
 
 async def test_takes_over_what_the_other_gave_up(processes, waiting) -> None:
     (_, turns), (_, others) = processes
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(turns.turn("k", 0, 0))
+        await stack.enter_async_context(turns.acquire("k", 0, 0))
         waiting.then[3] = stack.aclose
-        async with others.turn("k", 0, 0) as answer:
+        async with others.acquire("k", 0, 0) as answer:
             assert answer is None
             # It is the lease's owner now.
             waiting.slept.clear()
-            async with turns.turn("k", 0, 0) as answer:
+            async with turns.acquire("k", 0, 0) as answer:
                 assert answer is None
             assert len(waiting.slept) > 0
-    assert others.waits == LockStats(took_over=1)
-    assert turns.waits == LockStats(gave_up=1)
+    assert others.stats == LockStats(took_over=1)
+    assert turns.stats == LockStats(gave_up=1)
 
 
 async def test_waits_longer_and_longer_and_not_beyond_the_bound(processes, waiting) -> None:
     (_, turns), (_, others) = processes
-    async with turns.turn("k", 0, 0), others.turn("k", 0, 0) as answer:
+    async with turns.acquire("k", 0, 0), others.acquire("k", 0, 0) as answer:
         assert answer is None
-        assert others.waits == LockStats(gave_up=1)
+        assert others.stats == LockStats(gave_up=1)
     *polls, last = waiting.slept
     assert sum(waiting.slept) == pytest.approx(10)
     assert polls[0] == 0.005
@@ -123,24 +123,24 @@ async def test_waits_longer_and_longer_and_not_beyond_the_bound(processes, waiti
 
 async def test_ends_waiting_when_cancelled_and_takes_nothing_along(processes, waiting) -> None:
     (_, turns), (_, others) = processes
-    async with turns.turn("k", 0, 0):
+    async with turns.acquire("k", 0, 0):
         task: asyncio.Task | None = None
 
         async def cancel() -> None:
             task.cancel()
 
         waiting.then[2] = cancel
-        task = asyncio.create_task(others.turn("k", 0, 0).__aenter__())
+        task = asyncio.create_task(others.acquire("k", 0, 0).__aenter__())
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert others.waits == LockStats(aborted=1)
-    async with turns.turn("k", 0, 0):
-        assert turns.waits == LockStats()
+        assert others.stats == LockStats(aborted=1)
+    async with turns.acquire("k", 0, 0):
+        assert turns.stats == LockStats()
 
 
 async def test_other_keys_are_other_turns(processes, waiting) -> None:
     (_, turns), (_, others) = processes
-    async with turns.turn("k", 0, 0), others.turn("l", 0, 0) as answer:
+    async with turns.acquire("k", 0, 0), others.acquire("l", 0, 0) as answer:
         assert answer is None
     assert waiting.slept == []
 
@@ -149,9 +149,9 @@ async def test_other_keys_are_other_turns(processes, waiting) -> None:
 async def test_a_failure_ends_the_turn(processes, waiting, error: type[BaseException]) -> None:
     (_, turns), (_, others) = processes
     with pytest.raises(error):
-        async with turns.turn("k", 0, 0):
+        async with turns.acquire("k", 0, 0):
             raise error
-    async with others.turn("k", 0, 0):
+    async with others.acquire("k", 0, 0):
         assert waiting.slept == []
 
 
@@ -160,26 +160,26 @@ async def test_only_a_newer_answer_will_do_and_replaces_the_older(processes, clo
     for each in (chain, other_chain):
         await each.store("k", OLD, Freshness(60))
     stored_at = clock.now
-    async with others.turn("k", 0, stored_at) as answer:
+    async with others.acquire("k", 0, stored_at) as answer:
         assert answer is None
     clock.now += 1
     await chain.store("k", NEW, Freshness(60))
-    async with others.turn("k", 0, inf) as answer:
+    async with others.acquire("k", 0, inf) as answer:
         assert answer is None
     hit = await other_chain.lookup("k")
     assert (hit.tier, hit.entry.answer) == ("memory", OLD)
-    async with others.turn("k", 0, stored_at) as answer:
+    async with others.acquire("k", 0, stored_at) as answer:
         assert answer == NEW
     hit = await other_chain.lookup("k")
     assert (hit.tier, hit.entry.answer) == ("memory", NEW)
     clock.now += 60
-    async with others.turn("k", 0, stored_at) as answer:
+    async with others.acquire("k", 0, stored_at) as answer:
         assert answer is None
 
 
 async def test_who_wants_a_new_answer_waits_for_nobody(processes, waiting) -> None:
     (_, turns), (_, others) = processes
-    async with turns.turn("k", 0, 0), others.turn("k", 0, inf) as answer:
+    async with turns.acquire("k", 0, 0), others.acquire("k", 0, inf) as answer:
         assert answer is None
     assert waiting.slept == []
 
@@ -189,7 +189,7 @@ async def test_looking_counts_neither_as_asking_nor_as_a_hit(processes) -> None:
     await chain.store("k", NEW, Freshness(60))
     before = [(tier.counts.hits, tier.counts.misses) for tier in other_chain.tiers]
     for _ in range(3):
-        async with others.turn("k", 0, 0):
+        async with others.acquire("k", 0, 0):
             pass
     assert [(tier.counts.hits, tier.counts.misses) for tier in other_chain.tiers] == before
     await other_chain.lookup("k")
