@@ -81,7 +81,7 @@ class EngineGeneration:
         # A cache on the way, such as another tierserve, must not answer a refresh.
         control = NO_CACHE if flight.is_refresh else request.cache.control
         headers = cacheable_request_headers(self._http, control)
-        upstreams, started = engines.models.upstreams(request.model), time.monotonic()
+        upstreams, sent_at = engines.models.upstreams(request.model), time.monotonic()
         async with upstreams.request(
             "POST", request.path, data=request.body, headers=headers, repeatable=True
         ) as reply:
@@ -101,7 +101,7 @@ class EngineGeneration:
             freshness is not None
             and request.route.format.hides_aborts
             and not await upstreams.keeps_generating(
-                reply, path=request.path, since=started, model=request.model, headers=headers
+                reply, path=request.path, since=sent_at, model=request.model, headers=headers
             )
         )
         engines.prefixes.note(request, counts_in(answer))
