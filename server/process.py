@@ -1,7 +1,4 @@
-"""What any process needs at its start: open standard streams, and, as process 1, an init's work.
-
-Nothing here knows what the process is for.
-"""
+"""Prepares any process at its start: standard streams, signals, and the duties of process 1."""
 
 import os
 import signal
@@ -9,7 +6,7 @@ import sys
 from contextlib import suppress
 
 _STREAMS = ("stdin", "r"), ("stdout", "w"), ("stderr", "w")
-# Those that whoever runs a container sends to its first process.
+# Signals that container runtimes send to a container's first process.
 _FORWARDED = (
     signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
 )  # fmt: skip
@@ -18,44 +15,44 @@ _FORWARDED = (
 def open_standard_streams() -> None:
     """Open the null device in place of each standard stream that is closed.
 
-    Else the next file or socket would take its number, and what is printed go there.
+    Otherwise the next file or socket would take the stream's number, and prints would go there.
     """
     for number, (name, mode) in enumerate(_STREAMS):
         try:
             os.fstat(number)
         except OSError:
-            # It takes the lowest number that is free, which is this one.
+            # The system gives it the lowest free number, which is this one.
             null = os.open(os.devnull, os.O_RDWR)
             os.set_inheritable(null, True)
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
 
 
 def ignore_signals() -> None:
-    """Ignore the signals that ask programs to open their logs or read files again, and end others.
+    """Ignore the signals that ask for logs or files to be opened anew, which would end us.
 
-    Children ignore them, too.
+    Children inherit that.
     """
     for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 
 def become_child_of_init() -> None:
-    """As process 1, such as in a container, return in a child, and do an init's work beside it.
+    """Return in a child if this is process 1, as in a container; the parent acts as init.
 
-    Orphans become children of process 1, which has to wait for each of them to end: of an engine's
-    processes when it is killed, or of what is run in the container by hand. Also, the system keeps
-    most signals from process 1. The child gets those that we get, and we end as it does.
+    Process 1 has to reap orphans, such as those of a killed engine or of commands that are run in
+    the container, and the system keeps most signals from it. So the parent reaps, forwards its
+    signals to the child, and exits with the child's status.
     """
     if os.getpid() != 1:
         return
-    # Held until there is somebody to forward them to.
+    # Blocked until there is a child to forward them to.
     signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
     child = os.fork()
     if child:
         for number in _FORWARDED:
             signal.signal(number, lambda number, _: _send(child, number))
     else:
-        # What a terminal sends to its whole group comes through us, once.
+        # A terminal signals its whole group; the parent alone forwards that, once.
         os.setpgid(0, 0)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
     if child:
@@ -68,7 +65,7 @@ def _send(pid: int, number: int) -> None:
 
 
 def _status_of(child: int) -> int:
-    """Wait for all children that end, until that one does; returns its status as shells tell it."""
+    """Reap children until `child` ends; returns its exit status as shells report it."""
     while True:
         pid, status = os.wait()
         if pid == child:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from aiocache.base import BaseCache
 
-from server.shared import open_cache
+from server.cache import open_cache
 
 # Below those that the system gives to whoever wants any, and of one pytest-xdist worker alone: a
 # port must stay free until who is told of it listens, and while that is started again.

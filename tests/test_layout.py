@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from itertools import accumulate
 from pathlib import Path
 
@@ -10,39 +11,38 @@ import pytest
 
 import tiers
 
-HTTP = {
-    "admin/api",
-    "admin/client",
-    "admin/listener",
-    "admin/warm",
-    "app",
-    "cors",
-    "destination",
-    "door",
-    "http_request",
-    "listener",
-    "middleware",
-    "model_list",
-    "openai",
-    "others",
-    "pages/document",
-    "pages/files",
-    "pages/overview",
-    "pages/resource",
-    "passthrough",
-    "record",
-    "responses",
-    "tracing",
-    "upstream",
-    "websocket",
-}
-
-ENTRANCES = {
-    "server.pages": ("server/pages/", "server/app.py"),
-    "server.admin": ("server/admin/", "server/app.py", "server/cli.py"),
-    "server.simulation": ("server/simulation/", "server/cli.py"),
-}
-"""Who alone may import a subpackage: what serves doesn't know what looks at it."""
+LAYERS = (
+    ("server.cli",),
+    ("server.check",),
+    ("server.app",),
+    ("server.router",),
+    ("server.handlers", "server.admin", "server.pages", "server.simulation"),
+    ("server.web", "server.engine", "server.cache"),
+    ("server.telemetry",),
+    ("server.protocol",),
+    ("server.auth",),
+    ("server.config",),
+    ("tiers",),
+)
+"""From top to bottom: a module imports from its own package and from layers below it."""
+ANYWHERE = ("server.terminal", "server.process")
+"""What knows nothing of the rest."""
+TIERS = (
+    ("tiers.memory", "tiers.disk"),
+    ("tiers.answer_cache",),
+    ("tiers.singleflight",),
+    ("tiers.chain",),
+    ("tiers.movement",),
+    ("tiers.shared",),
+    ("tiers.tier",),
+    ("tiers.purges",),
+    ("tiers.backend", "tiers.policies"),
+    ("tiers.acceptance",),
+    ("tiers.entry", "tiers.key", "tiers.frequency", "tiers.resilience", "tiers.file_locks"),
+)
+HTTP = ("server.web", "server.handlers", "server.pages", "server.admin", "server.engine.upstream",
+        "server.app", "server.router")  # fmt: skip
+"""Who may import aiohttp."""
 
 
 def imported_by(file: Path) -> set[str]:
@@ -60,29 +60,81 @@ def imported_by(file: Path) -> set[str]:
 FILES = [*Path("server").rglob("*.py"), *Path("tiers").rglob("*.py")]
 
 
+def module_of(file: Path) -> str:
+    return ".".join(file.with_suffix("").parts).removesuffix(".__init__")
+
+
+def is_in(module: str, packages: tuple[str, ...]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def layer_of(module: str, layers: tuple[tuple[str, ...], ...]) -> tuple[int, str] | None:
+    """Return how far down a module's layer is, and its package there."""
+    for depth, packages in enumerate(layers):
+        for package in packages:
+            if is_in(module, (package,)):
+                return depth, package
+    return None
+
+
 @pytest.mark.parametrize("file", FILES, ids=str)
-def test_dependencies_point_one_way(file: Path) -> None:
-    imports = imported_by(file)
+@pytest.mark.parametrize("layers", [LAYERS, TIERS], ids=["all", "tiers"])
+def test_nobody_imports_upwards(file: Path, layers: tuple[tuple[str, ...], ...]) -> None:
+    own = layer_of(module_of(file), layers)
+    if own is None:
+        return
+    for name in imported_by(file):
+        other = layer_of(name, layers)
+        assert other is None or other == own or other[0] > own[0], f"{file} imports {name}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_each_library_has_its_place(file: Path) -> None:
+    imports, module = imported_by(file), module_of(file)
     assert not imports & {"vllm", "torch"}
-    assert ("lmdb" in imports) <= (file.parent == Path("tiers/disk"))
-    assert ("cryptography" in imports) <= (file == Path("tiers/disk/seal.py"))
-    assert bool({"redis", "aiomcache"} & imports) <= (file.parent == Path("tiers/shared"))
-    assert ("aiohttp" in imports) <= (str(file.with_suffix("")).removeprefix("server/") in HTTP)
-    assert ("opentelemetry" in imports) <= (file == Path("server/tracing.py"))
-    for package, entrances in ENTRANCES.items():
-        assert package not in imports or str(file).startswith(entrances)
+    assert ("lmdb" in imports) <= is_in(module, ("tiers.disk",))
+    assert ("cryptography" in imports) <= (module == "tiers.disk.encryption")
+    assert bool({"redis", "aiomcache"} & imports) <= is_in(module, ("tiers.shared",))
+    assert ("aiohttp" in imports) <= is_in(module, HTTP)
+    assert ("opentelemetry" in imports) <= (module == "server.web.tracing")
+    if is_in(module, ANYWHERE):
+        assert not any(is_in(name, ("server",)) and "." in name for name in imports)
     if file.parts[0] == "tiers":
-        assert not imports & {"server", "pydantic", "yaml", "prometheus_client"}
+        assert not imports & {"server", "pydantic", "yaml", "prometheus_client", "orjson"}
+
+
+def test_every_module_has_a_layer() -> None:
+    for file in FILES:
+        module = module_of(file)
+        known = module == "server" or is_in(module, ANYWHERE) or layer_of(module, LAYERS)
+        assert known, f"{module} is in no layer"
+
+
+def test_no_folder_is_a_hall() -> None:
+    assert len([*Path("server").glob("*.py")]) <= 8
+    folders = Counter(file.parent for file in FILES)
+    assert [str(folder) for folder, files in folders.items() if files > 16] == []
+
+
+def test_no_public_class_has_the_name_of_another() -> None:
+    names = Counter(
+        node.name
+        for file in FILES
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert [name for name, times in names.items() if times > 1] == []
 
 
 def test_what_tiers_offers() -> None:
     assert sorted(tiers.__all__) == [
-        "Adoption", "Answer", "Chain", "Copies", "Demotion", "DiskCache", "Entry", "FileLeases",
-        "Flight", "Flights", "Form", "FrequencySketch", "Freshness", "Hit", "MemoryCache",
-        "Movement", "Origin", "PurgeError", "Purges", "State", "Tier", "Turns", "Write", "digest",
+        "Acceptance", "Answer", "AnswerCache", "BackgroundWork", "Chain", "Demotion", "DiskCache",
+        "Entry", "FileLeases", "Flight", "FrequencySketch", "Freshness", "GenerationLock", "Hit",
+        "ImportResult", "MemoryCache", "Pending", "Provenance", "PurgeError", "Purges",
+        "SingleFlight", "State", "Tier", "Transfers", "WritePolicy", "digest",
     ]  # fmt: skip
 
 
 def test_what_serves_without_tracing_does_not_import_it() -> None:
-    program = "import server.app, sys; sys.exit('server.tracing' in sys.modules)"
+    program = "import server.app, sys; sys.exit('server.web.tracing' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)

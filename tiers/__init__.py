@@ -1,46 +1,51 @@
-"""The cache: answers, their keys, and the tiers that hold them.
+"""A multi-tier cache of answers: `AnswerCache` over a `Chain` of `Tier`s over aiocache backends.
 
-Knows nothing of HTTP and nothing of vLLM. `Chain` is the way in; `MemoryCache` and `DiskCache`
-are aiocache backends that also work without the rest.
+`tiers/README.md` shows its use. `MemoryCache` and `DiskCache` are aiocache backends that also work
+alone. Callers decide what an answer's bytes and labels mean.
 """
 
-from tiers.answer import Answer, Entry, Form, Freshness, Origin, State
-from tiers.chain import Adoption, Chain, Hit
-from tiers.copies import Copies
+from tiers.acceptance import Acceptance
+from tiers.answer_cache import AnswerCache, Pending
+from tiers.chain import Chain, Hit, ImportResult
 from tiers.disk import DiskCache
-from tiers.flight import Flight, Flights
+from tiers.entry import Answer, Entry, Freshness, Provenance, State
 from tiers.frequency import FrequencySketch
 from tiers.key import digest
-from tiers.lease import FileLeases
-from tiers.memory import MemoryCache
-from tiers.movement import Demotion, Movement, Write
-from tiers.purges import PurgeError, Purges
+from tiers.memory.cache import MemoryCache
+from tiers.movement.background import BackgroundWork
+from tiers.movement.demotion import Demotion, WritePolicy
+from tiers.movement.transfers import Transfers
+from tiers.purges.purges import PurgeError, Purges
+from tiers.singleflight.flight import Flight, SingleFlight
+from tiers.singleflight.leases import FileLeases
+from tiers.singleflight.lock import GenerationLock
 from tiers.tier import Tier
-from tiers.turn import Turns
 
 __all__ = [
-    "Adoption",
+    "Acceptance",
     "Answer",
+    "AnswerCache",
+    "BackgroundWork",
     "Chain",
-    "Copies",
     "Demotion",
     "DiskCache",
     "Entry",
     "FileLeases",
     "Flight",
-    "Flights",
-    "Form",
     "FrequencySketch",
     "Freshness",
+    "GenerationLock",
     "Hit",
+    "ImportResult",
     "MemoryCache",
-    "Movement",
-    "Origin",
+    "Pending",
+    "Provenance",
     "PurgeError",
     "Purges",
+    "SingleFlight",
     "State",
     "Tier",
-    "Turns",
-    "Write",
+    "Transfers",
+    "WritePolicy",
     "digest",
 ]

@@ -1,23 +1,28 @@
-"""The base of our aiocache backends: aiocache's thirteen hooks over five primitives.
+"""What a tier's backend is: the base of our own, and what one offers that also keeps blobs.
 
-A subclass stores bytes under text keys and supplies `read`, `write`, `remove`, `keys` and
-`touch`; all but `write` are synchronous and answer at once. Values are bytes and `None` is a
-miss. aiocache is at https://aiocache.aio-libs.org (0.12).
+`ByteCache` maps aiocache's thirteen hooks to six primitives. A subclass stores bytes under text
+keys and supplies `read`, `peek`, `write`, `touch`, `remove` and `keys`; those that only read are
+synchronous and answer at once. `None` is a miss. aiocache is at https://aiocache.aio-libs.org
+(0.12).
 """
 
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from aiocache.base import BaseCache
 from aiocache.serializers import NullSerializer
 
+MAX_KEY_BYTES = 511
+"""The longest key that every backend of ours takes: LMDB's limit."""
+
 
 @dataclass(slots=True)
 class Usage:
-    """What a backend holds and what it has had to do. Counts are since the process started."""
+    """What a backend holds, and counts since the process started."""
 
     entries: int = 0
     bytes: int = 0
@@ -27,24 +32,108 @@ class Usage:
     refused: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class FileStatistics:
+    """A backend's file in numbers. Sizes are in bytes."""
+
+    entries: int
+    used_bytes: int
+    """Pages that hold entries, their indexes and blobs."""
+    free_bytes: int
+    """Pages that are reused before the file grows, those that list them included."""
+    file_bytes: int
+    map_bytes: int
+    """What the file can grow to."""
+    readers: int
+    """The most slots of LMDB's table of readers that all processes have taken at once."""
+
+
+class BlobStore(Protocol):
+    """A backend that keeps blobs beside its entries, and both over a restart."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether anything can be read."""
+
+    async def opened(self) -> None:
+        """Return when it is open.
+
+        Raises:
+            OSError: it can't be opened.
+        """
+
+    def load(self, name: str) -> bytes | None:
+        """Return what was last saved under `name`, or `None` if it is missing or damaged."""
+
+    def reload(self, name: str, known: bytes) -> bytes | None:
+        """Return a blob unless it begins with `known`, or there is none.
+
+        Raises:
+            ValueError: it is damaged.
+            OSError: nothing can be read now.
+        """
+
+    async def save(self, name: str, blob: bytes) -> bool:
+        """Store a blob. Returns whether it is stored."""
+
+    async def update(self, name: str, change: Callable[[bytes | None], bytes]) -> bool:
+        """Replace a blob by what `change` makes of it. Returns whether that is stored.
+
+        No process writes meanwhile. `change` gets `None` if there is no blob, and `b""` if it is
+        damaged. It may be called in another thread, and more than once.
+        """
+
+    def hottest(self) -> Iterator[tuple[str, bytes, float | None]]:
+        """Yield entries with their expiry (Unix s), those worth most first."""
+
+
 class ByteCache(BaseCache):
     """An aiocache backend for bytes, bounded by its subclass.
 
     Args:
+        max_bytes: the most that it may take.
         clock: returns Unix seconds; expiry is checked against it on every read.
 
     Raises:
         RuntimeError: aiocache is switched off through `AIOCACHE_DISABLE`.
     """
 
-    def __init__(self, *, clock: Callable[[], float], namespace: str | None = None) -> None:
+    in_memory = False
+    """Whether entries are in this process alone: a write waits for nothing, an end loses all."""
+    is_ordered = False
+    """Whether `keys_after` and `ranked_keys` yield its keys."""
+    path: Path | None = None
+    """The folder of its file, if it has one."""
+    queued_bytes = 0
+    """What waits to be written."""
+
+    def __init__(
+        self, max_bytes: int, *, clock: Callable[[], float], namespace: str | None = None
+    ) -> None:
         if os.environ.get("AIOCACHE_DISABLE") == "1":
             raise RuntimeError("AIOCACHE_DISABLE=1 would turn every read into a miss; unset it")
         super().__init__(
             serializer=NullSerializer(encoding=None), namespace=namespace, timeout=0, ttl=None
         )
+        self.max_bytes = max_bytes
         self.clock = clock
         self.usage = Usage()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether entries can be read."""
+        return True
+
+    async def opened(self) -> None:
+        """Return when entries can be read.
+
+        Raises:
+            OSError: they never can.
+        """
+
+    def statistics(self) -> FileStatistics | None:
+        """Return the file in numbers, or `None` where there is none or it can't be read now."""
+        return None
 
     @abstractmethod
     def read(self, key: str) -> bytes | None:
@@ -52,7 +141,7 @@ class ByteCache(BaseCache):
 
     @abstractmethod
     def peek(self, key: str) -> tuple[bytes, float | None] | None:
-        """Return value and expiry (Unix s), which doesn't count as reading, or `None`."""
+        """Return value and expiry (Unix s), or `None`; doesn't count as reading."""
 
     @abstractmethod
     async def write(self, key: str, value: bytes, expires_at: float | None) -> bool:
@@ -60,7 +149,7 @@ class ByteCache(BaseCache):
 
     @abstractmethod
     async def touch(self, key: str, expires_at: float | None) -> bool:
-        """Give an entry another expiry. Returns whether there was one."""
+        """Set an entry's expiry (Unix s). Returns whether there was one."""
 
     @abstractmethod
     async def remove(self, key: str) -> bool:
@@ -71,18 +160,26 @@ class ByteCache(BaseCache):
         """Return all keys, in any order."""
 
     def holds(self, key: str) -> bool:
-        """Return whether there is an entry, which doesn't count as reading it."""
+        """Return whether there is an entry; doesn't count as reading it."""
         return self.peek(key) is not None
 
     def victim(self, value_bytes: int) -> str | None:
         """Return the key that would leave first for a value of `value_bytes`.
 
-        `None` where there is room, or where the backend can't tell.
+        `None` where there is room, or where the backend doesn't know.
         """
         return None
 
+    def keys_after(self, key: str = "") -> Iterator[str]:
+        """Yield keys in their order, those after `key`, while others may change."""
+        return iter(())
+
+    def ranked_keys(self, below: bytes | None = None) -> Iterator[tuple[bytes, str]]:
+        """Yield keys of entries from the one worth most, each after its rank, from below a rank."""
+        return iter(())
+
     def entries(self) -> Iterator[tuple[str, bytes, float | None]]:
-        """Yield key, value and expiry (Unix s) of all entries, where the backend can tell."""
+        """Yield key, value and expiry (Unix s) of all entries, where the backend supports it."""
         return iter(())
 
     def _expiry(self, ttl: float | None) -> float | None:

@@ -1,6 +1,6 @@
-"""How often each key has been asked for lately, in constant memory.
+"""The frequency sketch: how often each key was requested lately, in constant memory.
 
-Pure and in process; whoever owns a sketch persists it with `dump` and `restoring`.
+Pure, without I/O; its owner persists it with `dump` and `load`.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ _SAMPLE_FACTOR = 10
 _HALVES = bytes(count >> 1 for count in range(256))
 _CAPPED = bytes(min(count, _MOST) for count in range(256))
 _ADDED_BYTES = 64 * 1024
-"""To add so many takes a sixth of a millisecond."""
+"""One step of `load`, which takes a sixth of a millisecond."""
 _DIGEST_DIGITS = 64
 
 # A count-min sketch: small counters, of which the bits of a key's digest choose four. Keys share
@@ -46,7 +46,7 @@ class FrequencySketch:
     Takes 4 bytes per key of `capacity`, rounded up to a power of two of at least 16.
 
     Args:
-        capacity: the number of keys that matter, such as what the tiers can hold.
+        capacity: the number of keys that matter, such as the entries that the tiers can hold.
 
     Raises:
         ValueError: `capacity` isn't positive.
@@ -61,7 +61,7 @@ class FrequencySketch:
 
     def record(self, key: str) -> int:
         """Count one more request for `key` and return the new estimate."""
-        # Spelt out, not a loop: every hit pays for it.
+        # Unrolled, since every hit pays for it.
         bits = _bits(key)
         table = self._table
         at_0 = ((bits & self._mask) << 6) + (bits >> 32 & 15)
@@ -98,21 +98,21 @@ class FrequencySketch:
 
     def double(self) -> None:
         """Make room for twice as many keys; estimates stay as they are."""
-        # The block's number has one more bit, so a block of before stands for two of now.
+        # A block's number gains one bit, so each block becomes two with the same counters.
         self._table *= 2
         self._resize(self.capacity.bit_length())
 
     def dump(self) -> bytes:
         """Return the bytes that `restoring` reads."""
         head = _HEADER.pack(_VERSION, self.capacity.bit_length() - 1, self._records)
-        # One copy of what may be megabytes: the caller's event loop waits for it.
+        # `join` copies what may be megabytes once; the event loop waits for it.
         return b"".join((head, self._table))
 
-    def restoring(self, data: bytes) -> Iterator[None]:
-        """Add the counts that `dump` wrote of a sketch of the same capacity, a part at each step.
+    def load(self, data: bytes) -> Iterator[None]:
+        """Add the counts that `dump` wrote for a sketch of the same capacity, in steps.
 
-        Between steps, so that whoever iterates can pause, requests may be recorded. If the
-        counters are halved then, the parts that follow count double until they are halved next.
+        The caller iterates, and may pause between steps and record requests meanwhile. If the
+        counters are halved in between, later parts count double until the next halving.
 
         Raises:
             ValueError: the bytes are of another format version, capacity, or length.
@@ -138,7 +138,7 @@ class FrequencySketch:
         if not self._records:
             self._table[:] = table
         else:
-            # Two counts of at most 15 fit in a byte, so long integers add all of them at once.
+            # Sums of two counts fit in a byte, so one addition of long integers adds all.
             for start in range(0, len(table), _ADDED_BYTES):
                 part = slice(start, start + _ADDED_BYTES)
                 summed = int.from_bytes(self._table[part]) + int.from_bytes(table[part])
@@ -157,7 +157,7 @@ class FrequencySketch:
 def _bits(key: str) -> int:
     """Return 64 well-spread bits of `key`, the same in every process.
 
-    Our keys are digests, and their last digits serve; any other text is digested first.
+    The last digits of a digest are; any other key is hashed.
     """
     if len(key) >= _DIGEST_DIGITS:
         try:

@@ -1,8 +1,7 @@
-"""Keys: what an entry is found by, and whose it is.
+"""Keys: a digest, which may follow a scope and a dot.
 
-A key may begin with its scope and a dot. Of the room in a tier each scope has an equal part for
-sure: for room an entry leaves only if its scope holds at least that part of what all scopes hold.
-An entry without a scope is nobody's, and may leave for everybody.
+Each scope is entitled to an equal share of a tier: an entry is evicted only if its scope holds at
+least an equal part of what all scopes hold. An entry without a scope may always be evicted.
 """
 
 import re
@@ -14,19 +13,19 @@ SCOPE_LENGTH = 8
 DOT = "."
 
 KEY_PATTERN = "(?:[a-z2-7]{8}[.])?[0-9a-f]{64}"
-"""What `digest` may have returned, and such a key in a scope."""
+"""Matches what `digest` returns, alone or in a scope."""
 is_key = re.compile(KEY_PATTERN).fullmatch
-"""Tells whether a text is such a key."""
+"""Returns a match if a text is such a key."""
 
 _ALPHABET = frozenset("abcdefghijklmnopqrstuvwxyz234567")
-"""Of base 32 (RFC 4648)."""
+"""Base 32 (RFC 4648), in lower case."""
 _LENGTH = Struct(">Q").pack
 
 
 def digest(*parts: bytes) -> str:
     """Return the key of `parts`: 64 hexadecimal digits of BLAKE2b-256 (RFC 7693).
 
-    Each part is preceded by its length, so no two different lists of parts are hashed alike.
+    Each part is preceded by its length, so different lists of parts have different digests.
     """
     state = blake2b(digest_size=32)
     for part in parts:
@@ -38,19 +37,19 @@ def digest(*parts: bytes) -> str:
 def scope_named(name: bytes) -> str:
     """Return the scope of that name.
 
-    It has 40 bits, as many as rows of the disk tier have room for: should two be alike, they share
-    one part.
+    It has 40 bits, as many as the disk tier's rows have room for. Two names that collide share one
+    scope.
     """
     return b32encode(blake2b(name, digest_size=5).digest()).decode().lower()
 
 
 def scoped(scope: str, key: str) -> str:
-    """Return `key` in a scope, if it isn't empty."""
+    """Return `key` in `scope`, or `key` itself if `scope` is empty."""
     return f"{scope}{DOT}{key}" if scope else key
 
 
 def scope_of(key: str) -> str:
-    """Return a key's scope, which is empty if it has none."""
+    """Return a key's scope, or an empty text if it has none."""
     if key[SCOPE_LENGTH : SCOPE_LENGTH + 1] != DOT:
         return ""
     scope = key[:SCOPE_LENGTH]

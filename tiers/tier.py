@@ -1,7 +1,7 @@
 """A tier: any aiocache backend with a name and a deadline.
 
-The one place that catches a backend's failure, counts it, and makes it a miss: a cache never
-fails a request. Cancellation passes through.
+The one place that catches a backend's failure, counts it, and makes it a miss, since a cache must
+never fail a request. Cancellation passes through.
 """
 
 import logging
@@ -13,51 +13,50 @@ from typing import Any
 
 from aiocache.base import BaseCache
 
-from tiers.answer import Entry
 from tiers.backend import ByteCache
-from tiers.calls import BusyError, Calls
-from tiers.circuit import FAILURES, CircuitBreaker
-from tiers.losses import Losses
-from tiers.memory import MemoryCache
-from tiers.purges import Purges
+from tiers.entry import Entry
+from tiers.purges.purges import Purges
+from tiers.resilience.bulkhead import Bulkhead, BusyError
+from tiers.resilience.circuit_breaker import FAILURES, CircuitBreaker
+from tiers.resilience.failed_writes import FailedWrites
 
 logger = logging.getLogger(__name__)
 
 _WRITE_S = 1.0
-# A connection each. One process hardly does more at once, however quick the server is.
-_READS = 8
-_WRITES = 4
-_PROBED = "probe"
+# Each takes a connection. One process hardly makes more calls at once, even to a quick server.
+_MAX_READS = 8
+_MAX_WRITES = 4
+_PROBE_KEY = "probe"
 
 
 @dataclass(slots=True)
 class Counts:
-    """What happened at a tier since the process started."""
+    """What has happened at a tier since the process started."""
 
     hits: int = 0
     misses: int = 0
     stores: int = 0
     promotions: int = 0
-    """Stores of what a farther tier had."""
+    """Stores of entries that a farther tier had."""
     demotions: int = 0
-    """Stores of what a nearer tier evicted."""
+    """Stores of entries that a nearer tier evicted."""
     errors: int = 0
     busy: int = 0
-    """Calls that weren't made, since too many were under way."""
+    """Calls that weren't made, because too many were under way."""
 
 
 class Tier:
     """A named level of the chain.
 
-    A backend elsewhere is left out after failures in a row, until it answers again. What it may
-    hold of before a write that failed is a miss.
+    A remote backend isn't called after failures in a row, until a probe succeeds. An entry that a
+    failed write should have replaced is a miss.
 
     Args:
-        name: what reports call it.
+        name: its name in reports.
         backend: an aiocache backend that stores bytes.
-        deadline_s: seconds that one read may take, while a write may take a second, since nobody
-            waits for it; 0 for a backend that answers at once.
-        shared: whether other servers use it too, so that new answers are stored there at once.
+        deadline_s: seconds that one read may take; a write may take a second, since nobody waits
+            for it. 0 for a backend that answers at once.
+        shared: whether other machines use it too, so that new answers are stored there at once.
         clock: returns Unix seconds.
     """
 
@@ -76,45 +75,60 @@ class Tier:
         self.shared = shared
         self._write_s = max(deadline_s, _WRITE_S) if deadline_s else 0
         self._clock = clock
-        # Our own backends answer at once; aiocache's layers cost more than such a read.
-        self._near = backend if isinstance(backend, ByteCache) else None
-        self._decode = Entry.decode_untrusted if self._near is None else Entry.decode
-        self._reads = Calls(_READS, deadline_s)
-        self._writes = Calls(_WRITES, self._write_s)
-        self._probes = Calls(1, deadline_s)
+        self.local = backend if isinstance(backend, ByteCache) else None
+        """The backend if it is one of ours, which answers at once: reads skip aiocache's layers,
+        which cost more than the read."""
+        self._decode = Entry.decode_untrusted if self.local is None else Entry.decode
+        self._reads = Bulkhead(_MAX_READS, deadline_s, limit_s=self._write_s)
+        self._writes = Bulkhead(_MAX_WRITES, self._write_s, limit_s=self._write_s)
+        self._probes = Bulkhead(1, deadline_s, limit_s=self._write_s)
         self._breaker = CircuitBreaker(self._probe, self._answers_again)
-        self._losses = Losses()
+        self._failed_writes = FailedWrites()
         self._failing: dict[str, int] = {}
         self.counts = Counts()
 
     @property
     def available(self) -> bool:
-        """Whether it is asked at all, which it isn't for a while after failures in a row."""
+        """Whether the backend is called; it isn't for a while after failures in a row."""
         return not self._breaker.is_open
 
     @property
-    def writes_at_once(self) -> bool:
-        """Whether a write is done without waiting for anything."""
-        return isinstance(self.backend, MemoryCache)
+    def in_memory(self) -> bool:
+        """Whether entries are in this process alone: a write waits for nothing."""
+        return self.local is not None and self.local.in_memory
+
+    @property
+    def is_open(self) -> bool:
+        """Whether entries can be read, which they can't while a file is being verified."""
+        return self.local is None or self.local.is_open
+
+    async def opened(self) -> None:
+        """Return when entries can be read.
+
+        Raises:
+            OSError: they never can.
+        """
+        if self.local is not None:
+            await self.local.opened()
 
     async def get(
         self, key: str, purges: Purges, *, counted: bool = True
     ) -> tuple[bytes, Entry] | None:
-        """Return the entry under `key`, encoded and decoded, or `None` if none or a purged one.
+        """Return the entry under `key`, encoded and decoded, or `None` if there is none.
 
-        Unless `counted`, it is neither a hit nor a miss.
+        A purged entry counts as none. Unless `counted`, the call is neither a hit nor a miss.
         """
         try:
             value: bytes | None
-            if self._near is not None:
-                value = self._near.read(key)
-            elif self._breaker.is_open or (self.shared and purges.lacks_shared):
-                # What may have been purged elsewhere can't be told from the rest.
+            if self.local is not None:
+                value = self.local.read(key)
+            elif self._breaker.is_open or (self.shared and purges.shared_unknown):
+                # Other machines may have purged it.
                 value = None
             else:
                 value = await self._read(key)
         except Exception as exc:
-            self._failed("read", exc)
+            self._record_failure("read", exc)
             return None
         if self._failing:
             self._failing.pop("read", None)
@@ -122,32 +136,35 @@ class Tier:
             try:
                 entry = self._decode(value)
             except ValueError as exc:
-                # Of another version of ours, or damaged; the next answer replaces it.
-                logger.debug("the %s tier holds what can't be read: %s", self.name, exc)
+                # From another version of ours, or damaged; the next answer replaces it.
+                logger.debug("the %s tier holds an entry that can't be read: %s", self.name, exc)
             else:
-                is_lost = self._losses.any and self._losses.hides(key, entry.stored_at)
-                if not is_lost and not purges.cover(key, entry):
+                failed = self._failed_writes
+                is_stale = not failed.is_empty and failed.may_be_stale(key, entry.stored_at)
+                if not is_stale and not purges.is_purged(key, entry):
                     self.counts.hits += counted
                     return value, entry
         self.counts.misses += counted
         return None
 
     async def peek(self, key: str) -> Entry | None:
-        """Return the entry under `key`, which doesn't count as asking for it, or `None`."""
+        """Return the entry under `key`, or `None`. Doesn't count as a request for it."""
         try:
             value: bytes | None
-            if self._near is not None:
-                held = self._near.peek(key)
+            if self.local is not None:
+                held = self.local.peek(key)
                 value = None if held is None else held[0]
             else:
                 value = await self._read(key) if self.available else None
-            entry = None if value is None else self._decode(value)
-            return None if entry is None or self._losses.hides(key, entry.stored_at) else entry
+            if value is None:
+                return None
+            entry = self._decode(value)
+            return None if self._failed_writes.may_be_stale(key, entry.stored_at) else entry
         except ValueError:
-            # Of another version of ours, or damaged.
+            # From another version of ours, or damaged.
             return None
         except Exception as exc:
-            self._failed("read", exc)
+            self._record_failure("read", exc)
             return None
 
     async def put(self, key: str, value: bytes, ttl_s: float) -> bool:
@@ -155,16 +172,16 @@ class Tier:
         stored, may_be_older = False, True
         try:
             if self.available:
-                write = partial(self.backend.set, key, value, ttl=ttl_s, timeout=self._write_s)
+                write = partial(self.backend.set, key, value, ttl=ttl_s, timeout=0)
                 stored = await self._write("write", write)
                 may_be_older = not stored and await self._holds_other(key, value)
         except Exception as exc:
-            self._failed("write", exc)
+            self._record_failure("write", exc)
         finally:
             if may_be_older:
-                self._losses.note(key, self._stored_at(value))
-            elif key in self._losses:
-                self._settle(key, self._stored_at(value))
+                self._failed_writes.add(key, self._stored_at(value))
+            elif key in self._failed_writes:
+                self._note_success(key, self._stored_at(value))
         self.counts.stores += stored
         return stored
 
@@ -173,39 +190,39 @@ class Tier:
         removed = False
         try:
             if self.available:
-                remove = partial(self.backend.delete, key, timeout=self._write_s)
+                remove = partial(self.backend.delete, key, timeout=0)
                 await self._write("remove", remove)
                 removed = True
         except Exception as exc:
-            self._failed("remove", exc)
+            self._record_failure("remove", exc)
         finally:
             if not removed:
-                self._losses.note(key, self._clock())
-            elif key in self._losses:
-                self._settle(key, self._clock())
+                self._failed_writes.add(key, self._clock())
+            elif key in self._failed_writes:
+                self._note_success(key, self._clock())
 
     async def holds(self, key: str) -> bool:
-        """Return whether there is an entry under `key`, which doesn't count as asking for it.
+        """Return whether there is an entry under `key`. Doesn't count as a request for it.
 
-        Where that can't be told, it says so too: nothing should be copied to a tier that fails.
+        Returns `True` if the tier fails, so that nothing is copied to it.
         """
         if not self.available:
             return True
-        if key in self._losses:
+        if key in self._failed_writes:
             return False
         try:
             return await self._exists(key)
         except Exception as exc:
-            self._failed("read", exc)
+            self._record_failure("read", exc)
             return True
 
     def victim(self, value_bytes: int) -> str | None:
-        """Return the key that would leave first for a value of that size, or `None` for room."""
-        return None if self._near is None else self._near.victim(value_bytes)
+        """Return the key that would be evicted first for a value of that size, `None` if none."""
+        return None if self.local is None else self.local.victim(value_bytes)
 
     def entries(self) -> Iterator[tuple[str, bytes, float | None]]:
-        """Yield key, encoded entry and expiry (Unix s) of all, where the backend can tell."""
-        return iter(()) if self._near is None else self._near.entries()
+        """Yield key, encoded entry and expiry (Unix s) of all, if the backend can list them."""
+        return iter(()) if self.local is None else self.local.entries()
 
     async def close(self) -> None:
         """Flush and release the backend."""
@@ -222,38 +239,38 @@ class Tier:
     async def _read(self, key: str) -> bytes | None:
         value: bytes | None
         if self.deadline_s:
-            read = partial(self.backend.get, key, timeout=self._write_s)
-            value = await self._reads.make(read)
+            read = partial(self.backend.get, key, timeout=0)
+            value = await self._reads.run(read)
         else:
             value = await self.backend.get(key)
         self._breaker.succeeded()
         return value
 
     async def _write(self, action: str, write: Callable[[], Coroutine[Any, Any, object]]) -> bool:
-        done = bool(await (self._writes.make(write) if self.deadline_s else write()))
+        done = bool(await (self._writes.run(write) if self.deadline_s else write()))
         self._breaker.succeeded()
         self._failing.pop(action, None)
         return done
 
     async def _exists(self, key: str) -> bool:
-        if self._near is not None:
-            return self._near.holds(key)
+        if self.local is not None:
+            return self.local.holds(key)
         return bool(await self.backend.exists(key, timeout=self._write_s))
 
     async def _holds_other(self, key: str, value: bytes) -> bool:
-        if self._near is None:
+        if self.local is None:
             return await self._exists(key)
-        # What waits for its file to be opened isn't stored yet, and is the latest all the same.
-        held = self._near.peek(key)
+        # A value that waits for the disk tier's file to be opened is readable, though not stored.
+        held = self.local.peek(key)
         return held is not None and held[0] != value
 
-    def _settle(self, key: str, stored_at: float) -> None:
-        """Note that a write has succeeded where an earlier one hadn't."""
-        if self._near is not None:
-            self._losses.forget(key)
+    def _note_success(self, key: str, stored_at: float) -> None:
+        """Record that a write has succeeded after an earlier one had failed."""
+        if self.local is not None:
+            self._failed_writes.discard(key)
         else:
-            # What failed may still be on its way there.
-            self._losses.note(key, stored_at)
+            # The write that failed may still arrive there.
+            self._failed_writes.add(key, stored_at)
 
     def _stored_at(self, value: bytes) -> float:
         try:
@@ -262,30 +279,29 @@ class Tier:
             return self._clock()
 
     async def _probe(self) -> None:
-        # The first call may have to connect, which is no matter as long as the next ones are quick.
-        exists = partial(self.backend.exists, _PROBED, timeout=_WRITE_S)
-        await exists()
+        # The first call may have to connect, so only the second one is held to the deadline.
+        await self.backend.exists(_PROBE_KEY, timeout=_WRITE_S)
         if self.deadline_s:
-            await self._probes.make(exists)
+            await self._probes.run(partial(self.backend.exists, _PROBE_KEY, timeout=0))
 
     def _answers_again(self) -> None:
         logger.warning("the %s tier answers again", self.name)
 
-    def _failed(self, action: str, exc: Exception) -> None:
-        """Count a failure, and tell it once until the same succeeds, not for each request."""
+    def _record_failure(self, action: str, exc: Exception) -> None:
+        """Count a failure, and log it once until the same action succeeds."""
         if isinstance(exc, BusyError):
             self.counts.busy += 1
             return
         self.counts.errors += 1
         in_a_row = self._failing[action] = self._failing.get(action, 0) + 1
-        if self._near is not None:
+        if self.local is not None:
             if in_a_row == 1:
-                # What a system refuses needs no traceback.
+                # An operating system's error needs no traceback.
                 trace = None if isinstance(exc, OSError) else exc
                 logger.error("the %s tier failed to %s: %s", self.name, action, exc, exc_info=trace)
         elif self._breaker.failed():
             text = "the %s tier failed to %s and is left out until it answers again: %r"
             logger.error(text, self.name, action, exc)
         elif in_a_row == FAILURES and self.available:
-            # Something else succeeds in between.
+            # Another action succeeds in between, so the breaker stays closed.
             logger.error("the %s tier fails to %s: %r", self.name, action, exc)

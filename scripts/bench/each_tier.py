@@ -1,10 +1,14 @@
 """Each tier alone: speed and stalls; what memory takes, and how the disk tier starts.
 
-Values are answers of about 2 KB cut from Python's help, keys are digests, as in service. Lookups
-are of random keys that are there; stores are of new keys, by many tasks at once. A stall is how
-late the event loop wakes a task that asked for a millisecond, while the tasks store. What the
-process grows by while the memory tier is filled stands beside what the tier counts for it.
-The shared tier's servers are started on the loopback; its lookups are made by the tasks, too.
+Values are answers of about 2 KB cut from Python's help, and keys are digests, as in service.
+Lookups are of random keys that the tier holds; stores are of new keys, by many tasks at once. A
+stall is how late the event loop wakes a task that sleeps for a millisecond, while the tasks store.
+The memory that the process grows by while the memory tier is filled stands beside what the tier
+counts.
+
+Memory and disk are read inline, one key after another, without the chain, HTTP or JSON, so a hit of
+the server takes far longer than a lookup here. The shared tier's servers run on the loopback, and
+many tasks look up at once, so a lookup's time includes waiting for the others.
 
 Usage: each_tier.py [--entries N] [--operations N] [--tasks N] [--folder PATH]
 """
@@ -33,7 +37,8 @@ from tiers import DiskCache, MemoryCache, digest
 from tiers.backend import ByteCache
 from tiers.disk import Durability
 from tiers.disk.file import DATA, DiskFile
-from tiers.disk.opening import MARK, Opening
+from tiers.disk.marks import CLEAN, Marks
+from tiers.disk.recovery import Recovery
 from tiers.disk.transaction import Change
 from tiers.shared.memcached import MemcachedBytes
 from tiers.shared.redis import RedisBytes
@@ -206,8 +211,10 @@ async def _start(folder: Path, options: argparse.Namespace) -> None:
     hottest = sum(1 for _, _ in zip(range(10_000), cache.hottest(), strict=False))
     rows.append((f"the {hottest:,} hottest", time.perf_counter() - began))
     await cache.close()
-    (folder / MARK).unlink()
+    Marks(folder).mark_open(syncs=True)
     rows.append(("start after a kill", await _opening(folder)))
+    (folder / CLEAN).unlink()
+    rows.append(("start with verifying", await _opening(folder)))
     each = [size / options.entries for size in (raw_bytes, used_bytes, file_bytes)]
     print(f"\n{options.entries:,} entries; bytes each: {each[0]:,.0f} in the answer,"
           f" {each[1]:,.0f} in pages that are used, {each[2]:,.0f} in the file")  # fmt: skip
@@ -230,8 +237,8 @@ async def _opening(folder: Path) -> float:
 def _fill(folder: Path, entries: int) -> int:
     """Make a file that was closed cleanly; return the bytes of its answers."""
     answers = [_answer(number) for number in range(2000)]
-    opening = Opening(folder, 64 * GIB, time.time)
-    opening.try_exclusive()
+    recovery = Recovery(folder, 64 * GIB, time.time)
+    recovery.try_exclusive()
     file = DiskFile(folder, 64 * GIB, sync=False)
     raw_bytes, expires_at = 0, time.time() + 86400
     for start in range(0, entries, BATCH):
@@ -245,7 +252,7 @@ def _fill(folder: Path, entries: int) -> int:
             print(f"\rfilling: {start + len(batch):,} of {entries:,}", end="", file=sys.stderr)
     print(file=sys.stderr)
     file.close()
-    opening.release(whole=True)
+    recovery.release(closed=True)
     return raw_bytes
 
 

@@ -1,9 +1,10 @@
-"""What a hit waits for while others keep missing: its latency beside a store-heavy load.
+"""The latency of a memory hit alone, and beside clients whose requests all miss and are stored.
 
 A server with both tiers stands before an upstream that answers at once. One client asks for the
-same memory hit again and again, a millisecond apart: first alone, and then while wrk's connections
-ask for what no tier has, so that all of it is generated, stored and committed. All share the
-machine's cores, so what the server's event loop waited for a core stands beside.
+same memory hit again and again, a millisecond apart: first alone, then while wrk's connections ask
+for what no tier holds, so that every answer is generated, stored and committed. All processes share
+the machine's cores. So the table also shows for which share of the time the server's event loop was
+ready to run and had no core: a latency that grows with it says nothing about the server.
 
 Needs wrk. Usage: misses.py [--seconds N] [--connections N] [--answer-bytes N]
 """

@@ -4,8 +4,9 @@ Each trace is replayed against each policy at several cache sizes, given as shar
 footprint: the bytes of all different keys. Mooncake's traces are replayed twice: as whole requests,
 and as prefix blocks, each a key. `server/simulation/traces.py` says which formats there are.
 
-A key keeps the size that it had when it was let in. What alone is larger than the cache is a miss
-and is not let in.
+A key keeps the size with which it was admitted. An entry that is larger than the cache is a miss,
+and isn't admitted. Real traces of LLM requests rarely repeat whole requests, so read a trace's
+share of repeated requests (`again`) first: no policy finds more than that.
 
 Needs libcachesim (https://libcachesim.com), which has the policies to compare with.
 
@@ -22,9 +23,9 @@ from typing import NamedTuple
 
 from server.simulation import references
 from server.simulation.references import ONLINE, OPTIMUM
-from server.simulation.traces import BLOCK_TOKENS, TOKEN_BYTES, Request, Trace, read
+from server.simulation.traces import BLOCK_TOKENS, TOKEN_BYTES, Trace, TraceRequest, read
 from tiers import digest
-from tiers.policies import DEFAULT, POLICIES
+from tiers.policies import DEFAULT_POLICY, POLICIES
 
 
 class Result(NamedTuple):
@@ -73,7 +74,7 @@ def replayed(path: Path) -> Iterator[tuple[str, Trace]]:
         yield trace.name, trace
         return
     yield f"{trace.name[:18]} answers", trace
-    requests = [Request(str(block), BLOCK_TOKENS * TOKEN_BYTES) for block in blocks]
+    requests = [TraceRequest(str(block), BLOCK_TOKENS * TOKEN_BYTES) for block in blocks]
     yield f"{trace.name[:18]} blocks", Trace(trace.name, requests)
 
 
@@ -124,9 +125,9 @@ def print_requests(table: dict[tuple[str, float], dict[str, Result]]) -> None:
     print("Miss ratio: the share of requests that are not found")
     print_columns(table, "requests")
     to_lru, to_best = [], []
-    print(f"\n{DEFAULT}, relative to            lru   best of libcachesim's online policies")
+    print(f"\n{DEFAULT_POLICY}, relative to            lru   best of libcachesim's online policies")
     for (name, share), row in table.items():
-        ours = row[DEFAULT].requests
+        ours = row[DEFAULT_POLICY].requests
         best = min(ONLINE, key=lambda column: row[column].requests)
         to_lru.append(ours / row["lru"].requests - 1)
         to_best.append(ours / row[best].requests - 1)

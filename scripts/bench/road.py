@@ -1,10 +1,13 @@
-"""What a user waits for: starts, misses and hits of the product with the real engine.
+"""What a client waits for: starts, misses and hits of the product with the real engine.
 
 Runs `scripts/serve` twice over one disk tier of its own. The first run answers each question as a
-miss and then from memory; the second, a restart without a memory tier, which would be refilled,
-answers them from disk while the engine still loads. Prints seconds from the start of
-`scripts/serve`, and for each kind of answer the medians of the time to the first token and of the
-total, streamed. Usage: road.py [--questions N]
+miss and then from memory. The second is a restart without a memory tier, which would be refilled:
+it answers from disk while the engine still loads. Prints the seconds from the start of
+`scripts/serve` to the first hit and miss, and for each kind of answer the medians of the time to
+the first token and of the total, streamed.
+
+One client asks one question at a time, for exactly 64 tokens. The time of a miss is vLLM's: it
+depends on the processor, the model and `dtype`. Usage: road.py [--questions N]
 """
 
 import argparse

@@ -1,5 +1,6 @@
-"""What is done to the tiers by hand, through a running server or on the disk tier's file.
+"""Administration of the tiers, of a running server or of the disk tier's file.
 
-`operations` says what that is, and `cli` is the command for it. `local` does it in this process;
-`client` has it done by a server, through the `api` that it offers at the socket of `listener`.
+`operations` defines what can be done. `local` does it in this process, and `client` through the
+admin API of a server: `handler` implements that API, `sockets` serves it. `commands` is the command
+`tierserve cache`.
 """

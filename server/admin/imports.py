@@ -1,76 +1,76 @@
-"""Storing what was exported."""
+"""Imports: storing the entries of an export in the tiers."""
 
 import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from server.admin import exports
+from server.admin import export_format
 from server.admin.operations import AdminError
-from server.admin.pace import Pace
-from tiers import Adoption, Chain, DiskCache, MemoryCache, State
+from server.admin.time_slice import TimeSlice
+from tiers import Chain, ImportResult, State
 
-# Stored at once, as the disk tier commits together what comes together.
+# Stored concurrently, so that the disk tier commits them together.
 _BATCH, _BATCH_BYTES = 64, 8 * 1024**2
-# Of a disk tier that reports before it has written.
-_QUEUED_BYTES = 16 * 1024**2
+# A disk tier whose queue is longer is waited for; it may confirm writes before they are done.
+_MAX_QUEUED_BYTES = 16 * 1024**2
 _DRAIN_S = 0.01
-_NAMED = 100
+_MAX_PROBLEMS = 100
 
 
-class Import:
+class ImportJob:
     """One import into a chain.
 
-    It goes to all tiers but memory: what may never be asked for mustn't push out what is.
+    Entries go to all tiers but memory, since they may never be requested and would evict others.
     """
 
     def __init__(self, chain: Chain) -> None:
         self._chain = chain
-        far = [tier for tier in chain.tiers if not isinstance(tier.backend, MemoryCache)]
+        far = [tier for tier in chain.tiers if not tier.in_memory]
         self._into = far or chain.tiers
-        self._disks = [t.backend for t in chain.tiers if isinstance(t.backend, DiskCache)]
+        self._backends = [tier.local for tier in chain.tiers if tier.local is not None]
         self._counts = dict.fromkeys(
             ("stored", "unchanged", "older", "expired", "purged", "refused", "damaged"), 0
         )
         self._problems: list[str] = []
-        self._batch: list[exports.Keyed] = []
+        self._batch: list[export_format.ExportedEntry] = []
         self._batch_bytes = self._entries = 0
-        self._told: int | None = None
+        self._declared: int | None = None
 
     async def run(self, lines: AsyncIterator[bytes]) -> dict[str, Any]:
-        """Store what `lines` hold, and return as `Operations.take` describes it.
+        """Store the entries of an export, as `AdminOperations.import_` describes it.
 
         Raises:
-            AdminError: they aren't an export.
+            AdminError: the lines aren't an export.
         """
         try:
-            exports.check_first(await anext(lines, b""))
+            export_format.check_header(await anext(lines, b""))
         except ValueError as exc:
             raise AdminError(400, f"The import {exc}.") from exc
-        number, pace = 1, Pace()
+        number, time_slice = 1, TimeSlice()
         async for line in lines:
             number += 1
             await self._read(number, line)
             if len(self._batch) >= _BATCH or self._batch_bytes > _BATCH_BYTES:
                 await self._store()
-            await pace.give_way()
+            await time_slice.yield_if_over()
         await self._store()
-        if self._told is None:
+        if self._declared is None:
             self._problems.append("the last line is missing: the export was cut")
-        elif self._told != self._entries:
-            told = f"the last line tells of {self._told} entries"
-            self._problems.append(f"{told}, and {self._entries} could be read")
+        elif self._declared != self._entries:
+            declared = f"the last line counts {self._declared} entries"
+            self._problems.append(f"{declared}, but {self._entries} could be read")
         return {**self._counts, "problems": self._problems}
 
     async def _read(self, number: int, line: bytes) -> None:
         try:
-            found = await exports.read_of(line)
+            found = await export_format.decode_line_offloaded(line)
         except ValueError as exc:
             self._counts["damaged"] += 1
-            if len(self._problems) < _NAMED:
+            if len(self._problems) < _MAX_PROBLEMS:
                 self._problems.append(f"line {number} {exc}")
             return
         if isinstance(found, int):
-            self._told = found
+            self._declared = found
             return
         self._entries += 1
         if found.entry.state(self._chain.clock()) is State.EXPIRED:
@@ -81,11 +81,11 @@ class Import:
 
     async def _store(self) -> None:
         batch, self._batch, self._batch_bytes = self._batch, [], 0
-        for adoption in await asyncio.gather(*map(self._adopt, batch)):
-            self._counts[adoption] += 1
-        for disk in self._disks:
-            while disk.queued_bytes > _QUEUED_BYTES:  # noqa: ASYNC110 - commits take their time.
+        for result in await asyncio.gather(*map(self._import_entry, batch)):
+            self._counts[result] += 1
+        for each in self._backends:
+            while each.queued_bytes > _MAX_QUEUED_BYTES:  # noqa: ASYNC110 - commits take a while.
                 await asyncio.sleep(_DRAIN_S)
 
-    async def _adopt(self, found: exports.Keyed) -> Adoption:
-        return await self._chain.adopt(*found, self._into)
+    async def _import_entry(self, found: export_format.ExportedEntry) -> ImportResult:
+        return await self._chain.import_entry(*found, self._into)

@@ -1,61 +1,60 @@
-"""The operations on tiers in this process: a running server's, or a file's."""
+"""The operations in this process, on a running server's chain or on the disk tier's file."""
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
-from server import convert
-from server.admin import exports
-from server.admin.imports import Import
-from server.admin.listing import Listing
-from server.admin.operations import STOP_FIRST, AdminError, Operations, Query
-from server.admin.pace import Pace
-from server.chain import build
-from server.config import Config
-from server.labels import misnamed
-from server.shapes import CHOICES
-from tiers import Chain, DiskCache, MemoryCache, PurgeError, Tier
-from tiers.backend import ByteCache
-from tiers.disk import check
-from tiers.purges import ALL, MAX_LABELS, label
+from server.admin import export_format
+from server.admin.imports import ImportJob
+from server.admin.listing import EntryListing
+from server.admin.operations import STOP_FIRST, AdminError, AdminOperations, EntryQuery
+from server.admin.time_slice import TimeSlice
+from server.cache import build
+from server.config.schema import Config
+from server.protocol import template
+from server.protocol.formats import CHOICES
+from server.protocol.labels import label_problem
+from tiers import Chain, PurgeError, Tier
+from tiers.disk import verify_in_use
+from tiers.purges.table import ALL, MAX_LABELS, label
 
-# Of a name that can't be.
-_SHOWN = 64
+# Of a wrong name, in an error message.
+_MAX_SHOWN = 64
 
 
-class Administration(Operations):
+class LocalOperations(AdminOperations):
     """The operations on a chain.
 
     Args:
-        chain: what is administered.
-        tiers: those to look at; by default the chain's.
+        chain: the tiers' chain.
+        tiers: the tiers to list, export and import into; by default the chain's.
     """
 
     def __init__(self, chain: Chain, tiers: Sequence[Tier] | None = None) -> None:
         self._chain = chain
         self._tiers = chain.tiers if tiers is None else tuple(tiers)
-        self._listing = Listing(chain, self._tiers)
+        self._listing = EntryListing(chain, self._tiers)
 
     async def stats(self) -> dict[str, Any]:
         return {"tiers": [_statistics(tier) for tier in self._tiers]}
 
-    async def page(self, query: Query) -> dict[str, Any]:
+    async def page(self, query: EntryQuery) -> dict[str, Any]:
         return await self._listing.page(query)
 
     async def entry(self, key: str) -> dict[str, Any]:
         entry = await self._chain.peek(key)
         if entry is None:
             raise AdminError(404, "There is no entry under this key.", param="key")
-        # Events that have types end by themselves.
+        # Streams of typed events have no `[DONE]`.
         done = b"" if entry.answer.content.startswith(b"event:") else CHOICES.done
-        content = convert.rendered(entry.answer, b"", 0, wants_usage=False, done=done)
-        return self._listing.row(key, entry) | {
+        content = template.render(entry.answer, b"", 0, wants_usage=False, done=done)
+        return self._listing.describe(key, entry) | {
             "stored_at": entry.stored_at,
             "expires_at": entry.expires_at,
             "kept_until": entry.kept_until,
-            "took_s": entry.took_s,
-            "form": entry.answer.form.name.lower(),
+            "took_s": entry.generation_s,
+            "form": export_format.ENCODING_NAMES[entry.answer.encoding],
             "content": content.decode(errors="replace"),
         }
 
@@ -64,8 +63,10 @@ class Administration(Operations):
             problem = f"{kind} should have from 1 to {MAX_LABELS} names at once, not {len(names)}"
             raise AdminError(400, f"{problem}; nothing was purged.", param=kind)
         for name in names:
-            if (should := misnamed(kind, name)) is not None:
-                problem = f"{kind} should be {should}, not {name[:_SHOWN]!r}; nothing was purged."
+            if (should := label_problem(kind, name)) is not None:
+                problem = (
+                    f"{kind} should be {should}, not {name[:_MAX_SHOWN]!r}; nothing was purged."
+                )
                 raise AdminError(400, problem, param=kind)
         labels = [ALL] if kind == ALL else [label(kind, name) for name in names]
         try:
@@ -77,65 +78,62 @@ class Administration(Operations):
         return labels
 
     async def export(self) -> AsyncIterator[bytes]:
-        backends, pace = self._listing.backends(), Pace()
-        # What memory has told of, which is no more than it holds.
-        told: set[str] = set()
+        backends, time_slice = self._listing.open_backends(), TimeSlice()
+        # Keys of nearer tiers, so that each entry is exported once.
+        exported: set[str] = set()
         entries = 0
-        yield exports.first_line()
+        yield export_format.header_line()
         for number, backend in enumerate(backends, 1):
-            keys = backend.sorted_keys() if isinstance(backend, DiskCache) else backend.keys()
+            keys = backend.keys_after() if backend.is_ordered else backend.keys()
             for key in keys:
-                if key not in told and (entry := self._listing.peek(backend, key)) is not None:
+                if key not in exported and (entry := self._listing.peek(backend, key)) is not None:
                     entries += 1
                     if number < len(backends):
-                        told.add(key)
-                    yield await exports.entry_line_of(key, entry)
-                await pace.give_way()
-        yield exports.last_line(entries)
+                        exported.add(key)
+                    yield await export_format.encode_entry_offloaded(key, entry)
+                await time_slice.yield_if_over()
+        yield export_format.footer_line(entries)
 
-    async def take(self, lines: AsyncIterator[bytes]) -> dict[str, Any]:
-        # A disk tier that isn't open would lose what it is given.
-        self._listing.backends()
-        return await Import(self._chain).run(lines)
+    async def import_(self, lines: AsyncIterator[bytes]) -> dict[str, Any]:
+        # A disk tier that is still opening would drop the entries.
+        self._listing.open_backends()
+        return await ImportJob(self._chain).run(lines)
 
     async def compact(self) -> dict[str, Any]:
         raise AdminError(409, STOP_FIRST)
 
     async def verify(self) -> dict[str, Any]:
-        for backend in self._listing.backends():
-            if isinstance(backend, DiskCache):
-                return (await check(backend.path))._asdict()
+        for backend in self._listing.open_backends():
+            if backend.path is not None:
+                return (await verify_in_use(backend.path))._asdict()
         raise AdminError(409, "There is no disk tier.")
 
 
 @asynccontextmanager
-async def offline(config: Config) -> AsyncIterator[Administration]:
-    """Open the disk tier's file, which servers may use meanwhile.
+async def open_local(config: Config) -> AsyncIterator[LocalOperations]:
+    """Open the disk tier's file, which a server may use at the same time.
 
     Raises:
         ConfigError: its folder can't be used.
         OSError: it can't be opened.
-        UntrustedError: it can't be trusted. Only a server sets it aside.
+        UntrustedError: it is damaged. Only a server quarantines it.
     """
-    chain, movement = build(config, sets_aside=False)
+    chain, movement = build(config, quarantines=False)
     try:
         for tier in chain.tiers:
-            if isinstance(tier.backend, DiskCache):
-                await tier.backend.opened()
-        await movement.recall()
-        # Nothing is in this process's memory.
-        tiers = [tier for tier in chain.tiers if not isinstance(tier.backend, MemoryCache)]
-        yield Administration(chain, tiers)
+            await tier.opened()
+        await movement.load_sketch()
+        # This process's memory tier is empty.
+        tiers = [tier for tier in chain.tiers if not tier.in_memory]
+        yield LocalOperations(chain, tiers)
     finally:
         await chain.close()
 
 
 def _statistics(tier: Tier) -> dict[str, Any]:
-    told: dict[str, Any] = {"tier": tier.name, **asdict(tier.counts)}
-    if isinstance(backend := tier.backend, ByteCache):
-        told |= asdict(backend.usage)
-    if isinstance(backend, MemoryCache | DiskCache):
-        told["max_bytes"] = backend.max_bytes
-    if isinstance(backend, DiskCache) and (file := backend.statistics()) is not None:
-        told["file"] = asdict(file)
-    return told
+    statistics: dict[str, Any] = {"tier": tier.name, **asdict(tier.counts)}
+    if (backend := tier.local) is not None:
+        statistics |= asdict(backend.usage) | {"max_bytes": backend.max_bytes}
+        if (file := backend.statistics()) is not None:
+            statistics["file"] = asdict(file)
+    return statistics

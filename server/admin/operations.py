@@ -1,20 +1,20 @@
-"""What can be done to the tiers by hand, in this process or through a server's admin API."""
+"""The administrative operations on the tiers, and their error."""
 
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 MAX_PAGE = 1000
 """The most entries of a page."""
-STOP_FIRST = "Stop the server first: its file can be compacted only while nobody has it open."
+STOP_FIRST = "Stop the server first: its file can be compacted only while no process has it open."
 
 
 class AdminError(Exception):
-    """What was asked for can't be done; the text says why.
+    """An operation can't be done.
 
     Args:
-        status: as HTTP has it; 400 for what was asked wrongly.
-        message: says what would be right.
-        param: the field that is wrong.
+        status: as in HTTP; 400 for a wrong argument.
+        message: says what is wrong, and what would be right.
+        param: the argument that is wrong.
     """
 
     def __init__(self, status: int, message: str, *, param: str | None = None) -> None:
@@ -22,56 +22,57 @@ class AdminError(Exception):
         self.status, self.param = status, param
 
 
-class Query(NamedTuple):
-    """Which entries to list; a field that is empty leaves none out."""
+class EntryQuery(NamedTuple):
+    """Which entries to list. An empty field matches all."""
 
     tier: str = ""
     prefix: str = ""
-    """Of their keys."""
+    """Of the keys."""
     label: str = ""
     limit: int = 100
     after: str = ""
-    """Where the page before ended."""
+    """The `after` of the previous page."""
 
 
-class Operations(Protocol):
-    """What can be done; all raise `AdminError` where it can't.
+class AdminOperations(Protocol):
+    """The operations. All raise `AdminError`.
 
-    Nothing counts as asking for an entry but a purge, which drops it.
+    None of them counts as a request for an entry.
     """
 
     async def stats(self) -> dict[str, Any]:
-        """Return what the tiers hold and did."""
+        """Return the tiers' sizes and counters."""
 
-    async def page(self, query: Query) -> dict[str, Any]:
-        """Return `entries`, and `after`: where the next page begins, or `None` at the end.
+    async def page(self, query: EntryQuery) -> dict[str, Any]:
+        """Return `entries`, and `after`: the next page's `after`, or `None` on the last page.
 
-        Nearest tier first; in each, what is asked for most first or, on disk with a prefix, by key.
-        What is asked for between two pages may be in both or neither. A page may end early.
+        The nearest tier comes first. Within a tier the most frequently requested entries come
+        first; on disk, with a prefix, entries are sorted by key. An entry that is requested between
+        two pages may be in both or in neither. A page may have fewer entries than its limit.
         """
 
     async def entry(self, key: str) -> dict[str, Any]:
         """Return an entry with its content as clients get it, but for `id` and `created`."""
 
     async def purge(self, kind: str, names: Sequence[str] = ()) -> list[str]:
-        """Purge all entries whose key, model, tenant, or tag is one of `names`, or `all` of them.
+        """Purge all entries whose key, model, tenant or tag is one of `names`, or `all` entries.
 
-        All at once, or none if it fails. Returns the labels that were purged.
+        A purge covers all the names, or none if it fails. Returns the labels that were purged.
         """
 
     def export(self) -> AsyncIterator[bytes]:
-        """Yield the lines of an export (`server.admin.exports`) of what memory and disk hold."""
+        """Yield the lines of an export of memory and disk, as `export_format` describes them."""
 
-    async def take(self, lines: AsyncIterator[bytes]) -> dict[str, Any]:
-        """Store the entries of an export, and return how many.
+    async def import_(self, lines: AsyncIterator[bytes]) -> dict[str, Any]:
+        """Store the entries of an export, and return how many had which result.
 
-        They keep their times. Left out is what is held already or has expired, and what isn't newer
-        than what is held.
-        Damaged lines are counted, and the first of them named in `problems`.
+        Entries keep their times. Skipped are entries that have expired or were purged, and those
+        whose key has an equal or newer entry. Damaged lines are counted, and the first of them are
+        described in `problems`.
         """
 
     async def compact(self) -> dict[str, Any]:
-        """Make the disk tier's file as small as its entries; return its size in bytes."""
+        """Shrink the disk tier's file; return its size in bytes `before` and `after`."""
 
     async def verify(self) -> dict[str, Any]:
-        """Return how many entries of the disk tier's file there are, and how many are damaged."""
+        """Return how many entries the disk tier's file has, and how many of them are damaged."""

@@ -1,4 +1,5 @@
-"""The pages: what a browser shows of a server, out of files that need no build and no network.
+"""The pages that a browser shows of a server. Their files need no build step and no network.
 
-`files` serves what is in `static`, `overview` and `document` the JSON that its scripts ask for.
+`static_files` serves the files in `static`; `overview` and `openapi_handler` serve the JSON that
+their scripts fetch.
 """

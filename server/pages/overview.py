@@ -1,6 +1,6 @@
-"""What the pages show at a glance: the engine's state, who answered in the last day, what it saved.
+"""The overview: the engines' states, and which tiers answered in the last 24 hours.
 
-Who may read metrics sees this of all tenants, others of themselves.
+Operators see the numbers of all tenants and the tiers' sizes, tenants see their own numbers.
 """
 
 import time
@@ -10,11 +10,11 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from server.history import History
-from server.http_request import HttpRequest
-from server.models import Models
+from server.engine.models import Models
+from server.telemetry.finished import FinishedRequests
+from server.telemetry.history import History
+from server.web.request import HttpRequest
 from tiers import Chain, Tier
-from tiers.backend import ByteCache
 
 
 class Overview:
@@ -22,31 +22,34 @@ class Overview:
 
     Args:
         chain: whose tiers are shown.
-        history: of all tenants.
+        finished: has the histories of each tenant and of all together.
         models: whose engines are shown.
-        version: of us.
+        version: of tierserve.
     """
 
-    def __init__(self, *, chain: Chain, history: History, models: Models, version: str) -> None:
-        self._chain, self._history = chain, history
+    def __init__(
+        self, *, chain: Chain, finished: FinishedRequests, models: Models, version: str
+    ) -> None:
+        self._chain, self._finished = chain, finished
         self._models, self._version = models, version
 
     async def answer(self, http: HttpRequest) -> web.Response:
-        """Answer with what the request's tenant may see."""
+        """Answer a request with what its tenant may see."""
         tenant = http.tenant
         if tenant.operator:
-            told = self.of_all()
+            overview = self.for_operator()
         else:
-            of = History() if tenant.account is None else tenant.account.history
-            told = self._of(of) | {"tenant": tenant.name}
+            history = self._finished.history_of(tenant.name)
+            overview = self._of(history) | {"tenant": tenant.name}
         headers = {"Cache-Control": "no-store"}
         return web.Response(
-            body=orjson.dumps(told), content_type="application/json", headers=headers
+            body=orjson.dumps(overview), content_type="application/json", headers=headers
         )
 
-    def of_all(self) -> dict[str, Any]:
-        """Return what an operator may see."""
-        return self._of(self._history) | {"tiers": [self._tier(each) for each in self._chain.tiers]}
+    def for_operator(self) -> dict[str, Any]:
+        """Return the overview of all tenants."""
+        tiers = [self._tier(each) for each in self._chain.tiers]
+        return self._of(self._finished.history) | {"tiers": tiers}
 
     def _of(self, history: History) -> dict[str, Any]:
         return {
@@ -55,13 +58,13 @@ class Overview:
                 {"name": model.name, "state": model.state, "restarts": model.restarts}
                 for model in self._models.all
             ],
-            # Nearest first, which not all of them have to have answered.
+            # Nearest first, including tiers that have not answered anything.
             "tier_names": [tier.name for tier in self._chain.tiers],
-            "history": history.told(time.time()),
+            "history": history.report(time.time()),
         }
 
     def _tier(self, tier: Tier) -> Mapping[str, Any]:
         told = {"tier": tier.name, "available": tier.available}
-        if isinstance(backend := tier.backend, ByteCache):
+        if (backend := tier.local) is not None:
             told |= {"entries": backend.usage.entries, "bytes": backend.usage.bytes}
         return told

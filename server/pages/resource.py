@@ -1,19 +1,19 @@
-"""A resource that seldom changes: sent once, and named by its ETag from then on (RFC 9110)."""
+"""A resource that seldom changes, sent with an ETag and revalidated by it (RFC 9110)."""
 
 from hashlib import blake2b
 
 from aiohttp import hdrs, web
 
-from server.http_request import HttpRequest
+from server.web.request import HttpRequest
 
 
-class Resource:
-    """Bytes with their type and ETag.
+class ETagResource:
+    """A body with its content type and ETag.
 
     Args:
-        body: all of it.
+        body: the whole body.
         content_type: with its charset.
-        headers: more of them.
+        headers: further headers of its responses.
     """
 
     def __init__(
@@ -21,7 +21,7 @@ class Resource:
     ) -> None:
         self._body = body
         self._etag = f'"{blake2b(body, digest_size=12).hexdigest()}"'
-        # Asked for each time, so that no old script meets a new server.
+        # Browsers revalidate at each use, so that no old script meets a new server.
         self._headers = (headers or {}) | {
             hdrs.ETAG: self._etag,
             hdrs.CACHE_CONTROL: "no-cache",
@@ -30,7 +30,7 @@ class Resource:
         }
 
     def response(self, http: HttpRequest) -> web.Response:
-        """Return it, or that the client has it."""
+        """Return a response with the body, or a 304 if the request names its ETag."""
         given = ",".join(http.headers.getall(hdrs.IF_NONE_MATCH, ()))
         if given.strip() == "*" or self._etag in given:
             headers = {n: v for n, v in self._headers.items() if n != hdrs.CONTENT_TYPE}

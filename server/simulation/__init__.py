@@ -1,4 +1,4 @@
-"""What the tiers would make of a trace: replays, comparisons, and the size that is enough.
+"""Simulations: replay traces against the tiers, compare policies, and recommend a memory size.
 
-Only the command `tierserve simulate` needs it, so a server never loads it.
+Only the command `tierserve simulate` (`commands`) uses this package.
 """

@@ -6,14 +6,14 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from server.simulation.recommend import Recommendation
+from server.simulation.recommend import SizeRecommendation
 from server.simulation.simulate import Replay
 from server.simulation.traces import Trace
 
 _WINDOWS = 100
 
 
-def draw(file: Path, plots: Sequence[tuple[Trace, Replay, Recommendation | None]]) -> None:
+def draw(file: Path, plots: Sequence[tuple[Trace, Replay, SizeRecommendation | None]]) -> None:
     """Draw a plot for each trace: against size where sizes were tried, or else over time.
 
     Raises:
@@ -49,7 +49,7 @@ def _over_time(axes: Axes, trace: Trace, replay: Replay) -> None:
     axes.legend(loc="upper left")
 
 
-def _against_size(axes: Axes, found: Recommendation) -> None:
+def _against_size(axes: Axes, found: SizeRecommendation) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xlabel("bytes of the memory tier")
     sizes = [point.max_bytes for point in found.curve]

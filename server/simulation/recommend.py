@@ -1,22 +1,22 @@
-"""A recommendation: the size of the memory tier beyond which more of it buys little."""
+"""Recommends a size of the memory tier, beyond which hits hardly increase."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from server.config import Config, MemoryTier
-from server.simulation.simulate import Progress, memory_overhead_bytes, simulate, unshown
+from server.config.schema import Config, MemoryTierConfig
+from server.simulation.simulate import Progress, memory_overhead_bytes, no_progress, simulate
 from server.simulation.traces import Trace
 
 _GIB = 1024**3
 _HALVINGS = 10
-_LEAST_GAIN = 0.01
+_MIN_GAIN = 0.01
 _STEP_SHARE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
-    """What the memory tier alone finds at a size."""
+class SizePoint:
+    """The hits of the memory tier alone at a size."""
 
     max_bytes: int
     hits: int
@@ -24,42 +24,42 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
-class Recommendation:
-    """A size beyond which another `step_bytes` add less than 1% to the hits at any larger size."""
+class SizeRecommendation:
+    """The size from which on another `step_bytes` add less than 1% to the hits."""
 
     max_bytes: int
     step_bytes: int
-    curve: list[Point]
-    """Up to where everything fits."""
+    curve: list[SizePoint]
+    """Hits by size, up to the size of the whole trace."""
 
 
-def recommend(config: Config, trace: Trace, progress: Progress = unshown) -> Recommendation:
+def recommend(config: Config, trace: Trace, progress: Progress = no_progress) -> SizeRecommendation:
     """Replay a trace against the memory tier alone, at sizes that double."""
-    memory = config.tiers.memory or MemoryTier()
+    memory = config.tiers.memory or MemoryTierConfig()
     whole_bytes = trace.footprint_bytes + len(trace.sizes) * memory_overhead_bytes(memory.policy)
     curve = []
     for halvings in range(_HALVINGS, -1, -1):
         tier = memory.model_copy(update={"max_bytes": max(1, whole_bytes >> halvings)})
         tiers = config.tiers.model_copy(update={"memory": tier, "disk": None})
         result = simulate(config.model_copy(update={"tiers": tiers}), trace, progress).result
-        curve.append(Point(tier.max_bytes, result.hits, result.hit_ratio))
+        curve.append(SizePoint(tier.max_bytes, result.hits, result.hit_ratio))
     step_bytes = min(_GIB, max(1, int(_STEP_SHARE * whole_bytes)))
-    return Recommendation(_enough(curve, step_bytes), step_bytes, curve)
+    return SizeRecommendation(_enough(curve, step_bytes), step_bytes, curve)
 
 
-def _enough(curve: Sequence[Point], step_bytes: int) -> int:
-    """Return the least size of the curve from which on no step gains much."""
-    least_gain = _LEAST_GAIN * max(point.hits for point in curve)
+def _enough(curve: Sequence[SizePoint], step_bytes: int) -> int:
+    """Return the smallest size of the curve from which on no step gains 1% of the hits."""
+    min_gain = _MIN_GAIN * max(point.hits for point in curve)
     enough = curve[-1].max_bytes
     for point in reversed(curve[:-1]):
-        if _hits_at(curve, point.max_bytes + step_bytes) - point.hits >= least_gain > 0:
+        if _hits_at(curve, point.max_bytes + step_bytes) - point.hits >= min_gain > 0:
             break
         enough = point.max_bytes
     return enough
 
 
-def _hits_at(curve: Sequence[Point], max_bytes: int) -> float:
-    """Return the hits at a size, on a straight line between those that are known."""
+def _hits_at(curve: Sequence[SizePoint], max_bytes: int) -> float:
+    """Return the hits at a size, interpolated linearly."""
     after = bisect_left(curve, max_bytes, key=lambda point: point.max_bytes)
     if after == len(curve):
         return curve[-1].hits

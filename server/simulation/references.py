@@ -1,6 +1,6 @@
-"""Reference policies: what libcachesim's implementations make of a trace, and the optimum.
+"""Reference policies: the hits of libcachesim's implementations, and the optimum.
 
-libcachesim (https://libcachesim.com) is optional; `is_installed` says whether it is there.
+libcachesim (https://libcachesim.com) is optional.
 """
 
 from collections.abc import Sequence
@@ -11,15 +11,15 @@ from server.simulation.traces import Trace
 
 ONLINE = ("LRU", "LFU", "FIFO", "Random", "Sieve", "S3FIFO", "WTinyLFU", "ARC")
 OPTIMUM = "Belady"
-"""Knows the future; nothing finds more where all sizes are alike."""
+"""Evicts by future requests: no policy has more hits if all sizes are equal."""
 
 _NEVER = 2**62
 _UNITS = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
-    """What a policy made of a trace. Ratios are of all requests."""
+class ReferenceResult:
+    """The hits of a policy. Ratios are of all requests."""
 
     policy: str
     hits: int
@@ -28,14 +28,14 @@ class Reference:
 
 
 def is_installed() -> bool:
-    """Return whether libcachesim is there."""
+    """Return whether libcachesim is installed."""
     return find_spec("libcachesim") is not None
 
 
-def compare(trace: Trace, policy: str, max_bytes: int, overhead_bytes: int) -> Reference:
-    """Replay a trace against one cache of libcachesim's.
+def compare(trace: Trace, policy: str, max_bytes: int, overhead_bytes: int) -> ReferenceResult:
+    """Replay a trace against an empty cache of libcachesim's.
 
-    An entry costs `overhead_bytes` beside its size, as in our memory tier. Nothing expires.
+    An entry costs its size and `overhead_bytes`, as in our memory tier. Entries don't expire.
     """
     requests = trace.requests
     costs = [(request.key, request.size + overhead_bytes) for request in requests]
@@ -43,38 +43,40 @@ def compare(trace: Trace, policy: str, max_bytes: int, overhead_bytes: int) -> R
     hit_bytes = sum(request.size for request, hit in zip(requests, hits, strict=True) if hit)
     all_bytes = sum(request.size for request in requests)
     hit_ratio = sum(hits) / len(requests)
-    return Reference(policy, sum(hits), hit_ratio, hit_bytes / all_bytes if all_bytes else 0.0)
+    return ReferenceResult(
+        policy, sum(hits), hit_ratio, hit_bytes / all_bytes if all_bytes else 0.0
+    )
 
 
 def replay(policy: str, requests: Sequence[tuple[str, int]], max_bytes: int) -> bytearray:
-    """Replay keys with what they cost (bytes) against an empty cache.
+    """Replay keys with their costs (bytes) against an empty cache.
 
-    Returns 1 for each request that is a hit, and 0 for a miss. A key costs what it did when it was
-    let in. What alone is larger than the cache is a miss and is not let in.
+    Returns 1 for each hit, and 0 for each miss. A key keeps the cost it had when it was admitted. A
+    key that costs more than the cache holds is not admitted.
     """
     import libcachesim
 
     hits = bytearray(len(requests))
     if all(cost > max_bytes for _, cost in requests):
-        # Some end the process where nothing fits.
+        # Some policies abort the process if no key fits.
         return hits
-    # Some divide their room into parts, of which none may be empty.
+    # Some policies split the cache into parts, and none of them may have 0 bytes.
     unit = _UNITS if max_bytes < _UNITS else 1
     cache = getattr(libcachesim, policy)(cache_size=max_bytes * unit, hashpower=16)
-    asked = libcachesim.Request()
+    request = libcachesim.Request()
     numbers: dict[str, int] = {}
     next_at = _next_at([key for key, _ in requests])
     for position, (key, cost) in enumerate(requests):
-        asked.obj_id = numbers.setdefault(key, len(numbers) + 1)
-        asked.obj_size = cost * unit
-        asked.clock_time = position
-        asked.next_access_vtime = next_at[position]
-        hits[position] = cache.get(asked)
+        request.obj_id = numbers.setdefault(key, len(numbers) + 1)
+        request.obj_size = cost * unit
+        request.clock_time = position
+        request.next_access_vtime = next_at[position]
+        hits[position] = cache.get(request)
     return hits
 
 
 def _next_at(keys: Sequence[str]) -> list[int]:
-    """Return for each position that of the next request for the same key, or `_NEVER`."""
+    """Return for each request the position of the next one for its key, or `_NEVER`."""
     seen: dict[str, int] = {}
     next_at = [_NEVER] * len(keys)
     for position in range(len(keys) - 1, -1, -1):

@@ -1,55 +1,55 @@
-"""What `tierserve simulate` tells of a trace: gathers it, and prints it as tables or JSON."""
+"""The report of a simulated trace, as tables or JSON."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import orjson
 
-from server.config import Config
+from server.config.schema import Config
 from server.simulation import references
-from server.simulation.prefixes import PrefixReuse, measure
-from server.simulation.recommend import Recommendation, recommend
-from server.simulation.references import Reference
+from server.simulation.prefix_report import PrefixReuse, measure
+from server.simulation.recommend import SizeRecommendation, recommend
+from server.simulation.references import ReferenceResult
 from server.simulation.simulate import (
+    ChainResult,
     Progress,
     Replay,
-    Result,
     memory_overhead_bytes,
     ratio,
     simulate,
 )
 from server.simulation.traces import Trace
-from server.table import size, table
+from server.terminal import human_size, table
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """A trace in numbers, and what became of it."""
+class SimulationReport:
+    """A trace in numbers, and the results of its replays."""
 
     trace: str
     requests: int
     keys: int
     footprint_bytes: int
-    """What all different keys take together."""
+    """The size of all different keys together."""
     span_s: float
-    """From the first request to the last; 0 where the trace doesn't tell."""
-    chain: Result
-    references: list[Reference]
-    """At the memory tier's size."""
+    """From the first request to the last; 0 if the trace has no times."""
+    chain: ChainResult
+    references: list[ReferenceResult]
+    """Of caches as large as the memory tier."""
     prefixes: list[PrefixReuse]
-    recommendation: Recommendation | None
+    recommendation: SizeRecommendation | None
 
 
-def report(
+def build_report(
     config: Config, trace: Trace, progress: Progress, *, recommends: bool
-) -> tuple[Report, Replay]:
-    """Replay a trace in all ways.
+) -> tuple[SimulationReport, Replay]:
+    """Replay a trace against the chain, reference policies, and caches of prefix blocks.
 
     Raises:
         ConfigError: the temporary folder can't be used.
     """
     replay = simulate(config, trace, progress)
-    compared: list[Reference] = []
+    compared: list[ReferenceResult] = []
     policies: tuple[str, ...] = ()
     if (memory := config.tiers.memory) is not None:
         policies = (memory.policy,)
@@ -60,7 +60,7 @@ def report(
                 for policy in (*references.ONLINE, references.OPTIMUM)
             ]
     times = [request.at_s for request in trace.requests]
-    told = Report(
+    report = SimulationReport(
         trace=trace.name,
         requests=len(trace.requests),
         keys=len(trace.sizes),
@@ -71,61 +71,61 @@ def report(
         prefixes=measure(trace, policies),
         recommendation=recommend(config, trace, progress) if recommends else None,
     )
-    return told, replay
+    return report, replay
 
 
-def notes(config: Config) -> list[str]:
-    """Return what is missing from all reports, and why."""
+def list_omissions(config: Config) -> list[str]:
+    """Return what the reports leave out, and why."""
     missing = []
     if config.tiers.memory is None:
         missing.append(
-            "no reference policies: they stand in for the memory tier, which is left out"
+            "no reference policies: they stand in for the memory tier, and there is none"
         )
     elif not references.is_installed():
         missing.append(
             "no reference policies: libcachesim isn't installed; it is in the extra simulate"
         )
     if config.tiers.disk is not None and config.tiers.disk.compression != "none":
-        missing.append("no compression on disk: a trace doesn't tell how well its answers compress")
+        missing.append("no compression on disk: a trace has no answers to compress")
     if config.tiers.shared is not None:
-        missing.append("no shared tier: a trace doesn't tell what other servers store there")
+        missing.append("no shared tier: a trace has no entries of other servers")
     return missing
 
 
-def as_json(reports: Sequence[Report], missing: Sequence[str]) -> str:
+def as_json(reports: Sequence[SimulationReport], missing: Sequence[str]) -> str:
     """Return everything as one JSON object."""
-    told = {"traces": list(reports), "notes": list(missing)}
-    return orjson.dumps(told, option=orjson.OPT_INDENT_2).decode()
+    everything = {"traces": list(reports), "notes": list(missing)}
+    return orjson.dumps(everything, option=orjson.OPT_INDENT_2).decode()
 
 
-def as_text(told: Report) -> str:
+def as_text(report: SimulationReport) -> str:
     """Return a report as tables."""
     parts = [
         [
-            f"{told.trace}: {told.requests:,} requests for {told.keys:,} keys of "
-            f"{size(told.footprint_bytes)} together"
-            + (f", in {told.span_s:,.0f} s" * bool(told.span_s))
+            f"{report.trace}: {report.requests:,} requests for {report.keys:,} keys of "
+            f"{human_size(report.footprint_bytes)} together"
+            + (f", in {report.span_s:,.0f} s" * bool(report.span_s))
         ],
-        _of_chain(told),
+        _of_chain(report),
     ]
-    if told.references:
-        parts.append(_of_references(told.references))
-    if told.prefixes:
-        parts.append(_of_prefixes(told.prefixes))
-    if told.recommendation is not None:
-        parts.append(_of_recommendation(told.recommendation))
+    if report.references:
+        parts.append(_of_references(report.references))
+    if report.prefixes:
+        parts.append(_of_prefixes(report.prefixes))
+    if report.recommendation is not None:
+        parts.append(_of_recommendation(report.recommendation))
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 
-def _of_chain(told: Report) -> list[str]:
-    chain = told.chain
+def _of_chain(report: SimulationReport) -> list[str]:
+    chain = report.chain
     head = (
         "tier", "limit", "requests", "hits", "hit ratio", "byte hits",
         "stores", "promotions", "demotions", "evictions", "expired",
     )  # fmt: skip
     rows = [
         (
-            tier.name, size(tier.max_bytes), f"{tier.requests:,}", f"{tier.hits:,}",
+            tier.name, human_size(tier.max_bytes), f"{tier.requests:,}", f"{tier.hits:,}",
             f"{tier.hit_ratio:.2%}", f"{tier.byte_hit_ratio:.2%}", f"{tier.stores:,}",
             f"{tier.promotions:,}", f"{tier.demotions:,}", f"{tier.evictions:,}",
             f"{tier.expirations:,}",
@@ -133,7 +133,7 @@ def _of_chain(told: Report) -> list[str]:
         for tier in chain.tiers
     ]  # fmt: skip
     ratios = (f"{chain.hit_ratio:.2%}", f"{chain.byte_hit_ratio:.2%}")
-    rows.append(("all", "", f"{told.requests:,}", f"{chain.hits:,}", *ratios, "", "", "", "", ""))
+    rows.append(("all", "", f"{report.requests:,}", f"{chain.hits:,}", *ratios, "", "", "", "", ""))
     lines = table(head, rows)
     lines.append(f"disk writes per request: {chain.disk_writes_per_request:.3f}")
     if chain.dropped_demotions:
@@ -146,13 +146,13 @@ def _of_chain(told: Report) -> list[str]:
     return lines
 
 
-def _of_references(compared: Sequence[Reference]) -> list[str]:
+def _of_references(compared: Sequence[ReferenceResult]) -> list[str]:
     rows = [
         (each.policy, f"{each.hits:,}", f"{each.hit_ratio:.2%}", f"{each.byte_hit_ratio:.2%}")
         for each in compared
     ]
-    said = "libcachesim's policies in the memory tier's place (Belady knows the future)"
-    return [said, *table(("policy", "hits", "hit ratio", "byte hits"), rows)]
+    title = "libcachesim's policies in the memory tier's place (Belady knows the future)"
+    return [title, *table(("policy", "hits", "hit ratio", "byte hits"), rows)]
 
 
 def _of_prefixes(prefixes: Sequence[PrefixReuse]) -> list[str]:
@@ -167,14 +167,14 @@ def _of_prefixes(prefixes: Sequence[PrefixReuse]) -> list[str]:
     return ["prefix blocks, the leading run of each prompt", *table(head, rows)]
 
 
-def _of_recommendation(found: Recommendation) -> list[str]:
+def _of_recommendation(found: SizeRecommendation) -> list[str]:
     rows = [
-        (size(point.max_bytes), f"{point.hits:,}", f"{point.hit_ratio:.2%}")
+        (human_size(point.max_bytes), f"{point.hits:,}", f"{point.hit_ratio:.2%}")
         for point in found.curve
     ]
     return [
         "the memory tier alone",
         *table(("limit", "hits", "hit ratio"), rows),
-        f"recommended: {size(found.max_bytes)}; beyond it, another {size(found.step_bytes)} "
-        "add less than 1% to the hits",
+        f"recommended: {human_size(found.max_bytes)}; beyond it, another "
+        f"{human_size(found.step_bytes)} add less than 1% to the hits",
     ]

@@ -1,10 +1,9 @@
 """The simulation: replays a trace against the chain that a configuration describes.
 
-The chain is the server's own, with a real disk tier in a folder for the moment; only time is
-virtual: the clock shows when each request came. A request is a lookup and, unless that gives an
-entry to use, a store, as the server would do; demotions are done before the next request. What a
-trace doesn't tell isn't simulated: how long an answer took, how well it compresses, and that a
-request may come while the same one is still being answered.
+The chain is the server's own, with a real disk tier in a temporary folder. Only time is virtual:
+the clock shows each request's time. A request is a lookup and, unless it is a hit, a store;
+demotions complete before the next request. Not simulated is what no trace has: how long an answer
+takes, how well it compresses, and requests that arrive while an equal one is being answered.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,19 +16,19 @@ from typing import NamedTuple
 import uvloop
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from server import table
-from server.chain import build
-from server.config import Config, ConfigError, DiskTier, MemoryTier
-from server.freshness import FreshnessRules
-from server.simulation.traces import Request, Trace
+from server import terminal
+from server.cache import FreshnessRules, build
+from server.config.base import ConfigError
+from server.config.schema import Config, DiskTierConfig, MemoryTierConfig
+from server.protocol.formats import Encoding
+from server.simulation.traces import Trace, TraceRequest
 from tiers import (
     Answer,
+    BackgroundWork,
     Chain,
     DiskCache,
     Entry,
-    Form,
     MemoryCache,
-    Movement,
     State,
     Tier,
     digest,
@@ -40,21 +39,21 @@ from tiers.key import is_key
 NONE = "none"
 """The limit of a tier that is left out."""
 
-# Traces tell no routes, so answers are good for as long as those of this one.
+# Traces have no routes, so answers have the lifetime of this one's.
 _ROUTE = "/v1/chat/completions"
 
-Progress = Callable[[Sequence[Request], str], Iterable[Request]]
-"""Passes requests on and shows how far it is, by the name given."""
+Progress = Callable[[Sequence[TraceRequest], str], Iterable[TraceRequest]]
+"""Yields the requests it is given, and shows progress under a name."""
 
 
-def unshown(requests: Sequence[Request], _name: str) -> Iterable[Request]:
+def no_progress(requests: Sequence[TraceRequest], _name: str) -> Iterable[TraceRequest]:
     """Show no progress."""
     return requests
 
 
 @dataclass(frozen=True, slots=True)
 class TierResult:
-    """What happened at a tier. Ratios are of the requests that came as far as to it."""
+    """The counters of a tier. Ratios are of the requests that reached it."""
 
     name: str
     max_bytes: int
@@ -63,18 +62,18 @@ class TierResult:
     hit_ratio: float
     byte_hit_ratio: float
     stores: int
-    """All of them: of new answers, by promotion, and by demotion."""
+    """Of new answers, by promotion and by demotion."""
     promotions: int
     demotions: int
     evictions: int
     expirations: int
     entries: int
-    """What it held at the end."""
+    """At the end."""
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """What a chain made of a trace. Ratios are of all requests."""
+class ChainResult:
+    """The counters of a chain. Ratios are of all requests."""
 
     hits: int
     hit_ratio: float
@@ -82,45 +81,45 @@ class Result:
     disk_writes_per_request: float
     dropped_demotions: int
     tokens: int
-    """Of output, where the trace tells."""
+    """Generated tokens of all requests; 0 if the trace has none."""
     tokens_saved: int
-    """Those that didn't have to be generated."""
+    """Generated tokens of the requests that tiers answered."""
     tiers: list[TierResult]
 
 
 class Replay(NamedTuple):
-    """A result, and by which tier each request was answered."""
+    """The result of a replay, and the tier that answered each request."""
 
-    result: Result
+    result: ChainResult
     answered_by: bytearray
-    """The tier's position in the chain, or the number of tiers where none had an answer."""
+    """The tier's position in the chain, or the number of tiers for a miss."""
 
 
-def limit(
+def with_limits(
     config: Config,
     trace: Trace,
     memory: str | None,
     disk: str | None,
-    say: Callable[[str], None] = lambda _: None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> Config:
     """Return the configuration with other limits of its tiers.
 
     A limit is a size such as `64MiB`, a share of the trace's footprint such as `10%`, or `none`,
-    which leaves the tier out. A share that is less than a tier can have is raised, which `say` is
-    told.
+    which leaves the tier out. A share below the smallest limit of its tier is raised to that, and
+    `warn` gets a message.
 
     Raises:
         ConfigError: a limit is none of these or too small, or no tier is left.
     """
     tiers = config.tiers
     if memory is not None:
-        max_bytes = _max_bytes("--memory", memory, trace, 1, say)
-        tier = tiers.memory or MemoryTier()
+        max_bytes = _max_bytes("--memory", memory, trace, 1, warn)
+        tier = tiers.memory or MemoryTierConfig()
         held = None if max_bytes is None else tier.model_copy(update={"max_bytes": max_bytes})
         tiers = tiers.model_copy(update={"memory": held})
     if disk is not None:
-        max_bytes = _max_bytes("--disk", disk, trace, MIN_BYTES, say)
-        on_disk = tiers.disk or DiskTier()
+        max_bytes = _max_bytes("--disk", disk, trace, MIN_BYTES, warn)
+        on_disk = tiers.disk or DiskTierConfig()
         kept = None if max_bytes is None else on_disk.model_copy(update={"max_bytes": max_bytes})
         tiers = tiers.model_copy(update={"disk": kept})
     if tiers.memory is None and tiers.disk is None:
@@ -128,7 +127,7 @@ def limit(
     return config.model_copy(update={"tiers": tiers})
 
 
-def simulate(config: Config, trace: Trace, progress: Progress = unshown) -> Replay:
+def simulate(config: Config, trace: Trace, progress: Progress = no_progress) -> Replay:
     """Replay a trace against an empty chain.
 
     Raises:
@@ -139,13 +138,13 @@ def simulate(config: Config, trace: Trace, progress: Progress = unshown) -> Repl
 
 
 def memory_overhead_bytes(policy: str) -> int:
-    """Return what an entry of the memory tier costs beside the answer."""
-    header_bytes = len(Entry(Answer(Form.BODY, b""), 0, 0).encode())
+    """Return the size of an entry in memory, without its answer."""
+    header_bytes = len(Entry(Answer(Encoding.JSON, b""), 0, 0).encode())
     return header_bytes + MemoryCache(1, policy=policy).overhead_bytes
 
 
 def _max_bytes(
-    option: str, text: str, trace: Trace, least: int, say: Callable[[str], None]
+    option: str, text: str, trace: Trace, least: int, warn: Callable[[str], None]
 ) -> int | None:
     if text == NONE:
         return None
@@ -160,21 +159,23 @@ def _max_bytes(
     if max_bytes >= least:
         return max_bytes
     if not is_share or max_bytes <= 0:
-        raise ConfigError([f"{option}: should be at least {table.size(least)}, not {text}"])
-    # Who tries a small trace first hasn't chosen so small a size.
-    share = f"{text} of {trace.name} would be {table.size(max_bytes)}"
-    say(f"{option}: {share}, so it is the least that there is, {table.size(least)}")
+        raise ConfigError(
+            [f"{option}: should be at least {terminal.human_size(least)}, not {text}"]
+        )
+    # A share may be too small for a small trace although it suits others.
+    share = f"{text} of {trace.name} is {terminal.human_size(max_bytes)}"
+    warn(f"{option}: {share}; raised to the smallest limit, {terminal.human_size(least)}")
     return least
 
 
 def _in(folder: Path, config: Config) -> Config:
-    """Return the configuration with its disk tier in `folder`, where nobody has to wait for it.
+    """Return the configuration with its disk tier in `folder`, and without fsync or compression.
 
-    A shared tier is left out, since what others store there isn't in a trace.
+    A shared tier is left out, since a trace has no entries of other servers.
     """
     tiers = config.tiers.model_copy(update={"shared": None})
     if (disk := tiers.disk) is not None:
-        # What we store there says nothing of how well answers compress.
+        # The stored answers are zeros, which compress too well.
         changes = {"path": folder / "disk", "durability": Durability.OS, "compression": "none"}
         tiers = tiers.model_copy(update={"disk": disk.model_copy(update=changes)})
     return config.model_copy(update={"tiers": tiers})
@@ -191,28 +192,28 @@ async def _simulate(config: Config, trace: Trace, progress: Progress) -> Replay:
         for key, size, at_s, tokens, _ in progress(trace.requests, trace.name):
             # Virtual time never runs backwards.
             now = max(now, at_s)
-            # One of ours says whose it is.
+            # Keys of our own traces are used as they are, since they hold the tenant's scope.
             name = key if is_key(key) else digest(key.encode())
             hit = await chain.lookup(name)
-            if hit is not None and hit.state in (State.FRESH, State.STALE):
+            if hit is not None and hit.state in (State.FRESH, State.STALE_WHILE_REVALIDATE):
                 answered_by.append(position[hit.tier])
                 renews = hit.refresh
             else:
                 answered_by.append(len(position))
                 renews = True
             if renews:
-                await chain.store(name, Answer(Form.BODY, bytes(size)), freshness)
+                await chain.store(name, Answer(Encoding.JSON, bytes(size)), freshness)
             else:
                 tokens_saved += tokens
-            await movement.settle()
+            await movement.drain()
         return Replay(_result(chain, movement, trace, answered_by, tokens_saved), answered_by)
     finally:
         await chain.close()
 
 
 def _result(
-    chain: Chain, movement: Movement, trace: Trace, answered_by: bytearray, tokens_saved: int
-) -> Result:
+    chain: Chain, movement: BackgroundWork, trace: Trace, answered_by: bytearray, tokens_saved: int
+) -> ChainResult:
     requests, all_bytes = len(answered_by), sum(request.size for request in trace.requests)
     hits = [0] * (len(chain.tiers) + 1)
     hit_bytes = hits.copy()
@@ -220,16 +221,16 @@ def _result(
         hits[position] += 1
         hit_bytes[position] += request.size
     tiers = []
-    asked, asked_bytes = requests, all_bytes
+    left, left_bytes = requests, all_bytes
     for tier, tier_hits, tier_hit_bytes in zip(chain.tiers, hits, hit_bytes, strict=False):
-        tiers.append(_tier_result(tier, asked, tier_hits, tier_hit_bytes, asked_bytes))
-        asked -= tier_hits
-        asked_bytes -= tier_hit_bytes
+        tiers.append(_tier_result(tier, left, tier_hits, tier_hit_bytes, left_bytes))
+        left -= tier_hits
+        left_bytes -= tier_hit_bytes
     disk_writes = sum(tier.stores for tier in tiers if tier.name == DiskCache.NAME)
-    return Result(
-        hits=requests - asked,
-        hit_ratio=ratio(requests - asked, requests),
-        byte_hit_ratio=ratio(all_bytes - asked_bytes, all_bytes),
+    return ChainResult(
+        hits=requests - left,
+        hit_ratio=ratio(requests - left, requests),
+        byte_hit_ratio=ratio(all_bytes - left_bytes, all_bytes),
         disk_writes_per_request=ratio(disk_writes, requests),
         dropped_demotions=movement.dropped,
         tokens=sum(request.tokens for request in trace.requests),
@@ -239,8 +240,8 @@ def _result(
 
 
 def _tier_result(tier: Tier, asked: int, hits: int, hit_bytes: int, asked_bytes: int) -> TierResult:
-    backend, counts = tier.backend, tier.counts
-    if not isinstance(backend, MemoryCache | DiskCache):
+    backend, counts = tier.local, tier.counts
+    if backend is None:
         raise TypeError("only memory and disk are simulated")
     return TierResult(
         name=tier.name,
@@ -259,5 +260,5 @@ def _tier_result(tier: Tier, asked: int, hits: int, hit_bytes: int, asked_bytes:
 
 
 def ratio(part: int, whole: int) -> float:
-    """Return `part` of `whole`, and 0 of nothing."""
+    """Return `part / whole`, or 0 if `whole` is 0."""
     return part / whole if whole else 0.0

@@ -1,17 +1,17 @@
 """Traces: requests with their keys and sizes, read from files in the formats of public traces.
 
-Four kinds, told by their columns or fields:
+The first line's columns or fields decide among four formats:
 
-- `key` and `size` (bytes), and where there are any `time` (seconds) and `tokens` (of output).
+- `key` and `size` (bytes), and optionally `time` (seconds) and `tokens` (of output).
 - `lbn`, `size` and `time`: block storage, where the key is the block.
-- `TIMESTAMP`, `ContextTokens` and `GeneratedTokens`: Azure's LLM traces. They don't say which
-  requests are alike, so the pair of lengths stands in for the key. Requests that are alike have
-  alike lengths, but not the other way round: it is a stand-in, with more hits than the traffic had.
+- `TIMESTAMP`, `ContextTokens` and `GeneratedTokens`: Azure's LLM traces. They have no keys, so the
+  pair of lengths is the key. Equal requests have equal lengths, but so have others: the simulation
+  has more hits than the traffic had.
 - `timestamp` (ms), `output_length` and `hash_ids`: Mooncake's. The key is the list of all prefix
-  blocks, so only whole requests are alike.
+  blocks, so two requests have the same key only if their whole prompts are equal.
 
-The first two may be CSV or JSONL. Where a trace tells no size, an answer is taken for
-`ENVELOPE_BYTES` and `TOKEN_BYTES` per token.
+The first two may be CSV or JSONL. Without sizes, an answer has `ENVELOPE_BYTES` and `TOKEN_BYTES`
+per token.
 """
 
 import csv
@@ -31,30 +31,30 @@ BLOCK_TOKENS = 512
 """Tokens of a prefix block in Mooncake's traces."""
 
 
-class Request(NamedTuple):
+class TraceRequest(NamedTuple):
     """One request of a trace."""
 
     key: str
     size: int
     """Bytes of its answer."""
     at_s: float = 0
-    """When it came; 0 where the trace doesn't tell."""
+    """The time of the request; 0 if the trace has none."""
     tokens: int = 0
-    """Of output; 0 where the trace doesn't tell."""
+    """Of output; 0 if the trace has none."""
     blocks: tuple[int, ...] = ()
-    """The prefix blocks of its prompt, where the trace tells."""
+    """The prefix blocks of its prompt, if the trace has any."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Requests in order; at least one."""
+    """At least one request, in the order of the file."""
 
     name: str
-    requests: list[Request]
+    requests: list[TraceRequest]
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """The bytes of all different keys, each at its largest."""
+        """The largest size of each key, in bytes."""
         sizes: dict[str, int] = {}
         for request in self.requests:
             sizes[request.key] = max(request.size, sizes.get(request.key, 0))
@@ -62,12 +62,12 @@ class Trace:
 
     @cached_property
     def footprint_bytes(self) -> int:
-        """What all different keys take together."""
+        """The size of all different keys together."""
         return sum(self.sizes.values())
 
 
 class TraceError(ValueError):
-    """A trace can't be read. Says where, and what would be right."""
+    """A trace can't be read. The message has file and line, and what would be right."""
 
 
 Row = Mapping[str, Any]
@@ -80,8 +80,8 @@ def read(path: Path) -> Trace:
         TraceError: it can't be read.
     """
     rows = _lines(path) if path.suffix in {".jsonl", ".json"} else _rows(path)
-    requests: list[Request] = []
-    parse: Callable[[Row], Request] | None = None
+    requests: list[TraceRequest] = []
+    parse: Callable[[Row], TraceRequest] | None = None
     for line, row in rows:
         try:
             if parse is None:
@@ -124,49 +124,49 @@ def _lines(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _unreadable(path: Path, exc: OSError) -> TraceError:
-    return TraceError(f"{path}: should be a file that can be read: {exc.strerror}")
+    return TraceError(f"{path}: should be a readable file: {exc.strerror}")
 
 
-def _parser(first: Row) -> Callable[[Row], Request]:
-    """Return what makes requests of rows like the first."""
+def _parser(first: Row) -> Callable[[Row], TraceRequest]:
+    """Return the parser of the format that the first row has."""
     for columns, parse in _PARSERS.items():
         if first.keys() >= set(columns):
             return parse
     raise ValueError(f"should have {_KNOWN}; not {', '.join(map(str, first))}")
 
 
-def _of_keys(row: Row) -> Request:
+def _of_keys(row: Row) -> TraceRequest:
     time = row.get("time")
     at_s = 0.0 if time in (None, "") else _seconds(row, "time")
     tokens = 0 if row.get("tokens") in (None, "") else _count(row, "tokens")
-    return Request(_text(row, "key"), _count(row, "size"), at_s, tokens)
+    return TraceRequest(_text(row, "key"), _count(row, "size"), at_s, tokens)
 
 
-def _of_block_storage(row: Row) -> Request:
+def _of_block_storage(row: Row) -> TraceRequest:
     at_s = _seconds(row, "time") if "time" in row else 0.0
-    return Request(_text(row, "lbn"), _count(row, "size"), at_s)
+    return TraceRequest(_text(row, "lbn"), _count(row, "size"), at_s)
 
 
-def _of_azure(row: Row) -> Request:
+def _of_azure(row: Row) -> TraceRequest:
     given, tokens = _count(row, "ContextTokens"), _count(row, "GeneratedTokens")
     try:
         at = datetime.fromisoformat(_text(row, "TIMESTAMP"))
     except ValueError:
         raise ValueError(f"TIMESTAMP should be a date, not {row.get('TIMESTAMP')!r}") from None
     at_s = (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
-    return Request(f"{given},{tokens}", _answer_bytes(tokens), at_s, tokens)
+    return TraceRequest(f"{given},{tokens}", _answer_bytes(tokens), at_s, tokens)
 
 
-def _of_mooncake(row: Row) -> Request:
+def _of_mooncake(row: Row) -> TraceRequest:
     blocks = row.get("hash_ids")
     if not isinstance(blocks, list) or not all(isinstance(block, int) for block in blocks):
         raise ValueError("hash_ids should be a list of whole numbers")
     tokens = _count(row, "output_length")
     at_s = _seconds(row, "timestamp") / 1000
-    return Request(str(blocks), _answer_bytes(tokens), at_s, tokens, tuple(blocks))
+    return TraceRequest(str(blocks), _answer_bytes(tokens), at_s, tokens, tuple(blocks))
 
 
-_PARSERS: dict[tuple[str, ...], Callable[[Row], Request]] = {
+_PARSERS: dict[tuple[str, ...], Callable[[Row], TraceRequest]] = {
     ("key", "size"): _of_keys,
     ("lbn", "size"): _of_block_storage,
     ("TIMESTAMP", "ContextTokens", "GeneratedTokens"): _of_azure,
@@ -189,7 +189,7 @@ def _text(row: Row, name: str) -> str:
 
 def _count(row: Row, name: str) -> int:
     text = _text(row, name)
-    # `int` would take 1_000, too.
+    # `int` accepts 1_000, too.
     if not (text.isascii() and text.isdigit()):
         raise ValueError(f"{name} should be a whole number, not {text!r}")
     return int(text)

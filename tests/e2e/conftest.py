@@ -98,7 +98,7 @@ class Server:
             raise
 
     def session(self) -> int | None:
-        """Return the engine's session, which its guard leads, once that runs."""
+        """Return the engine's session, which its watchdog leads, once that runs."""
         return next(iter(self.sessions()), None)
 
     def sessions(self) -> list[int]:
@@ -117,7 +117,7 @@ class Server:
 
 
 def living(session: int) -> list[psutil.Process]:
-    """Return the processes of a session: of an engine's, its guard and vLLM's, however named."""
+    """Return the processes of a session: an engine's watchdog and vLLM's, however named."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, ProcessLookupError):

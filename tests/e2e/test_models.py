@@ -12,7 +12,7 @@ import psutil
 import pytest
 from safetensors.numpy import save_file
 
-from server.weights import embedded_folder
+from server.engine.weights import embedded_folder
 
 from .conftest import Server, living, prepare, serving
 

@@ -12,7 +12,7 @@ import openai
 import psutil
 import pytest
 
-from server.keys import hashed
+from server.config.secrets import hash_key
 
 from .conftest import MODEL, Server, living
 
@@ -223,7 +223,7 @@ def test_the_disk_tier_alone_answers_alike(server: Server) -> None:
 def test_tenants_share_no_prefix(server: Server, tmp_path_factory) -> None:
     """From here on there are keys, and the client's is one of them."""
     file = tmp_path_factory.mktemp("tenants") / "tenants.yaml"
-    file.write_text(f"one: {{keys: ['{hashed('x')}']}}\ntwo: {{keys: ['{hashed('y')}']}}\n")
+    file.write_text(f"one: {{keys: ['{hash_key('x')}']}}\ntwo: {{keys: ['{hash_key('y')}']}}\n")
     server.stop()
     server.start(TIERSERVE__TENANTS__FILE=str(file), TIERSERVE__TENANTS__OPEN_METRICS="true")
     server.wait_ready()
@@ -280,9 +280,13 @@ def test_what_a_stopping_engine_calls_whole_is_not_stored(server: Server) -> Non
         given = [pool.submit(respond, server, stream=stream) for stream in (False, True)]
         server.until(lambda: server.metric("/metrics/engine", TOKENS) > made + 8)
         for process in living(server.session()):
-            # SIGTERM doesn't reach it.
-            if process.name() == "VLLM::EngineCore":
-                process.send_signal(signal.SIGINT)
+            # Neither makes it abort what it generates: only we may stop it.
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGINT)
+        server.until(lambda: server.metric("/metrics/engine", TOKENS) > made + 16)
+        # Then we stop it.
+        (socket,) = server.temporary.glob("tierserve-*/engine.sock")
+        socket.unlink()
         for each in given:
             each.result()
     server.until(lambda: server.status("/ready") == 503)

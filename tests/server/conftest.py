@@ -17,12 +17,12 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from server.config import load
-from server.identity import identity
-from server.names import Named, Names
-from server.request import parse
-from server.tenants import tenant_of
-from server.weights import embedded_folder
+from server.auth.tenants import open_tenant
+from server.config.load import load
+from server.engine.identity import identity
+from server.engine.weights import embedded_folder
+from server.protocol.model_names import ModelNames, ResolvedModel
+from server.protocol.request import parse_request
 from tests.servers import free_port
 
 CHAT = "/v1/chat/completions"
@@ -113,8 +113,8 @@ async def nothing_listed(_: web.Request) -> web.StreamResponse:
 class Upstream:
     """An HTTP server that does what `handler` says, and notes what it was asked.
 
-    `lists` answers `/v1/models`, which it is asked all the time, and `goes_on` the one token by
-    which it is seen to go on.
+    `lists` answers `/v1/models`, which it is asked all the time, and `token` the request for one
+    token that shows whether it keeps generating.
     """
 
     def __init__(self) -> None:
@@ -122,7 +122,7 @@ class Upstream:
         self.url = f"http://127.0.0.1:{self.port}"
         self.handler: Callable[[web.Request], Awaitable[web.StreamResponse]] = answer
         self.lists = nothing_listed
-        self.goes_on = one_token
+        self.token = one_token
         self.asked: list[web.Request] = []
         self.aborted = asyncio.Event()
 
@@ -136,11 +136,18 @@ class Upstream:
     async def stop(self) -> None:
         await self._runner.cleanup()
 
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
     async def _handle(self, http: web.Request) -> web.StreamResponse:
         if http.path == "/v1/models":
             return await self.lists(http)
         if http.path == "/v1/completions" and await http.read() == ONE_TOKEN:
-            return await self.goes_on(http)
+            return await self.token(http)
         self.asked.append(http)
         try:
             return await self.handler(http)
@@ -162,10 +169,10 @@ def skip_unless_runs(*wrapper: str) -> None:
         pytest.skip(f"can't be run here: {' '.join(wrapper)}")
 
 
-def of_vllm(name: str, identity: str = "", **known: bool) -> Named:
+def of_vllm(name: str, identity: str = "", **known: bool) -> ResolvedModel:
     """What a name means that a vLLM answers to which tells the same in both forms."""
-    known = {"is_vllm": True, "has_one_parser": True, "counts_always": False} | known
-    return Named(name, identity, **known)
+    known = {"is_vllm": True, "encodings_agree": True, "always_counts_tokens": False} | known
+    return ResolvedModel(name, identity, **known)
 
 
 class Front:
@@ -257,8 +264,10 @@ class Front:
     def key(self, asked: dict) -> str:
         """Return the key of a chat completion."""
         models = load(self.config).models
-        names = Names({name: of_vllm(name, identity(each, None)) for name, each in models.items()})
-        return parse(CHAT, orjson.dumps(asked), tenant_of(""), names).key
+        names = ModelNames(
+            {name: of_vllm(name, identity(each, None)) for name, each in models.items()}
+        )
+        return parse_request(CHAT, orjson.dumps(asked), open_tenant(""), names).key
 
     def post(self, asked: dict, **options):
         return self.session.post(CHAT, json=asked, **options)
@@ -328,15 +337,20 @@ async def running(folder: Path, *upstreams: Upstream, **options: dict) -> AsyncI
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def _upstream() -> AsyncIterator[Upstream]:
-    made = Upstream()
-    await made.start()
-    yield made
-    await made.stop()
+    async with Upstream() as made:
+        yield made
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def own_upstream() -> AsyncIterator[Upstream]:
+    """One that no other test uses, which may be stopped."""
+    async with Upstream() as made:
+        yield made
 
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def upstream(_upstream: Upstream) -> Upstream:
-    _upstream.handler, _upstream.goes_on = answer, one_token
+    _upstream.handler, _upstream.token = answer, one_token
     _upstream.asked.clear()
     _upstream.aborted.clear()
     return _upstream

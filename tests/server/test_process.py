@@ -12,12 +12,11 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from server.app import _stopper
-from server.config import Listener
-from server.listener import addresses, listen, make_server
+from server.app import _stop_handler
+from server.config.schema import ServerConfig
+from server.web.listener import addresses, listen, make_server
+from tests.server.conftest import Front, Upstream, alike, question, running, skip_unless_runs
 from tiers.disk.file import DATA
-
-from .conftest import Front, Upstream, alike, question, running, skip_unless_runs
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -103,7 +102,7 @@ async def test_one_stop_may_be_asked_for_twice(monkeypatch) -> None:
     ended: list[int] = []
     monkeypatch.setattr(os, "_exit", ended.append)
     now, stop = 0.0, asyncio.Event()
-    on_signal = _stopper(stop, lambda: now)
+    on_signal = _stop_handler(stop, lambda: now)
     on_signal()
     assert stop.is_set()
     on_signal()
@@ -188,8 +187,8 @@ async def test_any_address_of_ipv6_is_any_of_ipv4_too(upstream: Upstream, tmp_pa
 
 
 async def test_all_addresses_are_said() -> None:
-    server = make_server(lambda _: None, Listener())
-    listener = await listen(server, "localhost", 0, Listener(), None)
+    server = make_server(lambda _: None, ServerConfig())
+    listener = await listen(server, "localhost", 0, ServerConfig(), None)
     said = addresses(listener, None).split(", ")
     assert len(said) == len(listener.sockets)
     assert all(each.startswith(("http://127.0.0.1:", "http://[::1]:")) for each in said)

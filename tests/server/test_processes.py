@@ -14,10 +14,9 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from server.chain import build, build_turns
-from server.config import load
-
-from .conftest import (
+from server.cache import build, build_lock
+from server.config.load import load
+from tests.server.conftest import (
     Front,
     Upstream,
     alike,
@@ -308,12 +307,12 @@ async def test_waits_only_for_what_can_be_seen(
     config = load(tmp_path / "c.yaml")
     chain, _ = build(config)
     # As another process would: its lock is that of another open file.
-    turns, others = build_turns(config, chain), build_turns(config, chain)
-    async with turns.turn("k", 0, 0) as nothing:
+    turns, others = build_lock(config, chain), build_lock(config, chain)
+    async with turns.acquire("k", 0, 0) as nothing:
         assert nothing is None
-        waiting = asyncio.create_task(others.turn("k", 0, 0).__aenter__())
+        waiting = asyncio.create_task(others.acquire("k", 0, 0).__aenter__())
         await asyncio.sleep(0)
-        assert others.waits.waiting == waits
+        assert others.stats.waiting == waits
         waiting.cancel()
         await asyncio.wait([waiting])
     for each in (turns, others, chain):

@@ -10,10 +10,9 @@ import aiohttp
 import orjson
 import pytest
 
+from tests.server.conftest import Front, Upstream, counting, held, question, running
 from tests.servers import RedisServer, StoreServer
-from tiers.disk.opening import LOCK
-
-from .conftest import Front, Upstream, counting, held, question, running
+from tiers.disk.recovery import LOCK
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

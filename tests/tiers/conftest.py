@@ -15,6 +15,9 @@ from tiers.policies import POLICIES
 from tiers.shared.memcached import MemcachedBytes
 from tiers.shared.redis import RedisBytes
 
+JSON, SSE = 0, 1
+"""Two encodings; tiers don't know what they mean."""
+
 
 class Clock:
     def __init__(self) -> None:

@@ -6,28 +6,26 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiers.conftest import JSON, Remote
 from tiers import (
     Answer,
     Chain,
-    Copies,
     DiskCache,
     Entry,
-    Form,
     FrequencySketch,
     Freshness,
     MemoryCache,
     State,
     Tier,
-    Write,
+    Transfers,
+    WritePolicy,
 )
-from tiers.answer import SKEW_S
 from tiers.backend import ByteCache
-from tiers.chain import Adoption
-from tiers.copy_queue import CopyQueue, Waiting
+from tiers.chain import ImportResult
+from tiers.entry import SKEW_S
+from tiers.movement.queue import PendingWrite, WriteBehindQueue
 
-from .conftest import Remote
-
-ANSWER = Answer(Form.BODY, b"{}")
+ANSWER = Answer(JSON, b"{}")
 
 
 def chain_of(clock, *backends: ByteCache, **options) -> Chain:
@@ -84,12 +82,12 @@ async def test_looking_shows_what_a_lookup_would_give_out(clock) -> None:
         max_answer_bytes=1000,
         clock=clock,
     )
-    new = Answer(Form.BODY, b"new")
+    new = Answer(JSON, b"new")
     await chain.store("k", ANSWER, Freshness(60, 60))
     clock.now += 60
     await renew(shared, "k", new, clock)
     # What may have been purged on other machines.
-    for chain.purges.lacks_shared, expected in ((True, ANSWER), (False, new)):
+    for chain.purges.shared_unknown, expected in ((True, ANSWER), (False, new)):
         entry = await chain.peek("k")
         assert entry is not None
         assert entry.answer == expected
@@ -110,14 +108,14 @@ async def test_what_is_stale_does_not_hide_what_others_have_renewed(clock, tmp_p
     clock.now += 61
     hit = await chain.lookup("k")
     assert hit is not None
-    assert (hit.tier, hit.state, hit.refresh) == ("memory", State.STALE, True)
-    newer = Answer(Form.BODY, b"newer")
+    assert (hit.tier, hit.state, hit.refresh) == ("memory", State.STALE_WHILE_REVALIDATE, True)
+    newer = Answer(JSON, b"newer")
     await renew(shared, "k", newer, clock)
     for tier in ("shared", "memory"):
         hit = await chain.lookup("k")
         assert hit is not None
         assert (hit.tier, hit.state, hit.entry.answer) == (tier, State.FRESH, newer)
-        await chain.settle()
+        await chain.drain()
     # What was older is replaced in all nearer tiers, however rarely it is asked for.
     assert [tier.counts.promotions for tier in tiers] == [1, 1, 0]
     assert Entry.decode(disk.read("k") or b"").answer == newer
@@ -136,11 +134,11 @@ async def test_what_comes_from_the_future_is_as_good_as_none(clock, ahead_s, is_
     clock.now -= ahead_s
     assert (await chain.lookup("k") is not None) is is_found
     assert (await chain.peek("k") is not None) is is_found
-    assert (await chain.newer("k", 0) is not None) is is_found
+    assert (await chain.find_newer("k", 0) is not None) is is_found
     # Nor does it keep out what comes from elsewhere, and is as new as it can be.
-    new = Entry(Answer(Form.BODY, b"new"), clock.now, clock.now + 60)
-    adopted = await chain.adopt("k", new, chain.tiers)
-    assert adopted is (Adoption.OLDER if is_found else Adoption.STORED)
+    new = Entry(Answer(JSON, b"new"), clock.now, clock.now + 60)
+    adopted = await chain.import_entry("k", new, chain.tiers)
+    assert adopted is (ImportResult.OLDER if is_found else ImportResult.STORED)
 
 
 async def test_the_later_of_two_that_are_not_fresh_counts(clock) -> None:
@@ -149,38 +147,42 @@ async def test_the_later_of_two_that_are_not_fresh_counts(clock) -> None:
     chain = Chain([near, shared], frequency=FrequencySketch(64), max_answer_bytes=99, clock=clock)
     await chain.store("k", ANSWER, Freshness(60, 1000))
     clock.now -= 1
-    await renew(shared, "k", Answer(Form.BODY, b"older"), clock, ttl_s=1000)
+    await renew(shared, "k", Answer(JSON, b"older"), clock, ttl_s=1000)
     clock.now += 100
     hit = await chain.lookup("k")
     assert hit is not None
-    assert (hit.tier, hit.state, hit.entry.answer) == ("memory", State.STALE, ANSWER)
+    assert (hit.tier, hit.state, hit.entry.answer) == (
+        "memory",
+        State.STALE_WHILE_REVALIDATE,
+        ANSWER,
+    )
 
 
 async def test_a_promotion_to_disk_does_not_hold_up_the_request(clock, tmp_path: Path) -> None:
     remote = Remote(clock, delay=lambda: 0)
     disk = DiskCache(tmp_path, 1 << 20, clock=clock)
     tiers = [Tier("disk", disk), Tier("shared", remote, shared=True)]
-    copies = Copies()
+    transfers = Transfers()
     chain = Chain(
         tiers,
         frequency=FrequencySketch(64),
         max_answer_bytes=99,
         promote_after=1,
-        copies=copies,
+        transfers=transfers,
         clock=clock,
     )
     for key in "ab":
         await renew(tiers[1], key, ANSWER, clock)
     assert [(await chain.lookup(key)).tier for key in "ab"] == ["shared"] * 2
     assert tiers[0].counts.promotions == 0
-    await chain.settle()
+    await chain.drain()
     assert tiers[0].counts.promotions == 2
     assert (await chain.lookup("a")).tier == "disk"
     # One that is under way is finished at the end.
     await renew(tiers[1], "c", ANSWER, clock)
     await chain.lookup("c")
     await chain.close()
-    assert len(copies) == 0
+    assert len(transfers) == 0
     again = DiskCache(tmp_path, 1 << 20, clock=clock)
     assert again.read("c") is not None
     await again.close()
@@ -194,32 +196,32 @@ async def test_a_store_outdates_a_promotion_that_waits(clock, tmp_path: Path) ->
     )
     await renew(tiers[1], "k", ANSWER, clock)
     assert await chain.lookup("k") is not None
-    newer = Answer(Form.BODY, b"newer")
+    newer = Answer(JSON, b"newer")
     await chain.store("k", newer, Freshness(60))
-    await chain.settle()
+    await chain.drain()
     assert Entry.decode(disk.read("k") or b"").answer == newer
     await chain.close()
 
 
 async def test_promotions_are_bounded(clock) -> None:
     """In bytes and in number; what has no room is counted, and let go."""
-    copies, written = Copies(), []
+    transfers, written = Transfers(), []
 
     async def write(key: str) -> None:
         await asyncio.sleep(0)
         written.append(key)
 
-    queue = CopyQueue(100)
+    queue = WriteBehindQueue(100)
     for key, size in (("a", 60), ("b", 41), ("c", 40)):
-        queue.offer(Waiting(copies.take(key), size, partial(write, key)))
-    assert (queue.dropped, len(copies)) == (1, 2)
-    await queue.finish()
-    assert (written, len(copies)) == (["a", "c"], 0)
+        queue.offer(PendingWrite(transfers.begin(key), size, partial(write, key)))
+    assert (queue.dropped, len(transfers)) == (1, 2)
+    await queue.drain()
+    assert (written, len(transfers)) == (["a", "c"], 0)
     for number in range(10_001):
-        queue.offer(Waiting(copies.take(f"{number}"), 0, partial(write, "")))
+        queue.offer(PendingWrite(transfers.begin(f"{number}"), 0, partial(write, "")))
     assert queue.dropped == 2
-    await queue.finish()
-    assert (len(written), len(copies)) == (10_002, 0)
+    await queue.drain()
+    assert (len(written), len(transfers)) == (10_002, 0)
 
 
 async def test_on_evict_stores_in_the_shared_tier_at_once(clock, tmp_path: Path) -> None:
@@ -230,7 +232,7 @@ async def test_on_evict_stores_in_the_shared_tier_at_once(clock, tmp_path: Path)
         tiers,
         frequency=FrequencySketch(64),
         max_answer_bytes=99,
-        write=Write.ON_EVICT,
+        write=WritePolicy.ON_EVICT,
         clock=clock,
     )
     assert await chain.store("k", ANSWER, Freshness(60))
@@ -273,8 +275,8 @@ async def test_says_what_a_stale_entry_may_be_used_for(clock) -> None:
         states.append(hit and (hit.state, hit.refresh))
         clock.now += {0: 59.5, 1: 0.5, 2: 20, 3: 10}.get(len(states) - 1, 0)
     assert states == [
-        (State.FRESH, False), (State.FRESH, False), (State.STALE, True), (State.FALLBACK, False),
-        None,
+        (State.FRESH, False), (State.FRESH, False), (State.STALE_WHILE_REVALIDATE, True),
+        (State.STALE_IF_ERROR, False), None,
     ]  # fmt: skip
 
 
@@ -289,9 +291,9 @@ async def test_cuts_ttls_by_chance_within_the_jitter(clock) -> None:
 
 
 async def test_refreshes_early_the_likelier_the_closer_the_end(clock) -> None:
-    """With a chance of one half, from took_s * ln 2 = 6.9 s before the end on."""
+    """With a chance of one half, from generation_s * ln 2 = 6.9 s before the end on."""
     chain = chain_of(clock, MemoryCache(10_000, clock=clock), chance=lambda: 0.5)
-    await chain.store("k", ANSWER, Freshness(60), took_s=10)
+    await chain.store("k", ANSWER, Freshness(60), generation_s=10)
     refreshed = []
     for _ in range(3):
         hit = await chain.lookup("k")

@@ -18,29 +18,27 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from tests.tiers.conftest import JSON, Clock, Remote
 from tiers import (
     Answer,
+    BackgroundWork,
     Chain,
-    Copies,
     Demotion,
     DiskCache,
-    Form,
     FrequencySketch,
     Freshness,
     MemoryCache,
-    Movement,
     Purges,
     State,
     Tier,
-    Write,
+    Transfers,
+    WritePolicy,
 )  # fmt: skip
-from tiers.answer import SKEW_S
 from tiers.disk import Durability
-from tiers.disk.opening import MARK
+from tiers.disk.marks import CLEAN
+from tiers.entry import SKEW_S
 from tiers.policies import POLICIES
 from tiers.shared.redis import RedisBytes
-
-from .conftest import Clock, Remote
 
 MIB = 1024 * 1024
 MEMORY_BYTES = 16 * 1024
@@ -65,8 +63,8 @@ def state_at(now: float, stored_at: float, freshness: Freshness) -> State:
     if late_s < 0:
         return State.FRESH
     if late_s < revalidate_s:
-        return State.STALE
-    return State.FALLBACK if late_s < if_error_s else State.EXPIRED
+        return State.STALE_WHILE_REVALIDATE
+    return State.STALE_IF_ERROR if late_s < if_error_s else State.EXPIRED
 
 
 class ChainMachine(RuleBasedStateMachine):
@@ -75,13 +73,18 @@ class ChainMachine(RuleBasedStateMachine):
 
     @initialize(
         policy=st.sampled_from(sorted(POLICIES)),
-        write=st.sampled_from(Write),
+        write=st.sampled_from(WritePolicy),
         promote_after=st.integers(1, 3),
         durability=st.sampled_from([Durability.OS, Durability.INTERVAL]),
         shares=st.booleans(),
     )
     def begin(
-        self, policy: str, write: Write, promote_after: int, durability: Durability, shares: bool
+        self,
+        policy: str,
+        write: WritePolicy,
+        promote_after: int,
+        durability: Durability,
+        shares: bool,
     ) -> None:
         # What an earlier run has stored on the server must not be found.
         self.namespace = f"machine{next(MACHINES)}" if shares else None
@@ -99,8 +102,8 @@ class ChainMachine(RuleBasedStateMachine):
 
     async def open(self, path: Path) -> None:
         policy, write, promote_after, durability = self.options
-        frequency, copies, clock = FrequencySketch(1024), Copies(), self.clock
-        self.path, self.copies = path, copies
+        frequency, transfers, clock = FrequencySketch(1024), Transfers(), self.clock
+        self.path, self.transfers = path, transfers
         self.backend = DiskCache(
             path,
             MIB,
@@ -112,7 +115,7 @@ class ChainMachine(RuleBasedStateMachine):
         self.disk = Tier("disk", self.backend)
         purges = Purges(self.backend, clock=clock)
         self.demotion = Demotion(
-            [self.disk], frequency, copies, purges, max_bytes=30_000, clock=clock
+            [self.disk], frequency, transfers, purges, max_bytes=30_000, clock=clock
         )
         self.memory = MemoryCache(
             MEMORY_BYTES, policy=policy, on_evict=self.demotion.offer, clock=clock
@@ -126,17 +129,17 @@ class ChainMachine(RuleBasedStateMachine):
             frequency=frequency,
             max_answer_bytes=50_000,
             promote_after=promote_after,
-            copies=copies,
+            transfers=transfers,
             purges=purges,
             write=write,
             clock=clock,
         )
-        self.movement = Movement(
+        self.movement = BackgroundWork(
             tiers, self.backend, frequency, self.demotion, purges, write=write, clock=clock
         )
         self.hits = self.misses = self.stores = 0
         await self.movement.start()
-        await self.movement.remembered.wait()
+        await self.movement.restored.wait()
         self.refilled = tiers[0].counts.stores
 
     async def close(self) -> None:
@@ -145,9 +148,9 @@ class ChainMachine(RuleBasedStateMachine):
 
     @rule(key=st.sampled_from(KEYS), size=st.sampled_from(SIZES), how=st.sampled_from(FRESHNESS))
     def store(self, key: str, size: int, how: Freshness) -> None:
-        answer = Answer(Form.BODY, random.Random(size).randbytes(size) + b"%d" % next(self.numbers))
-        origin = self.chain.origin(LABELS.get(key, ()))
-        if self.run(self.chain.store(key, answer, how, origin=origin)):
+        answer = Answer(JSON, random.Random(size).randbytes(size) + b"%d" % next(self.numbers))
+        origin = self.chain.provenance(LABELS.get(key, ()))
+        if self.run(self.chain.store(key, answer, how, provenance=origin)):
             self.truth[key] = answer, self.clock.now, how
             self.expired.discard(key)
             self.stores += 1
@@ -156,7 +159,7 @@ class ChainMachine(RuleBasedStateMachine):
 
     @rule(purged=st.sampled_from(PURGED), key=st.sampled_from(KEYS))
     def purge(self, purged: str, key: str) -> None:
-        begun = self.chain.origin(LABELS[key])
+        begun = self.chain.provenance(LABELS[key])
         self.run(self.chain.purge(purged))
         gone = [
             each for each in self.truth if purged in ("all", f"key:{each}", *LABELS.get(each, ()))
@@ -165,7 +168,7 @@ class ChainMachine(RuleBasedStateMachine):
             del self.truth[each]
         if purged in ("all", f"key:{key}", *LABELS[key]):
             # What was being made meanwhile is of before.
-            stored = self.chain.store(key, Answer(Form.BODY, b""), FRESHNESS[0], origin=begun)
+            stored = self.chain.store(key, Answer(JSON, b""), FRESHNESS[0], provenance=begun)
             assert not self.run(stored)
 
     @rule(start=st.integers(0, 40))
@@ -182,7 +185,7 @@ class ChainMachine(RuleBasedStateMachine):
             crowd = f"crowd{number}"
             self.look_up([crowd] * 4)
             self.store(crowd, 3000, FRESHNESS[0])
-            self.run(self.demotion.finish())
+            self.run(self.demotion.drain())
         self.look_up([key])
 
     @rule(keys=st.lists(st.sampled_from(KEYS), min_size=1, max_size=4))
@@ -200,7 +203,7 @@ class ChainMachine(RuleBasedStateMachine):
             state = state_at(self.clock.now, stored_at, freshness)
             assert hit.entry.answer == answer
             assert hit.state is state is not State.EXPIRED
-            assert hit.refresh is (state is State.STALE)
+            assert hit.refresh is (state is State.STALE_WHILE_REVALIDATE)
 
     @rule(seconds=st.sampled_from([0.5, 1, 4, 5, 10, 20, -1, -7, -30]))
     def wait(self, seconds: float) -> None:
@@ -211,23 +214,23 @@ class ChainMachine(RuleBasedStateMachine):
 
     @rule()
     def let_movement_end(self) -> None:
-        self.run(self.demotion.finish())
-        self.run(self.chain.settle())
-        self.run(self.demotion.finish())
-        assert len(self.copies) == 0
+        self.run(self.demotion.drain())
+        self.run(self.chain.drain())
+        self.run(self.demotion.drain())
+        assert len(self.transfers) == 0
 
     @rule()
     def restart(self) -> None:
         self.run(self.close())
         self.run(self.open(self.path))
-        if self.options[1] is Write.ON_INSERT:
+        if self.options[1] is WritePolicy.ON_INSERT:
             self.expect_all_on_disk()
 
     @rule()
     def kill(self) -> None:
         """Go on with what a kill at this moment would leave of the file."""
-        self.run(self.demotion.finish())
-        self.run(self.chain.settle())
+        self.run(self.demotion.drain())
+        self.run(self.chain.drain())
         write, durability = self.options[1], self.options[3]
         if durability is Durability.INTERVAL:
             # Of its last interval nothing is promised, so let that be committed.
@@ -237,9 +240,9 @@ class ChainMachine(RuleBasedStateMachine):
         self.run(self.close())
         stat = (left / "data.mdb").stat()
         # As if it had been verified, which takes another process and its time.
-        (left / MARK).write_text(f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}")
+        (left / CLEAN).write_text(f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}")
         self.run(self.open(left))
-        if write is Write.ON_INSERT:
+        if write is WritePolicy.ON_INSERT:
             self.expect_all_on_disk()
 
     def expect_all_on_disk(self) -> None:
@@ -274,7 +277,7 @@ class ChainMachine(RuleBasedStateMachine):
             assert counts.promotions == counts.demotions == 0
         stored = memory.stores - memory.promotions - self.refilled
         on_disk = disk.stores - disk.demotions - disk.promotions
-        if self.options[1] is Write.ON_INSERT:
+        if self.options[1] is WritePolicy.ON_INSERT:
             assert stored <= self.stores == on_disk
         else:
             assert stored + on_disk == self.stores
@@ -298,22 +301,22 @@ def test_finds_the_last_stored_answer_or_nothing(redis_server, monkeypatch) -> N
     )
 
 
-@given(st.integers(0, 2**32), st.sampled_from(Write), st.sampled_from(sorted(POLICIES)))
+@given(st.integers(0, 2**32), st.sampled_from(WritePolicy), st.sampled_from(sorted(POLICIES)))
 @settings(max_examples=2000 if LONG else 100)
 async def test_nothing_older_comes_back_however_calls_interleave(seed, write, policy) -> None:
     chance, clock, numbers = random.Random(seed), Clock(), count(1)
     remote = Remote(clock, delay=lambda: chance.randrange(4))
-    frequency, copies = FrequencySketch(1024), Copies()
+    frequency, transfers = FrequencySketch(1024), Transfers()
     farther = Tier("remote", remote, shared=chance.random() < 0.5)
     purges = Purges(clock=clock)
-    demotion = Demotion([farther], frequency, copies, purges, max_bytes=5000, clock=clock)
+    demotion = Demotion([farther], frequency, transfers, purges, max_bytes=5000, clock=clock)
     memory = MemoryCache(2500, policy=policy, on_evict=demotion.offer, clock=clock)
     chain = Chain(
         [Tier("memory", memory), farther],
         frequency=frequency,
         max_answer_bytes=10_000,
         promote_after=1,
-        copies=copies,
+        transfers=transfers,
         purges=purges,
         write=write,
         clock=clock,
@@ -323,10 +326,10 @@ async def test_nothing_older_comes_back_however_calls_interleave(seed, write, po
 
     async def store(key: str) -> None:
         number = begun[key] = next(numbers)
-        answer = Answer(Form.BODY, b"%d" % number, bytes(chance.choice([1, 300, 800])))
-        origin = chain.origin([f"tag:{key}"])
+        answer = Answer(JSON, b"%d" % number, bytes(chance.choice([1, 300, 800])))
+        origin = chain.provenance([f"tag:{key}"])
         await asyncio.sleep(0)
-        await chain.store(key, answer, Freshness(60), origin=origin)
+        await chain.store(key, answer, Freshness(60), provenance=origin)
         ended[key] = max(ended[key], number)
 
     async def purge(key: str) -> None:
@@ -352,6 +355,6 @@ async def test_nothing_older_comes_back_however_calls_interleave(seed, write, po
             group.create_task(come_and_go())
     for key in begun:
         await look_up(key)
-    await demotion.finish()
-    assert len(copies) == 0
+    await demotion.drain()
+    assert len(transfers) == 0
     assert memory.usage.bytes <= 2500

@@ -19,7 +19,7 @@ def key(number: int) -> str:
 
 
 def restore(sketch: FrequencySketch, data: bytes) -> None:
-    for _ in sketch.restoring(data):
+    for _ in sketch.load(data):
         pass
 
 
@@ -116,7 +116,7 @@ def test_counts_what_is_recorded_while_it_is_restored() -> None:
         saved.record(key(number))
     sketch.record(key(0))
     steps = 0
-    for _ in sketch.restoring(saved.dump()):
+    for _ in sketch.load(saved.dump()):
         steps += 1
         for number in range(100):
             sketch.record(key(number))
@@ -132,7 +132,7 @@ def test_halving_while_it_is_restored_loses_no_more_than_half() -> None:
         saved.record(key(number % 100))
     for _ in range(10 * sketch.capacity - 1):
         sketch.record("popular")
-    for _ in sketch.restoring(saved.dump()):
+    for _ in sketch.load(saved.dump()):
         sketch.record("popular")
     assert {sketch.estimate(key(number)) for number in range(100)} <= {4, 8}
 

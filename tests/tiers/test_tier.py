@@ -1,4 +1,4 @@
-"""A tier: its failures are misses, bounded, told once, and never bring back something older."""
+"""A tier: its failures are misses, bounded, logged once, and never bring back something older."""
 
 import asyncio
 import logging
@@ -11,37 +11,34 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.tiers.conftest import JSON, Clock, Remote
 from tiers import (
     Answer,
     Chain,
     DiskCache,
     Entry,
-    Form,
     FrequencySketch,
     Freshness,
     MemoryCache,
     Tier,
 )  # fmt: skip
-from tiers.calls import BusyError, Calls
-from tiers.circuit import FAILURES, CircuitBreaker
 from tiers.disk import Durability
 from tiers.disk.file import DiskFile
-from tiers.losses import Losses
-from tiers.purges import Purges
+from tiers.purges.purges import Purges
+from tiers.resilience.circuit_breaker import FAILURES
+from tiers.resilience.failed_writes import FailedWrites
 
-from .conftest import Clock, Remote
-
-TIMES = ("stored_at", "expires_at", "took_s", "stale_while_revalidate_s", "stale_if_error_s")
+TIMES = ("stored_at", "expires_at", "generation_s", "stale_while_revalidate_s", "stale_if_error_s")
 # Nothing is purged.
 PURGES = Purges()
 
 
 def entry(content: bytes, stored_at: float) -> bytes:
-    return Entry(Answer(Form.BODY, content), stored_at, stored_at + 1000).encode()
+    return Entry(Answer(JSON, content), stored_at, stored_at + 1000).encode()
 
 
 class Far(Remote):
-    """A backend elsewhere that fails or hangs when told so; `calls` counts what reaches it."""
+    """A backend elsewhere that fails or hangs on demand; `calls` counts what reaches it."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__(clock, delay=lambda: 0)
@@ -58,7 +55,7 @@ class Far(Remote):
 
 
 def damaged() -> list[bytes]:
-    whole = Entry(Answer(Form.BODY, b"1"), 1_000_000.0, 1_000_060.0)
+    whole = Entry(Answer(JSON, b"1"), 1_000_000.0, 1_000_060.0)
     odd = [whole._replace(packed_labels=b"tag:\xff")]
     for number in (nan, inf, -inf):
         odd += [whole._replace(**{field: number}) for field in TIMES]
@@ -91,37 +88,11 @@ async def test_an_outage_costs_a_few_calls_and_one_line(clock, caplog, how: str)
     await asyncio.wait_for(tier._breaker._recovery, 60)
     assert tier.available
     assert await content_of(tier, "k") == b"1"
-    told = [record.getMessage() for record in caplog.records if record.name == "tiers.tier"]
-    assert len(told) == 2
-    assert "failed to read and is left out until it answers again" in told[0]
-    assert told[1] == "the far tier answers again"
+    messages = [record.getMessage() for record in caplog.records if record.name == "tiers.tier"]
+    assert len(messages) == 2
+    assert "failed to read and is left out until it answers again" in messages[0]
+    assert messages[1] == "the far tier answers again"
     await tier.close()
-
-
-async def test_a_call_that_takes_too_long_goes_on_without_its_caller(clock) -> None:
-    """So a slow connection is made once, and not begun again and again."""
-    go, ended = asyncio.Event(), []
-
-    async def call() -> int:
-        await go.wait()
-        ended.append(1)
-        return 1
-
-    calls = Calls(2, 0.01)
-    for _ in range(2):
-        with pytest.raises(TimeoutError):
-            await calls.make(call)
-    for _ in range(2):
-        with pytest.raises(BusyError):
-            await calls.make(call)
-    go.set()
-    assert await calls.make(call) == 1
-    assert len(ended) == 3
-    go.clear()
-    with pytest.raises(TimeoutError):
-        await calls.make(call)
-    await calls.close()
-    assert len(asyncio.all_tasks()) == 1
 
 
 async def test_an_event_loop_that_is_late_is_no_outage(clock) -> None:
@@ -172,23 +143,6 @@ async def test_a_success_between_failures_keeps_the_breaker_closed(clock) -> Non
     assert tier.counts.errors == 4
 
 
-async def test_the_breaker_waits_for_a_probe_that_succeeds() -> None:
-    outcomes = [OSError("still"), TimeoutError(), None]
-    closed = asyncio.Event()
-
-    async def probe() -> None:
-        if (outcome := outcomes.pop(0)) is not None:
-            raise outcome
-
-    breaker = CircuitBreaker(probe, closed.set, pause_s=0)
-    assert [breaker.failed() for _ in range(4)] == [False, False, True, False]
-    assert breaker.is_open
-    await asyncio.wait_for(closed.wait(), 60)
-    assert not breaker.is_open
-    assert outcomes == []
-    assert not breaker.failed()
-
-
 async def test_a_breaker_that_is_closed_leaves_no_task(clock) -> None:
     far = Far(clock)
     far.fails = True
@@ -199,7 +153,7 @@ async def test_a_breaker_that_is_closed_leaves_no_task(clock) -> None:
     assert len(asyncio.all_tasks()) == 1
 
 
-async def test_a_near_tier_tells_once_until_it_succeeds(clock, caplog) -> None:
+async def test_a_near_tier_logs_once_until_it_succeeds(clock, caplog) -> None:
     class Broken(MemoryCache):
         fails = True
 
@@ -211,13 +165,13 @@ async def test_a_near_tier_tells_once_until_it_succeeds(clock, caplog) -> None:
     tier = Tier("near", backend := Broken(10_000, clock=clock), clock=clock)
     for backend.fails in (True, True, False, True):
         await tier.get("k", PURGES)
-    told = [record.getMessage() for record in caplog.records]
-    assert told == ["the near tier failed to read: no such disk"] * 2
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == ["the near tier failed to read: no such disk"] * 2
     assert tier.counts.errors == 3
     assert tier.available
 
 
-async def test_a_failure_of_one_kind_is_told_once(clock, caplog) -> None:
+async def test_a_failure_of_one_kind_is_logged_once(clock, caplog) -> None:
     """Such as writing to a Redis that others may only read."""
     far = Far(clock)
     tier = Tier("far", far, clock=clock)
@@ -232,7 +186,7 @@ async def test_a_failure_of_one_kind_is_told_once(clock, caplog) -> None:
     assert tier.available
 
 
-async def test_what_can_not_be_told_counts_as_held(clock) -> None:
+async def test_a_failing_tier_counts_as_holding_everything(clock) -> None:
     far = Far(clock)
     tier = Tier("far", far, clock=clock)
     assert not await tier.holds("k")
@@ -331,7 +285,7 @@ async def test_what_a_server_elsewhere_has_damaged_is_a_miss(clock, value: bytes
     await far.set("k", value, ttl=60)
     assert await chain.lookup("k") is None
     assert await chain.peek("k") is None
-    assert await chain.store("k", Answer(Form.BODY, b"2"), Freshness(60))
+    assert await chain.store("k", Answer(JSON, b"2"), Freshness(60))
     assert await chain.lookup("k") is not None
 
 
@@ -346,11 +300,11 @@ async def test_what_waits_for_a_file_to_be_opened_hides_nothing(clock, tmp_path)
     clock.now += 1
     disk = DiskCache(tmp_path, 1 << 20, clock=clock)
     tier = Tier("disk", disk, clock=clock)
-    tier._losses = Losses(2)
+    tier._failed_writes = FailedWrites(2)
     for key in "bcdef":
         assert not await tier.put(key, entry(b"2", clock.now), 60)
     assert not disk.is_open
-    assert not tier._losses.any
+    assert tier._failed_writes.is_empty
     assert await content_of(tier, "b") == b"2"
     await disk.opened()
     assert [await content_of(tier, key) for key in "abf"] == [b"1", b"2", b"2"]
@@ -368,7 +322,7 @@ async def test_never_gives_out_what_is_older_than_the_last_stored(seed: int, kno
     backends = [Far(clock), Far(clock)]
     tiers = [Tier(str(number), backend, clock=clock) for number, backend in enumerate(backends)]
     for tier in tiers:
-        tier._losses = Losses(known)
+        tier._failed_writes = FailedWrites(known)
     chain = Chain(
         tiers, frequency=FrequencySketch(64), max_answer_bytes=99, promote_after=1, clock=clock
     )
@@ -383,9 +337,9 @@ async def test_never_gives_out_what_is_older_than_the_last_stored(seed: int, kno
         key = chance.choice("abcdef")
         if chance.random() < 0.5:
             clock.now += 0.01
-            await chain.store(key, Answer(Form.BODY, b"%d" % number), Freshness(1000))
+            await chain.store(key, Answer(JSON, b"%d" % number), Freshness(1000))
             last[key] = number
         elif (hit := await chain.lookup(key)) is not None:
             assert int(hit.entry.answer.content) == last[key]
-        await chain.settle()
+        await chain.drain()
     await chain.close()

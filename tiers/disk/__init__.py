@@ -1,14 +1,16 @@
 """The disk tier: an aiocache backend that stores entries in an LMDB file.
 
-Needs nothing of the other tiers. `DiskCache` is the way in; `upkeep` has what is done to a file by
-hand.
+It needs nothing of the other tiers. `DiskCache` is the way in; `maintenance` has what is done to a
+file by hand.
 """
 
+from tiers.backend import MAX_KEY_BYTES
 from tiers.disk.cache import MIN_BYTES, DiskCache
-from tiers.disk.file import MAX_KEY_BYTES, OtherFormatError, Statistics
-from tiers.disk.opening import UntrustedError
-from tiers.disk.seal import KEY_BYTES, SealError
-from tiers.disk.upkeep import Compacted, Verified, check, check_key, compact
+from tiers.disk.encryption import KEY_BYTES, EncryptionKeyError
+from tiers.disk.file import OtherFormatError
+from tiers.disk.maintenance import Compacted, check_key, compact, verify_in_use
+from tiers.disk.recovery import UntrustedError
+from tiers.disk.verify import VerifyReport
 from tiers.disk.writer import Durability
 
 __all__ = [
@@ -18,12 +20,11 @@ __all__ = [
     "Compacted",
     "DiskCache",
     "Durability",
+    "EncryptionKeyError",
     "OtherFormatError",
-    "SealError",
-    "Statistics",
     "UntrustedError",
-    "Verified",
-    "check",
+    "VerifyReport",
     "check_key",
     "compact",
+    "verify_in_use",
 ]

@@ -1,10 +1,10 @@
-"""Coding of the disk tier's values: compression by zstd, and a seal.
+"""Coding of the disk tier's values: compression by zstd, then encryption.
 
 Answers are short JSON texts that share their skeleton, so a dictionary, trained on the first of
 them, is worth more than the level: it saves two thirds of the bytes and is quicker than zstd
-without it. It costs a hit about a tenth (scripts/bench/hits.py), so it is a choice; what was stored
-with it can be read without. A seal comes last, and is of the blobs too. Compression is the
-writer's; `decode` may be called by one thread at a time. zstd is RFC 8878.
+without it. Compression costs a hit about a tenth (scripts/bench/hits.py), so it is a choice; a
+codec that doesn't compress still reads what is compressed. Encryption covers the blobs too. Only
+the writer's thread encodes; `decode` may be called by one thread at a time. zstd is RFC 8878.
 """
 
 from zstandard import (
@@ -15,11 +15,11 @@ from zstandard import (
     train_dictionary,
 )
 
-from tiers.disk.seal import Seal
+from tiers.disk.encryption import Cipher
 
 PLAIN, ZSTD, ZSTD_DICTIONARY = range(3)
-SEALED = 16
-"""Added to the coding of what is sealed."""
+ENCRYPTED = 16
+"""Added to the coding of what is encrypted."""
 
 _LEVEL = 1
 _DICTIONARY_BYTES = 16 * 1024
@@ -34,18 +34,18 @@ class Codec:
 
     Args:
         compresses: whether values are stored compressed; else it only reads such.
-        seal: with which all is sealed that is stored, if it is.
+        cipher: encrypts values and blobs, if they are encrypted.
     """
 
-    def __init__(self, *, compresses: bool, seal: Seal | None = None) -> None:
-        self._seal = seal
+    def __init__(self, *, compresses: bool, cipher: Cipher | None = None) -> None:
+        self._cipher = cipher
         self.has_dictionary = False
         self._compresses = compresses
         self._samples: list[bytes | bytearray | memoryview] | None = [] if compresses else None
         self._compressor = ZstdCompressor(level=_LEVEL)
         self._decompressors = {ZSTD: ZstdDecompressor()}
 
-    def use(self, dictionary: bytes) -> None:
+    def use_dictionary(self, dictionary: bytes) -> None:
         """Code with `dictionary` from now on."""
         trained = ZstdCompressionDict(dictionary)
         trained.precompute_compress(_LEVEL)
@@ -55,7 +55,7 @@ class Codec:
         self.has_dictionary = True
 
     def sample(self, value: bytes) -> bytes | None:
-        """Learn from `value`; return a dictionary, once, when enough has been seen."""
+        """Take `value` as a sample; return a dictionary, once, when there are enough."""
         if self._samples is None or len(value) < _SMALLEST_BYTES:
             return None
         self._samples.append(value[:_SAMPLE_BYTES])
@@ -70,16 +70,16 @@ class Codec:
     def encode(self, key: bytes, value: bytes, sequence: int) -> tuple[int, bytes]:
         """Return the coding and the payload of an entry.
 
-        Unless it is sealed, the payload is never longer than `value`.
+        Unless it is encrypted, the payload is never longer than `value`.
         """
         coding, payload = self._compressed(value)
-        if self._seal is None:
+        if self._cipher is None:
             return coding, payload
-        return coding + SEALED, self._seal.seal(_ENTRY + key, payload, sequence)
+        return coding + ENCRYPTED, self._cipher.encrypt(_ENTRY + key, payload, sequence)
 
     def encode_blob(self, name: bytes, blob: bytes) -> bytes:
         """Return a blob as it is stored."""
-        return blob if self._seal is None else self._seal.seal(_BLOB + name, blob)
+        return blob if self._cipher is None else self._cipher.encrypt(_BLOB + name, blob)
 
     def decode_blob(self, name: bytes, data: bytes) -> bytes:
         """Return a blob.
@@ -87,7 +87,7 @@ class Codec:
         Raises:
             ValueError: `encode_blob` didn't make it.
         """
-        return data if self._seal is None else self._seal.open(_BLOB + name, data)
+        return data if self._cipher is None else self._cipher.decrypt(_BLOB + name, data)
 
     def _compressed(self, value: bytes) -> tuple[int, bytes]:
         if self._compresses and len(value) >= _SMALLEST_BYTES:
@@ -102,9 +102,9 @@ class Codec:
         Raises:
             ValueError: the coding or its dictionary isn't known, or `encode` didn't make it.
         """
-        if self._seal is not None:
-            # What isn't sealed has been put there by somebody without the key.
-            coding, payload = coding - SEALED, self._seal.open(_ENTRY + key, payload)
+        if self._cipher is not None:
+            # What isn't encrypted has been put there by somebody without the key.
+            coding, payload = coding - ENCRYPTED, self._cipher.decrypt(_ENTRY + key, payload)
         if coding == PLAIN:
             return bytes(payload)
         try:

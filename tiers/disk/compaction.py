@@ -1,13 +1,14 @@
 """Makes the disk tier's file smaller, which LMDB never does by itself.
 
-A copy without free pages is made beside it, synced, and put in its place. Needs a file that is
-whole and that nobody else has open: `opening` sees to both.
+It writes a copy without free pages beside the file, syncs it, and puts it in the file's place. The
+file has to be whole, and open nowhere: `recovery` sees to both.
 """
 
 import os
 from pathlib import Path
 
 from tiers.disk.file import DATA, DiskFile, reserve_bytes
+from tiers.disk.marks import sync_folder
 
 
 def shrink(folder: Path, max_bytes: int | None = None) -> None:
@@ -36,6 +37,4 @@ def shrink(folder: Path, max_bytes: int | None = None) -> None:
         file.close()
     copy.replace(folder / DATA)
     # The rename has to be on the disk before the file is marked clean.
-    directory = os.open(folder, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
+    sync_folder(folder)

@@ -1,8 +1,8 @@
 """The disk tier's LMDB file: its databases, how they are opened and read, and their statistics.
 
-What a write transaction does to them is `transaction`'s subject. Invariant: whoever uses the map
-holds the lock, but for the one thread that writes, so the map can be replaced or closed safely.
-LMDB is described at http://www.lmdb.tech/doc/ and py-lmdb at https://lmdb.readthedocs.io.
+`transaction` has what a write transaction does to them. Invariant: a thread that uses the map holds
+the lock, but for the one that writes, so the map can be replaced or closed safely. LMDB is
+described at http://www.lmdb.tech/doc/ and py-lmdb at https://lmdb.readthedocs.io.
 """
 
 import contextlib
@@ -10,15 +10,16 @@ import errno
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import lmdb
 
-from tiers.disk.codec import SEALED, ZSTD_DICTIONARY, Codec
-from tiers.disk.record import (
+from tiers.backend import FileStatistics
+from tiers.disk.codec import ENCRYPTED, ZSTD_DICTIONARY, Codec
+from tiers.disk.encryption import Cipher, EncryptionKeyError
+from tiers.disk.record_format import (
     FORMAT,
     begins_with,
     pack_blob,
@@ -27,44 +28,42 @@ from tiers.disk.record import (
     unpack_order,
     unpack_sequence,
 )
-from tiers.disk.seal import Seal, SealError
 from tiers.disk.transaction import (
     ABOVE,
     Change,
     Databases,
     Outcome,
     Transaction,
-    lowest_of_scopes,
-    place_of,
+    lowest_by_scope,
+    row_of,
     used_bytes,
 )
 
 DATA = "data.mdb"
-MAX_KEY_BYTES = 511
-"""LMDB's limit."""
-
-_META = b"meta"
+_NAMES = (b"entries", b"places", b"order", b"expiries", b"scopes", b"meta")
+"""The names in the file of `Databases`, in the same order."""
+_META = _NAMES[-1]
 _FORMAT_NAME = b"format"
 _DICTIONARY_NAME = b"dictionary"
-_SEAL_NAME = b"seal"
+_CIPHER_NAME = b"seal"
 _MAX_RESERVE_BYTES = 64 * 1024 * 1024
 _ROUNDS = 8
 _READER_S = 0.005
-_DROPS = 1024
+_MAX_DROPS = 1024
 _DROP_BYTES = 16 * 1024
 """What a transaction may have to copy to drop one entry."""
 _MAX_READERS = 512
 _KEYS = 256
 """To read so many takes a tenth of a millisecond."""
-_MARK_BYTES = 64
-"""By the first of its bytes a sealed blob is known again: checksum and nonce are among them."""
+_HEAD_BYTES = 64
+"""The first bytes of an encrypted blob, by which it is known again: with checksum and nonce."""
 
 
 class OtherFormatError(Exception):
-    """The file was written by another version of this package, or by something else."""
+    """The file was written by another version of this package, or by another program."""
 
 
-class Found(NamedTuple):
+class StoredRecord(NamedTuple):
     """An entry, expired or not."""
 
     key: bytes
@@ -72,24 +71,8 @@ class Found(NamedTuple):
     expires_at: float
 
 
-@dataclass(frozen=True, slots=True)
-class Statistics:
-    """The file in numbers. Sizes are in bytes."""
-
-    entries: int
-    used_bytes: int
-    """Pages that hold entries, their indexes and blobs."""
-    free_bytes: int
-    """Pages that are reused before the file grows, those that list them included."""
-    file_bytes: int
-    map_bytes: int
-    """What the file can grow to."""
-    readers: int
-    """The most slots of LMDB's table of readers that all processes have taken at once."""
-
-
-def alike(_key: str, _bytes: int) -> float:
-    """Return the same worth for every entry, so that what was not read for longest leaves first."""
+def equal_worth(_key: str, _bytes: int) -> float:
+    """Return the same worth for every entry, so that the least recently read is evicted first."""
     return 1.0
 
 
@@ -103,12 +86,12 @@ class DiskFile:
         compresses: whether values are stored compressed.
         clock: returns Unix seconds.
         worth: what keeping an entry is worth, from its key and its bytes in the file.
-        seal: with which values and blobs are sealed, if they are.
-        reads_values: whether values and blobs are read; else a sealed file needs no `seal`.
+        cipher: encrypts values and blobs, if they are encrypted.
+        reads_values: whether values and blobs are read; else an encrypted file needs no `cipher`.
 
     Raises:
         OtherFormatError: the file has another format.
-        SealError: the file is sealed otherwise.
+        EncryptionKeyError: the file is encrypted otherwise.
         lmdb.Error: LMDB can't open it.
     """
 
@@ -120,23 +103,23 @@ class DiskFile:
         sync: bool = True,
         compresses: bool = False,
         clock: Callable[[], float] = time.time,
-        worth: Callable[[str, int], float] = alike,
-        seal: Seal | None = None,
+        worth: Callable[[str, int], float] = equal_worth,
+        cipher: Cipher | None = None,
         reads_values: bool = True,
     ) -> None:
         self.folder = folder
         self.max_bytes = max_bytes
         self.reserve_bytes = reserve_bytes(max_bytes)
-        self._drops = min(self.reserve_bytes // _DROP_BYTES, _DROPS)
+        self._max_drops = min(self.reserve_bytes // _DROP_BYTES, _MAX_DROPS)
         self._sync = sync
         self._clock = clock
         self._worth = worth
-        self._seal, self._reads_values = seal, reads_values
-        self._format = _format(sealed=seal is not None)
-        self._codec = Codec(compresses=compresses, seal=seal)
+        self._cipher, self._reads_values = cipher, reads_values
+        self._format = _format(encrypted=cipher is not None)
+        self._codec = Codec(compresses=compresses, cipher=cipher)
         self._lock = threading.Lock()
-        # How a sealed blob begins, as it is stored, and as it is.
-        self._opened: dict[bytes, tuple[bytes, bytes]] = {}
+        # The first bytes of encrypted blobs: as they are stored, and decrypted.
+        self._decrypted: dict[bytes, tuple[bytes, bytes]] = {}
         self._open()
 
     def _open(self) -> None:
@@ -149,20 +132,19 @@ class DiskFile:
             sync=self._sync,
         )
         try:
-            # One transaction, so no other process sees a file without its format.
+            # In one transaction, so that no other process sees a file without its format.
             with env.begin(write=True) as txn:
                 is_new = not txn.stat()["entries"]
                 if not is_new:
-                    found = _found_format(env, txn)
+                    found = _read_format(env, txn)
                     if self._reads_values:
-                        _check_seal(env, txn, found, self._seal)
+                        _check_encryption(env, txn, found, self._cipher)
                     self._format = found
-                names = [name.encode() for name in Databases._fields]
-                self.dbs = Databases(*(env.open_db(name, txn=txn) for name in names))
+                self.dbs = Databases(*(env.open_db(name, txn=txn) for name in _NAMES))
                 txn.put(_FORMAT_NAME, self._format, db=self.dbs.meta, overwrite=False)
-                if self._seal is not None and is_new:
-                    kept = pack_blob(_SEAL_NAME, self._seal.begin())
-                    txn.put(_SEAL_NAME, kept, db=self.dbs.meta)
+                if self._cipher is not None and is_new:
+                    kept = pack_blob(_CIPHER_NAME, self._cipher.begin())
+                    txn.put(_CIPHER_NAME, kept, db=self.dbs.meta)
             env.reader_check()
         except BaseException:
             env.close()
@@ -201,7 +183,7 @@ class DiskFile:
         """Return whether there is a record under `key`, which may be damaged or have expired.
 
         Raises:
-            lmdb.Error: that can't be told.
+            lmdb.Error: the file can't be read.
         """
         with self._lock, self.env.begin(db=self.dbs.entries, buffers=True) as txn:
             return _record(txn, key) is not None
@@ -209,34 +191,37 @@ class DiskFile:
     def scopes(self) -> list[bytes]:
         """Return the scopes of all entries."""
         with self._lock, self.env.begin() as txn, txn.cursor(db=self.dbs.order) as order:
-            return [scope for scope, _ in lowest_of_scopes(order)]
+            return [scope for scope, _ in lowest_by_scope(order)]
 
-    def ranks_below(self, scope: bytes, below: bytes | None, most: int) -> list[tuple[bytes, int]]:
-        """Return up to `most` of a scope's ranks, from the highest or from below one.
+    def sort_keys_below(
+        self, scope: bytes, below: bytes | None, most: int
+    ) -> list[tuple[bytes, int]]:
+        """Return up to `most` of a scope's sort keys in `order`, from the highest or below one.
 
         Each comes with the sequence number of its entry.
         """
-        ranks: list[tuple[bytes, int]] = []
+        found: list[tuple[bytes, int]] = []
         with self._lock, self.env.begin() as txn, txn.cursor(db=self.dbs.order) as order:
             above = order.set_range(scope + (ABOVE if below is None else below))
-            found = order.prev() if above else order.last()
-            while found and len(ranks) < most:
-                found_scope, rank = unpack_order(order.key())
+            has_row = order.prev() if above else order.last()
+            while has_row and len(found) < most:
+                found_scope, sort_key = unpack_order(order.key())
                 if found_scope != scope:
                     break
-                ranks.append((rank, unpack_sequence(order.value())))
-                found = order.prev()
-        return ranks
+                found.append((sort_key, unpack_sequence(order.value())))
+                has_row = order.prev()
+        return found
 
-    def numbered(self, sequence: int) -> Found | None:
+    def record_of(self, sequence: int) -> StoredRecord | None:
         """Return the entry with that sequence number, or `None` if it is gone or damaged."""
         with self._lock, self.env.begin(buffers=True) as txn:
-            place = place_of(txn, self.dbs, sequence)
-            if place is None or (record := txn.get(place.key, db=self.dbs.entries)) is None:
+            row = row_of(txn, self.dbs, sequence)
+            if row is None or (record := txn.get(row.key, db=self.dbs.entries)) is None:
                 return None
             with contextlib.suppress(ValueError):
-                coding, expires_at, _, payload = unpack(place.key, record)
-                return Found(place.key, self._decode(txn, place.key, coding, payload), expires_at)
+                coding, expires_at, _, payload = unpack(row.key, record)
+                value = self._decode(txn, row.key, coding, payload)
+                return StoredRecord(row.key, value, expires_at)
         return None
 
     def all_keys(self) -> list[bytes]:
@@ -258,7 +243,7 @@ class DiskFile:
     def load(self, name: bytes, unless: bytes | None = None) -> bytes | None:
         """Return a blob, or `None` if there is none, or if it begins with `unless`.
 
-        A sealed one is opened once, as long as it stays the same and `unless` is given.
+        An encrypted one is decrypted once, as long as it stays the same and `unless` is given.
 
         Raises:
             ValueError: it does not verify.
@@ -267,18 +252,18 @@ class DiskFile:
             data = txn.get(name)
             if data is None:
                 return None
-            if unless and self._seal is None and begins_with(data, unless):
+            if unless and self._cipher is None and begins_with(data, unless):
                 return None
-            mark = bytes(data[:_MARK_BYTES])
-            known = self._opened.get(name)
-            if unless and known is not None and known[0] == mark and known[1].startswith(unless):
+            head = bytes(data[:_HEAD_BYTES])
+            known = self._decrypted.get(name)
+            if unless and known is not None and known[0] == head and known[1].startswith(unless):
                 return None
             blob = self._codec.decode_blob(name, unpack_blob(name, data))
-            if unless is not None and self._seal is not None:
-                self._opened[name] = mark, blob[:_MARK_BYTES]
+            if unless is not None and self._cipher is not None:
+                self._decrypted[name] = head, blob[:_HEAD_BYTES]
             return None if unless and blob.startswith(unless) else blob
 
-    def statistics(self) -> Statistics:
+    def statistics(self) -> FileStatistics:
         """Count pages and readers."""
         with self._lock:
             with self.env.begin() as txn:
@@ -286,7 +271,7 @@ class DiskFile:
                 entries = txn.stat(self.dbs.entries)["entries"]
             info = self.env.info()
             page_bytes = self.env.stat()["psize"]
-        return Statistics(
+        return FileStatistics(
             entries=entries,
             used_bytes=used,
             free_bytes=(info["last_pgno"] + 1) * page_bytes - used,
@@ -301,7 +286,7 @@ class DiskFile:
         except FileNotFoundError:
             return 0
 
-    # What follows is the writing thread's.
+    # Only the writing thread calls what follows.
 
     def write(self, changes: Sequence[Change], read: Collection[str]) -> Outcome:
         """Commit `changes`, raise the priority of what was `read`, expire, and evict.
@@ -314,25 +299,25 @@ class DiskFile:
         outcome = Outcome()
         for attempt in range(1, _ROUNDS + 1):
             try:
-                outcome = outcome.then(self._transact(changes, read, target_bytes, self._drops))
+                outcome = outcome.then(self._transact(changes, read, target_bytes, self._max_drops))
             except lmdb.MapResizedError:
                 with self._lock:
                     self.env.set_mapsize(0)
             except lmdb.MapFullError:
-                # A reader that died may hold on to pages that have been freed since.
+                # A reader that died may keep pages that have been freed since.
                 self.env.reader_check()
-                # Pages may be free and no run of them long enough for a value, so what counts is
-                # what is in use now, and not what should be.
+                # Pages may be free, but no run of them long enough for a value, so start from what
+                # is in use now, and not from what should be.
                 more_bytes = attempt * self.reserve_bytes // _ROUNDS
                 target_bytes = min(target_bytes, self._used_bytes()) - more_bytes
-                # What is being stored has to stay.
+                # Keep what is being stored.
                 target_bytes = max(target_bytes, self.reserve_bytes // 4)
                 try:
                     outcome = outcome.then(self.evict(target_bytes))
                     self._release_pages()
                 except lmdb.MapFullError:
-                    # Readers keep pages that have been freed, but not for long; one may be in a
-                    # process that stands still for a moment.
+                    # Readers keep pages that have been freed, for a moment; longer where their
+                    # process is stopped.
                     if attempt < _ROUNDS:
                         time.sleep(_READER_S * 2 ** (attempt - 1))
             else:
@@ -349,7 +334,7 @@ class DiskFile:
         Raises:
             lmdb.MapFullError: there is no room even to evict.
         """
-        outcome, drops = Outcome(), self._drops
+        outcome, drops = Outcome(), self._max_drops
         while True:
             try:
                 done = self._transact((), (), target_bytes, drops)
@@ -372,7 +357,7 @@ class DiskFile:
             txn.put(_FORMAT_NAME, self._format)
 
     def check(self) -> None:
-        """Free the slots of readers that have died, and see that the file is still there.
+        """Free the slots of readers that have died, and check that the file is still there.
 
         Raises:
             FileNotFoundError: somebody has removed it.
@@ -405,36 +390,38 @@ class DiskFile:
                 data = pack_blob(_DICTIONARY_NAME, self._codec.encode_blob(_DICTIONARY_NAME, made))
                 txn.put(_DICTIONARY_NAME, data, overwrite=False)
         with self.env.begin(buffers=True) as txn:
-            self.learn(txn)
+            self.load_dictionary(txn)
 
-    def learn(self, txn: "lmdb.Transaction[memoryview]") -> bool:
-        """Use the file's dictionary, which any process may have made. Returns whether it can."""
-        if not self._codec.has_dictionary and not self._is_locked:
+    def load_dictionary(self, txn: "lmdb.Transaction[memoryview]") -> bool:
+        """Take the file's dictionary, made by any process. Returns whether there is one."""
+        if not self._codec.has_dictionary and not self._lacks_key:
             data = txn.get(_DICTIONARY_NAME, db=self.dbs.meta)
             with contextlib.suppress(ValueError):
                 if data is not None:
                     dictionary = unpack_blob(_DICTIONARY_NAME, data)
-                    self._codec.use(self._codec.decode_blob(_DICTIONARY_NAME, dictionary))
+                    self._codec.use_dictionary(
+                        self._codec.decode_blob(_DICTIONARY_NAME, dictionary)
+                    )
         return self._codec.has_dictionary
 
     @property
-    def _is_locked(self) -> bool:
-        """Whether the file is sealed, and we have no key."""
-        return self._seal is None and self._format == _format(sealed=True)
+    def _lacks_key(self) -> bool:
+        """Whether the file is encrypted, and we have no key."""
+        return self._cipher is None and self._format == _format(encrypted=True)
 
     def _decode(
         self, txn: "lmdb.Transaction[memoryview]", key: bytes, coding: int, payload: memoryview
     ) -> bytes:
-        if coding % SEALED == ZSTD_DICTIONARY and not self._codec.has_dictionary:
-            self.learn(txn)
+        if coding % ENCRYPTED == ZSTD_DICTIONARY and not self._codec.has_dictionary:
+            self.load_dictionary(txn)
         return self._codec.decode(key, coding, payload)
 
 
-def check_seal(folder: Path, seal: Seal | None) -> None:
-    """Look whether a file that nobody writes is sealed with `seal`; it isn't touched.
+def check_encryption(folder: Path, cipher: Cipher | None) -> None:
+    """Check that a file that nobody writes is encrypted by `cipher`, without touching it.
 
     Raises:
-        SealError: it is sealed otherwise.
+        EncryptionKeyError: it is encrypted otherwise.
         OtherFormatError: it has another format.
         lmdb.Error: LMDB can't open it.
     """
@@ -442,33 +429,33 @@ def check_seal(folder: Path, seal: Seal | None) -> None:
         lmdb.open(str(folder), max_dbs=1, readonly=True, lock=False, create=False) as env,
         env.begin() as txn,
     ):
-        _check_seal(env, txn, _found_format(env, txn), seal)
+        _check_encryption(env, txn, _read_format(env, txn), cipher)
 
 
-def _found_format(env: lmdb.Environment, txn: "lmdb.Transaction[bytes]") -> bytes:
+def _read_format(env: lmdb.Environment, txn: "lmdb.Transaction[bytes]") -> bytes:
     try:
         meta = env.open_db(_META, txn=txn, create=False)
     except lmdb.NotFoundError:
         raise OtherFormatError("it is of another format") from None
     found = txn.get(_FORMAT_NAME, db=meta)
-    if found not in (_format(sealed=False), _format(sealed=True)):
+    if found not in (_format(encrypted=False), _format(encrypted=True)):
         raise OtherFormatError(f"its format is {found!r}, not {FORMAT}")
     return found
 
 
-def _check_seal(
-    env: lmdb.Environment, txn: "lmdb.Transaction[bytes]", found: bytes, seal: Seal | None
+def _check_encryption(
+    env: lmdb.Environment, txn: "lmdb.Transaction[bytes]", found: bytes, cipher: Cipher | None
 ) -> None:
-    if found != _format(sealed=seal is not None):
-        raise SealError(
+    if found != _format(encrypted=cipher is not None):
+        raise EncryptionKeyError(
             "it is encrypted, and there is no key"
-            if seal is None
+            if cipher is None
             else "it is not encrypted, and only a new file can be; use another folder for that"
         )
-    if seal is not None:
-        kept = txn.get(_SEAL_NAME, db=env.open_db(_META, txn=txn, create=False))
+    if cipher is not None:
+        kept = txn.get(_CIPHER_NAME, db=env.open_db(_META, txn=txn, create=False))
         try:
-            seal.resume(unpack_blob(_SEAL_NAME, memoryview(kept or b"")))
+            cipher.resume(unpack_blob(_CIPHER_NAME, memoryview(kept or b"")))
         except ValueError as exc:
             raise OtherFormatError("what its encryption needs is damaged") from exc
 
@@ -482,9 +469,9 @@ def _record(txn: "lmdb.Transaction[memoryview]", key: bytes) -> memoryview | Non
     try:
         return txn.get(key)
     except lmdb.BadValsizeError:
-        # No entry has such a key.
+        # LMDB takes no such key.
         return None
 
 
-def _format(*, sealed: bool) -> bytes:
-    return b"%d sealed" % FORMAT if sealed else b"%d" % FORMAT
+def _format(*, encrypted: bool) -> bytes:
+    return b"%d sealed" % FORMAT if encrypted else b"%d" % FORMAT

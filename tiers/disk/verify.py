@@ -1,9 +1,8 @@
 """Verifies a disk tier's file: `python -m tiers.disk.verify [--repair | --records] FOLDER`.
 
-First the pages, read by py-lmdb's verifier, which never hands them to LMDB, then every record,
-read by LMDB. Run it in a process of its own, which a damaged page may crash, and only on a file
-that nobody writes; with `--records` the pages are left out, and others may write. Prints one line
-of JSON: `entries` and `damaged`, or the `problem` for which the file can't be used.
+First it verifies the pages without mapping them, then each record through LMDB. It runs in a
+process of its own, which a damaged page may kill, on a file that nobody writes. With `--records`
+it leaves the pages out, and others may write. It prints a `VerifyReport` as one line of JSON.
 """
 
 import argparse
@@ -13,44 +12,61 @@ import select
 import sys
 import threading
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import inf
 from pathlib import Path
-from struct import Struct, error
-from typing import Any
+from typing import NamedTuple
 
 import lmdb
-import lmdb.verify
 
 from tiers.disk.codec import ZSTD_DICTIONARY, Codec
-from tiers.disk.file import DATA, DiskFile, OtherFormatError, alike
-from tiers.disk.record import (
-    NOBODY,
+from tiers.disk.file import DATA, DiskFile, OtherFormatError, equal_worth
+from tiers.disk.pages import page_problems
+from tiers.disk.record_format import (
+    NO_SCOPE,
     pack_order,
-    pack_rank,
     pack_sequence,
+    pack_sort_key,
     scope_of,
     unpack,
-    unpack_held,
+    unpack_scope_bytes,
 )
-from tiers.disk.transaction import Databases, Transaction, place_of
+from tiers.disk.transaction import Databases, Transaction, row_of
 
 _BATCH = 10_000
-_PAGE_HEADER_BYTES = 16
-_BOUNDS = Struct("=HH")
-_NODE = Struct("=HHHH")
-"""Low and high half of the value's size, flags, size of the key."""
 _REPAIR_BYTES = 64 * 1024 * 1024
 _GROWTH_BYTES = 1024 * 1024 * 1024
+# From the start on, SIGINT ends it without a traceback.
+_MAIN = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "from tiers.disk.verify import main; sys.exit(main())"
+)
+_PACKAGES = Path(__file__).parents[2]
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What was found in a file whose pages are whole."""
+class VerifyReport(NamedTuple):
+    """What was found in a file."""
 
     entries: int
     damaged: int
     """Of them, entries that don't verify."""
+    problem: str | None = None
+    """Why the file can't be used at all."""
+
+
+def command(folder: Path, *options: str) -> tuple[list[str], dict[str, str]]:
+    """Return the command that verifies the file in `folder`, and its environment."""
+    words = [sys.executable, "-c", _MAIN, *options, str(folder)]
+    return words, os.environ | {"PYTHONPATH": str(_PACKAGES)}
+
+
+def read_report(output: str | bytes, status: int | None) -> VerifyReport:
+    """Return the report that the command printed, or that it ended with `status` without one."""
+    try:
+        return VerifyReport(**json.loads(output))
+    except ValueError:
+        return VerifyReport(0, 0, f"verifying it ended with status {status}")
 
 
 def main() -> int:
@@ -61,7 +77,7 @@ def main() -> int:
     how.add_argument("--records", action="store_true", help="only records, of a file in use")
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()
-    threading.Thread(target=_end_with_reader, daemon=True).start()
+    threading.Thread(target=_exit_with_reader, daemon=True).start()
     try:
         report = (
             verify_records(options.folder)
@@ -69,49 +85,39 @@ def main() -> int:
             else verify(options.folder, repair=options.repair)
         )
     except ValueError as exc:
-        print(json.dumps({"problem": str(exc)}))
-        return 1
-    print(json.dumps({"entries": report.entries, "damaged": report.damaged}))
-    return 0
+        report = VerifyReport(0, 0, str(exc))
+    print(json.dumps(report._asdict()))
+    return int(report.problem is not None)
 
 
-def _end_with_reader() -> None:
-    """End when nobody is left to read from the pipe that we print to; LMDB's file stays whole."""
+def _exit_with_reader() -> None:
+    """Exit when nobody reads our output any more; LMDB's file stays whole."""
     closed = select.poll()
-    # Errors are told whatever is asked for.
+    # Errors are reported whatever is asked for.
     closed.register(1, 0)
     if any(events & select.POLLERR for _, events in closed.poll()):
         os._exit(1)
 
 
-def verify(folder: Path, *, repair: bool = False) -> Report:
+def verify(folder: Path, *, repair: bool = False) -> VerifyReport:
     """Verify the file in `folder`; with `repair`, drop damaged entries and mend the indexes.
 
     Raises:
         ValueError: its pages are damaged, or it has another format.
         OSError: it can't be read.
     """
-    if problems := _problems(folder):
+    if problems := page_problems(folder / DATA):
         raise ValueError(f"its pages are damaged: {problems[0]} ({len(problems)} problems)")
     # To repair takes room as well.
-    max_bytes = (folder / DATA).stat().st_size + _REPAIR_BYTES
-    try:
-        file = DiskFile(folder, max_bytes, reads_values=False)
-    except (OtherFormatError, lmdb.Error) as exc:
-        raise ValueError(str(exc)) from exc
-    try:
+    with _opened(folder, (folder / DATA).stat().st_size + _REPAIR_BYTES) as file:
         entries, damaged, is_indexed = _walk(file)
         if repair and (damaged or not is_indexed):
             _repair(file, damaged)
-    except lmdb.Error as exc:
-        raise ValueError(f"its pages are damaged: {exc}") from exc
-    finally:
-        file.close()
-    return Report(entries, len(damaged))
+    return VerifyReport(entries, len(damaged))
 
 
-def verify_records(folder: Path) -> Report:
-    """Verify the records of a file that others may write; what changes meanwhile may be missed.
+def verify_records(folder: Path) -> VerifyReport:
+    """Verify the records of a file that others may write; it may miss what changes meanwhile.
 
     Raises:
         ValueError: its pages are damaged, or it has another format.
@@ -119,12 +125,8 @@ def verify_records(folder: Path) -> Report:
     """
     # Others may let it grow, which this process would have to follow.
     max_bytes = 2 * (folder / DATA).stat().st_size + _GROWTH_BYTES
-    try:
-        file = DiskFile(folder, max_bytes, reads_values=False)
-    except (OtherFormatError, lmdb.Error) as exc:
-        raise ValueError(str(exc)) from exc
     entries = damaged = 0
-    try:
+    with _opened(folder, max_bytes) as file:
         last = b""
         while keys := file.keys_after(last):
             last = keys[-1]
@@ -138,56 +140,26 @@ def verify_records(folder: Path) -> Report:
                         unpack(key, record)
                     except ValueError:
                         damaged += 1
+    return VerifyReport(entries, damaged)
+
+
+@contextmanager
+def _opened(folder: Path, max_bytes: int) -> Iterator[DiskFile]:
+    """Open the file without its encryption key, and make LMDB's errors `ValueError`."""
+    try:
+        file = DiskFile(folder, max_bytes, reads_values=False)
+    except (OtherFormatError, lmdb.Error) as exc:
+        raise ValueError(str(exc)) from exc
+    try:
+        yield file
     except lmdb.Error as exc:
         raise ValueError(f"its pages are damaged: {exc}") from exc
     finally:
         file.close()
-    return Report(entries, damaged)
-
-
-def _problems(folder: Path) -> list[str]:
-    with (folder / DATA).open("rb") as file:
-        try:
-            problems: list[str] = _Pages(file, (folder / DATA).stat().st_size).verify()
-        except lmdb.verify.VerifyError as exc:
-            return [str(exc)]
-    return problems
-
-
-class _Pages(lmdb.verify._Verifier):  # noqa: SLF001
-    """py-lmdb's verifier, which also looks whether the nodes of a page fill it without a gap.
-
-    LMDB moves bytes by the sizes that nodes claim, so a wrong one damages its neighbours later.
-    """
-
-    def _walk_leaf(self, ctx: dict[str, Any], pgno: int, buf: bytes) -> None:
-        self._check_packing(pgno, buf, is_leaf=True)
-        super()._walk_leaf(ctx, pgno, buf)
-
-    def _walk_branch(self, ctx: dict[str, Any], pgno: int, buf: bytes, depth: int) -> None:
-        self._check_packing(pgno, buf, is_leaf=False)
-        super()._walk_branch(ctx, pgno, buf, depth)
-
-    def _check_packing(self, pgno: int, buf: bytes, *, is_leaf: bool) -> None:
-        lower, upper = _BOUNDS.unpack_from(buf, _PAGE_HEADER_BYTES - _BOUNDS.size)
-        end = upper
-        try:
-            for at in sorted(memoryview(buf)[_PAGE_HEADER_BYTES:lower].cast("H")):
-                low, high, flags, key_bytes = _NODE.unpack_from(buf, at)
-                size = _NODE.size + key_bytes
-                if is_leaf:
-                    size += 8 if flags & lmdb.verify.F_BIGDATA else low | high << 16
-                if at != end:
-                    break
-                end += size + size % 2
-        except (ValueError, TypeError, error):
-            end = -1
-        if end != len(buf):
-            self.err(f"page {pgno} has nodes with a gap between them, or that overlap")
 
 
 def _walk(file: DiskFile) -> tuple[int, list[bytes], bool]:
-    """Return the number of entries, the keys of damaged ones, and whether the indexes are right.
+    """Return how many entries there are, the keys of damaged ones, and whether indexes are right.
 
     Raises:
         ValueError: an entry isn't found by its key.
@@ -208,15 +180,16 @@ def _walk(file: DiskFile) -> tuple[int, list[bytes], bool]:
             except ValueError:
                 damaged.append(key)
                 continue
-            if coding == ZSTD_DICTIONARY and not file.learn(txn):
+            if coding == ZSTD_DICTIONARY and not file.load_dictionary(txn):
                 damaged.append(key)
             expiring += expires_at < inf
             held[scope_of(key)] += len(record)
             is_indexed = is_indexed and _is_indexed(txn, dbs, key, expires_at, sequence)
         entries, *rows = (txn.stat(db)["entries"] for db in dbs[:4])
-        del held[NOBODY]
+        del held[NO_SCOPE]
         counted = {
-            bytes(scope): unpack_held(bytes(scope), row) for scope, row in txn.cursor(db=dbs.scopes)
+            bytes(scope): unpack_scope_bytes(bytes(scope), row)
+            for scope, row in txn.cursor(db=dbs.scopes)
         }
     is_indexed = is_indexed and rows == [entries, entries, expiring] and counted == held
     return entries, damaged, is_indexed
@@ -229,28 +202,28 @@ def _is_indexed(
     expires_at: float,
     sequence: int,
 ) -> bool:
-    place = place_of(txn, dbs, sequence)
-    if place is None or (place.key, place.expires_at) != (key, expires_at):
+    row = row_of(txn, dbs, sequence)
+    if row is None or (row.key, row.expires_at) != (key, expires_at):
         return False
-    name = txn.get(pack_order(place), db=dbs.order)
-    if name is None or bytes(name) != pack_sequence(sequence):
+    number = txn.get(pack_order(row), db=dbs.order)
+    if number is None or bytes(number) != pack_sequence(sequence):
         return False
-    rank = pack_rank(expires_at, sequence)
-    return expires_at == inf or txn.get(rank, db=dbs.expiries) is not None
+    expiry = pack_sort_key(expires_at, sequence)
+    return expires_at == inf or txn.get(expiry, db=dbs.expiries) is not None
 
 
 def _repair(file: DiskFile, damaged: list[bytes]) -> None:
-    """Drop the damaged entries, and make the indexes anew; what was worth most is forgotten."""
+    """Drop the damaged entries, and rebuild the indexes; all priorities are lost."""
     with file.env.begin(write=True) as txn:
         for key in damaged:
             txn.delete(key, db=file.dbs.entries)
-        for db in (file.dbs.places, file.dbs.order, file.dbs.expiries, file.dbs.scopes):
+        for db in (file.dbs.rows, file.dbs.order, file.dbs.expiries, file.dbs.scopes):
             txn.drop(db, delete=False)
     with file.env.begin(db=file.dbs.entries) as txn:
         keys = list(txn.cursor().iternext(values=False))
     for start in range(0, len(keys), _BATCH):
         with file.env.begin(write=True, buffers=True) as txn:
-            work = Transaction(txn, file.dbs, Codec(compresses=False), alike)
+            work = Transaction(txn, file.dbs, Codec(compresses=False), equal_worth)
             for key in keys[start : start + _BATCH]:
                 work.index(key)
             work.end()

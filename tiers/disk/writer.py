@@ -1,8 +1,9 @@
 """The disk tier's writer: one thread, many changes a transaction (group commit).
 
-Owns the queue, the pace, and what happens when the disk fails: the batch fails, is counted and
-said once per episode, and after an error of the disk the next attempt waits, longer each time.
-Invariant: the thread ends only by `close`, and every change that was submitted is settled once.
+It owns the queue, the interval of commits, and what happens when the disk fails: the batch fails
+and is counted, one error is logged per outage, and after an error of the disk the next attempt
+waits, longer each time. Invariant: the thread ends only by `close`, and every change that was
+submitted is settled once.
 """
 
 import asyncio
@@ -20,7 +21,7 @@ from enum import Enum, StrEnum, auto
 import lmdb
 
 from tiers.disk.file import DiskFile
-from tiers.disk.opening import UntrustedError
+from tiers.disk.recovery import UntrustedError
 from tiers.disk.transaction import Change, Outcome
 
 logger = logging.getLogger(__name__)
@@ -44,13 +45,13 @@ class Durability(StrEnum):
     last interval and during the commit after it, and the file stays whole."""
     OS = "os"
     """The entry is in the system's page cache, so a kill does not lose it; the file is synced when
-    it is closed. After a power failure entries may be missing, or the file be damaged, which the
-    next start finds out, and then it starts empty."""
+    it is closed. After a power failure entries may be missing, or the file be damaged: the next
+    start verifies it in the background, and starts empty if it can't be used."""
 
 
 @dataclass(slots=True, eq=False)
 class Submission:
-    """A change on its way to the disk, and the future of whoever waits for it."""
+    """A change on its way to the disk, and the future of its caller, if that waits."""
 
     change: Change
     loop: asyncio.AbstractEventLoop
@@ -58,20 +59,20 @@ class Submission:
 
     @property
     def bytes(self) -> int:
-        """What it counts for in limits."""
+        """What it counts in limits."""
         return len(self.change.key) + len(self.change.value or b"")
 
 
-class _Order(Enum):
+class _Command(Enum):
     COMMIT = auto()
     END = auto()
 
 
 @dataclass(slots=True)
-class _Episode:
+class _Outage:
     """A time during which batches fail."""
 
-    lost: int = 0
+    failed_writes: int = 0
     delay_s: float = 0.0
     until: float = 0.0
     """On the monotonic clock; nothing is stored before."""
@@ -82,7 +83,8 @@ class Writer:
 
     Args:
         open_file: opens it; called in the thread.
-        settle: told in the event loop of each batch, and of its outcome or that it failed.
+        settle: called in the event loop with each batch and its outcome, `None` if it failed.
+        distrust: called in the thread when something fails that a full disk doesn't explain.
         interval_s: the least time between commits.
     """
 
@@ -90,47 +92,47 @@ class Writer:
         self,
         open_file: Callable[[], DiskFile],
         settle: Callable[[Sequence[Submission], Outcome | None], None],
+        distrust: Callable[[], None],
         interval_s: float,
     ) -> None:
         self.opened: Future[DiskFile] = Future()
         self._open_file = open_file
         self._settle = settle
+        self._distrust = distrust
         self._interval_s = interval_s
         self._committed_at = 0.0
         self._checked_at = time.monotonic()
-        # SimpleQueue is faster, but before Python 3.13 may wait for ever for so short a time as the
-        # rest of an interval.
-        self._queue: queue.Queue[Submission | _Order] = queue.Queue()
+        # SimpleQueue is faster, but before Python 3.13 it may wait for ever where the timeout is as
+        # short as the rest of an interval.
+        self._queue: queue.Queue[Submission | _Command] = queue.Queue()
         self._is_woken = False
         self.read: deque[str] = deque(maxlen=_READS)
         """Keys of entries that were read, whose priority rises with a later commit; append only.
         The oldest are forgotten."""
-        self._episode: _Episode | None = None
-        self.is_suspect = False
-        """Whether something failed that a full disk doesn't explain."""
+        self._outage: _Outage | None = None
         self._is_broken = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="disk-writer", daemon=True)
         self._thread.start()
 
     @property
-    def pausing(self) -> bool:
+    def is_pausing(self) -> bool:
         """Whether the disk has failed so lately that nothing should be stored."""
-        return (episode := self._episode) is not None and time.monotonic() < episode.until
+        return (outage := self._outage) is not None and time.monotonic() < outage.until
 
     def submit(self, submission: Submission) -> None:
         """Queue a change."""
         self._queue.put(submission)
 
     def wake(self) -> None:
-        """Commit now, even if nothing is queued: that adopts the size others gave the map."""
+        """Commit now, even if nothing is queued; a commit adopts the size others gave the map."""
         if not self._is_woken:
             self._is_woken = True
-            self._queue.put(_Order.COMMIT)
+            self._queue.put(_Command.COMMIT)
 
     async def close(self) -> None:
         """Commit what is queued and end the thread."""
-        self._queue.put(_Order.END)
+        self._queue.put(_Command.END)
         await asyncio.to_thread(self._thread.join)
         # Let the last batch settle.
         await asyncio.sleep(0)
@@ -149,7 +151,7 @@ class Writer:
         going = True
         while going:
             batch, going = self._gather(file)
-            self._tell(batch, self._commit(file, batch))
+            self._report(batch, self._commit(file, batch))
 
     def _gather(self, file: DiskFile) -> tuple[list[Submission], bool]:
         """Return what goes into the next commit, and whether another may follow."""
@@ -160,9 +162,9 @@ class Writer:
                 submission = self._queue.get(wait_s > 0, max(wait_s, 0.0))
             except queue.Empty:
                 break
-            if submission is _Order.END:
+            if submission is _Command.END:
                 return batch, False
-            if submission is _Order.COMMIT:
+            if submission is _Command.COMMIT:
                 self._is_woken = False
                 break
             batch.append(submission)
@@ -176,38 +178,38 @@ class Writer:
                 file.check()
                 self._checked_at = time.monotonic()
             outcome = file.write([each.change for each in batch], self._take_read())
-        except Exception as exc:  # Whatever it is, this thread has to go on.
+        except Exception as exc:  # The thread has to go on, whatever it is.
             self._failed(file, batch, exc)
             return None
         self._committed_at = time.monotonic()
-        if batch and (episode := self._episode) is not None:
-            self._episode = None
-            logger.warning("the disk tier stores again; %d changes were lost", episode.lost)
+        if batch and (outage := self._outage) is not None:
+            self._outage = None
+            logger.warning("the disk tier stores again; %d writes failed", outage.failed_writes)
         return outcome
 
     def _failed(self, file: DiskFile, batch: Sequence[Submission], exc: Exception) -> None:
         is_known = isinstance(exc, lmdb.Error | OSError)
-        episode = self._episode
-        if episode is None:
-            episode = self._episode = _Episode()
+        outage = self._outage
+        if outage is None:
+            outage = self._outage = _Outage()
             why = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
-            text = "the disk tier can't store, and tries again: %s; %d changes are lost so far"
+            text = "the disk tier can't store, and tries again: %s; %d writes have failed so far"
             logger.error(text, why, len(batch), exc_info=None if is_known else exc)
-        episode.lost += len(batch)
+        outage.failed_writes += len(batch)
         if not isinstance(exc, lmdb.DiskError | lmdb.MapFullError | OSError):
-            self.is_suspect = True
+            self._distrust()
         if is_known:
-            episode.delay_s = min(max(episode.delay_s * 2, _FIRST_DELAY_S), _LAST_DELAY_S)
-            episode.until = time.monotonic() + episode.delay_s
+            outage.delay_s = min(max(outage.delay_s * 2, _FIRST_DELAY_S), _LAST_DELAY_S)
+            outage.until = time.monotonic() + outage.delay_s
         if isinstance(exc, lmdb.PanicError) or self._is_broken:
-            # LMDB refuses everything until the file is opened again.
+            # LMDB refuses every call until the file is opened again.
             self._is_broken = True
             with contextlib.suppress(lmdb.Error):
                 file.reopen()
                 self._is_broken = False
 
     def _take_read(self) -> list[str]:
-        """Return the keys that were read, each once, the one that was read last at the end."""
+        """Return the keys that were read, each once, in the order of their last reads."""
         read: list[str] = []
         with contextlib.suppress(IndexError):
             while True:
@@ -215,11 +217,11 @@ class Writer:
         return list(dict.fromkeys(read))[::-1]
 
     def _refuse(self) -> None:
-        while (submission := self._queue.get()) is not _Order.END:
-            if submission is not _Order.COMMIT:
-                self._tell([submission], None)
+        while (submission := self._queue.get()) is not _Command.END:
+            if submission is not _Command.COMMIT:
+                self._report([submission], None)
 
-    def _tell(self, batch: Sequence[Submission], outcome: Outcome | None) -> None:
+    def _report(self, batch: Sequence[Submission], outcome: Outcome | None) -> None:
         if batch:
             self._loop = batch[0].loop
         if self._loop is not None:

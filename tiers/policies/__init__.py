@@ -1,9 +1,8 @@
 """Eviction policies by name: which entry leaves the memory tier when room is needed.
 
-A new policy is a new file here, with one class that is named in `POLICIES`.
+A new policy is a new file here with one subclass of `Policy`, which `POLICIES` lists.
 """
 
-from tiers.policies.adaptive import Adaptive
 from tiers.policies.arc import ARC
 from tiers.policies.base import Policy
 from tiers.policies.fifo import FIFO
@@ -14,23 +13,21 @@ from tiers.policies.sieve import SIEVE
 from tiers.policies.wtinylfu import WTinyLFU
 
 POLICIES: dict[str, type[Policy]] = {
-    policy.NAME: policy for policy in (Adaptive, ARC, FIFO, LFU, LRU, S3FIFO, SIEVE, WTinyLFU)
+    policy.NAME: policy for policy in (ARC, FIFO, LFU, LRU, S3FIFO, SIEVE, WTinyLFU)
 }
 
-DEFAULT = Adaptive.NAME
-"""Near the best on every trace, nothing to set, and not behind LRU: see the figures that
-scripts/bench/policies.py prints."""
+DEFAULT_POLICY = ARC.NAME
+"""Near the best on every trace, with nothing to set; `scripts/bench/policies.py` prints figures."""
 
 __all__ = [
     "ARC",
-    "DEFAULT",
+    "DEFAULT_POLICY",
     "FIFO",
     "LFU",
     "LRU",
     "POLICIES",
     "S3FIFO",
     "SIEVE",
-    "Adaptive",
     "Policy",
     "WTinyLFU",
 ]

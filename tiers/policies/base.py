@@ -1,7 +1,7 @@
 """The contract of an eviction policy.
 
-A policy knows keys and what they cost in bytes, never values, and does no I/O. It says which
-entry leaves; its owner holds the entries, decides when room is needed, and drops what leaves.
+A policy knows keys and their sizes in bytes, never values, and does no I/O. It chooses the entry
+that leaves; its owner holds the entries, decides when room is needed, and drops what leaves.
 """
 
 from abc import ABC, abstractmethod
@@ -11,52 +11,55 @@ from typing import ClassVar, Self
 class Policy(ABC):
     """Decides which entry leaves a cache of at most `max_bytes`.
 
-    The owner guarantees: a key is inserted only while it isn't in; it is accessed and removed only
-    while it is in; no entry costs more than `max_bytes`; and after an insertion it evicts until
-    what is in costs at most `max_bytes`. The policy guarantees: `evict` takes out one key that
-    is in, and nothing else ever leaves unasked.
+    The owner guarantees that it inserts a key only while it is absent, and accesses or removes it
+    only while it is present; that no entry costs more than `max_bytes`; and that it evicts after
+    an insertion until the entries cost at most `max_bytes`. The policy guarantees that `evict`
+    removes one key that is present, and that no other method but `remove` takes a key out.
     """
 
     NAME: ClassVar[str]
-    """What configurations call it."""
+    """Its name in configurations."""
 
     OVERHEAD_BYTES: ClassVar[int]
-    """The most that the policy was measured to take per entry that is in."""
+    """The most memory that the policy was measured to take per entry."""
 
     FIXED_SHARE: ClassVar[float] = 0
-    """What it takes however little is in, as a share of `max_bytes`."""
+    """The memory that it takes even while empty, as a share of `max_bytes`."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
 
     @classmethod
     def within(cls, total_bytes: int) -> Self:
-        """Return a policy that, with the most that it lets in, takes `total_bytes`."""
+        """Return a policy that takes at most `total_bytes`, with its entries and its own memory."""
         return cls(int(total_bytes / (1 + cls.FIXED_SHARE)))
 
     @abstractmethod
     def insert(self, key: str, size: int) -> None:
-        """Take in `key`, whose entry costs `size` bytes. It counts as a request for the key."""
+        """Add `key`, whose entry costs `size` bytes. Counts as a request for the key."""
 
     @abstractmethod
     def access(self, key: str) -> None:
-        """Note a hit on `key`."""
+        """Record a hit on `key`."""
 
     @abstractmethod
     def remove(self, key: str) -> None:
-        """Take out `key`, which left for another reason than room."""
+        """Remove `key`, which leaves for another reason than room."""
 
     @abstractmethod
     def victim(self) -> str | None:
-        """Return the key that `evict` would return now, or `None` where nothing is in.
+        """Return the key that `evict` would remove now, or `None` if the policy is empty.
 
-        May rearrange what is in, as `evict` would; the answer holds until the next call of another
+        May rearrange the keys, as `evict` would. The result holds until the next call of another
         method.
         """
 
     @abstractmethod
     def evict(self) -> str:
-        """Take out and return the key that leaves for room; something must be in.
+        """Remove and return the key that leaves for room.
 
         It may be the key inserted last, which then wasn't admitted.
+
+        Raises:
+            KeyError: the policy is empty.
         """

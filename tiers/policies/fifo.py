@@ -6,7 +6,7 @@ from tiers.policies.base import Policy
 
 
 class FIFO(Policy):
-    """The oldest entry leaves, however often it was asked for."""
+    """The oldest entry leaves, however often it was requested."""
 
     NAME = "fifo"
     OVERHEAD_BYTES = 150

@@ -1,4 +1,4 @@
-"""Ghosts: which keys the two lists of a cache evicted lately, in little and constant memory."""
+"""Ghosts: the keys that the two lists of a cache evicted lately, in little, constant memory."""
 
 from array import array
 
@@ -6,34 +6,31 @@ _SLOT_BYTES = 8
 _CACHE_BYTES_PER_SLOT = 256
 _WAYS = 4
 _STAMPS = 1 << 32
-# Fine enough to order a million evictions, and alike again only after 4,096 caches' worth.
+# Fine enough to order a million evictions; repeats only after 4,096 times the cache is evicted.
 _STAMPS_PER_CACHE = 1 << 20
 
 
 class Ghosts:
-    """What lists 0 and 1 evicted, each until it has evicted a given number of bytes more.
+    """Keys evicted by list 0 or 1, each until its list has evicted a given number of bytes more.
 
-    A hash table of one slot for 256 bytes of cache, `max_ghosts` at most. A slot holds 31 bits of
-    the key's hash, the list, and a stamp: how much the list had evicted then. A key has four slots
-    to choose from; where all are taken, the ghost makes room that is nearest to being forgotten.
-    Keys whose hashes are alike, and ghosts that are lost so, only blur what a policy learns.
+    A hash table with one slot for each 256 bytes of cache. A slot holds 31 bits of the key's hash,
+    the list, and a stamp: how much the list had evicted by then. A key has a set of four slots; if
+    all are taken, the ghost closest to being forgotten is overwritten. Collisions of hashes and
+    overwritten ghosts only blur what a policy learns.
     """
 
     SHARE = _SLOT_BYTES / _CACHE_BYTES_PER_SLOT
-    """The table's own memory, as a share of the cache."""
+    """The memory of the table, as a share of the cache."""
 
-    def __init__(self, max_bytes: int, max_ghosts: int | None = None) -> None:
-        slots = max_bytes // _CACHE_BYTES_PER_SLOT
-        if max_ghosts is not None:
-            slots = min(slots, max_ghosts)
-        self._sets = max(1, slots // _WAYS)
+    def __init__(self, max_bytes: int) -> None:
+        self._sets = max(1, max_bytes // _CACHE_BYTES_PER_SLOT // _WAYS)
         self._slots = array("Q", bytes(_SLOT_BYTES * _WAYS * self._sets))
         self._stamp_bytes = max(1, max_bytes // _STAMPS_PER_CACHE)
         self.evicted_bytes = [0, 0]
-        """What each list has evicted since the beginning."""
+        """The bytes that each list has evicted since the cache was made."""
 
     def add(self, key: str, which: int, size: int, spans: tuple[int, int]) -> None:
-        """Remember that list `which` evicts `key`, which cost `size` bytes."""
+        """Remember that list `which` evicts `key`, whose entry costs `size` bytes."""
         self.evicted_bytes[which] += size
         slots, (first, fingerprint) = self._slots, self._place(key)
         oldest, most = first, -1.0
@@ -46,10 +43,10 @@ class Ghosts:
                 oldest, most = slot, age
         slots[oldest] = fingerprint << 33 | which << 32 | self._stamp(which)
 
-    def take(self, key: str, spans: tuple[int, int]) -> int | None:
-        """Forget `key`; returns the list that evicted it, or `None` where that is too long ago.
+    def pop(self, key: str, spans: tuple[int, int]) -> int | None:
+        """Forget `key`. Returns the list that evicted it, or `None` if that is too long ago.
 
-        `spans` says how many bytes each list may evict, at least 1, until a ghost is forgotten.
+        `spans` says how many bytes, at least 1, each list evicts until it forgets a ghost.
         """
         slots, (first, fingerprint) = self._slots, self._place(key)
         for slot in range(first, first + _WAYS):
@@ -61,7 +58,7 @@ class Ghosts:
         return None
 
     def _place(self, key: str) -> tuple[int, int]:
-        """Return the first of the key's slots, and the bits of its hash that a slot holds."""
+        """Return the first slot of the key's set, and the bits of its hash that a slot holds."""
         hashed = hash(key)
         return hashed % self._sets * _WAYS, hashed >> 32 & 0x7FFFFFFF
 
@@ -69,7 +66,7 @@ class Ghosts:
         return self.evicted_bytes[which] // self._stamp_bytes % _STAMPS
 
     def _age_bytes(self, ghost: int) -> int:
-        """Return how much the ghost's list has evicted since."""
+        """Return how many bytes the ghost's list has evicted since."""
         return (self._stamp(_which(ghost)) - ghost) % _STAMPS * self._stamp_bytes
 
 

@@ -5,14 +5,14 @@ from collections import OrderedDict, defaultdict
 from tiers.policies.base import Policy
 
 _MOST = 255
-"""Where counts end, so that no rank is further above the age and the lowest is soon found."""
+"""The highest count: ranks stay within 255 of the age, so the lowest is found soon."""
 
 
 class LFU(Policy):
-    """The entry with the lowest rank leaves; among equals, the one asked for longest ago.
+    """The entry with the lowest rank leaves; among equals, the least recently requested.
 
-    A rank is the count of requests plus the age of the cache when it was last asked for; the age
-    is the rank of what was evicted last. So what is popular now catches up with what was popular
+    A rank is the entry's count of requests plus the age of the cache at its last request; the age
+    is the rank of the entry evicted last. So what is popular now catches up with what was popular
     once (LFU with dynamic aging: Arlitt et al., "Evaluating Content Management Techniques for Web
     Proxy Caches", 2000).
     """
@@ -33,18 +33,18 @@ class LFU(Policy):
 
     def access(self, key: str) -> None:
         count = min(self._counts[key] + 1, _MOST)
-        self._take(key)
+        self._detach(key)
         self._counts[key] = count
         self._place(key, self._age + count)
 
     def remove(self, key: str) -> None:
-        self._take(key)
+        self._detach(key)
         del self._counts[key]
 
     def victim(self) -> str | None:
         if not self._ranks:
             return None
-        # No rank is below the age: what was evicted had the lowest, and ranks only grow.
+        # No rank is below the age: the entry evicted last had the lowest, and ranks only grow.
         rank = self._age
         while rank not in self._by_rank:
             rank += 1
@@ -53,7 +53,7 @@ class LFU(Policy):
     def evict(self) -> str:
         key = self.victim()
         if key is None:
-            raise KeyError("nothing is in")
+            raise KeyError("the policy is empty")
         self._age = self._ranks[key]
         self.remove(key)
         return key
@@ -62,7 +62,7 @@ class LFU(Policy):
         self._ranks[key] = rank
         self._by_rank[rank][key] = None
 
-    def _take(self, key: str) -> None:
+    def _detach(self, key: str) -> None:
         rank = self._ranks.pop(key)
         peers = self._by_rank[rank]
         del peers[key]

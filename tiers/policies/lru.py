@@ -6,7 +6,7 @@ from tiers.policies.base import Policy
 
 
 class LRU(Policy):
-    """The entry that was asked for longest ago leaves."""
+    """The entry whose last request is longest ago leaves."""
 
     NAME = "lru"
     OVERHEAD_BYTES = 150

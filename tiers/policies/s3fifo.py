@@ -9,13 +9,13 @@ _MOST = 3
 
 
 class S3FIFO(Policy):
-    """Entries nobody asks for twice leave early; the others take turns in a second queue.
+    """Entries that are requested only once leave early; the others circulate in a main queue.
 
-    Three first-in-first-out queues: new entries enter the small one, a tenth of the cache; what
-    was asked for more than once there moves on to the main one, the rest is evicted and its key
-    remembered; what returns while it is remembered enters the main queue at once. An entry of the
-    main queue goes round once for each request, three at most (Yang et al., "FIFO Queues are All
-    You Need for Cache Eviction", SOSP 2023).
+    Three FIFO queues. New entries enter the small queue, a tenth of the cache. Entries requested
+    more than once there move to the main queue; the others are evicted, and the ghost queue
+    remembers their keys. A key that returns while it is a ghost enters the main queue at once. An
+    entry of the main queue is reinserted once for each request, at most three times (Yang et al.,
+    "FIFO Queues are All You Need for Cache Eviction", SOSP 2023).
     """
 
     NAME = "s3fifo"
@@ -71,14 +71,14 @@ class S3FIFO(Policy):
     def evict(self) -> str:
         key = self.victim()
         if key is None:
-            raise KeyError("nothing is in")
+            raise KeyError("the policy is empty")
         if (size := self._small.get(key)) is not None:
             self._remember(key, size)
         self.remove(key)
         return key
 
     def _remember(self, key: str, size: int) -> None:
-        # By its hash, which takes a quarter of the key's room; alike hashes only cost a place.
+        # A hash takes a quarter of the key's memory; a collision only misplaces one entry.
         if (before := self._ghosts.pop(hash(key), None)) is not None:
             self._ghosts_bytes -= before
         self._ghosts[hash(key)] = size

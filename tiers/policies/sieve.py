@@ -1,4 +1,4 @@
-"""SIEVE: a queue that a hand sweeps for entries nobody asked for again."""
+"""SIEVE: a queue in which a hand looks for entries that were not requested again."""
 
 from collections import OrderedDict
 
@@ -6,10 +6,10 @@ from tiers.policies.base import Policy
 
 
 class SIEVE(Policy):
-    """The first entry that wasn't asked for since the hand last passed it leaves.
+    """The first entry that was not requested since the hand last passed it leaves.
 
     The hand moves from the oldest entry to the newest and then starts over. It stays where it
-    evicted, and entries that it spares keep their places (Zhang et al., "SIEVE is Simpler than
+    evicted, and entries that it passes keep their places (Zhang et al., "SIEVE is Simpler than
     LRU", NSDI 2024).
     """
 
@@ -18,8 +18,8 @@ class SIEVE(Policy):
 
     def __init__(self, max_bytes: int) -> None:
         super().__init__(max_bytes)
-        # The hand divides the queue: it has passed one part and has the other before it. The
-        # newest entry waits outside, since the paper makes room before it inserts.
+        # The hand divides the queue into the part it has passed and the part ahead of it. The
+        # newest entry is kept apart, since the paper makes room before it inserts.
         self._passed: OrderedDict[str, None] = OrderedDict()
         self._ahead: OrderedDict[str, None] = OrderedDict()
         self._newest: str | None = None
@@ -54,7 +54,7 @@ class SIEVE(Policy):
     def evict(self) -> str:
         key = self.victim()
         if key is None:
-            raise KeyError("nothing is in")
+            raise KeyError("the policy is empty")
         self.remove(key)
         return key
 

@@ -16,12 +16,12 @@ _RESTART_CHANGE = 0.05
 
 
 class WTinyLFU(Policy):
-    """What leaves the window stays only if it is asked for more often than what it displaces.
+    """An entry that leaves the window stays only if it is requested more often than its rival.
 
-    The window is an LRU list; the main area is a segmented one, whose protected part holds what
-    was asked for while on probation. The window's share climbs towards the better hit ratio: after
-    each sample it moves on in the same direction if the ratio rose and turns round if it fell, by
-    steps that decay, and that start anew when the ratio jumps (Einziger et al., "TinyLFU", 2017,
+    The window is an LRU list. The main area is a segmented LRU list, whose protected part holds
+    entries that were requested while on probation. Hill climbing sets the window's share: after
+    each sample it moves on in the same direction if the hit ratio rose and turns round if it fell,
+    by steps that decay, and that start anew when the ratio jumps (Einziger et al., "TinyLFU", 2017,
     and "Adaptive Software Cache Management", 2018; the constants are Caffeine's).
     """
 
@@ -41,14 +41,14 @@ class WTinyLFU(Policy):
         self._hit_ratio: float | None = None
 
     def insert(self, key: str, size: int) -> None:
-        self._note(key, hit=0)
+        self._record(key, hit=0)
         self._window[key] = size
         self._window_bytes += size
         if len(self._window) + len(self._probation) + len(self._protected) > self._sketch.capacity:
             self._sketch.double()
 
     def access(self, key: str) -> None:
-        self._note(key, hit=1)
+        self._record(key, hit=1)
         if key in self._protected:
             self._protected.move_to_end(key)
         elif key in self._window:
@@ -83,12 +83,12 @@ class WTinyLFU(Policy):
     def evict(self) -> str:
         key = self.victim()
         if key is None:
-            raise KeyError("nothing is in")
+            raise KeyError("the policy is empty")
         self.remove(key)
         return key
 
     def _beats(self, candidate: str, rival: str | None) -> bool:
-        # A rival exists, or the candidate would have had room.
+        # Without a rival the main area is empty, and the candidate has room there.
         return rival is not None and self._sketch.estimate(candidate) > self._sketch.estimate(rival)
 
     def _protect(self, key: str) -> None:
@@ -102,7 +102,7 @@ class WTinyLFU(Policy):
             self._probation[key] = size
             self._probation_bytes += size
 
-    def _note(self, key: str, hit: int) -> None:
+    def _record(self, key: str, hit: int) -> None:
         self._sketch.record(key)
         self._hits += hit
         self._requests += 1
@@ -120,6 +120,6 @@ class WTinyLFU(Policy):
             self._window_target = min(max(target, least), most)
             if abs(change) >= _RESTART_CHANGE:
                 step = copysign(_STEP_SHARE * self.max_bytes, step)
-            # At either end there is only one way on, or a steady ratio would hold it there.
+            # At either end the direction turns, or a steady ratio would hold the window there.
             self._step = _STEP_DECAY * (step if least <= target <= most else -step)
         self._hit_ratio = ratio

@@ -1,8 +1,8 @@
-"""The shared tier's backends: aiocache's, for bytes, with what keeps a call's failure harmless.
+"""The shared tier: backends on Redis and Memcached, and the leases and purges that they carry.
 
-Each needs an extra package, so each is imported only where it is used.
+`redis` and `memcached` each need an extra package, so each is imported only where it is used.
 """
 
 NAME = "shared"
 NAMESPACE = "tierserve"
-"""What our keys begin with, before a colon."""
+"""The prefix of our keys, before a colon."""

@@ -21,16 +21,16 @@ from tiers.shared import NAMESPACE
 
 _CONNECTIONS = 16
 _MAX_KEY_BYTES = 250
-# A longer one is taken for a Unix time.
+# Memcached reads a larger number as a Unix time.
 _MAX_RELATIVE_S = 30 * 24 * 3600
 _LAST_TIME = 2**31 - 1
 _REFUSED = ("SERVER_ERROR object too large for cache", "SERVER_ERROR out of memory storing object")
 
 
 class _Pool(MemcachePool):
-    """Connections that grow one by one, as many as `maxsize`, for as many calls at once.
+    """A pool that opens connections one by one, at most `size`, one for each call under way.
 
-    aiomcache's own pool hands a connection on whose call was cancelled at its deadline, so that the
+    aiomcache's own pool reuses a connection whose call was cancelled at its deadline, so that the
     next call reads the late reply as its own.
     """
 
@@ -52,7 +52,7 @@ class _Pool(MemcachePool):
 
     def release(self, conn: Connection) -> None:
         if sys.exception() is not None:
-            # A reply may still come, so it is closed.
+            # A reply may still come, so nobody may use this connection again.
             conn.reader.set_exception(ConnectionAbortedError("a call has not ended"))
         super().release(conn)
         self._slots.release()
@@ -72,7 +72,7 @@ class _Client(aiomcache.Client):
         self._pool = _Pool(host, port, size)
 
     async def _execute_simple_command(self, conn: Connection, raw_command: bytes) -> bytes:
-        # aiomcache's own never returns, nor lets others run, where the server closes instead.
+        # aiomcache's own loops for ever, blocking the event loop, if the server closes instead.
         conn.writer.write(raw_command)
         await conn.writer.drain()
         return (await conn.reader.readuntil(b"\r\n"))[:-2]
@@ -81,12 +81,12 @@ class _Client(aiomcache.Client):
 class MemcachedBytes(MemcachedCache):
     """aiocache's Memcached cache for bytes. Connects when it is first used.
 
-    A value that the server finds too large, or has no room for, isn't stored, and that is no
-    failure; nor is what it was to replace kept then. A time to live is rounded up to whole seconds.
+    A value that the server refuses, because it is too large or there is no room, isn't stored; that
+    is no failure, and the server drops the value before it. A ttl is rounded up to whole seconds.
 
     Args:
         host: a name or an address.
-        port: of TCP.
+        port: a TCP port.
         clock: returns Unix seconds.
     """
 

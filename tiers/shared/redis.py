@@ -1,4 +1,4 @@
-"""The shared tier's backend on Redis, Valkey, or what else speaks their protocol."""
+"""The shared tier's backend on Redis, Valkey, or another server with their protocol."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from redis.exceptions import OutOfMemoryError
 from tiers.shared import NAMESPACE
 
 _CONNECTIONS = 16
-# Callers have shorter deadlines, which forgive an event loop that is late; this one doesn't.
+# Longer than callers wait: a slow connect goes on without them and serves the next call.
 _CONNECT_S = 3.0
 _LEAST_TTL_S = 0.001
 
@@ -18,19 +18,19 @@ _LEAST_TTL_S = 0.001
 class RedisBytes(RedisCache):
     """aiocache's Redis cache for bytes, with a bounded pool. Connects when it is first used.
 
-    A value that a full server refuses isn't stored, and that is no failure.
+    A value that a full server refuses isn't stored, which is no failure.
 
     Args:
-        url: `redis://`, `rediss://` or `unix://`, as redis-py's `ConnectionPool.from_url` reads it.
+        url: `redis://`, `rediss://` or `unix://`, as redis-py's `ConnectionPool.from_url` takes it.
 
     Raises:
         ValueError: the URL can't be read.
-        OSError: a file of certificates or keys that it names can't be used.
+        OSError: a file of certificates or keys that the URL names can't be used.
     """
 
     def __init__(self, url: str, *, namespace: str = NAMESPACE) -> None:
-        # More calls than connections wait; redis-py's plain pool would fail them. RESP2 needs no
-        # round trip to be agreed on.
+        # Calls wait for a free connection; redis-py's plain pool would fail them. RESP2 saves the
+        # round trip that negotiates RESP3.
         pool = BlockingConnectionPool.from_url(
             url,
             max_connections=_CONNECTIONS,
@@ -52,7 +52,7 @@ class RedisBytes(RedisCache):
         self, key: str, value: bytes, ttl: float | None = None, *args: Any, **kwargs: Any
     ) -> bool:
         if ttl is not None:
-            # As a float it goes out in milliseconds, and zero is an error.
+            # aiocache sends a float in milliseconds, and zero is an error.
             ttl = max(float(ttl), _LEAST_TTL_S)
         try:
             return bool(await super()._set(key, value, ttl, *args, **kwargs))
@@ -60,7 +60,7 @@ class RedisBytes(RedisCache):
             return False
 
     async def _clear(self, namespace: str | None = None, _conn: Any = None) -> bool:
-        # Never the whole server, which others may use too.
+        # Never flush the whole server, which others may use too.
         return bool(await super()._clear(namespace or self.namespace, _conn=_conn))
 
     async def _close(self, *args: Any, **kwargs: Any) -> None:
@@ -68,9 +68,9 @@ class RedisBytes(RedisCache):
 
 
 def _with_one_context(pool: BlockingConnectionPool) -> type[SSLConnection]:
-    """Return connections that share a TLS context.
+    """Return a connection class whose instances share one TLS context.
 
-    To make one takes tens of milliseconds, in which nothing else would run.
+    Making a context blocks the event loop for tens of milliseconds.
     """
     shared = SSLConnection(**pool.connection_kwargs).ssl_context
     shared.get()

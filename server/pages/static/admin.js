@@ -1,6 +1,6 @@
 // The page at `/admin`.
 
-import { askJson, keyForm, useAdminKey } from "./api.js";
+import { askJson, setUpKeyForm, useAdminKey } from "./api.js";
 import { at, bytes, count, el, ratio, table } from "./dom.js";
 import { search, setUpEntries } from "./entries.js";
 import { watch } from "./overview.js";
@@ -22,26 +22,27 @@ async function drawStats() {
     }))));
 }
 
-function flat(value, path) {
+// Returns paths and values of a nested object.
+function flatten(value, path) {
   if (value !== null && typeof value === "object" && Object.keys(value).length) {
-    return Object.entries(value).flatMap(([name, each]) => flat(each, path ? `${path}.${name}` : name));
+    return Object.entries(value).flatMap(([name, each]) => flatten(each, path ? `${path}.${name}` : name));
   }
   return [[path, typeof value === "string" ? value : JSON.stringify(value)]];
 }
 
 async function drawConfig() {
-  at("config").replaceChildren(...flat(await askJson("config"), "").map(([name, value]) =>
+  at("config").replaceChildren(...flatten(await askJson("config"), "").map(([name, value]) =>
     el("div", {}, el("dt", {}, el("code", {}, name)), el("dd", {}, el("code", {}, value)))));
 }
 
 let isShown = false;
-const again = watch(async ({ tier_names: names }) => {
+const refresh = watch(async ({ tier_names: names }) => {
   await Promise.all([drawStats(), drawPrefixes()]);
   if (isShown) return;
   isShown = true;
   document.querySelector("#search [name=tier]").append(...names.map((name) => el("option", {}, name)));
   await Promise.all([drawConfig(), search()]);
 });
-keyForm(again);
+setUpKeyForm(refresh);
 setUpEntries();
-setUpPurge(() => { again(); search(); });
+setUpPurge(() => { refresh(); search(); });

@@ -1,4 +1,4 @@
-// A day as bars: for each span of time, which part of the requests each tier answered.
+// A bar chart of the last hours: the share of requests that each tier answered, by span of time.
 
 import { count, el, ratio, svg } from "./dom.js";
 
@@ -8,8 +8,8 @@ const SPANS = [["1 h", 3600], ["6 h", 6 * 3600], ["24 h", 24 * 3600]];
 
 const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
 
-// Gathers steps of the history into spans, the last of which ends now.
-function gathered(history, names, seconds) {
+// Adds up steps of the history to at most `BARS` spans, the last of which ends now.
+function toSpans(history, names, seconds) {
   const steps = Math.round(seconds / history.step_s);
   const size = Math.max(1, Math.ceil(steps / BARS));
   const bars = Math.ceil(steps / size);
@@ -42,8 +42,8 @@ function bars(spans, names, right) {
       const isRest = tier === names.length - 1;
       return svg("rect", { class: isRest ? "rest" : `s${tier}`, x: LEFT + index * width, y, width: width - gap, height });
     });
-    const told = names.map((name, tier) => `${name} ${ratio(counts[tier], whole)}`).join(", ");
-    return [svg("g", {}, svg("title", {}, `${clock(endsAt - seconds)}: ${count(whole)} requests, ${told}`), ...parts)];
+    const shares = names.map((name, tier) => `${name} ${ratio(counts[tier], whole)}`).join(", ");
+    return [svg("g", {}, svg("title", {}, `${clock(endsAt - seconds)}: ${count(whole)} requests, ${shares}`), ...parts)];
   });
 }
 
@@ -63,18 +63,18 @@ function axes(spans, right) {
   return [...lines, ...times, now];
 }
 
-// Returns the chart of the last `seconds`. `tiers` are nearest first, `width` is in pixels.
+// Returns the chart of the last `seconds`. `tiers` are names, nearest first; `width` is in pixels.
 export function chart(history, tiers, seconds, width) {
   const names = [...tiers, "engine"];
-  const spans = gathered(history, names, seconds);
+  const spans = toSpans(history, names, seconds);
   const totals = names.map((_, tier) => sum(spans.map((span) => span.counts[tier])));
   const whole = sum(totals);
-  const told = names.map((name, tier) => `${name} ${ratio(totals[tier], whole)}`);
+  const labels = names.map((name, tier) => `${name} ${ratio(totals[tier], whole)}`);
   return el("div", {},
-    svg("svg", { class: "chart", viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": `Answered by ${told.join(", ")}` },
+    svg("svg", { class: "chart", viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": `Answered by ${labels.join(", ")}` },
       ...axes(spans, width), ...bars(spans, names, width)),
     el("ul", { class: "legend" }, ...names.map((name, tier) =>
-      el("li", {}, el("i", { class: tier === names.length - 1 ? "rest" : `s${tier}` }), told[tier]))));
+      el("li", {}, el("i", { class: tier === names.length - 1 ? "rest" : `s${tier}` }), labels[tier]))));
 }
 
 export { SPANS, sum };

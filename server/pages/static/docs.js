@@ -1,15 +1,17 @@
-// The page at `/docs`: the OpenAPI document, each part of which is drawn when it is opened.
+// The page at `/docs`: shows the OpenAPI document, each part when it is opened.
 
-import { askJson, keyForm, showKeyForm } from "./api.js";
+import { askJson, setUpKeyForm, showKeyForm } from "./api.js";
 import { at, el } from "./dom.js";
 
-let about = null;
+// The OpenAPI document.
+let api = null;
 
+// Follows a reference within the document.
 const resolve = (part) => {
   let found = part;
   for (let depth = 0; found && found.$ref && depth < 8; depth += 1) {
     found = found.$ref.split("/").slice(1).reduce((at_, name) =>
-      (at_ || {})[name.replaceAll("~1", "/").replaceAll("~0", "~")], about);
+      (at_ || {})[name.replaceAll("~1", "/").replaceAll("~0", "~")], api);
   }
   return found || {};
 };
@@ -27,7 +29,7 @@ function typeOf(schema) {
   return Array.isArray(schema.type) ? schema.type.join(" | ") : schema.type || "any";
 }
 
-// The objects in a schema whose fields are worth opening.
+// Returns the objects with fields that a schema consists of.
 function objectsIn(schema, depth = 0) {
   const found = resolve(schema);
   if (found.properties) return [found];
@@ -37,7 +39,8 @@ function objectsIn(schema, depth = 0) {
   return parts.flatMap((part) => objectsIn(part, depth + 1));
 }
 
-function opened(summary, draw, attributes = {}) {
+// Returns a closed element that draws its content when it is first opened.
+function collapsed(summary, draw, attributes = {}) {
   const details = el("details", attributes, el("summary", {}, ...summary));
   details.addEventListener("toggle", () => {
     if (details.open && details.children.length === 1) details.append(draw());
@@ -53,12 +56,12 @@ function fields(schema) {
     ...Object.entries(object.properties).map(([name, field]) => {
       const found = resolve(field);
       const isRequired = (object.required || []).includes(name);
-      const told = [el("code", {}, name), ` ${typeOf(field)}`,
+      const parts = [el("code", {}, name), ` ${typeOf(field)}`,
         isRequired ? ", required" : "",
         field.default !== undefined && field.default !== null ? `, default ${JSON.stringify(field.default)}` : ""];
       const text = field.description || (field.$ref ? "" : found.description) || "";
-      if (text) told.push(el("span", { class: "quiet" }, ` – ${text}`));
-      return el("li", {}, objectsIn(field).length ? opened(told, () => fields(field)) : el("span", {}, ...told));
+      if (text) parts.push(el("span", { class: "quiet" }, ` – ${text}`));
+      return el("li", {}, objectsIn(field).length ? collapsed(parts, () => fields(field)) : el("span", {}, ...parts));
     })]);
   return el("ul", { class: "schema" }, ...items);
 }
@@ -71,17 +74,17 @@ function body(title, content) {
   });
 }
 
-function operation(path, method, told) {
+function operation(path, method, described) {
   const draw = () => {
-    const parameters = (told.parameters || []).map(resolve);
+    const parameters = (described.parameters || []).map(resolve);
     return el("div", {},
-      told.description ? el("p", {}, told.description) : null,
+      described.description ? el("p", {}, described.description) : null,
       ...(parameters.length ? [el("h3", {}, "Parameters"), el("ul", {}, ...parameters.map((each) =>
         el("li", {}, el("code", {}, each.name), ` in ${each.in}${each.required ? ", required" : ""}`,
           each.description ? el("span", { class: "quiet" }, ` – ${each.description}`) : null)))] : []),
-      ...(told.requestBody ? [el("h3", {}, "Request"), ...body("Body", told.requestBody.content)] : []),
+      ...(described.requestBody ? [el("h3", {}, "Request"), ...body("Body", described.requestBody.content)] : []),
       el("h3", {}, "Responses"),
-      el("ul", {}, ...Object.entries(told.responses || {}).map(([status, each]) => {
+      el("ul", {}, ...Object.entries(described.responses || {}).map(([status, each]) => {
         const found = resolve(each);
         const headers = Object.keys(found.headers || {});
         return el("li", {}, el("strong", {}, status), ` ${found.description || ""}`,
@@ -90,17 +93,17 @@ function operation(path, method, told) {
       })));
   };
   const summary = [el("span", { class: "method" }, method.toUpperCase()), el("code", {}, path),
-    el("span", { class: "quiet" }, ` ${told.summary || ""}`)];
-  return opened(summary, draw, { class: "operation", "data-route": `${method} ${path} ${told.summary || ""}`.toLowerCase() });
+    el("span", { class: "quiet" }, ` ${described.summary || ""}`)];
+  return collapsed(summary, draw, { class: "operation", "data-route": `${method} ${path} ${described.summary || ""}`.toLowerCase() });
 }
 
 function draw() {
-  at("about").textContent = `version ${about.info.version}`;
-  const all = Object.entries(about.paths).flatMap(([path, item]) =>
-    Object.entries(item).filter(([, told]) => told.responses).map(([method, told]) => ({ path, method, told })));
-  at("routes").replaceChildren(...about.tags.map(({ name }) =>
+  at("about").textContent = `version ${api.info.version}`;
+  const all = Object.entries(api.paths).flatMap(([path, item]) =>
+    Object.entries(item).filter(([, described]) => described.responses).map(([method, described]) => ({ path, method, described })));
+  at("routes").replaceChildren(...api.tags.map(({ name }) =>
     el("section", { class: "card" }, el("h2", {}, name),
-      ...all.filter(({ told }) => told.tags.includes(name)).map(({ path, method, told }) => operation(path, method, told)))));
+      ...all.filter(({ described }) => described.tags.includes(name)).map(({ path, method, described }) => operation(path, method, described)))));
   find();
 }
 
@@ -112,7 +115,7 @@ function find() {
 
 async function load() {
   try {
-    about = await askJson("openapi.json");
+    api = await askJson("openapi.json");
     showKeyForm(null);
     draw();
   } catch (problem) {
@@ -122,5 +125,5 @@ async function load() {
 }
 
 at("find").addEventListener("input", find);
-keyForm(load);
+setUpKeyForm(load);
 load();

@@ -1,15 +1,15 @@
-// Elements and numbers. Text is only ever set as text: nothing here makes HTML of it.
+// Helpers for elements and numbers. Text is set as text, and never parsed as HTML.
 
 const SVG = "http://www.w3.org/2000/svg";
 
-function fill(made, attributes, children) {
+function fill(element, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-    else if (value === true) made.setAttribute(name, "");
-    else if (value !== false && value !== null) made.setAttribute(name, value);
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value === true) element.setAttribute(name, "");
+    else if (value !== false && value !== null) element.setAttribute(name, value);
   }
-  made.append(...children.filter((child) => child !== null));
-  return made;
+  element.append(...children.filter((child) => child !== null));
+  return element;
 }
 
 export const el = (tag, attributes = {}, ...children) =>

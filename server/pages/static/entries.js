@@ -1,21 +1,22 @@
-// Searching the tiers, and looking at an entry, whose content is shown as text whatever it is.
+// The list of entries, and one entry, whose content is shown as text whatever it is.
 
 import { askJson } from "./api.js";
 import { at, bytes, count, duration, el, table } from "./dom.js";
 import { askToPurge } from "./purge.js";
-import { said } from "./said.js";
+import { textOf } from "./answer_text.js";
 
 const PAGE = 50;
-const HEADS = [["Key"], ["Asked for", true], ["Tiers"], ["Size", true], ["Age", true], ["Good for", true], ["Labels"]];
+const HEADS = [["Key"], ["Frequency", true], ["Tiers"], ["Size", true], ["Age", true], ["Expires in", true], ["Labels"]];
 let query = {};
 
-function query_of(form) {
+function queryOf(form) {
   const { by, text, tier } = form.elements;
-  const made = { limit: PAGE };
-  const given = text.value.trim();
-  if (given) made[by.value === "prefix" ? "prefix" : "label"] = by.value === "prefix" ? given : `${by.value}:${given}`;
-  if (tier.value) made.tier = tier.value;
-  return made;
+  const params = { limit: PAGE };
+  const value = text.value.trim();
+  if (value && by.value === "prefix") params.prefix = value;
+  else if (value) params.label = `${by.value}:${value}`;
+  if (tier.value) params.tier = tier.value;
+  return params;
 }
 
 function row(entry) {
@@ -29,12 +30,12 @@ async function page(after) {
   const problem = at("entries-problem");
   problem.textContent = "";
   try {
-    const asked = new URLSearchParams(after ? { ...query, after } : query);
-    const found = await askJson(`entries?${asked}`);
+    const params = new URLSearchParams(after ? { ...query, after } : query);
+    const found = await askJson(`entries?${params}`);
     const drawn = table(HEADS, found.entries.map(row));
     const old = after ? at("entries").querySelector("tbody") : null;
     if (old) old.append(...drawn.querySelectorAll("tbody tr"));
-    else at("entries").replaceChildren(found.entries.length || found.after ? drawn : el("p", { class: "quiet" }, "There is none."));
+    else at("entries").replaceChildren(found.entries.length || found.after ? drawn : el("p", { class: "quiet" }, "No entry matches."));
     const more = at("more");
     more.hidden = !found.after;
     more.onclick = () => page(found.after);
@@ -44,19 +45,19 @@ async function page(after) {
 }
 
 export async function search() {
-  query = query_of(at("search"));
+  query = queryOf(at("search"));
   await page("");
 }
 
-// A browser takes seconds to lay out a megabyte.
-const MOST = 100_000;
+// Browsers take seconds to lay out a megabyte.
+const MAX_CHARACTERS = 100_000;
 
 const cut = (text) =>
-  (text.length > MOST ? `${text.slice(0, MOST)}\n… and ${count(text.length - MOST)} characters more` : text);
+  (text.length > MAX_CHARACTERS ? `${text.slice(0, MAX_CHARACTERS)}\n… and ${count(text.length - MAX_CHARACTERS)} more characters` : text);
 
 function readable(content) {
   let text = content;
-  try { text = JSON.stringify(JSON.parse(content), null, 2); } catch { /* Events. */ }
+  try { text = JSON.stringify(JSON.parse(content), null, 2); } catch { /* An event stream. */ }
   return cut(text);
 }
 
@@ -65,11 +66,11 @@ async function show(key) {
   try {
     const entry = await askJson(`entries/${encodeURIComponent(key)}`);
     const close = () => { shown.replaceChildren(); };
-    const text = said(entry.content);
+    const text = textOf(entry.content);
     shown.replaceChildren(
       el("h3", {}, "Entry ", el("span", { class: "key" }, entry.key)),
-      el("p", {}, `${entry.state}, stored ${new Date(entry.stored_at * 1000).toLocaleString()}, took ${duration(entry.took_s)}, `,
-        `in ${entry.tiers.join(" and ") || "no tier that can tell"}. Labels: ${entry.labels.join(", ") || "none"}.`),
+      el("p", {}, `${entry.state}, stored ${new Date(entry.stored_at * 1000).toLocaleString()}, generated in ${duration(entry.took_s)}, `,
+        `in ${entry.tiers.join(" and ") || "no tier that lists its entries"}. Labels: ${entry.labels.join(", ") || "none"}.`),
       ...(text ? [el("p", { class: "text", role: "region", tabindex: "0", "aria-label": "The answer's text" }, cut(text))] : []),
       el("pre", { class: "content", tabindex: "0", "aria-label": "The entry's content" }, readable(entry.content)),
       el("div", { class: "row" },

@@ -1,28 +1,29 @@
 // The page at `/`.
 
-import { askJson, keyForm } from "./api.js";
+import { askJson, setUpKeyForm } from "./api.js";
 import { el } from "./dom.js";
 import { watch } from "./overview.js";
-import { setUp } from "./try.js";
+import { setUpTry } from "./try.js";
 
 const models = document.querySelector("#try [name=model]");
-let listedFor = null;
+// The engines' states when the models were listed.
+let listedStates = null;
 
-function offer(names) {
+function showModels(names) {
   const chosen = models.value;
   models.replaceChildren(...names.map((name) => el("option", { selected: name === chosen }, name)));
 }
 
-// Asks for the models, aliases and adapters whenever an engine's state has changed.
-async function listModels({ models: described }) {
-  const states = JSON.stringify(described.map(({ state }) => state));
-  if (listedFor === states) return;
-  listedFor = states;
-  // For whoever sends a prompt before the list has come.
-  if (!models.value) offer(described.map(({ name }) => name));
-  try { offer((await askJson("v1/models")).data.map((each) => each.id)); } catch { listedFor = null; }
+// Lists the models, aliases and adapters again whenever an engine's state has changed.
+async function listModels({ models: engines }) {
+  const states = JSON.stringify(engines.map(({ state }) => state));
+  if (listedStates === states) return;
+  listedStates = states;
+  // For prompts that are sent before the list arrives.
+  if (!models.value) showModels(engines.map(({ name }) => name));
+  try { showModels((await askJson("v1/models")).data.map((each) => each.id)); } catch { listedStates = null; }
 }
 
-const again = watch(listModels);
-keyForm(again);
-setUp(again);
+const refresh = watch(listModels);
+setUpKeyForm(refresh);
+setUpTry(refresh);

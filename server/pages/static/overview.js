@@ -1,10 +1,11 @@
-// What both pages show at a glance, kept up to date.
+// The engine's state and the numbers of the last 24 hours, on both pages, refreshed every 5 seconds.
 
 import { askJson, showKeyForm } from "./api.js";
 import { SPANS, chart, sum } from "./chart.js";
 import { at, bytes, count, duration, el, ratio, table } from "./dom.js";
 
-const EVERY_MS = 5000;
+const REFRESH_MS = 5000;
+// The last overview.
 let last = null;
 
 function figures(history) {
@@ -21,7 +22,7 @@ function figures(history) {
     el("div", {}, el("dt", {}, name), el("dd", {}, value))));
 }
 
-// Made once, so that who has the focus on it keeps it.
+// Created once, so that it keeps the keyboard focus.
 const choice = el("select", { "aria-label": "Time shown", onchange: () => drawDay() },
   ...SPANS.map(([name, seconds]) => el("option", { value: seconds }, `last ${name}`)));
 const title = el("h3");
@@ -46,53 +47,54 @@ function drawTiers() {
   if (!last.tiers) return;
   at("tiers").replaceChildren(table(
     [["Tier"], ["State"], ["Entries", true], ["Size", true]],
-    last.tiers.map((tier) => [tier.tier, tier.available ? "in use" : "left out, since it fails",
+    last.tiers.map((tier) => [tier.tier, tier.available ? "in use" : "bypassed after failures",
       tier.entries === undefined ? "–" : count(tier.entries), tier.bytes === undefined ? "–" : bytes(tier.bytes)])));
 }
 
-// Of all engines: that of the one which is least ready.
+// Returns the state of the engine that is furthest from ready.
 export const stateOf = (models) =>
   ["down", "starting"].find((state) => models.some((model) => model.state === state)) || "ready";
 
 const notReady = (models) =>
   models.filter(({ state }) => state !== "ready").map(({ name, state }) => `${name} ${state}`).join(", ");
 
-// Keeps the overview up to date; `then` is told of each.
+// Keeps the overview up to date, and calls `then` with each new one. Returns a function that
+// refreshes it at once.
 export function watch(then) {
   let timer = null;
   const badge = at("engine");
-  const state = (text, is) => {
+  const showState = (text, state) => {
     if (badge.textContent !== text) badge.textContent = text;
-    badge.dataset.is = is;
+    badge.dataset.is = state;
   };
-  async function again() {
+  async function refresh() {
     clearTimeout(timer);
     try {
       last = await askJson("overview");
       showKeyForm(null);
-      // Before it is drawn, since a chart is as wide as there is room.
+      // Shown before it is drawn, since the chart needs the width.
       at("all").hidden = false;
-      const is = stateOf(last.models);
-      state(last.models.length > 1 && is !== "ready" ? notReady(last.models) : `engine ${is}`, is);
+      const state = stateOf(last.models);
+      showState(last.models.length > 1 && state !== "ready" ? notReady(last.models) : `engine ${state}`, state);
       const restarts = sum(last.models.map((model) => model.restarts));
-      at("about").textContent = `version ${last.version}${restarts ? `, engine started again ${restarts === 1 ? "once" : `${count(restarts)} times`}` : ""}`;
+      at("about").textContent = `version ${last.version}${restarts ? `, engine restarted ${restarts === 1 ? "once" : `${count(restarts)} times`}` : ""}`;
       drawDay();
       drawTiers();
       then(last);
     } catch (problem) {
       if (showKeyForm(problem)) {
-        state("locked", "");
+        showState("locked", "");
         at("all").hidden = true;
         at("about").textContent = "";
-        // Whoever gives a key looks again.
+        // The form for a key refreshes.
         return;
       }
-      state(problem.status ? problem.message : "no connection", "down");
+      showState(problem.status ? problem.message : "no connection", "down");
     }
-    timer = document.hidden ? null : setTimeout(again, EVERY_MS);
+    timer = document.hidden ? null : setTimeout(refresh, REFRESH_MS);
   }
   addEventListener("resize", () => { if (last) drawDay(); });
-  document.addEventListener("visibilitychange", () => { if (!document.hidden) again(); });
-  again();
-  return again;
+  document.addEventListener("visibilitychange", () => { if (!document.hidden) refresh(); });
+  refresh();
+  return refresh;
 }

@@ -1,10 +1,10 @@
-// What prompts begin with that engines are asked for most.
+// The most frequent beginnings of prompts that reached an engine.
 
 import { askJson } from "./api.js";
 import { at, count, duration, el, ratio, table } from "./dom.js";
 
-const HEADS = [["Begins with"], ["Asked for", true], ["Characters", true], ["Tokens, about", true],
-  ["Reused", true], ["Model"], ["Tenant"], ["Last", true]];
+const HEADS = [["Begins with"], ["Requests", true], ["Characters", true], ["Tokens (estimate)", true],
+  ["Reused", true], ["Model"], ["Tenant"], ["Last request", true]];
 
 const row = (prefix) => [
   el("span", { class: "preview" }, prefix.preview), count(prefix.requests), count(prefix.characters),
@@ -16,5 +16,5 @@ const row = (prefix) => [
 export async function drawPrefixes() {
   const { prefixes } = await askJson("prefixes");
   at("prefixes").replaceChildren(prefixes.length
-    ? table(HEADS, prefixes.map(row)) : el("p", { class: "quiet" }, "No two prompts have begun alike yet."));
+    ? table(HEADS, prefixes.map(row)) : el("p", { class: "quiet" }, "No two prompts have had the same beginning yet."));
 }

@@ -1,4 +1,4 @@
-// Purging, after having asked.
+// Purges, after a confirmation.
 
 import { askJson } from "./api.js";
 import { at } from "./dom.js";
@@ -15,18 +15,18 @@ function isConfirmed(text) {
   });
 }
 
-// Purges what has this name, if the user says so; returns whether it was done.
+// Purges the entries with a label once the user has confirmed it. Returns whether they were purged.
 export async function askToPurge(kind, name) {
-  const what = kind === "all" ? "everything, in all tiers" : `everything with the ${kind} «${name}»`;
+  const what = kind === "all" ? "all entries in all tiers" : `all entries with the ${kind} «${name}»`;
   if (!(await isConfirmed(kind === "key" ? `Purge the entry «${name}»?` : `Purge ${what}?`))) return false;
-  const told = at("purged");
+  const status = at("purged");
   try {
     await askJson("purge", { method: "POST", body: kind === "all" ? { all: true } : { [kind]: name } });
-    told.className = "";
-    told.textContent = `Purged: ${kind === "all" ? "everything" : `${kind} ${name}`}.`;
+    status.className = "";
+    status.textContent = `Purged: ${kind === "all" ? "everything" : `${kind} ${name}`}.`;
   } catch (failed) {
-    told.className = "error";
-    told.textContent = failed.message;
+    status.className = "error";
+    status.textContent = failed.message;
     return false;
   }
   then();

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from server.routes import ROUTES
+from server.protocol.routes import CACHED_ROUTES
 from tests.e2e.conftest import MODEL
 
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
@@ -230,7 +230,7 @@ ALIKE = [
         make(f"Either form, {number}?", **more)
         for make, cases in ((chat, (*_BOTH, *_CHAT)), (text, (*_BOTH[::5], *_TEXT)))
         for number, more in enumerate(cases)
-        if more.keys() <= ROUTES[CHAT].alike_in_both_forms - {"messages", "prompt"}
+        if more.keys() <= CACHED_ROUTES[CHAT].fields.same_in_both_encodings - {"messages", "prompt"}
     ),
     text(["One", "Two"]),
 ]

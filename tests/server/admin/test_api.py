@@ -17,8 +17,11 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from server.admin import exports
-from server.config import ConfigError, cache_folder, load
+from server.admin import export_format
+from server.config.base import ConfigError
+from server.config.folders import cache_folder
+from server.config.load import load
+from tests.server.admin.test_exports import entry, export, streamed
 from tests.server.conftest import (
     CHAT,
     WHOLE,
@@ -33,8 +36,6 @@ from tests.server.conftest import (
     running,
     stream,
 )  # fmt: skip
-
-from .test_exports import entry, export, streamed
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -104,18 +105,18 @@ async def test_looking_counts_as_no_question(front: Front, admin) -> None:
 
 
 async def test_an_entry_has_the_content_that_clients_get(front: Front, admin) -> None:
-    told = await get(admin, f"/entries/{await key_of(admin, front)}")
-    assert told["form"] == "body"
-    assert orjson.loads(told["content"]) == body() | {"id": "", "created": 0}
-    told = await get(admin, f"/entries/{await key_of(admin, front, stream=True)}")
-    assert told["form"] == "events"
+    shown = await get(admin, f"/entries/{await key_of(admin, front)}")
+    assert shown["form"] == "body"
+    assert orjson.loads(shown["content"]) == body() | {"id": "", "created": 0}
+    shown = await get(admin, f"/entries/{await key_of(admin, front, stream=True)}")
+    assert shown["form"] == "events"
     plain = b"".join(WHOLE[:3]) + WHOLE[4]
     plain = plain.replace(b'"chatcmpl-x"', b'""').replace(b'"created":1', b'"created":0')
-    assert told["content"] == plain.decode()
+    assert shown["content"] == plain.decode()
 
 
 @pytest.mark.parametrize("streams", [False, True])
-async def test_a_large_answer_is_told_whole(front: Front, admin, upstream, streams: bool) -> None:
+async def test_a_large_answer_is_shown_whole(front: Front, admin, upstream, streams: bool) -> None:
     text = 'é\n"\U0001f600' * 15_000
 
     async def large(http: web.Request) -> web.StreamResponse:
@@ -126,18 +127,18 @@ async def test_a_large_answer_is_told_whole(front: Front, admin, upstream, strea
     upstream.handler = large
     key = await key_of(admin, front, stream=streams)
     upstream.handler = answer
-    told = await get(admin, f"/entries/{key}")
-    assert told["key"] == key
+    shown = await get(admin, f"/entries/{key}")
+    assert shown["key"] == key
     if not streams:
-        assert orjson.loads(told["content"]) == body(text) | {"id": "", "created": 0}
+        assert orjson.loads(shown["content"]) == body(text) | {"id": "", "created": 0}
     else:
-        (_, event, *_) = told["content"].split("\n\n")
+        (_, event, *_) = shown["content"].split("\n\n")
         assert orjson.loads(event[6:])["choices"][0]["delta"]["content"] == text
     async with admin.get("/export") as response:
         line = next(line for line in (await response.read()).splitlines() if key.encode() in line)
     async with admin.delete(f"/entries/{key}") as response:
         assert response.status == 204
-    assert len(exports.read(line).entry.answer.content) > len(text.encode())
+    assert len(export_format.decode_line(line).entry.answer.content) > len(text.encode())
 
 
 async def paged(admin: aiohttp.ClientSession, tier: str) -> list[str]:
@@ -208,28 +209,28 @@ async def test_an_export_is_imported_after_a_purge_only_as_purged(front: Front, 
         lines = await response.read()
     held = len(lines.splitlines()) - 2
     async with admin.post("/import", data=lines) as response:
-        told = await response.json()
-    assert told == dict.fromkeys(told, 0) | {"unchanged": held, "problems": []}
+        result = await response.json()
+    assert result == dict.fromkeys(result, 0) | {"unchanged": held, "problems": []}
     async with admin.post("/purge", json={"key": [key]}) as response:
         assert response.status == 200
     async with admin.post("/import", data=lines) as response:
-        told = await response.json()
-    assert (told["unchanged"], told["purged"]) == (held - 1, 1)
+        result = await response.json()
+    assert (result["unchanged"], result["purged"]) == (held - 1, 1)
 
 
 async def test_a_file_in_use_is_verified_and_not_compacted(front: Front, admin) -> None:
     await key_of(admin, front)
     async with admin.post("/verify") as response:
-        told = await response.json()
-    assert told["entries"] >= 1
-    assert (told["damaged"], told["problem"]) == (0, None)
+        result = await response.json()
+    assert result["entries"] >= 1
+    assert (result["damaged"], result["problem"]) == (0, None)
     async with admin.post("/compact") as response:
         assert response.status == 409
         assert "Stop the server first" in (await response.json())["error"]["message"]
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "options", "status", "said"),
+    ("method", "path", "options", "status", "message"),
     [
         ("GET", "/", {}, 404, "There is no such path; there are /stats"),
         ("GET", CHAT, {}, 404, "There is no such path"),
@@ -250,18 +251,20 @@ async def test_a_file_in_use_is_verified_and_not_compacted(front: Front, admin) 
         ("POST", "/purge", {"json": {"key": "k", "all": True}}, 400, "one of key, model"),
         ("POST", "/purge", {"json": {"keys": "k"}}, 400, "one of key, model"),
         ("POST", "/purge", {"json": {"all": False}}, 400, "all should be true"),
-        ("POST", "/purge", {"json": {"key": []}}, 400, "key should be text, or a list"),
+        ("POST", "/purge", {"json": {"key": []}}, 400, "key should be a text or a list"),
         ("POST", "/purge", {"json": {"key": "k"}}, 400, "key should be as `tierserve cache ls`"),
-        ("POST", "/purge", {"json": {"tag": [1]}}, 400, "tag should be text, or a list"),
+        ("POST", "/purge", {"json": {"tag": [1]}}, 400, "tag should be a text or a list"),
         ("POST", "/purge", {"data": io.BytesIO(bytes(2_000_000))}, 413, "larger"),
         ("POST", "/import", {"data": b"hello\n"}, 400, "should begin as an export of tierserve"),
     ],
 )
-async def test_what_is_asked_wrongly_is_named(admin, method, path, options, status, said) -> None:
+async def test_what_is_asked_wrongly_is_named(
+    admin, method, path, options, status, message
+) -> None:
     async with admin.request(method, path, **options) as response:
         assert response.status == status
         error = (await response.json())["error"]
-    assert said in error["message"]
+    assert message in error["message"]
     assert error["code"] == status
 
 
@@ -274,8 +277,8 @@ async def test_20000_entries_are_listed_while_hits_are_answered(
     lines = export(*((key, entry("{}", now, 1e6)) for key in keys))
     async with running(tmp_path, upstream) as front, connect(front.socket) as admin:
         async with admin.post("/import", data=streamed(lines)) as response:
-            told = await response.json()
-        assert (told["stored"], told["problems"]) == (20_000, [])
+            result = await response.json()
+        assert (result["stored"], result["problems"]) == (20_000, [])
         asked = question()
         while "hit" not in (await front.ask(asked))[1]:
             pass
@@ -341,9 +344,9 @@ async def test_the_socket_is_removed_replaced_and_never_taken(
         process = await asyncio.create_subprocess_exec(
             *front.command[:-1], str(second), stderr=asyncio.subprocess.PIPE
         )
-        _, said = await process.communicate()
+        _, err = await process.communicate()
         assert process.returncode == 1
-        assert f"admin.socket: another server answers at {front.socket}".encode() in said
+        assert f"admin.socket: another server answers at {front.socket}".encode() in err
         front.process.send_signal(signal.SIGKILL)
         await front.process.wait()
         assert front.socket.is_socket()
@@ -370,9 +373,9 @@ async def test_a_socket_that_can_t_be_made_is_named(
         )
     finally:
         os.environ.pop("TIERSERVE__ADMIN__SOCKET", None)
-    _, said = await process.communicate()
+    _, err = await process.communicate()
     assert process.returncode == 2
-    assert b"admin.socket: should be a path where a socket can be made, or null" in said
+    assert b"admin.socket: should be a path where a socket can be made, or null" in err
     assert front.socket.read_text() == "mine"
 
 

@@ -16,29 +16,28 @@ import orjson
 import pytest
 from aiohttp import web
 
-from server.admin.api import Admin
-from server.admin.listener import administered
-from server.admin.local import Administration
+from server.admin.handler import AdminHandler
+from server.admin.local import LocalOperations
+from server.admin.sockets import serve_admin_api
 from server.cli import main
-from server.config import load
+from server.config.load import load
+from tests.server.admin.test_exports import entry, export
 from tests.server.conftest import Front, Upstream, alike, answer, body, question, running
 from tiers import Chain, DiskCache, FrequencySketch
 from tiers.disk.file import DATA
-from tiers.disk.opening import MARK
-
-from .test_exports import entry, export
+from tiers.disk.marks import CLEAN
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 class Ended(NamedTuple):
     status: int
-    said: str
-    told: str
+    out: str
+    err: str
 
     @property
     def rows(self) -> list[dict]:
-        return [orjson.loads(line) for line in self.said.splitlines()]
+        return [orjson.loads(line) for line in self.out.splitlines()]
 
 
 Cache = Callable[..., Awaitable[Ended]]
@@ -83,7 +82,7 @@ def exported(tmp_path: Path, **texts: str) -> str:
 
 
 def counts(**of: int) -> str:
-    """Return what an import says."""
+    """Return what an import prints."""
     outcomes = ("stored", "unchanged", "older", "expired", "purged", "refused", "damaged")
     return ", ".join(f"{outcome}: {of.get(outcome, 0)}" for outcome in outcomes) + "\n"
 
@@ -99,7 +98,7 @@ async def test_an_export_is_not_encrypted_and_says_so(
         assert (await cache(config, "import", file)).status == 0
         ended = await cache(config, "export", str(tmp_path / "out"))
         assert ended.status == 0
-        assert ended.told.count("is encrypted, and what is exported isn't") == notes
+        assert ended.err.count("is encrypted, but the export is not") == notes
 
 
 async def test_a_file_is_administered_while_no_server_runs(
@@ -109,33 +108,33 @@ async def test_a_file_is_administered_while_no_server_runs(
     file = exported(tmp_path, **dict.fromkeys((a, ab, b), "{}"))
     made = await cache(config, "import", file)
     assert made.status == 0
-    assert made.said == counts(stored=3)
-    assert (await cache(config, "import", file)).said == counts(unchanged=3)
-    assert f"in {tmp_path / 'disk'}, since no server answers at " in made.told
+    assert made.out == counts(stored=3)
+    assert (await cache(config, "import", file)).out == counts(unchanged=3)
+    assert f"using the file in {tmp_path / 'disk'}: no server answers at " in made.err
     rows = (await cache(config, "ls", "--prefix", "a", "--json")).rows
     assert [(row["key"], row["tiers"], row["bytes"]) for row in rows] == [
         (a, ["disk"], 2), (ab, ["disk"], 2),
     ]  # fmt: skip
-    (memory_is_not_there,) = orjson.loads((await cache(config, "stats", "--json")).said)["tiers"]
+    (memory_is_not_there,) = orjson.loads((await cache(config, "stats", "--json")).out)["tiers"]
     assert (memory_is_not_there["tier"], memory_is_not_there["entries"]) == ("disk", 3)
-    assert (await cache(config, "get", a, "--raw")).said == "{}"
+    assert (await cache(config, "get", a, "--raw")).out == "{}"
     purged = await cache(config, "purge", "--key", a, "--key", b)
     assert purged.status == 0
-    assert f"purged key:{a}, key:{b}: nothing of it from before is given out" in purged.told
+    assert f"purged key:{a}, key:{b}: no entry from before the purge is served" in purged.err
     gone = await cache(config, "get", a)
-    assert (gone.status, gone.said) == (1, "")
-    assert "There is no entry under this key." in gone.told
+    assert (gone.status, gone.out) == (1, "")
+    assert "There is no entry under this key." in gone.err
     assert [row["key"] for row in (await cache(config, "ls", "--all", "--json")).rows] == [ab]
     verified = await cache(config, "verify")
-    assert verified.said == "3 entries, 0 damaged\n"
-    assert "what was purged or has expired counts until it gives way" in verified.told
+    assert verified.out == "3 entries, 0 damaged\n"
+    assert "purged and expired entries count until" in verified.err
     compacted = await cache(config, "compact")
-    assert re.fullmatch(r"[\d.]+KiB before, [\d.]+KiB after\n", compacted.said)
+    assert re.fullmatch(r"[\d.]+KiB before, [\d.]+KiB after\n", compacted.out)
     exported_ = await cache(config, "export")
-    assert len(exported_.said.splitlines()) == 3
+    assert len(exported_.out.splitlines()) == 3
     nowhere = await cache(config, "export", "/no/e")
     assert nowhere.status == 1
-    assert "FILE should be where a file can be made, not /no/e: No such file" in nowhere.told
+    assert "FILE should be a writable path, not /no/e: No such file" in nowhere.err
 
 
 async def test_a_running_server_is_administered_and_its_leftovers(
@@ -148,23 +147,23 @@ async def test_a_running_server_is_administered_and_its_leftovers(
         await front.until_metric('tierserve_tier_stores_total{tier="disk"}', 1)
         listed = await cache(front.config, "ls", "--json", "--limit", "1")
         (row,) = listed.rows
-        assert listed.told.startswith(f"through the server at {front.socket}\n")
+        assert listed.err.startswith(f"using the server at {front.socket}\n")
         got = await cache(front.config, "get", row["key"])
-        assert re.search(r"^frequency: 2$", got.said, re.MULTILINE)
-        assert orjson.loads(got.said.splitlines()[-1]) == body() | {"id": "", "created": 0}
+        assert re.search(r"^frequency: 2$", got.out, re.MULTILINE)
+        assert orjson.loads(got.out.splitlines()[-1]) == body() | {"id": "", "created": 0}
         for label, rows in (("model:m", 1), ("tenant:anonymous", 1), ("model:x", 0)):
             labelled = await cache(front.config, "ls", "--label", label, "--json")
             assert len(labelled.rows) == rows
-        table = (await cache(front.config, "ls")).said.splitlines()
+        table = (await cache(front.config, "ls")).out.splitlines()
         assert len(table) == 2
         assert table[1].startswith(row["key"])
-        stats = (await cache(front.config, "stats")).said
+        stats = (await cache(front.config, "stats")).out
         assert re.search(r"^hits +1 +0$", stats, re.MULTILINE)
-        assert (await cache(front.config, "verify")).said == "1 entries, 0 damaged\n"
+        assert (await cache(front.config, "verify")).out == "1 entries, 0 damaged\n"
         for refused in (["compact"], ["verify", "--repair"]):
             ended = await cache(front.config, *refused)
             assert ended.status == 1
-            assert "top the server first" in ended.told
+            assert "top the server first" in ended.err
         kept = tmp_path / "kept"
         assert (await cache(front.config, "export", str(kept))).status == 0
         assert kept.stat().st_mode & 0o777 == 0o600
@@ -174,8 +173,8 @@ async def test_a_running_server_is_administered_and_its_leftovers(
         assert [each["key"] for each in again.rows] == [row["key"]]
         assert (await cache(front.config, "purge", "--all")).status == 0
         process = await started(front.config, "import", "-")
-        said, _ = await process.communicate(kept.read_bytes())
-        assert said.decode() == counts(purged=1)
+        out, _ = await process.communicate(kept.read_bytes())
+        assert out.decode() == counts(purged=1)
 
 
 async def test_purges_by_label(cache: Cache, front: Front) -> None:
@@ -186,7 +185,7 @@ async def test_purges_by_label(cache: Cache, front: Front) -> None:
         assert (await cache(front.config, "purge", "--model", "other")).status == 0
         assert "hit" in (await front.ask(asked))[1]
         ended = await cache(front.config, "purge", *how)
-        assert (ended.status, ended.said) == (0, "")
+        assert (ended.status, ended.out) == (0, "")
         assert "fwd=miss" in (await front.ask(asked))[1]
 
 
@@ -201,8 +200,8 @@ async def test_a_model_that_the_configuration_does_not_name_is_noted(
     for name, known_as in (("m", "m"), ("alias", "m"), ("poet", "poet"), ("n", "n")):
         ended = await cache(file, "purge", "--model", name)
         assert ended.status == 0
-        assert f"purged model:{known_as}: " in ended.told
-        noted = "note: no model is called n now, and no adapter" in ended.told
+        assert f"purged model:{known_as}: " in ended.err
+        noted = "note: the configuration has no model or adapter n" in ended.err
         assert noted is (name == "n")
 
 
@@ -212,15 +211,15 @@ async def test_damage_is_found_and_repaired(cache: Cache, tmp_path: Path, config
     data = tmp_path / "disk" / DATA
     data.write_bytes(data.read_bytes().replace(b"text7text7", b"text7texT7"))
     found = await cache(config, "verify")
-    assert (found.status, found.said) == (1, "9 entries, 1 damaged\n")
+    assert (found.status, found.out) == (1, "9 entries, 1 damaged\n")
     repaired = await cache(config, "verify", "--repair")
-    assert (repaired.status, repaired.said) == (0, "9 entries, 1 damaged and dropped\n")
-    assert (await cache(config, "verify")).said == "8 entries, 0 damaged\n"
+    assert (repaired.status, repaired.out) == (0, "9 entries, 1 damaged and dropped\n")
+    assert (await cache(config, "verify")).out == "8 entries, 0 damaged\n"
     assert len((await cache(config, "ls", "--json")).rows) == 8
     data.write_bytes(b"nothing" * 10_000)
     broken = await cache(config, "verify")
     assert broken.status == 1
-    assert "the file can't be used: " in broken.told
+    assert "the file can't be used: " in broken.err
 
 
 async def test_a_file_in_use_is_not_compacted(cache: Cache, tmp_path: Path, config: Path) -> None:
@@ -230,10 +229,10 @@ async def test_a_file_in_use_is_not_compacted(cache: Cache, tmp_path: Path, conf
     for action in ("compact", "verify"):
         ended = await cache(config, action)
         assert ended.status == 1
-        assert "another process has the disk tier open" in ended.told
+        assert "another process has the disk tier open" in ended.err
     process = await started(config, "stats")
-    said, _ = await process.communicate()
-    assert re.search(rb"^entries +1$", said, re.MULTILINE)
+    out, _ = await process.communicate()
+    assert re.search(rb"^entries +1$", out, re.MULTILINE)
     await other.close()
 
 
@@ -250,16 +249,16 @@ async def test_a_file_of_another_format_stays_where_it_is(
             await disk.set(f"{number}", bytes(900_000))
         await disk.close()
     if closed == "not cleanly":
-        (folder / MARK).unlink()
+        (folder / CLEAN).unlink()
     held = {file.name for file in folder.iterdir()}
     before = (folder / DATA).read_bytes()
     for arguments in (
         ["stats"], ["ls"], ["get", "0"], ["export"], ["purge", "--all", "--yes"], ["compact"],
     ):  # fmt: skip
         ended = await cache(config, *arguments)
-        assert (ended.status, ended.said) == (1, "")
-        assert "the file can't be used: its format is b'1', not " in ended.told
-        assert "Traceback" not in ended.told
+        assert (ended.status, ended.out) == (1, "")
+        assert "the file can't be used: its format is b'1', not " in ended.err
+        assert "Traceback" not in ended.err
     assert (folder / DATA).read_bytes() == before
     assert {file.name for file in folder.iterdir()} == held
 
@@ -270,23 +269,23 @@ async def test_damaged_lines_are_named(cache: Cache, tmp_path: Path, config: Pat
     file.write_bytes(first + one[:40] + b"\n" + two + last)
     ended = await cache(config, "import", str(file))
     assert ended.status == 1
-    assert ended.said == counts(stored=1, damaged=1)
-    assert f"{file}: line 2 is damaged or cut" in ended.told
+    assert ended.out == counts(stored=1, damaged=1)
+    assert f"{file}: line 2 is damaged or cut" in ended.err
     file.write_text("hello")
     ended = await cache(config, "import", str(file))
-    assert (ended.status, ended.said) == (2, "")
-    assert "should begin as an export of tierserve" in ended.told
+    assert (ended.status, ended.out) == (2, "")
+    assert "should begin as an export of tierserve" in ended.err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "said"),
+    ("arguments", "status", "message"),
     [
         (["ls"], 1, "no server answers at "),
-        (["export"], 1, "there is no file of a disk tier in "),
-        (["compact"], 1, "there is no file of a disk tier in "),
-        (["verify"], 1, "there is no file of a disk tier in "),
-        (["import", "/no/e"], 1, "FILE should be an export that can be read, not /no/e: No such"),
-        (["warm", "/no/e"], 1, "FILE should be a JSONL file that can be read, not /no/e: No such"),
+        (["export"], 1, "there is no disk tier's file in "),
+        (["compact"], 1, "there is no disk tier's file in "),
+        (["verify"], 1, "there is no disk tier's file in "),
+        (["import", "/no/e"], 1, "FILE should be a readable export, not /no/e: No such"),
+        (["warm", "/no/e"], 1, "FILE should be a readable JSONL file, not /no/e: No such"),
         (["warm", "/dev/null"], 1, "server.host and server.port should be those of a running"),
         (["ls", "--limit", "0"], 2, "should be a number from 1 on, not '0'"),
         (["purge"], 2, "one of the arguments --key --model --tenant --tag --all is required"),
@@ -296,18 +295,18 @@ async def test_damaged_lines_are_named(cache: Cache, tmp_path: Path, config: Pat
     ],
 )
 async def test_what_can_t_be_done_is_named(
-    cache: Cache, config: Path, arguments, status, said
+    cache: Cache, config: Path, arguments, status, message
 ) -> None:
     ended = await cache(config, *arguments)
-    assert (ended.status, ended.said) == (status, "")
-    assert said in ended.told
-    assert "Errno" not in ended.told
+    assert (ended.status, ended.out) == (status, "")
+    assert message in ended.err
+    assert "Errno" not in ended.err
     assert not (config.parent / "disk").exists()
 
 
 async def test_wrong_queries_are_wrong_use(cache: Cache, tmp_path: Path, config: Path) -> None:
     await cache(config, "import", exported(tmp_path, a="{}"))
-    for arguments, said in (
+    for arguments, message in (
         (["ls", "--tier", "memory"], "tier should be one of disk"),
         (["ls", "--after", "x"], "after should be as the page before gave it"),
         (["purge", "--model", ""], "a label should be"),
@@ -317,8 +316,8 @@ async def test_wrong_queries_are_wrong_use(cache: Cache, tmp_path: Path, config:
         (["purge", "--tag", "a\nb"], "tag should be 1 to 128 printable characters, not 'a\\nb'"),
     ):
         ended = await cache(config, *arguments)
-        assert (ended.status, ended.said) == (2, "")
-        assert said in ended.told
+        assert (ended.status, ended.out) == (2, "")
+        assert message in ended.err
 
 
 async def test_warming(
@@ -348,20 +347,20 @@ async def test_warming(
     monkeypatch.setenv("OPENAI_API_KEY", "mine")
     first = await cache(front.config, "warm", str(file))
     assert first.status == 1
-    assert first.said == "hits: 0, misses: 2, not kept: 1, errors: 1, malformed: 5\n"
-    named = [line.removeprefix(f"{file}:") for line in first.told.splitlines()]
+    assert first.out == "hits: 0, misses: 2, not kept: 1, errors: 1, malformed: 5\n"
+    named = [line.removeprefix(f"{file}:") for line in first.err.splitlines()]
     assert [line.partition(":")[0] for line in named] == ["5", "6", "8", "9", "10", "4"]
     assert "4: answered with status 400" in named
     assert {http.headers["Authorization"] for http in upstream.asked} == {"Bearer mine"}
     file.write_bytes(b"\n".join(lines[:2]))
     again = await cache(front.config, "warm", str(file))
-    assert (again.status, again.said) == (
+    assert (again.status, again.out) == (
         0,
         "hits: 2, misses: 0, not kept: 0, errors: 0, malformed: 0\n",
     )
     monkeypatch.delenv("OPENAI_API_KEY")
     other = await cache(front.config, "warm", str(file), "--concurrency", "1")
-    assert other.said.startswith("hits: 0, misses: 2, ")
+    assert other.out.startswith("hits: 0, misses: 2, ")
 
 
 # What a client has not got rid of when it gives up ends with its process.
@@ -369,11 +368,11 @@ async def test_warming(
 @pytest.mark.parametrize(
     "arguments", [["stats"], ["export"], ["verify"], ["import", "small"], ["import", "large"]]
 )
-async def test_a_server_that_says_nothing_is_not_waited_for(
+async def test_a_server_that_does_not_answer_is_not_waited_for(
     cache: Cache, tmp_path: Path, config: Path, monkeypatch, arguments: list[str]
 ) -> None:
     """Not even one that doesn't read what it is sent, as it is more than the system buffers."""
-    monkeypatch.setattr("server.admin.client._SILENT_S", 0.2)
+    monkeypatch.setattr("server.admin.client._READ_TIMEOUT_S", 0.2)
     if arguments[0] == "import":
         sizes = {"small": 1, "large": 400}
         texts = {f"{n}": "x" * 9000 for n in range(sizes[arguments[1]])}
@@ -382,24 +381,24 @@ async def test_a_server_that_says_nothing_is_not_waited_for(
         silent.bind(str(tmp_path / "admin.sock"))
         silent.listen()
         ended = await cache(config, *arguments)
-    assert (ended.status, ended.said) == (1, "")
+    assert (ended.status, ended.out) == (1, "")
     gc.collect()
-    assert "admin.socket has said nothing for 0.2 seconds; it should be a tierserve" in ended.told
+    assert "admin.socket did not answer within 0.2 seconds" in ended.err
 
 
 def administering(
-    config: Path, operations: type[Administration]
+    config: Path, operations: type[LocalOperations]
 ) -> AbstractAsyncContextManager[None]:
     """Answer at the admin socket, in this process, with `operations` on no tiers."""
     chain = Chain([], frequency=FrequencySketch(1), max_answer_bytes=1)
-    admin = Admin(operations(chain), max_line_bytes=99)
-    return administered(load(config), lambda _: admin.answer, None)
+    admin = AdminHandler(operations(chain), max_line_bytes=99)
+    return serve_admin_api(load(config), lambda _: admin.answer, None)
 
 
 async def test_a_socket_that_was_removed_is_made_anew(
     cache: Cache, config: Path, monkeypatch, caplog
 ) -> None:
-    monkeypatch.setattr("server.admin.listener._LOOK_S", 0.01)
+    monkeypatch.setattr("server.admin.sockets._CHECK_EVERY_S", 0.01)
     socket = load(config).admin.socket
     lock = socket.with_name(f"{socket.name}.lock")
 
@@ -408,7 +407,7 @@ async def test_a_socket_that_was_removed_is_made_anew(
             while not is_so():  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
-    async with administering(config, Administration):
+    async with administering(config, LocalOperations):
         lock.unlink()
         # As long as it can't be made.
         lock.mkdir()
@@ -416,9 +415,9 @@ async def test_a_socket_that_was_removed_is_made_anew(
         await until(lambda: "admin.socket: should be a path where a socket can be" in caplog.text)
         lock.rmdir()
         await until(socket.exists)
-        assert "through the server at" in (await cache(config, "stats")).told
+        assert "using the server at" in (await cache(config, "stats")).err
         assert socket.stat().st_mode & 0o777 == 0o600
-    assert caplog.text.count(f"admin.socket: {socket} was removed, and is made anew") == 1
+    assert caplog.text.count(f"admin.socket: {socket} was removed; it is created again") == 1
     assert not socket.exists()
 
 
@@ -426,36 +425,36 @@ async def test_a_server_that_goes_on_is_waited_for(
     cache: Cache, tmp_path: Path, config: Path, monkeypatch
 ) -> None:
     """It takes longer than it may be silent."""
-    monkeypatch.setattr("server.admin.client._SILENT_S", 3)
-    monkeypatch.setattr("server.admin.client._LOOK_EVERY_S", 0.05)
-    told = {"entries": 1, "damaged": 0, "problem": None}
+    monkeypatch.setattr("server.admin.client._READ_TIMEOUT_S", 3)
+    monkeypatch.setattr("server.admin.client._CHECK_EVERY_S", 0.05)
+    result = {"entries": 1, "damaged": 0, "problem": None}
 
-    class Slow(Administration):
+    class Slow(LocalOperations):
         async def verify(self) -> dict:
             await asyncio.sleep(4)
-            return told
+            return result
 
-        async def take(self, lines) -> dict:
+        async def import_(self, lines) -> dict:
             async for _ in lines:
                 pass
             await asyncio.sleep(4)
             return {"stored": 7, "refused": 0, "problems": []}
 
     async with administering(config, Slow):
-        assert (await cache(config, "verify")).said == "1 entries, 0 damaged\n"
+        assert (await cache(config, "verify")).out == "1 entries, 0 damaged\n"
         ended = await cache(config, "import", exported(tmp_path, a="{}"))
-        assert ended.said == "stored: 7, refused: 0\n"
+        assert ended.out == "stored: 7, refused: 0\n"
 
 
 @pytest.mark.parametrize("action", ["verify", "import"])
 async def test_a_server_that_goes_on_no_more_is_not_waited_for(
     cache: Cache, tmp_path: Path, config: Path, monkeypatch, action: str
 ) -> None:
-    monkeypatch.setattr("server.admin.client._SILENT_S", 0.5)
-    monkeypatch.setattr("server.admin.client._LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr("server.admin.client._READ_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("server.admin.client._CHECK_EVERY_S", 0.05)
     looks = itertools.count()
 
-    class Hanging(Administration):
+    class Hanging(LocalOperations):
         async def stats(self) -> dict:
             if next(looks):
                 await asyncio.Event().wait()
@@ -465,14 +464,14 @@ async def test_a_server_that_goes_on_no_more_is_not_waited_for(
             await asyncio.Event().wait()
             return {}
 
-        async def take(self, lines) -> dict:
+        async def import_(self, lines) -> dict:
             return await self.verify()
 
     async with administering(config, Hanging):
         arguments = [exported(tmp_path, a="{}")] if action == "import" else []
         ended = await cache(config, action, *arguments)
     assert ended.status == 1
-    assert "admin.socket has said nothing for 0.5 seconds" in ended.told
+    assert "admin.socket did not answer within 0.5 seconds" in ended.err
 
 
 async def test_whoever_reads_may_stop(cache: Cache, tmp_path: Path, config: Path) -> None:
@@ -485,7 +484,7 @@ async def test_whoever_reads_may_stop(cache: Cache, tmp_path: Path, config: Path
         # More follows than a pipe takes.
         assert first in (await process.stdout.readline()).lower()
         process.stdout._transport.close()
-        told = (await process.stderr.read()).decode()
+        err = (await process.stderr.read()).decode()
         assert await process.wait() == 141
-        assert told.count("\n") == 1
-        assert "since no server answers" in told
+        assert err.count("\n") == 1
+        assert "no server answers" in err

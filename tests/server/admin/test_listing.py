@@ -7,12 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.admin import listing
-from server.admin.listing import Listing
-from server.admin.operations import Query
+from server.admin.listing import EntryListing
+from server.admin.operations import EntryQuery
+from tests.server.admin.test_exports import NOW, entry
 from tests.tiers.conftest import Clock
 from tiers import Chain, FrequencySketch, MemoryCache, Tier
-
-from .test_exports import NOW, entry
 
 
 class Counted(MemoryCache):
@@ -35,8 +34,8 @@ async def made(counts: dict[str, int]) -> tuple[Chain, Counted]:
     return chain, backend
 
 
-async def keys_of(listed: Listing, **query) -> tuple[list[str], str | None]:
-    page = await listed.page(Query(**query))
+async def keys_of(listed: EntryListing, **query) -> tuple[list[str], str | None]:
+    page = await listed.page(EntryQuery(**query))
     return [row["key"] for row in page["entries"]], page["after"]
 
 
@@ -44,7 +43,7 @@ async def keys_of(listed: Listing, **query) -> tuple[list[str], str | None]:
 async def test_any_pages_of_any_lists_tell_of_each_entry_once(counts, data) -> None:
     """Of lists that are under way at once, one is forgotten now and then, and goes on."""
     chain, _ = await made(counts)
-    listed = Listing(chain, chain.tiers)
+    listed = EntryListing(chain, chain.tiers)
     prefixes = ["", "a", "b"]
     found: dict[str, list[str]] = {prefix: [] for prefix in prefixes}
     after: dict[str, str | None] = dict.fromkeys(prefixes, "")
@@ -66,7 +65,7 @@ async def test_any_pages_of_any_lists_tell_of_each_entry_once(counts, data) -> N
 async def test_all_are_walked_over_once_for_many_pages(monkeypatch) -> None:
     monkeypatch.setattr(listing, "_SORTED", 7)
     chain, backend = await made({f"{n:03}": n % 3 for n in range(500)})
-    listed, found, after = Listing(chain, chain.tiers), [], ""
+    listed, found, after = EntryListing(chain, chain.tiers), [], ""
     while after is not None:
         keys, after = await keys_of(listed, limit=10, after=after)
         found += keys
@@ -79,16 +78,16 @@ async def test_all_are_walked_over_once_for_many_pages(monkeypatch) -> None:
 
 async def test_few_lists_are_kept_at_once() -> None:
     chain, _ = await made({f"{n}": 0 for n in range(10)})
-    listed = Listing(chain, chain.tiers)
+    listed = EntryListing(chain, chain.tiers)
     for limit in range(1, 10):
         await keys_of(listed, limit=limit)
-    assert len(listed._walks) == listing._WALKS
+    assert len(listed._walks) == listing._MAX_WALKS
 
 
 async def test_a_list_that_nobody_goes_on_with_is_dropped(monkeypatch) -> None:
-    monkeypatch.setattr(listing, "_KEPT_S", 0)
+    monkeypatch.setattr(listing, "_WALK_LIFETIME_S", 0)
     chain, backend = await made({f"{n}": 0 for n in range(10)})
-    listed = Listing(chain, chain.tiers)
+    listed = EntryListing(chain, chain.tiers)
     first, after = await keys_of(listed, limit=5)
     async with asyncio.timeout(60):
         while listed._walks:  # noqa: ASYNC110 - a timer drops it.
@@ -102,4 +101,4 @@ async def test_a_list_that_nobody_goes_on_with_is_dropped(monkeypatch) -> None:
 async def test_says_what_a_place_should_be(after: str) -> None:
     chain, _ = await made({"a": 1})
     with pytest.raises(listing.AdminError, match="after should be as the page before gave it"):
-        await keys_of(Listing(chain, chain.tiers), after=after)
+        await keys_of(EntryListing(chain, chain.tiers), after=after)

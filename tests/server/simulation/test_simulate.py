@@ -9,18 +9,19 @@ import orjson
 import pytest
 
 from server.cli import main
-from server.config import Cache, Config, ConfigError, MemoryTier, Tiers
+from server.config.base import ConfigError
+from server.config.schema import CacheConfig, Config, MemoryTierConfig, TiersConfig
 from server.simulation import references
-from server.simulation.prefixes import PrefixReuse, measure, reuse
+from server.simulation.prefix_report import PrefixReuse, measure, reuse
 from server.simulation.recommend import recommend
-from server.simulation.simulate import limit, memory_overhead_bytes, simulate
-from server.simulation.traces import Request, Trace, TraceError, read
-from tests.tiers.replay import SEED_EXAMPLE, count_hits, count_hits_of_optimum
-from tiers import Write, digest
+from server.simulation.simulate import memory_overhead_bytes, simulate, with_limits
+from server.simulation.traces import Trace, TraceError, TraceRequest, read
+from tests.tiers.policies.replay import SEED_EXAMPLE, count_hits, count_hits_of_optimum
+from tiers import WritePolicy, digest
 from tiers.policies import POLICIES
 
 DATA = Path("tests/data")
-SEED = Trace("seed", [Request(f"user{user}", 1) for user in SEED_EXAMPLE])
+SEED = Trace("seed", [TraceRequest(f"user{user}", 1) for user in SEED_EXAMPLE])
 NEEDS_LIBCACHESIM = pytest.mark.skipif(
     not references.is_installed(), reason="libcachesim isn't installed"
 )
@@ -29,8 +30,8 @@ NEEDS_LIBCACHESIM = pytest.mark.skipif(
 def memory_for(entries: int, size: int, policy: str = "lru", **cache: object) -> Config:
     """Return a memory tier that has room for so many entries of one size, and no disk."""
     max_bytes = entries * (size + memory_overhead_bytes(policy))
-    memory = MemoryTier.model_construct(max_bytes=max_bytes, policy=policy)
-    return Config(tiers=Tiers(memory=memory, disk=None), cache=Cache(**cache))
+    memory = MemoryTierConfig.model_construct(max_bytes=max_bytes, policy=policy)
+    return Config(tiers=TiersConfig(memory=memory, disk=None), cache=CacheConfig(**cache))
 
 
 def write(tmp_path: Path, name: str, text: str) -> Path:
@@ -64,7 +65,7 @@ def test_memory_finds_what_its_policy_alone_would(policy: str) -> None:
     cost = 500 + memory_overhead_bytes(policy)
     alone = POLICIES[policy].within(20 * cost)
     hits = count_hits(alone, [digest(key.encode()) for key in keys], cost)
-    trace = Trace("short", [Request(key, 500) for key in keys])
+    trace = Trace("short", [TraceRequest(key, 500) for key in keys])
     assert simulate(memory_for(20, 500, policy), trace).result.hits == hits > 20
 
 
@@ -83,7 +84,7 @@ def test_references_have_the_room_of_the_memory_tier(capacity: int) -> None:
 @pytest.mark.parametrize("policy", [*references.ONLINE, references.OPTIMUM])
 @pytest.mark.parametrize(("cost", "max_bytes"), [(1, 3), (1, 12), (575, 3), (575, 575)])
 def test_references_have_no_least_room(policy: str, cost: int, max_bytes: int) -> None:
-    """Some of libcachesim's end the process where one of their parts would be empty."""
+    """Some policies of libcachesim abort the process if one of their parts has 0 bytes."""
     hits = references.replay(policy, [(key, cost) for key in SEED_EXAMPLE], max_bytes)
     assert len(hits) == len(SEED_EXAMPLE)
     most = count_hits_of_optimum(max_bytes // cost, SEED_EXAMPLE) if cost <= max_bytes else 0
@@ -92,8 +93,8 @@ def test_references_have_no_least_room(policy: str, cost: int, max_bytes: int) -
 
 def test_disk_answers_what_memory_evicted() -> None:
     config = memory_for(1, 10)
-    config = limit(config, SEED, None, "1MiB")
-    trace = Trace("ab", [Request(key, 10, tokens=3) for key in "ABABA"])
+    config = with_limits(config, SEED, None, "1MiB")
+    trace = Trace("ab", [TraceRequest(key, 10, tokens=3) for key in "ABABA"])
     replay = simulate(config, trace)
     memory, disk = replay.result.tiers
     # A, asked for twice, beats B; then B doesn't beat A.
@@ -106,9 +107,9 @@ def test_disk_answers_what_memory_evicted() -> None:
 
 
 def test_what_memory_evicts_is_demoted_before_the_next_request() -> None:
-    config = limit(memory_for(1, 10), SEED, None, "1MiB")
-    tiers = config.tiers.model_copy(update={"write": Write.ON_EVICT})
-    trace = Trace("abc", [Request(key, 10) for key in "ABCA"])
+    config = with_limits(memory_for(1, 10), SEED, None, "1MiB")
+    tiers = config.tiers.model_copy(update={"write": WritePolicy.ON_EVICT})
+    trace = Trace("abc", [TraceRequest(key, 10) for key in "ABCA"])
     replay = simulate(config.model_copy(update={"tiers": tiers}), trace)
     assert list(replay.answered_by) == [2, 2, 2, 1]
     # C, too, since A was promoted in its place.
@@ -117,7 +118,7 @@ def test_what_memory_evicts_is_demoted_before_the_next_request() -> None:
 
 def test_virtual_time_makes_entries_expire() -> None:
     times = [1000, 1009, 1011, 1012, 1005]
-    trace = Trace("a", [Request("A", 10, at_s=at_s) for at_s in times])
+    trace = Trace("a", [TraceRequest("A", 10, at_s=at_s) for at_s in times])
     replay = simulate(memory_for(3, 10, ttl_s=10, ttl_jitter=0), trace)
     # The last one came out of order, and time doesn't run backwards.
     assert list(replay.answered_by) == [1, 0, 1, 0, 0]
@@ -125,7 +126,7 @@ def test_virtual_time_makes_entries_expire() -> None:
 
 
 def test_stale_answers_are_given_out_and_renewed() -> None:
-    trace = Trace("a", [Request("A", 10, at_s, 1) for at_s in (0, 11, 12)])
+    trace = Trace("a", [TraceRequest("A", 10, at_s, 1) for at_s in (0, 11, 12)])
     config = memory_for(3, 10, ttl_s=10, ttl_jitter=0, stale_while_revalidate_s=5)
     replay = simulate(config, trace)
     assert list(replay.answered_by) == [1, 0, 0]
@@ -136,23 +137,26 @@ def test_stale_answers_are_given_out_and_renewed() -> None:
 
 
 def test_limits_are_sizes_or_shares_of_the_footprint() -> None:
-    trace = Trace("big", [Request("A", 4 * 1024**2), Request("A", 1), Request("B", 4 * 1024**2)])
-    tiers = limit(Config(), trace, "10%", "2MiB").tiers
+    trace = Trace(
+        "big",
+        [TraceRequest("A", 4 * 1024**2), TraceRequest("A", 1), TraceRequest("B", 4 * 1024**2)],
+    )
+    tiers = with_limits(Config(), trace, "10%", "2MiB").tiers
     assert tiers.memory is not None
     assert tiers.disk is not None
     assert tiers.memory.max_bytes == 8 * 1024**2 // 10
     assert tiers.disk.max_bytes == 2 * 1024**2
-    assert limit(Config(), trace, "1MiB", "none").tiers.disk is None
+    assert with_limits(Config(), trace, "1MiB", "none").tiers.disk is None
 
 
 def test_a_share_is_at_least_what_a_tier_can_have(tmp_path: Path, capsys) -> None:
     file = write(tmp_path, "t.csv", "key,size\na,1000\na,1000\nb,1000\n")
     assert main(["simulate", str(file), "--disk", "50%", "--json"]) == 0
-    said, told = capsys.readouterr()
-    disk = orjson.loads(said)["traces"][0]["chain"]["tiers"][1]
+    out, err = capsys.readouterr()
+    disk = orjson.loads(out)["traces"][0]["chain"]["tiers"][1]
     assert (disk["name"], disk["max_bytes"]) == ("disk", 1024**2)
-    expected = "--disk: 50% of t would be 1000B, so it is the least that there is, 1.0MiB\n"
-    assert told == expected
+    expected = "--disk: 50% of t is 1000B; raised to the smallest limit, 1.0MiB\n"
+    assert err == expected
 
 
 def test_whoever_reads_may_stop(tmp_path: Path) -> None:
@@ -168,7 +172,7 @@ def test_whoever_reads_may_stop(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("memory", "disk", "said"),
+    ("memory", "disk", "message"),
     [
         ("much", None, "--memory: should be as 64MiB, 10%, or none, not 'much'"),
         ("nan%", None, "--memory: should be as"),
@@ -178,14 +182,14 @@ def test_whoever_reads_may_stop(tmp_path: Path) -> None:
         ("none", "none", "tiers: should be at least one"),
     ],
 )
-def test_wrong_limits_are_mistakes(memory: str | None, disk: str | None, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        limit(Config(), SEED, memory, disk)
+def test_wrong_limits_are_mistakes(memory: str | None, disk: str | None, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        with_limits(Config(), SEED, memory, disk)
 
 
 def test_prefixes_are_reused_from_their_beginning_only() -> None:
     prompts = [(1, 2, 3), (1, 2, 4), (9, 2, 3), (1, 2, 3)]
-    trace = Trace("p", [Request(str(blocks), 1, blocks=blocks) for blocks in prompts])
+    trace = Trace("p", [TraceRequest(str(blocks), 1, blocks=blocks) for blocks in prompts])
     assert reuse(trace, "lru", 100) == PrefixReuse("lru", 100, 12, 5, 5 / 12, 5 * 512)
     # Of (1, 2, 3) the end leaves first, so (1, 2) is there for the next one.
     assert reuse(Trace("p", trace.requests[:2]), "lru", 2).reused == 2
@@ -196,29 +200,31 @@ def test_prefixes_are_reused_from_their_beginning_only() -> None:
 def test_recommends_the_size_beyond_which_more_buys_little() -> None:
     # Two keys are asked for again and again, and a hundred once.
     keys = [key for number in range(100) for key in ("A", f"once{number}", "B")]
-    found = recommend(memory_for(1, 1), Trace("k", [Request(key, 1000) for key in keys]))
+    found = recommend(memory_for(1, 1), Trace("k", [TraceRequest(key, 1000) for key in keys]))
     assert [point.hits for point in found.curve][-1] == 198
     assert all(left.max_bytes < right.max_bytes for left, right in pairwise(found.curve))
     enough = next(point for point in found.curve if point.max_bytes == found.max_bytes)
     assert enough.hits == 198
     assert found.curve[found.curve.index(enough) - 1].hits < 198
-    never = recommend(memory_for(1, 1), Trace("k", [Request("A", 1)]))
+    never = recommend(memory_for(1, 1), Trace("k", [TraceRequest("A", 1)]))
     assert never.curve[-1].hits == 0
 
 
 def test_reads_keys_and_sizes(tmp_path: Path) -> None:
-    expected = [Request("a,b", 10, 1.5, 7), Request("2", 20, 2.0, 0)]
+    expected = [TraceRequest("a,b", 10, 1.5, 7), TraceRequest("2", 20, 2.0, 0)]
     rows = 'tokens,key,size,time\n7,"a,b",10,1.5\n,2,20,2\n'
     assert read(write(tmp_path, "t.csv", rows)) == Trace("t", expected)
     lines = '{"key":"a,b","size":10,"time":1.5,"tokens":7}\n\n{"key":2,"size":20,"time":2}\n'
     assert read(write(tmp_path, "t.jsonl", lines)) == Trace("t", expected)
     # As spreadsheets write it.
-    assert read(write(tmp_path, "t.csv", "\ufeffkey,size\nx,1\n")).requests == [Request("x", 1)]
+    assert read(write(tmp_path, "t.csv", "\ufeffkey,size\nx,1\n")).requests == [
+        TraceRequest("x", 1)
+    ]
 
 
 def test_reads_block_storage(tmp_path: Path) -> None:
     file = write(tmp_path, "t.csv", "version,time,op,size,lbn\n1,5633898,2a,512,42932745\n")
-    assert read(file).requests == [Request("42932745", 512, 5633898)]
+    assert read(file).requests == [TraceRequest("42932745", 512, 5633898)]
 
 
 def test_reads_azure() -> None:
@@ -239,7 +245,7 @@ def test_reads_mooncake() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
         ("t.csv", "", "t.csv:1: should hold requests, each with its key, size; or lbn, size; or"),
         ("t.csv", "key,size\n", "t.csv:1: should hold requests"),
@@ -256,11 +262,11 @@ def test_reads_mooncake() -> None:
     ],
 )  # fmt: skip
 def test_mistakes_name_the_line(
-    tmp_path: Path, capsys, name: str, text: str | bytes, said: str
+    tmp_path: Path, capsys, name: str, text: str | bytes, message: str
 ) -> None:
     file = tmp_path / name
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(TraceError, match=said):
+    with pytest.raises(TraceError, match=message):
         read(file)
     assert main(["simulate", str(file)]) == 2
     assert str(file) in capsys.readouterr().err
@@ -269,48 +275,48 @@ def test_mistakes_name_the_line(
 def test_a_missing_trace_is_a_mistake(tmp_path: Path, capsys) -> None:
     assert main(["simulate", str(tmp_path / "no.csv")]) == 2
     assert main(["simulate", str(tmp_path / "no.jsonl")]) == 2
-    assert capsys.readouterr().err.count(": should be a file that can be read: No such file") == 2
+    assert capsys.readouterr().err.count(": should be a readable file: No such file") == 2
 
 
 def test_prints_tables_for_every_trace(capsys) -> None:
     traces = ["azure_llm_code.csv", "mooncake_synthetic_trace.jsonl"]
     paths = [str(DATA / name) for name in traces]
     assert main(["simulate", *paths, "--memory", "50%", "--disk", "1MiB", "--recommend"]) == 0
-    said = capsys.readouterr()
-    assert said.err == ""
+    printed = capsys.readouterr()
+    assert printed.err == ""
     for part in ("azure_llm_code: 200 requests", "mooncake_synthetic_trace: 60 requests",
                  "promotions", "disk writes per request", "output tokens saved", "prefix blocks",
                  "recommended"):  # fmt: skip
-        assert part in said.out
+        assert part in printed.out
 
 
 def test_prints_json(tmp_path: Path, capsys) -> None:
     config = write(tmp_path, "c.yaml", "tiers: {disk: {compression: zstd}}")
     trace = str(DATA / "mooncake_synthetic_trace.jsonl")
     assert main(["simulate", trace, "--json", "--config", str(config)]) == 0
-    told = orjson.loads(capsys.readouterr().out)
-    (report,) = told["traces"]
+    printed = orjson.loads(capsys.readouterr().out)
+    (report,) = printed["traces"]
     assert report["requests"] == 60
     assert [tier["name"] for tier in report["chain"]["tiers"]] == ["memory", "disk"]
     assert report["prefixes"][2]["blocks"] > report["prefixes"][2]["reused"] > 0
-    assert any("compression" in note for note in told["notes"])
+    assert any("compression" in note for note in printed["notes"])
 
 
 def test_a_shared_tier_is_left_out_and_said_so(tmp_path: Path, capsys) -> None:
     config = write(tmp_path, "c.yaml", "tiers: {shared: {url: 'redis://nowhere'}}")
     trace = str(DATA / "azure_llm_code.csv")
     assert main(["simulate", trace, "--config", str(config), "--json"]) == 0
-    told = orjson.loads(capsys.readouterr().out)
-    assert [tier["name"] for tier in told["traces"][0]["chain"]["tiers"]] == ["memory", "disk"]
-    assert any(note.startswith("no shared tier") for note in told["notes"])
+    printed = orjson.loads(capsys.readouterr().out)
+    assert [tier["name"] for tier in printed["traces"][0]["chain"]["tiers"]] == ["memory", "disk"]
+    assert any(note.startswith("no shared tier") for note in printed["notes"])
 
 
 def test_says_that_libcachesim_is_missing(monkeypatch, capsys) -> None:
     monkeypatch.setattr(references, "is_installed", lambda: False)
     assert main(["simulate", str(DATA / "azure_llm_code.csv"), "--disk", "none"]) == 0
-    said = capsys.readouterr().out
-    assert "libcachesim isn't installed" in said
-    assert "Belady" not in said
+    printed = capsys.readouterr().out
+    assert "libcachesim isn't installed" in printed
+    assert "Belady" not in printed
 
 
 @pytest.mark.parametrize("options", [[], ["--recommend"]], ids=["time", "size"])
@@ -322,7 +328,7 @@ def test_plots(tmp_path: Path, capsys, name: str, start: bytes, options: list[st
     assert main(["simulate", trace, "--disk", "none", "--plot", str(file), *options]) == 0
     assert file.read_bytes().startswith(start)
     assert main(["simulate", trace, "--plot", str(tmp_path / "no" / name)]) == 2
-    assert "--plot: should be a file that we can write, not " in capsys.readouterr().err
+    assert "--plot: should be a writable path, not " in capsys.readouterr().err
 
 
 def test_plots_are_png_or_svg(tmp_path: Path, capsys) -> None:
@@ -332,8 +338,15 @@ def test_plots_are_png_or_svg(tmp_path: Path, capsys) -> None:
 
 
 def test_the_command_starts_without_what_only_simulations_need() -> None:
-    said = subprocess.run(
+    loaded = subprocess.run(
         [sys.executable, "-c", "import server.cli, sys; print(*sys.modules)"],
         capture_output=True, text=True, check=True,
     ).stdout.split()  # fmt: skip
-    assert not {"server.simulation", "matplotlib", "libcachesim", "tqdm", "aiohttp"} & set(said)
+    only_simulations = {
+        "server.simulation.simulate",
+        "matplotlib",
+        "libcachesim",
+        "tqdm",
+        "aiohttp",
+    }
+    assert not only_simulations & set(loaded)

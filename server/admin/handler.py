@@ -1,0 +1,201 @@
+"""The admin API: the operations over HTTP, with JSON bodies and errors in OpenAI's shape.
+
+`server.admin.api_document` describes its paths, and serves as their reference. The handler checks
+no key: whoever the listeners (`server.admin.sockets`) let in may do everything.
+"""
+
+import logging
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import orjson
+from aiohttp import hdrs, web
+
+from server.admin.export_format import split_lines
+from server.admin.operations import MAX_PAGE, AdminError, AdminOperations, EntryQuery
+from server.protocol.labels import KINDS
+from server.web.offload import offload
+from server.web.request import HttpRequest
+from server.web.responses import error_response, server_headers
+from tiers.disk import MAX_KEY_BYTES
+from tiers.purges.table import ALL, KEY
+
+logger = logging.getLogger(__name__)
+
+JSONL = "application/jsonl"
+_is_number = re.compile("[0-9]{1,9}").fullmatch
+_Operation = Callable[[HttpRequest], Awaitable[Any]]
+_ENTRIES = "/entries/"
+# orjson holds the GIL, so large contents are encoded in pieces.
+_PIECE_CHARACTERS = 64 * 1024
+
+
+class AdminHandler:
+    """The handler of all requests to the admin API.
+
+    Args:
+        operations: does what the requests ask for.
+        max_line_bytes: the longest line of an import; longer lines are cut, and so damaged.
+        reports: further read-only paths, each with a function that returns its JSON.
+    """
+
+    def __init__(
+        self,
+        operations: AdminOperations,
+        *,
+        max_line_bytes: int,
+        reports: Mapping[str, Callable[[], dict[str, Any]]] = MappingProxyType({}),
+    ) -> None:
+        self._operations, self._max_line_bytes = operations, max_line_bytes
+        self._routes: dict[str, dict[str, _Operation]] = {
+            "/stats": {"GET": lambda _: operations.stats()},
+            "/entries": {"GET": self._page},
+            _ENTRIES: {"GET": self._entry, "DELETE": self._delete},
+            "/purge": {"POST": self._purge},
+            "/export": {"GET": self._export},
+            "/import": {"POST": self._import},
+            "/compact": {"POST": lambda _: operations.compact()},
+            "/verify": {"POST": lambda _: operations.verify()},
+        }
+        self._routes |= {path: {"GET": _reporting(report)} for path, report in reports.items()}
+
+    async def answer(self, http: HttpRequest) -> web.StreamResponse:
+        """Answer one request."""
+        path = _ENTRIES if http.path.startswith(_ENTRIES) else http.path
+        methods = self._routes.get(path)
+        if methods is None:
+            known = ", ".join(self._routes)
+            return error_response(404, f"There is no such path; there are {known}.")
+        operation = methods.get(http.method)
+        if operation is None:
+            allowed = ", ".join(methods)
+            refused = error_response(405, f"The method should be {allowed}.")
+            refused.headers["Allow"] = allowed
+            return refused
+        try:
+            answer = await operation(http)
+        except AdminError as exc:
+            return error_response(exc.status, str(exc), param=exc.param)
+        if isinstance(answer, web.StreamResponse):
+            return answer
+        return web.Response(
+            body=await offload(len(answer.get("content", "")), _encode_json, answer),
+            content_type="application/json",
+            headers={hdrs.CACHE_CONTROL: "no-store"},
+        )
+
+    async def _page(self, http: HttpRequest) -> Any:
+        return await self._operations.page(_parse_query(http.query))
+
+    async def _entry(self, http: HttpRequest) -> Any:
+        return await self._operations.entry(_parse_key(http))
+
+    async def _delete(self, http: HttpRequest) -> Any:
+        key = _parse_key(http)
+        await self._operations.entry(key)
+        await self._operations.purge(KEY, [key])
+        return web.Response(status=204)
+
+    async def _purge(self, http: HttpRequest) -> Any:
+        kind, names = _parse_purge(await http.read_body())
+        return {"purged": await self._operations.purge(kind, names)}
+
+    async def _export(self, http: HttpRequest) -> web.StreamResponse:
+        lines = self._operations.export()
+        # An export that can't begin raises here, when an error can still be sent.
+        first = await anext(lines)
+        response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: JSONL} | server_headers(http))
+        await response.prepare(http)
+        await http.write(response, first)
+        try:
+            async for line in lines:
+                await http.write(response, line)
+        except OSError as exc:
+            logger.error("an export failed before its end: %s", exc)
+            raise ConnectionResetError from exc
+        await response.write_eof()
+        return response
+
+    async def _import(self, http: HttpRequest) -> Any:
+        return await self._operations.import_(split_lines(http.iter_body(), self._max_line_bytes))
+
+
+def _reporting(report: Callable[[], dict[str, Any]]) -> _Operation:
+    async def operation(_: HttpRequest) -> Any:
+        return report()
+
+    return operation
+
+
+def _encode_json(answer: dict[str, Any]) -> bytes:
+    if "content" not in answer:
+        return orjson.dumps(answer) + b"\n"
+    content = answer["content"]
+    starts = range(0, len(content), _PIECE_CHARACTERS)
+    pieces = (orjson.dumps(content[at : at + _PIECE_CHARACTERS])[1:-1] for at in starts)
+    rest = {name: value for name, value in answer.items() if name != "content"}
+    return b'%b,"content":"%b"}\n' % (orjson.dumps(rest)[:-1], b"".join(pieces))
+
+
+def _parse_query(params: Mapping[str, str]) -> EntryQuery:
+    """Return the query that a URL's parameters describe.
+
+    Raises:
+        AdminError: a parameter is wrong.
+    """
+    if unknown := sorted(params.keys() - set(EntryQuery._fields)):
+        known = ", ".join(EntryQuery._fields)
+        raise AdminError(400, f"There are only {known}, no {unknown[0]}.", param=unknown[0])
+    limit = params.get("limit", str(EntryQuery().limit))
+    if not (_is_number(limit) and 1 <= int(limit) <= MAX_PAGE):
+        raise AdminError(400, f"limit should be from 1 to {MAX_PAGE}.", param="limit")
+    texts = {name: text for name, text in params.items() if name != "limit"}
+    for name, text in texts.items():
+        if _size(text) > 2 * MAX_KEY_BYTES:
+            raise AdminError(400, f"{name} is too long.", param=name)
+    _check_key(texts.get("prefix", ""), "prefix")
+    return EntryQuery(limit=int(limit), **texts)
+
+
+def _parse_key(http: HttpRequest) -> str:
+    key = http.path.removeprefix(_ENTRIES)
+    _check_key(key, "key")
+    return key
+
+
+def _check_key(key: str, param: str) -> None:
+    if _size(key) > MAX_KEY_BYTES:
+        raise AdminError(400, f"{param} should have at most {MAX_KEY_BYTES} bytes.", param=param)
+
+
+def _size(text: str) -> int:
+    """Return the bytes of a URL's part, in which bytes that aren't UTF-8 count as surrogates."""
+    return len(text.encode(errors="replace"))
+
+
+def _parse_purge(body: bytes) -> tuple[str, list[str]]:
+    """Return the kind of label to purge, and the names.
+
+    Raises:
+        AdminError: the body is wrong.
+    """
+    should = f"The body should be an object with one of {', '.join((*KINDS, ALL))}."
+    try:
+        purge = orjson.loads(body)
+    except ValueError as exc:
+        raise AdminError(400, should) from exc
+    if not isinstance(purge, dict) or len(purge) != 1:
+        raise AdminError(400, should)
+    ((kind, value),) = purge.items()
+    if kind == ALL:
+        if value is not True:
+            raise AdminError(400, "all should be true.", param=ALL)
+        return ALL, []
+    if kind not in KINDS:
+        raise AdminError(400, should, param=kind)
+    names = value if isinstance(value, list) else [value]
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise AdminError(400, f"{kind} should be a text or a list of texts.", param=kind)
+    return kind, names

@@ -1,0 +1,1 @@
+"""Who asks: tenants, their credentials and their limits."""

@@ -1,0 +1,251 @@
+"""Tenants: who asks, which answers they share, and what they may do.
+
+Where no keys are configured, everybody may ask, and each `Authorization` header (and Anthropic's
+`x-api-key`) is a tenant of its own, whose key an engine may know. Else a file maps tenants to
+hashed keys:
+
+    acme:
+      keys:
+        - sha256:5a1e…        # as `tierserve keys new acme` prints it
+      scope: partners         # whose answers it shares; by default its own
+      requests_per_minute: 600
+      max_requests: 32        # under way at once
+    grafana:
+      keys: [sha256:9b02…]
+      operator: true          # may read metrics, and use all of the engine's routes
+
+A fast hash without salt suffices, unlike for passwords: our keys have 256 random bits, so nobody
+finds one by trying.
+"""
+
+from collections.abc import Callable, Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from multidict import MultiMapping
+from pydantic import Field, TypeAdapter, ValidationError
+
+from server.auth.credentials import bearer_key, credentials_in, presented_credentials
+from server.auth.limits import Limits, RateLimiter
+from server.config.base import ConfigError, Section, expected
+from server.config.schema import TenantsConfig
+from server.config.secrets import Hash, hash_key
+from server.config.yaml_loader import Loader
+from tiers.key import digest, scope_named
+
+TENANT = "[A-Za-z0-9._-]{1,64}"
+"""The pattern of a tenant's name."""
+ANONYMOUS = "anonymous"
+"""The tenant of requests without credentials, where none are needed."""
+_ALONE = "default"
+"""The tenant of `tenants.key`."""
+# Tenants found by their headers, each of which would have to be hashed again.
+_MEMO_HEADERS = 1024
+
+
+class Tenant:
+    """Who asks. Two tenants are equal only if they are the same object.
+
+    Args:
+        name: its name in metrics and purges.
+        scope: who may share its answers.
+        share: the scope in its keys, to which the tiers grant a share of their bytes; none if
+            empty.
+        salt: keeps its prompts apart in an engine's prefix cache; `None` to share the cache.
+        operator: whether it may do everything.
+        limiter: counts and limits its requests; `None` where no keys are configured.
+        revision: which reading of the tenants' file the tenant comes from.
+    """
+
+    __slots__ = ("limiter", "name", "operator", "revision", "salt", "scope", "share_scope")
+
+    def __init__(
+        self,
+        name: str,
+        scope: bytes,
+        *,
+        share: str = "",
+        salt: str | None = None,
+        operator: bool = False,
+        limiter: RateLimiter | None = None,
+        revision: int = 0,
+    ) -> None:
+        self.name, self.scope, self.share_scope, self.salt = name, scope, share, salt
+        self.operator, self.limiter, self.revision = operator, limiter, revision
+
+    @property
+    def has_key(self) -> bool:
+        """Whether its key is one of ours, which no engine gets."""
+        return self.limiter is not None
+
+
+NOBODY = Tenant("nobody", b"\0nobody", limiter=RateLimiter(Limits()))
+"""The tenant of requests that need no key."""
+
+
+class TenantRecord(Section):
+    """A tenant as the file describes it."""
+
+    keys: tuple[Hash, ...] = ()
+    scope: Annotated[str, Field(min_length=1)] | None = None
+    operator: bool = False
+    requests_per_minute: Annotated[int, Field(ge=1)] | None = None
+    max_requests: Annotated[int, Field(ge=1)] | None = None
+
+
+_Name = Annotated[str, Field(pattern=f"^{TENANT}$")]
+_records = TypeAdapter(Annotated[dict[_Name, TenantRecord], Field(min_length=1)])
+
+
+class Tenants:
+    """All tenants, found by what a request presents.
+
+    Args:
+        section: their configuration.
+        new_limiter: makes what counts and limits a tenant's requests.
+
+    Raises:
+        ConfigError: the file can't be read, or is wrong.
+    """
+
+    def __init__(
+        self, section: TenantsConfig, new_limiter: Callable[[Limits], RateLimiter] = RateLimiter
+    ) -> None:
+        self._section, self._new_limiter, self._revision = section, new_limiter, 0
+        self._by_header: dict[str, Tenant] = {}
+        self._by_hash: dict[str, Tenant] = {}
+        self.limiters: dict[str, RateLimiter] = {}
+        self.is_open = section.file is None and section.key is None
+        self.use(self.read())
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that are to be read again when they change."""
+        return () if self._section.file is None else (self._section.file,)
+
+    def read(self) -> Mapping[str, TenantRecord]:
+        """Return the tenants that are configured now. It may block, and may run in a thread.
+
+        Raises:
+            ConfigError: the file can't be read, or is wrong.
+        """
+        if (file := self._section.file) is not None:
+            return _read(file)
+        if (key := self._section.key) is not None:
+            # There is no other tenant whom it could harm.
+            return {_ALONE: TenantRecord(keys=(key,), operator=True)}
+        return {}
+
+    def use(self, records: Mapping[str, TenantRecord]) -> None:
+        """Accept the keys of these tenants from now on. Requests under way go on."""
+        self._revision += 1
+        limiters: dict[str, RateLimiter] = {}
+        by_hash: dict[str, Tenant] = {}
+        salts = self._salts(records)
+        for name, record in records.items():
+            limits = Limits(record.requests_per_minute, record.max_requests)
+            limiter = self.limiters.get(name)
+            if limiter is None:
+                limiter = self._new_limiter(limits)
+            limiter.set_limits(limits)
+            limiters[name] = limiter
+            scope = _scope(name, record)
+            tenant = Tenant(
+                name,
+                scope,
+                share=scope_named(scope),
+                salt=salts.get(scope),
+                operator=record.operator,
+                limiter=limiter,
+                revision=self._revision,
+            )
+            by_hash |= dict.fromkeys(record.keys, tenant)
+        self.limiters, self._by_hash = limiters, by_hash
+        self._by_header.clear()
+
+    def _salts(self, records: Mapping[str, TenantRecord]) -> dict[bytes, str]:
+        """Return the salt of each scope, a digest of the hashes of its keys.
+
+        So all servers with one file have the same salts, only who knows the hashes can guess one,
+        and a scope's salt changes with its keys.
+        """
+        if not self._section.cache_salt:
+            return {}
+        hashes: dict[bytes, list[str]] = {}
+        for name, record in records.items():
+            hashes.setdefault(_scope(name, record), []).extend(record.keys)
+        return {
+            scope: digest(b"cache_salt", scope, *(each.encode() for each in sorted(of_scope)))
+            for scope, of_scope in hashes.items()
+        }
+
+    def find(self, headers: MultiMapping[str]) -> Tenant | None:
+        """Return the tenant whose key these headers hold; `None` without a known key.
+
+        Raises:
+            DuplicateHeaderError: a header with credentials stands more than once.
+        """
+        if self.is_open:
+            # An engine may know a client by either header. No header holds an end of line.
+            token, key = credentials_in(headers)
+            credentials = f"{token or ''}\n{key}" if key is not None else token or ""
+        else:
+            credentials = presented_credentials(headers)
+        tenant = self._by_header.get(credentials)
+        if tenant is None and (tenant := self._find(credentials)) is not None:
+            if len(self._by_header) >= _MEMO_HEADERS:
+                self._by_header.clear()
+            self._by_header[credentials] = tenant
+        return tenant
+
+    def _find(self, credentials: str) -> Tenant | None:
+        if self.is_open:
+            return open_tenant(credentials)
+        key = bearer_key(credentials)
+        # The time that a look-up by hash takes reveals nothing of the keys that there are.
+        return self._by_hash.get(hash_key(key)) if key else None
+
+
+def open_tenant(credentials: str) -> Tenant:
+    """Return the tenant with these credentials where no keys are configured.
+
+    Its name doesn't reveal them.
+    """
+    # A header may hold bytes that aren't text.
+    scope = credentials.encode(errors="surrogateescape")
+    name = blake2b(scope).hexdigest()[:16] if scope else ANONYMOUS
+    return Tenant(name, scope, operator=True)
+
+
+def _scope(name: str, record: TenantRecord) -> bytes:
+    # No header holds a zero byte, so a tenant without a configured key never has this scope.
+    kind, scope = ("tenant", name) if record.scope is None else ("scope", record.scope)
+    return f"\0{kind}\0{scope}".encode()
+
+
+def _read(file: Path) -> Mapping[str, TenantRecord]:
+    try:
+        data = yaml.load(file.read_text(encoding="utf-8"), Loader)  # noqa: S506
+    except OSError as exc:
+        raise ConfigError([f"tenants.file: {file} can't be read: {exc.strerror}"]) from exc
+    except (ValueError, RecursionError, yaml.YAMLError) as exc:
+        # The error's text may show a key.
+        mark = getattr(exc, "problem_mark", None)
+        where = "" if mark is None else f", at line {mark.line + 1}"
+        raise ConfigError([f"tenants.file: {file} is no YAML{where}"]) from exc
+    try:
+        records = _records.validate_python(data)
+    except ValidationError as exc:
+        # The value isn't shown, since it may be a key.
+        raise ConfigError([_explain(error) for error in exc.errors()]) from None
+    hashes = [each for record in records.values() for each in record.keys]
+    if len(hashes) > len(set(hashes)):
+        raise ConfigError(["tenants.file: a key stands twice in it"])
+    return records
+
+
+def _explain(error: Any) -> str:
+    path = ".".join(("tenants.file", *(str(part) for part in error["loc"])))
+    return f"{path}: {expected(error)}"

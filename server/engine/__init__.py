@@ -1,0 +1,1 @@
+"""vLLM: its processes, the upstreams, and what identifies an answer's origin."""

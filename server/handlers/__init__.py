@@ -1,0 +1,1 @@
+"""What answers the requests for an engine: from the tiers, or by passing them on."""

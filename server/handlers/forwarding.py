@@ -1,0 +1,145 @@
+"""Passing a request through to an engine and its reply back, unchanged and without buffering."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+
+import aiohttp
+from aiohttp import hdrs, web
+from yarl import URL
+
+from server.engine.upstream import UnavailableError, Upstreams
+from server.handlers.errors import failure, unavailable
+from server.handlers.upstream_headers import UNBUFFERED, forwarded_headers, returned_headers
+from server.protocol.errors import BadRequestError
+from server.telemetry.served import Served, attach
+from server.web.content_coding import DECODED
+from server.web.request import HttpRequest, Reply, SlowClientError
+from server.web.responses import server_headers
+
+# Token counts are there.
+_END_BYTES = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forwarding:
+    """How a request is passed to an upstream."""
+
+    model: str = ""
+    """By the engine's name, for metrics."""
+    body: bytes | None = None
+    """The request's body where it has been read already, as an engine may be sent it."""
+    path: str | None = None
+    """Asked instead of the request's own."""
+    headers: Mapping[str, str] | None = None
+    """Sent instead of the request's own that are for engines."""
+    cache_status: str | None = None
+    """Added to the reply (RFC 9211)."""
+    repeatable: bool = False
+    """Whether the request has no other effect than its reply, whatever the method."""
+    on_end: Callable[[bytes], None] | None = None
+    """Called with the end of an answer, once all of it has been passed on."""
+
+
+async def forward(http: HttpRequest, upstreams: Upstreams, forwarding: Forwarding) -> Reply:
+    """Pass `http` to one of the upstreams, and its reply back as it comes."""
+    passed = Served("engine", "pass", forwarding.model)
+    error = passed._replace(outcome="error")
+    response: web.StreamResponse | None = None
+    try:
+        async with upstreams.request(
+            http.method,
+            forwarding.path or http.rel_url.raw_path_qs,
+            data=_data(http, forwarding),
+            headers=_headers(http, forwarding),
+            repeatable=forwarding.repeatable,
+        ) as reply:
+            response = _answering(http, reply, forwarding.cache_status)
+            await response.prepare(http)
+            end = await _pass_on(http, reply, response)
+            if forwarding.on_end is not None and reply.status == 200:
+                forwarding.on_end(end)
+            return response, passed
+    except UnavailableError as exc:
+        return unavailable(exc), error
+    except (aiohttp.ClientError, OSError) as exc:
+        if (mistake := _clients_mistake(http, exc)) is not None:
+            attach(mistake, passed)
+            raise mistake from exc
+        if response is None:
+            return failure(exc), passed if http.is_disconnected else error
+        # What has begun can only be cut, so that the client sees that it isn't whole.
+        cut = ConnectionResetError()
+        attach(cut, passed if http.is_disconnected else error)
+        raise cut from exc
+    except asyncio.CancelledError as exc:
+        attach(exc, passed)
+        raise
+
+
+def _data(http: HttpRequest, forwarding: Forwarding) -> AsyncIterator[bytes] | bytes | None:
+    return http.iter_body() if _is_streamed(http, forwarding) else forwarding.body
+
+
+def _headers(http: HttpRequest, forwarding: Forwarding) -> Mapping[str, str]:
+    if forwarding.headers is not None:
+        return forwarding.headers
+    headers = forwarded_headers(http)
+    is_unchanged = _is_streamed(http, forwarding) and http.content_coding not in DECODED
+    if is_unchanged and hdrs.CONTENT_LENGTH in http.headers:
+        # Some upstreams take no uploads without.
+        headers[hdrs.CONTENT_LENGTH] = http.headers[hdrs.CONTENT_LENGTH]
+    return headers
+
+
+def _is_streamed(http: HttpRequest, forwarding: Forwarding) -> bool:
+    return forwarding.body is None and http.body_exists
+
+
+def _answering(
+    http: HttpRequest, reply: aiohttp.ClientResponse, cache_status: str | None
+) -> web.StreamResponse:
+    """Return the response that passes a reply on, without its body."""
+    headers = returned_headers(reply.headers)
+    if reply.content_type == "text/event-stream":
+        headers.update(UNBUFFERED)
+    varies = headers.popall("Vary", [])
+    headers.update(server_headers(http))
+    headers.extend(("Vary", value) for value in varies)
+    if location := headers.get("Location"):
+        headers["Location"] = _relative_location(URL(location), reply.url)
+    response = web.StreamResponse(status=reply.status, headers=headers)
+    if reply.content_length is not None and http.method != "HEAD":
+        response.content_length = reply.content_length
+    if cache_status is not None:
+        # Caches nearer to the engine stand first.
+        theirs = reply.headers.get("Cache-Status")
+        response.headers["Cache-Status"] = f"{theirs}, {cache_status}" if theirs else cache_status
+    return response
+
+
+async def _pass_on(
+    http: HttpRequest, reply: aiohttp.ClientResponse, response: web.StreamResponse
+) -> bytes:
+    """Pass a reply's body on, and return its end."""
+    end = b""
+    async for piece in reply.content.iter_any():
+        await http.write(response, piece)
+        end = piece if len(piece) >= _END_BYTES else (end + piece)[-_END_BYTES:]
+    await response.write_eof()
+    return end
+
+
+def _clients_mistake(http: HttpRequest, exc: BaseException) -> Exception | None:
+    """Return the client's mistake, if that was met while its body was passed on."""
+    if isinstance(exc.__cause__, BadRequestError | SlowClientError):
+        return exc.__cause__
+    unread = http.content.exception()
+    return unread if isinstance(unread, web.RequestPayloadError) else None
+
+
+def _relative_location(location: URL, engine: URL) -> str:
+    """Return where a redirect leads, without the engine's address, which is nobody's business."""
+    if location.is_absolute() and location.origin() == engine.origin():
+        return location.raw_path_qs
+    return str(location)

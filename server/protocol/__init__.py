@@ -1,0 +1,1 @@
+"""The meaning of requests and answers, as pure functions over bytes; nothing here knows aiohttp."""

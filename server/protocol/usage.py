@@ -1,0 +1,58 @@
+"""Token counts of answers, read without parsing them."""
+
+import re
+
+from tiers import Answer
+
+# The counts stand at the end of a body.
+_TAIL_BYTES = 512
+# Responses and Messages use the second names.
+_OUTPUT = (b'"completion_tokens":', b'"output_tokens":')
+_INPUT = (b'"prompt_tokens":', b'"input_tokens":')
+# In Messages, these aren't part of `input_tokens`.
+_BESIDE = (b'"cache_read_input_tokens":', b'"cache_creation_input_tokens":')
+_REUSED = (b'"cached_tokens":', b'"cache_read_input_tokens":')
+# vLLM writes no space before a number; other engines may.
+_number = re.compile(rb" ?(\d{1,9})").match
+
+
+def counts_in(answer: Answer) -> bytes:
+    """Return the part of an answer that holds its token counts."""
+    return answer.trailer or answer.content[-_TAIL_BYTES:]
+
+
+def output_tokens(answer: Answer) -> int | None:
+    """Return how many tokens were generated; `None` if the answer doesn't tell."""
+    return _last(answer.trailer or answer.content, _OUTPUT)
+
+
+def output_tokens_in(counts: bytes) -> int | None:
+    """Return how many tokens were generated, read from what `counts_in` returns."""
+    return _last(counts, _OUTPUT)
+
+
+def input_tokens(answer: Answer) -> int | None:
+    """Return how many tokens the prompt has; `None` if the answer doesn't tell."""
+    return input_tokens_in(answer.trailer or answer.content)
+
+
+def input_tokens_in(counts: bytes) -> int | None:
+    """Return how many tokens the prompt has, read from what `counts_in` returns."""
+    tokens = _last(counts, _INPUT)
+    if tokens is None:
+        return None
+    return tokens + sum(_last(counts, (name,)) or 0 for name in _BESIDE)
+
+
+def reused_tokens_in(counts: bytes) -> int | None:
+    """Return how many of the prompt's tokens the engine found in its prefix cache, as above."""
+    return _last(counts, _REUSED)
+
+
+def _last(counts: bytes, names: tuple[bytes, ...]) -> int | None:
+    # The last one counts: a stream of Messages begins with a count of 0.
+    for name in names:
+        at = counts.rfind(name, -_TAIL_BYTES)
+        if at >= 0 and (found := _number(counts, at + len(name))) is not None:
+            return int(found[1])
+    return None

@@ -1,0 +1,135 @@
+"""Which endpoint answers which request, and who is allowed to ask it."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from aiohttp import web
+from prometheus_client import generate_latest
+
+from server.admin.handler import AdminHandler
+from server.handlers.cached import CachedRoutes
+from server.handlers.model_list import PATH as MODELS
+from server.handlers.model_list import ModelList, is_one_model
+from server.handlers.proxied import ProxiedRoutes, refuse_adapters
+from server.pages.openapi_handler import OpenApiHandler
+from server.pages.overview import Overview
+from server.pages.static_files import ADMIN_PAGES, FRONT_PAGES, StaticFiles
+from server.protocol.routes import CACHED_ROUTES, REFUSED_PATHS
+from server.telemetry.metrics import Metrics
+from server.web.access import AccessCheck, AccessControl, allow_anyone
+from server.web.cors import answer_preflight, with_cors
+from server.web.middleware import Middleware, own, read_only
+from server.web.request import Endpoint, HttpRequest, Traced
+
+
+@dataclass(frozen=True, slots=True)
+class Handlers:
+    """What answers the requests to the front."""
+
+    cached: CachedRoutes
+    proxied: ProxiedRoutes
+    model_list: ModelList
+    metrics: Metrics
+    overview: Overview
+    document: OpenApiHandler
+
+
+class Router:
+    """Makes the endpoints of the front and of the admin listeners.
+
+    Args:
+        handlers: of the front.
+        middleware: surrounds all of them.
+        access: decides who is allowed.
+        traced: adds spans to what asks engines.
+        open_metrics: whether anyone may read metrics.
+    """
+
+    def __init__(
+        self,
+        handlers: Handlers,
+        middleware: Middleware,
+        access: AccessControl,
+        traced: Traced,
+        *,
+        open_metrics: bool,
+    ) -> None:
+        self._handlers, self._middleware, self._access = handlers, middleware, access
+        self._traced, self._open_metrics = traced, open_metrics
+
+    def front(self, allowed_origins: tuple[str, ...]) -> Endpoint:
+        """Return the endpoint of all requests to the front."""
+        engine, ours = self._engine_endpoints(), self._own_endpoints() | self._page_endpoints()
+        wrap, access, handlers = self._middleware.wrap, self._access, self._handlers
+        one_model = wrap(own(handlers.model_list.one), access.require_tenant)
+        other = self._traced(wrap(handlers.proxied.answer, access.for_request_path))
+
+        def endpoint(http: HttpRequest) -> Awaitable[web.StreamResponse]:
+            # Most paths are found as they were sent, which spares parsing the URL.
+            found = engine.get((http.method, http.raw_path)) or engine.get((http.method, http.path))
+            if found is None:
+                is_one = http.method == "GET" and is_one_model(http.path)
+                found = ours.get(http.path) or (one_model if is_one else other)
+            return found(http)
+
+        preflight = wrap(own(answer_preflight), allow_anyone)
+        return with_cors(allowed_origins, endpoint, preflight)
+
+    def admin(self, admin: AdminHandler) -> Callable[[AccessCheck], Endpoint]:
+        """Return what makes the endpoint of an admin listener; the pages' files need no key."""
+        files = StaticFiles(ADMIN_PAGES)
+        pages = self._middleware.wrap(read_only(own(files.answer)), allow_anyone)
+
+        def endpoint_for(check: AccessCheck) -> Endpoint:
+            api = self._middleware.wrap(own(admin.answer), check)
+            return lambda http: (pages if http.path in files else api)(http)
+
+        return endpoint_for
+
+    def _engine_endpoints(self) -> dict[tuple[str, str], Endpoint]:
+        """Return the endpoints of an engine's routes that aren't passed through."""
+        wrap, access, handlers = self._middleware.wrap, self._access, self._handlers
+        endpoints = {
+            ("POST", path): self._traced(
+                wrap(handlers.cached.answer, access.for_engine_path(path)), path
+            )
+            for path in CACHED_ROUTES
+        }
+        endpoints |= {
+            ("POST", path): wrap(own(refuse_adapters), access.require_tenant)
+            for path in REFUSED_PATHS
+        }
+        endpoints["GET", MODELS] = wrap(own(handlers.model_list.all), access.require_tenant)
+        return endpoints
+
+    def _own_endpoints(self) -> dict[str, Endpoint]:
+        """Return the endpoints of our own paths for machines."""
+        wrap, handlers = self._middleware.wrap, self._handlers
+        readers = allow_anyone if self._open_metrics else self._access.require_operator
+
+        async def health(_: HttpRequest) -> web.Response:
+            return web.Response()
+
+        async def metrics(_: HttpRequest) -> web.Response:
+            text = generate_latest(handlers.metrics.registry)
+            return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
+
+        return {
+            "/health": wrap(read_only(own(health)), allow_anyone),
+            "/ready": wrap(read_only(own(handlers.proxied.ready)), allow_anyone),
+            "/metrics": wrap(read_only(own(metrics)), readers),
+            "/metrics/engine": wrap(read_only(handlers.proxied.metrics), readers),
+        }
+
+    def _page_endpoints(self) -> dict[str, Endpoint]:
+        """Return the endpoints of what browsers ask for."""
+        wrap, files, known = (
+            self._middleware.wrap,
+            StaticFiles(FRONT_PAGES),
+            self._access.identify_tenant,
+        )
+        page = wrap(read_only(own(files.answer)), allow_anyone)
+        return dict.fromkeys(files.paths, page) | {
+            "/openapi.json": wrap(read_only(own(self._handlers.document.answer)), known),
+            "/overview": wrap(read_only(own(self._handlers.overview.answer)), known),
+        }

@@ -1,0 +1,1 @@
+"""HTTP over aiohttp: requests, responses, sockets, and what surrounds each handler."""

@@ -1,0 +1,224 @@
+"""The cache as one operation: serve an answer, join its generation, or have it generated.
+
+    answers = AnswerCache(chain, SingleFlight(max_bytes=...), GenerationLock(chain, [], wait_s=0))
+    found = await answers.get_or_generate(key, generation)
+
+Invariant: of all callers who ask for a key at a time one generates, in this process and, as far as
+leases reach, in all others; an answer that some callers have got isn't followed by an older one.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from enum import Enum
+from functools import partial
+from math import inf
+from typing import Literal, NamedTuple, Protocol
+
+from tiers.acceptance import ANY, Acceptance
+from tiers.chain import Chain, Hit
+from tiers.entry import Answer, Freshness, State
+from tiers.singleflight.flight import Flight, SingleFlight, Subscriber
+from tiers.singleflight.lock import GenerationLock
+
+# Above, callers who wait for an answer need the engine more than a refresh does.
+_MAX_REFRESHES = 32
+
+
+class Decision(Enum):
+    """What becomes of a request for an answer."""
+
+    SERVE = "serve"
+    """It gets what a tier holds."""
+    JOIN = "join"
+    """It gets an answer that is complete and is being stored."""
+    GENERATE = "generate"
+    """It waits for an answer to be generated, by itself or by others."""
+    REFUSE = "refuse"
+    """It accepts only what a tier holds, and none holds it."""
+
+
+def decide(
+    hit: Hit | None, acceptance: Acceptance, being_stored: Answer | None, now: float
+) -> Decision:
+    """Return what becomes of a request.
+
+    Args:
+        hit: what the tiers have found.
+        acceptance: what the caller accepts.
+        being_stored: an answer under the same key that others have got, and that no tier may hold
+            yet: what a tier holds instead is older.
+        now: Unix seconds.
+    """
+    if being_stored is not None and _joins(hit, acceptance, being_stored):
+        return Decision.JOIN
+    if hit is not None and acceptance.accepts(hit.entry, hit.state, now):
+        return Decision.SERVE
+    return Decision.REFUSE if acceptance.only_if_cached else Decision.GENERATE
+
+
+def _joins(hit: Hit | None, acceptance: Acceptance, being_stored: Answer) -> bool:
+    if acceptance.no_cache or acceptance.limits_age:
+        return False
+    return hit is None or hit.entry.answer != being_stored
+
+
+Reason = Literal["miss", "request", "stale"]
+"""Why an answer is generated, in the words of RFC 9211, section 2.2."""
+
+
+def reason_of(hit: Hit | None, acceptance: Acceptance) -> Reason:
+    """Return why an answer is generated although `hit` was found."""
+    if acceptance.no_cache or (hit is not None and hit.state is State.FRESH):
+        return "request"
+    return "stale" if hit is not None else "miss"
+
+
+def not_before(hit: Hit | None, acceptance: Acceptance, now: float) -> float:
+    """Return when another process must at least have stored an answer that will do (Unix s).
+
+    With `inf` none will: the engine has to generate it.
+    """
+    if acceptance.no_cache:
+        return inf
+    if acceptance.limits_age:
+        return now
+    return 0 if hit is None else hit.entry.stored_at
+
+
+class Generation(Protocol):
+    """How a caller has an answer generated."""
+
+    @property
+    def encoding(self) -> int:
+        """In which encoding it generates, and takes the answers of others."""
+
+    @property
+    def labels(self) -> Iterable[str]:
+        """By which labels its answer may be purged, beside its key."""
+
+    @property
+    def variant(self) -> str:
+        """What keeps it apart from other generations under the same key."""
+
+    @property
+    def can_refresh(self) -> bool:
+        """Whether an answer could be generated now for nobody but the tiers."""
+
+    async def generate(self, flight: Flight) -> Freshness | None:
+        """Publish to `flight` what is generated, and end it.
+
+        Returns for how long the answer is to be kept; `None` if it isn't.
+        """
+
+    async def convert(self, answer: Answer) -> Answer | None:
+        """Return another process's answer in our encoding, if that can be made of it."""
+
+
+class Pending(NamedTuple):
+    """An answer that is being generated. Read it through the subscriber, as a context manager."""
+
+    subscriber: Subscriber
+    reason: Reason
+    joined: bool
+    """Whether its generation had begun for somebody else."""
+    stale: Hit | None
+    """What may be served if the generation fails, unless it is purged meanwhile."""
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether somebody else generates it, in this process or in another."""
+        return self.joined or self.subscriber.flight.collapsed
+
+
+class AnswerCache:
+    """A chain of tiers with single flight.
+
+    Args:
+        chain: where answers are looked up and stored.
+        flights: the generations of this process.
+        lock: decides among processes.
+        clock: returns seconds that only grow, by which a generation's time is taken.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        flights: SingleFlight,
+        lock: GenerationLock,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.chain, self._flights, self._lock, self._clock = chain, flights, lock, clock
+
+    async def get_or_generate(
+        self, key: str, generation: Generation, acceptance: Acceptance = ANY
+    ) -> Hit | Pending | None:
+        """Return what a tier holds, or else what is being generated.
+
+        A hit that is stale, or soon will be, is refreshed in the background. `None` says that the
+        caller accepts only what a tier holds, and that none holds it.
+        """
+        hit = None if acceptance.no_cache else await self.chain.lookup(key)
+        flight, now = self._flights.being_stored(key), self.chain.clock()
+        decision = decide(hit, acceptance, None if flight is None else flight.answer, now)
+        if decision is Decision.SERVE and hit is not None:
+            if hit.refresh:
+                self._refresh(key, generation, hit)
+            return hit
+        stale = None if acceptance.limits_age else hit
+        if decision is Decision.JOIN and flight is not None:
+            return Pending(flight.subscribe(), "miss", joined=True, stale=stale)
+        if decision is Decision.REFUSE:
+            return None
+        run = partial(self._run, key, generation, not_before(hit, acceptance, now))
+        subscriber, joined = self._flights.join(
+            key,
+            generation.encoding,
+            run,
+            self.chain.provenance(generation.labels),
+            variant=generation.variant,
+        )
+        return Pending(subscriber, reason_of(hit, acceptance), joined, stale)
+
+    def is_purged(self, key: str, hit: Hit) -> bool:
+        """Return whether a hit was purged since it was found."""
+        return self.chain.purges.is_purged(key, hit.entry)
+
+    def _refresh(self, key: str, generation: Generation, hit: Hit) -> None:
+        if generation.can_refresh and len(self._flights) < _MAX_REFRESHES:
+            self._flights.start_background(
+                key,
+                generation.encoding,
+                partial(self._run, key, generation, hit.entry.stored_at),
+                self.chain.provenance(generation.labels),
+            )
+
+    async def _run(
+        self, key: str, generation: Generation, not_before: float, flight: Flight
+    ) -> None:
+        """Publish what another process has generated, or else generate it, and store it."""
+        epoch = flight.provenance.purge_epoch
+        async with self._lock.acquire(key, epoch, not_before) as answer:
+            if answer is not None and answer.encoding != flight.encoding:
+                answer = await generation.convert(answer)
+            if answer is None:
+                await self._generate(key, generation, flight)
+                return
+        flight.collapsed = True
+        await flight.publish(answer.content)
+        flight.end(answer, kept=True)
+
+    async def _generate(self, key: str, generation: Generation, flight: Flight) -> None:
+        started = self._clock()
+        freshness = await generation.generate(flight)
+        if freshness is None or flight.answer is None:
+            return
+        self._flights.mark_being_stored(key, flight)
+        await self.chain.store(
+            key,
+            flight.answer,
+            freshness,
+            provenance=flight.provenance,
+            generation_s=self._clock() - started,
+            age_s=flight.age_s,
+        )

@@ -1,0 +1,1 @@
+"""Movement between tiers: promotion, demotion, and the write-behind queue of both."""

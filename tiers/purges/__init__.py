@@ -1,0 +1,1 @@
+"""Purges: which entries may not be given out any more."""

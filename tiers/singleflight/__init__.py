@@ -1,0 +1,1 @@
+"""Single flight: one generation per key at a time, in one process and among many."""
