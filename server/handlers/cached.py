@@ -28,13 +28,13 @@ from server.handlers.upstream_headers import (
 from server.handlers.variants import Variants
 from server.protocol import convert, template
 from server.protocol.cache_control import CacheControl, parse_cache_control
+from server.protocol.errors import BadRequestError
 from server.protocol.formats import Encoding
 from server.protocol.request import ParsedRequest, RequestParser, key_headers
 from server.telemetry.served import Served, attach
 from server.telemetry.spans import step
 from server.web.offload import offload
 from server.web.request import HttpRequest, Reply
-from server.web.responses import error_response
 from tiers import Answer, Flight, Hit, State
 from tiers.answer_cache import AnswerCache, Pending
 
@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 _DEFAULT = CacheControl()
 _JSON = "application/json"
 _ENGINE = "engine"
+# `NamedTuple`'s own way to make a tuple would be a call more for each hit.
+_new = tuple.__new__
 
 
 class CachingPolicy(NamedTuple):
@@ -89,23 +91,35 @@ class CachedRoutes:
             )
         if request.id is not None:
             http.take_id_from_body(request.id)
+        try:
+            control = self._check(http, request)
+            if not control.no_store and self._is_cacheable(http, request):
+                try:
+                    return await self._get_or_generate(http, request, control)
+                except convert.NotConvertibleError as exc:
+                    logger.warning("an answer can't be given in the encoding asked for: %s", exc)
+            return await self._forward(http, request, control)
+        except BaseException as exc:
+            attach(exc, Served("none", "own", request.model))
+            raise
+
+    def _check(self, http: HttpRequest, request: ParsedRequest) -> CacheControl:
+        """Return what a request says about caching.
+
+        Raises:
+            BadRequestError: the request has too many prompts, or asks for variants in vain.
+        """
         if request.prompts.number > self._policy.max_prompts:
             request.prompts.check(self._policy.max_prompts)
         if request.cache.variants is not None and not self._takes_variants(request):
             text = "cache.variants is for answers that are kept by chance; cache.mode should be use"
-            refused = error_response(400, text, param="cache.variants")
-            return refused, Served("none", "own", request.model)
+            raise BadRequestError(text, "cache.variants")
         control = parse_cache_control(", ".join(http.headers.getall(hdrs.CACHE_CONTROL, ())))
         if request.cache.control != _DEFAULT:
             control = control.merge(request.cache.control)
-        if not control.no_store and self._is_cacheable(http, request):
-            try:
-                return await self._answer(http, request, control)
-            except convert.NotConvertibleError as exc:
-                logger.warning("an answer can't be given in the encoding asked for: %s", exc)
-        return await self._forward(http, request, control)
+        return control
 
-    async def _answer(
+    async def _get_or_generate(
         self, http: HttpRequest, request: ParsedRequest, control: CacheControl
     ) -> Reply:
         variants = 1 if request.deterministic else request.cache.variants or self._policy.variants
@@ -120,7 +134,8 @@ class CachedRoutes:
         try:
             return await self._relay(http, request, found)
         except BaseException as exc:
-            attach(exc, _generated(request, found))
+            # What a client hasn't got isn't counted as served.
+            attach(exc, _generated(request, found)._replace(key="", answer=None))
             raise
 
     async def _serve(self, http: HttpRequest, request: ParsedRequest, hit: Hit, how: str) -> Reply:
@@ -132,9 +147,8 @@ class CachedRoutes:
         status = f"tierserve; {how}; ttl={ttl}; detail={hit.tier}"
         response = await render(http, request, entry.answer, status, age)
         outcome = "hit" if hit.state is State.FRESH else "stale"
-        return response, Served(
-            hit.tier, outcome, request.model, request.key, entry.answer, entry.generation_s
-        )
+        served = (hit.tier, outcome, request.model, request.key, entry.answer, entry.generation_s)
+        return response, _new(Served, served)
 
     async def _relay(self, http: HttpRequest, request: ParsedRequest, pending: Pending) -> Reply:
         """Give out what is generated, or a stale answer if that fails before anything was sent."""
@@ -243,8 +257,12 @@ async def _relay_stream(http: HttpRequest, request: ParsedRequest, pending: Pend
     except (NotAnAnswerError, aiohttp.ClientError, OSError) as exc:
         if response is None or http.is_disconnected:
             raise
-        aborted = await abort_stream(response, failed_generation(exc), request)
-        return aborted, Served(_ENGINE, "error", request.model)
+        error = Served(_ENGINE, "error", request.model)
+        try:
+            return await abort_stream(response, failed_generation(exc), request), error
+        except BaseException as gone:
+            attach(gone, error)
+            raise
     if response is None:
         response = await begin_stream(http, _cache_status(pending), int(flight.age_s))
     usage = _answer_of(flight).trailer if request.wants_usage else b""

@@ -54,7 +54,7 @@ class ProxiedRoutes:
     async def metrics(self, http: HttpRequest) -> Reply:
         """Answer with vLLM's own metrics, of one model."""
         model = self._models.names().resolve(http.query.get("model")).name
-        forwarding = Forwarding(model=model, path="/metrics")
+        forwarding = Forwarding(path="/metrics")
         return await forward(http, self._models.upstreams(model), forwarding)
 
     async def answer(self, http: HttpRequest) -> Reply:

@@ -45,7 +45,7 @@ async def render(
         if hdrs.IF_NONE_MATCH in http.headers and _matches(http, etag):
             # RFC 9110 asks for 412 to a POST that changes something; this one is a query.
             headers = {"Cache-Status": cache_status, "Age": str(age_s), "ETag": etag}
-            return web.Response(status=304, headers=headers)
+            return web.Response(status=304, headers={**headers, **engine_headers})
         id_, created = fresh_marks(http, request)
         body = template.render(
             answer, id_, created, wants_usage=request.wants_usage, done=request.route.format.done

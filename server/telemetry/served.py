@@ -28,8 +28,8 @@ REFUSED = Served("none", "refused")
 
 
 def attach(exc: BaseException, served: Served) -> None:
-    """Note on an exception that ends a request what was being served."""
-    vars(exc)["served"] = served
+    """Note on an exception that ends a request what was being served; the first note counts."""
+    vars(exc).setdefault("served", served)
 
 
 def attached(exc: BaseException) -> Served:

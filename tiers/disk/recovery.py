@@ -108,6 +108,8 @@ class Recovery:
             self._set_namespace(fcntl.F_RDLCK)
             # While the lock changes, another process can open the file, so look again.
             if (not is_alone or self._is_ready()) and not self._is_elsewhere():
+                if is_alone:
+                    self.marks.mark_death()
                 return True
         self._leave()
         return False
