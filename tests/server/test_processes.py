@@ -360,7 +360,7 @@ async def test_containers_use_one_disk_tier_in_turn(
         assert (await second.ask(asked, headers=only))[0] == 504
         assert (await second.ask(of_second))[1] == MISS
         assert "detail=memory" in (await second.ask_alone(of_second))[1]
-        assert "those who share a file should share a PID namespace" in second.log.read_text()
+        assert "processes that share a file should share a PID namespace" in second.log.read_text()
         assert "PID namespace" not in first.log.read_text()
         await first.stop()
 
