@@ -53,5 +53,5 @@ async def decode(pieces: AsyncIterator[bytes], coding: str) -> AsyncIterator[byt
         if stream is not None and not stream.eof:
             raise zlib.error("it is cut short")
     except zlib.error as exc:
-        text = f"The body should be complete and in {coding}, as its Content-Encoding declares."
+        text = f"The body should be whole and in {coding}, as its Content-Encoding says."
         raise BadRequestError(text) from exc
