@@ -36,7 +36,6 @@ TIERS = (
     ("tiers.shared",),
     ("tiers.tier",),
     ("tiers.purges",),
-    ("tiers.memory", "tiers.disk"),
     ("tiers.backend", "tiers.policies"),
     ("tiers.acceptance",),
     ("tiers.entry", "tiers.key", "tiers.frequency", "tiers.resilience", "tiers.file_locks"),

@@ -75,8 +75,9 @@ class Tier:
         self.shared = shared
         self._write_s = max(deadline_s, _WRITE_S) if deadline_s else 0
         self._clock = clock
-        # Our own backends answer at once, so reads of them skip aiocache's layers, which cost more.
         self.local = backend if isinstance(backend, ByteCache) else None
+        """The backend if it is one of ours, which answers at once: reads skip aiocache's layers,
+        which cost more than the read."""
         self._decode = Entry.decode_untrusted if self.local is None else Entry.decode
         self._reads = Bulkhead(_MAX_READS, deadline_s, limit_s=self._write_s)
         self._writes = Bulkhead(_MAX_WRITES, self._write_s, limit_s=self._write_s)
@@ -98,7 +99,7 @@ class Tier:
 
     @property
     def is_open(self) -> bool:
-        """Whether entries can be read; a file may still have to be verified."""
+        """Whether entries can be read, which they can't while a file is being verified."""
         return self.local is None or self.local.is_open
 
     async def opened(self) -> None:

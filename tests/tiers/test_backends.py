@@ -6,7 +6,8 @@ import os
 import pytest
 from aiocache.base import BaseCache
 
-from tiers import MemoryCache
+from tests.tiers.conftest import Remote
+from tiers import MemoryCache, Tier
 from tiers.backend import ByteCache
 
 
@@ -102,3 +103,24 @@ async def test_refuses_to_be_switched_off_silently(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("AIOCACHE_DISABLE", "1")
     with pytest.raises(RuntimeError, match="AIOCACHE_DISABLE"):
         MemoryCache(1000)
+
+
+async def test_says_what_it_is(own: ByteCache) -> None:
+    await own.opened()
+    assert own.is_open
+    assert own.max_bytes == 1024 * 1024
+    assert own.queued_bytes == 0
+    for key in ("b", "a"):
+        assert await own.set(key, b"1")
+    assert [list(own.keys_after()), sorted(key for _, key in own.ranked_keys())] == (
+        [["a", "b"]] * 2 if own.is_ordered else [[]] * 2
+    )
+    assert (own.statistics() is None) is (own.path is None) is own.in_memory
+    tier = Tier("own", own)
+    assert (tier.local, tier.in_memory, tier.is_open) == (own, own.in_memory, True)
+
+
+async def test_a_backend_of_others_is_always_open(clock) -> None:
+    tier = Tier("far", Remote(clock, lambda: 0))
+    await tier.opened()
+    assert (tier.local, tier.in_memory, tier.is_open) == (None, False, True)
