@@ -92,7 +92,7 @@ class CachedRoutes:
         if request.prompts.number > self._policy.max_prompts:
             request.prompts.check(self._policy.max_prompts)
         if request.cache.variants is not None and not self._takes_variants(request):
-            text = "cache.variants needs cache.mode use, which caches nondeterministic requests"
+            text = "cache.variants is for nondeterministic answers; cache.mode should be use"
             refused = error_response(400, text, param="cache.variants")
             return refused, Served("none", "own", request.model)
         control = parse_cache_control(", ".join(http.headers.getall(hdrs.CACHE_CONTROL, ())))

@@ -131,9 +131,9 @@ async def test_fifty_requests_at_both_are_one_generation(
         assert b'"content":"yes"' in text
         assert text.endswith(b"data: [DONE]\n\n") == stream
     # Who comes last may find it in a tier.
-    told = [cache_status for _, cache_status, _ in replies if "; hit; " not in cache_status]
-    assert told.count(MISS) == 1
-    assert told.count(COLLAPSED) == len(told) - 1
+    statuses = [cache_status for _, cache_status, _ in replies if "; hit; " not in cache_status]
+    assert statuses.count(MISS) == 1
+    assert statuses.count(COLLAPSED) == len(statuses) - 1
 
 
 @pytest.mark.parametrize("leads", [False, True], ids=["body", "stream"])
