@@ -1,4 +1,4 @@
-"""The chain that a configuration describes: its tiers, and what moves entries between them."""
+"""Builds the chain that a configuration describes: its tiers, their background work, its lock."""
 
 import time
 from collections.abc import AsyncIterator, Callable
@@ -44,7 +44,7 @@ from tiers.shared.leases import SharedLeases
 from tiers.shared.purges import SharedPurges
 from tiers.singleflight.leases import Leases
 
-# As many keys as answers of this size fill the tiers, but not more than 4 MiB of counters.
+# The sketch counts as many keys as answers of this size fill the tiers, up to 4 MiB of counters.
 _ENTRY_BYTES = 1024
 _SKETCH_KEYS = 1024**2
 # Demotions that wait for the disk.
@@ -54,7 +54,7 @@ _PURGES_PART = 32
 
 
 class TierStack(NamedTuple):
-    """The tiers of a server, and what goes on beside and between them."""
+    """The chain of a server, its background work, and its generation lock."""
 
     chain: Chain
     background: BackgroundWork
@@ -88,7 +88,7 @@ def build(
     clock: Callable[[], float] = time.time,
     chance: Callable[[], float] = random,
 ) -> tuple[Chain, BackgroundWork]:
-    """Return the chain and its movement, which isn't started yet.
+    """Return the chain and its background work, which isn't started yet.
 
     Args:
         config: describes the tiers, and how entries move between them.
@@ -174,7 +174,7 @@ def _disk(
             clock=clock,
         )
     except EncryptionKeyError as exc:
-        raise sealed_otherwise(config.path, exc) from exc
+        raise encryption_key_error(config.path, exc) from exc
     except OSError as exc:
         raise _no_folder(config.path, exc) from exc
 
@@ -203,7 +203,7 @@ def _purges(disk: DiskCache | None, clock: Callable[[], float]) -> Purges:
 
 
 def build_lock(config: Config, chain: Chain) -> GenerationLock:
-    """Return the lock of what `chain` doesn't hold.
+    """Return the lock under which answers for `chain` are generated.
 
     Raises:
         ConfigError: the file of leases in the disk tier's folder can't be used.
@@ -254,8 +254,8 @@ def open_shared(config: SharedTierConfig) -> BaseCache:
         raise ConfigError([f"tiers.shared.url: {problem}"]) from exc
 
 
-def sealed_otherwise(path: Path, exc: EncryptionKeyError) -> ConfigError:
-    """Return what is wrong with the key of the file in the folder `path`."""
+def encryption_key_error(path: Path, exc: EncryptionKeyError) -> ConfigError:
+    """Return the error of a key that doesn't fit the file in the folder `path`."""
     return ConfigError([f"tiers.disk.encryption_key: the file in {path} stays as it is: {exc}"])
 
 
@@ -307,7 +307,7 @@ class FreshnessRules:
 
 
 class TracedTier(Tier):
-    """Stands in for a tier where requests are traced, so that elsewhere a hit pays nothing."""
+    """A tier with a span for each lookup; used only with tracing, so other hits pay nothing."""
 
     async def get(
         self, key: str, purges: Purges, *, counted: bool = True
@@ -322,7 +322,7 @@ class TracedTier(Tier):
 
 
 class TracedChain(Chain):
-    """Stands in for a chain where requests are traced."""
+    """A chain with a span for each store."""
 
     async def store(
         self,
@@ -346,7 +346,7 @@ class TracedChain(Chain):
 
 
 class TracedLock(GenerationLock):
-    """Stands in for a generation lock where requests are traced."""
+    """A generation lock with a span for each wait."""
 
     @asynccontextmanager
     async def acquire(

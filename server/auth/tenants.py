@@ -1,8 +1,8 @@
-"""Tenants: who asks, which answers they share, and what they may do.
+"""Tenants: the clients of the server, the answers they share, and the routes they may use.
 
-Where no keys are configured, everybody may ask, and each `Authorization` header (and Anthropic's
-`x-api-key`) is a tenant of its own, whose key an engine may know. Else a file maps tenants to
-hashed keys:
+Where no keys are configured, every client is allowed, and each `Authorization` header (and
+Anthropic's `x-api-key`) is a tenant of its own, whose key an engine may know. Otherwise a file maps
+tenants to hashed keys:
 
     acme:
       keys:
@@ -46,15 +46,15 @@ _MEMO_HEADERS = 1024
 
 
 class Tenant:
-    """Who asks. Two tenants are equal only if they are the same object.
+    """A client or a group of clients. Two tenants are equal only if they are the same object.
 
     Args:
         name: its name in metrics and purges.
-        scope: who may share its answers.
-        share: the scope in its keys, to which the tiers grant a share of their bytes; none if
+        scope: tenants with the same scope share answers.
+        share_scope: the scope in its keys, to which the tiers grant a share of their bytes; none if
             empty.
         salt: keeps its prompts apart in an engine's prefix cache; `None` to share the cache.
-        operator: whether it may do everything.
+        operator: whether it may use every route.
         limiter: counts and limits its requests; `None` where no keys are configured.
         revision: which reading of the tenants' file the tenant comes from.
     """
@@ -66,13 +66,13 @@ class Tenant:
         name: str,
         scope: bytes,
         *,
-        share: str = "",
+        share_scope: str = "",
         salt: str | None = None,
         operator: bool = False,
         limiter: RateLimiter | None = None,
         revision: int = 0,
     ) -> None:
-        self.name, self.scope, self.share_scope, self.salt = name, scope, share, salt
+        self.name, self.scope, self.share_scope, self.salt = name, scope, share_scope, salt
         self.operator, self.limiter, self.revision = operator, limiter, revision
 
     @property
@@ -104,7 +104,7 @@ class Tenants:
 
     Args:
         section: their configuration.
-        new_limiter: makes what counts and limits a tenant's requests.
+        new_limiter: makes the rate limiter of a tenant.
 
     Raises:
         ConfigError: the file can't be read, or is wrong.
@@ -134,7 +134,7 @@ class Tenants:
         if (file := self._section.file) is not None:
             return _read(file)
         if (key := self._section.key) is not None:
-            # There is no other tenant whom it could harm.
+            # It is the only tenant, so it can harm no other.
             return {_ALONE: TenantRecord(keys=(key,), operator=True)}
         return {}
 
@@ -155,7 +155,7 @@ class Tenants:
             tenant = Tenant(
                 name,
                 scope,
-                share=scope_named(scope),
+                share_scope=scope_named(scope),
                 salt=salts.get(scope),
                 operator=record.operator,
                 limiter=limiter,
@@ -168,7 +168,7 @@ class Tenants:
     def _salts(self, records: Mapping[str, TenantRecord]) -> dict[bytes, str]:
         """Return the salt of each scope, a digest of the hashes of its keys.
 
-        So all servers with one file have the same salts, only who knows the hashes can guess one,
+        So all servers with one file have the same salts, nobody can guess one without the hashes,
         and a scope's salt changes with its keys.
         """
         if not self._section.cache_salt:
@@ -204,7 +204,7 @@ class Tenants:
         if self.is_open:
             return open_tenant(credentials)
         key = bearer_key(credentials)
-        # The time that a look-up by hash takes reveals nothing of the keys that there are.
+        # The time that a lookup by hash takes reveals nothing about the existing keys.
         return self._by_hash.get(hash_key(key)) if key else None
 
 

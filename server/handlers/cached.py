@@ -51,11 +51,11 @@ class CachingPolicy(NamedTuple):
     """Which requests are cached.
 
     Args:
-        nondeterministic: whether requests that ask for chance are cached too: `never`, `always`,
-            or `per_request`, where their field `cache` asks for it.
-        variants: how many answers such a request is given in turn, by default.
+        nondeterministic: whether nondeterministic requests are cached too: `never`, `always`, or
+            `per_request`, where their field `cache` asks for it.
+        variants: how many answers such a request gets in turn, by default.
         engine_keeps: whether the engine itself keeps Responses, under ids that it gives.
-        max_prompts: that one request may have.
+        max_prompts: how many prompts one request may have.
     """
 
     nondeterministic: Literal["never", "per_request", "always"]
@@ -70,7 +70,7 @@ class CachedRoutes:
     Args:
         answers: serves them, or has them generated.
         engines: generate them.
-        policy: says which requests are cached.
+        policy: decides which requests are cached.
     """
 
     def __init__(self, answers: AnswerCache, engines: Engines, policy: CachingPolicy) -> None:
@@ -78,10 +78,10 @@ class CachedRoutes:
         self._variants, self._parser = Variants(), RequestParser()
 
     async def answer(self, http: HttpRequest) -> Reply:
-        """Answer from a tier, from a generation that runs, or from the engine.
+        """Answer from a tier, from a generation under way, or from the engine.
 
         Raises:
-            BadRequestError: the request can't be understood, or has too many prompts.
+            BadRequestError: the request is wrong, or has too many prompts.
         """
         raw = await http.read_body()
         with step("parse"):
@@ -112,7 +112,7 @@ class CachedRoutes:
         if request.prompts.number > self._policy.max_prompts:
             request.prompts.check(self._policy.max_prompts)
         if request.cache.variants is not None and not self._takes_variants(request):
-            text = "cache.variants is for answers that are kept by chance; cache.mode should be use"
+            text = "cache.variants is for nondeterministic answers; cache.mode should be use"
             raise BadRequestError(text, "cache.variants")
         control = parse_cache_control(", ".join(http.headers.getall(hdrs.CACHE_CONTROL, ())))
         if request.cache.control != _DEFAULT:
@@ -139,7 +139,7 @@ class CachedRoutes:
             raise
 
     async def _serve(self, http: HttpRequest, request: ParsedRequest, hit: Hit, how: str) -> Reply:
-        """Give out what a tier holds."""
+        """Answer with a tier's entry."""
         entry = hit.entry
         # Another machine's clock may be a little ahead.
         now = max(self._answers.chain.clock(), entry.stored_at)
@@ -151,7 +151,7 @@ class CachedRoutes:
         return response, _new(Served, served)
 
     async def _relay(self, http: HttpRequest, request: ParsedRequest, pending: Pending) -> Reply:
-        """Give out what is generated, or a stale answer if that fails before anything was sent."""
+        """Pass on what is generated, or a stale answer if that fails before anything was sent."""
         flight = pending.subscriber.flight
         try:
             async with pending.subscriber:
@@ -164,13 +164,13 @@ class CachedRoutes:
             if http.is_disconnected:
                 # The client has gone; the generation hasn't failed.
                 raise ConnectionResetError from exc
-            if _is_no_error(exc) and flight.encoding != request.encoding:
-                raise convert.NotConvertibleError("the reply isn't understood") from exc
+            if _is_unknown_reply(exc) and flight.encoding != request.encoding:
+                raise convert.NotConvertibleError("the reply has an unknown shape") from exc
             stale = pending.stale
             # It may have been purged while the engine was asked.
             if (
                 stale is not None
-                and _cannot_answer(exc)
+                and _is_engine_failure(exc)
                 and not self._answers.is_purged(request.key, stale)
             ):
                 status = f"; fwd-status={exc.status}" if isinstance(exc, NotAnAnswerError) else ""
@@ -192,25 +192,25 @@ class CachedRoutes:
             body=request.raw,
             headers=with_cache_control(forwarded_headers(http), request.cache.control),
             cache_status="tierserve; fwd=bypass",
-            # Any other may start work in the background, or run tools there.
+            # A request that isn't repeatable may start work or run tools at the engine.
             repeatable=request.repeatable,
-            # A client that demands `no-store` wants no trace of its request to be kept.
+            # A client that sends `no-store` wants nothing of its request to be kept.
             on_end=None if control.no_store else lambda end: prefixes.note(request, end),
         )
         return await forward(http, self._engines.models.upstreams(request.model), forwarding)
 
     def _is_cacheable(self, http: HttpRequest, request: ParsedRequest) -> bool:
-        # The engine knows what else another type of content may mean, or a query: on these routes
-        # a vLLM reads none.
+        # Only the engine knows the meaning of other content types and of a query; vLLM reads no
+        # query on these routes.
         return (
             request.repeatable
-            and (request.deterministic or self._keeps_chance(request))
+            and (request.deterministic or self._caches_nondeterministic(request))
             and not (request.engine_would_keep and self._policy.engine_keeps)
             and (request.is_vllm or "?" not in http.raw_path)
             and http.media_type == _JSON
         )
 
-    def _keeps_chance(self, request: ParsedRequest) -> bool:
+    def _caches_nondeterministic(self, request: ParsedRequest) -> bool:
         rule = self._policy.nondeterministic
         return rule == "always" or (rule == "per_request" and request.cache.use)
 
@@ -223,7 +223,7 @@ async def _relay_whole(http: HttpRequest, request: ParsedRequest, pending: Pendi
     flight = pending.subscriber.flight
     async for _ in pending.subscriber:
         pass
-    # A hit has no such header: it costs the engine nothing, whose load isn't known then.
+    # A hit has no such header: the engine isn't involved, so its load isn't known.
     load = flight.notes.get(http.headers.get(LOAD_FORMAT, ""))
     response = await render(
         http,
@@ -273,12 +273,12 @@ async def _relay_stream(http: HttpRequest, request: ParsedRequest, pending: Pend
 
 
 def _cache_status(pending: Pending) -> str:
-    """Return the `Cache-Status` of what a generation brings (RFC 9211)."""
+    """Return the `Cache-Status` of a generated answer (RFC 9211)."""
     return f"tierserve; fwd={pending.reason}{'; collapsed' if pending.collapsed else ''}"
 
 
 def _generated(request: ParsedRequest, pending: Pending) -> Served:
-    """Return what a request was served, as far as its generation has come."""
+    """Return the record of a generated answer, even an incomplete one."""
     outcome = "collapsed" if pending.collapsed else "miss"
     flight = pending.subscriber.flight
     answer = flight.answer if flight.kept else None
@@ -291,11 +291,11 @@ def _answer_of(flight: Flight) -> Answer:
     return flight.answer
 
 
-def _cannot_answer(exc: Exception) -> bool:
-    """Return whether an engine can't answer, as opposed to won't (RFC 5861, section 4)."""
+def _is_engine_failure(exc: Exception) -> bool:
+    """Return whether the engine failed, and didn't just refuse (RFC 5861, section 4)."""
     return not isinstance(exc, NotAnAnswerError) or exc.status in (500, 502, 503, 504)
 
 
-def _is_no_error(exc: Exception) -> bool:
-    """Return whether it is a reply that was only not understood."""
+def _is_unknown_reply(exc: Exception) -> bool:
+    """Return whether the engine's reply was no error, but of a shape that we don't know."""
     return isinstance(exc, NotAnAnswerError) and exc.status < 400

@@ -1,6 +1,6 @@
 """`Cache-Control` of requests and of upstreams' responses (RFC 9111, section 5.2).
 
-The caches of functions here map text to values, and keep nothing else alive.
+`lru_cache` is safe here: it holds short texts and values only.
 """
 
 import logging
@@ -18,7 +18,7 @@ _DIRECTIVE = re.compile(r'([!#$%&\'*+.^_`|~0-9A-Za-z-]+)(?:\s*=\s*(?:"([^"]*)"|(
 
 
 class CacheControl(NamedTuple):
-    """What a client demands of caches."""
+    """The `Cache-Control` of a request."""
 
     acceptance: Acceptance = ANY
     """Which answers it accepts."""
@@ -80,7 +80,7 @@ def seconds(text: str, unreadable: float) -> float:
     return float(text) if text.isascii() and text.isdecimal() else unreadable
 
 
-# `no-cache` demands to ask the upstream whether the answer is still good, and upstreams can't tell.
+# `no-cache` demands revalidation by the upstream, which no upstream of ours supports.
 _NOT_KEPT = frozenset({"no-cache", "no-store", "private"})
 # Libraries for server-sent events put `no-cache` into each stream, whatever its answer.
 _NOT_KEPT_OF_STREAMS = _NOT_KEPT - {"no-cache"}

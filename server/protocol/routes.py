@@ -1,4 +1,4 @@
-"""The table of an engine's routes: what each takes, what it gives, and who may use it.
+"""The table of an engine's routes: the fields and the format of each, and who may use it.
 
 The routes are those of vLLM's server (0.32). Paths that the table doesn't name, such as those that
 stop an engine, change its weights or show what others ask, are for operators only.
@@ -225,7 +225,7 @@ _TABLE: tuple[Route, ...] = (
     Route(paths=("/v1/models/{rest}",), tenant_allowed=True),
     Route(paths=("/v1/responses/{id}", "/v1/responses/{id}/cancel"), tenant_allowed=True),
     Route(paths=("/v1/messages/{any}",), dialect=Dialect.ANTHROPIC),
-    # These would change a running engine, whose answers would then have another origin.
+    # These would change a running engine, so that its identity in keys would be wrong.
     Route(paths=("/v1/load_lora_adapter", "/v1/unload_lora_adapter"), is_refused=True),
 )  # fmt: skip
 _ELSE = Route(paths=("/{any}",))

@@ -1,10 +1,10 @@
-"""The marks beside the disk tier's file, which say whether it may be opened without verifying it.
+"""The marks beside the disk tier's file: they decide whether it may be opened without verifying it.
 
 LMDB commits by shadow pages, so a process that dies at any moment leaves the file whole. With
 `MDB_NOSYNC` a crash of the system may damage it; without, it never does (LMDB's documentation of
-`mdb_env_open`). So a file is trusted if the mark `clean` describes it as it is, or if `in-use` says
-that it was opened, that commits not synced, if any, were made since this boot, and that nothing
-looked like damage.
+`mdb_env_open`). So a file is trusted if the mark `clean` describes it as it is, or if `in-use`
+records that it was opened, that commits not synced, if any, were made since this boot, and that
+nothing looked like damage.
 
 A file that was copied to here isn't trusted, since the copy may have been made during a commit; nor
 is a file shorter than its pages, since a read beyond its end kills the process by SIGBUS. Of a
@@ -140,7 +140,7 @@ def _is_of(line: str, boot_id: str) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the disk know which files a folder holds."""
+    """Sync a folder's list of files to the disk."""
     directory = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(directory)

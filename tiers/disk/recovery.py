@@ -46,12 +46,12 @@ _END_SIGNALS = (
 
 
 class UntrustedError(Exception):
-    """The file can't be used, and isn't to be quarantined; the text says why."""
+    """The file can't be used, and isn't to be quarantined; the text is the reason."""
 
 
 _ELSEWHERE = (
     "its file is open in another PID namespace, such as another container, whose processes LMDB "
-    "can't tell from ours; those who share a file should share a PID namespace"
+    "can't distinguish from ours; processes that share a file should share a PID namespace"
 )
 
 

@@ -23,7 +23,7 @@ NAMES = ModelNames(
 TENANTS = {
     "anonymous": open_tenant(""),
     "keyed": open_tenant("Bearer a"),
-    "acme": Tenant("acme", b"\0tenant\0acme", share="acme", salt="s" * 32),
+    "acme": Tenant("acme", b"\0tenant\0acme", share_scope="acme", salt="s" * 32),
 }
 HEADERS = (("anthropic-beta", "b"),)
 HI = [{"role": "user", "content": "hi"}]
