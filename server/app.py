@@ -24,13 +24,14 @@ from server.admin.local import LocalOperations
 from server.admin.sockets import serve_admin_api
 from server.auth.collector import TenantCollector
 from server.auth.tenants import Tenants
-from server.cache import FreshnessRules, TierStack, open_stack
+from server.cache import TierStack, open_stack
 from server.config.base import VERSION
 from server.config.load import redact
 from server.config.reload import Reloads
 from server.config.schema import Config
 from server.engine.collector import EngineCollector
 from server.engine.models import Models
+from server.engine.vllm_options import engine_keeps_responses
 from server.handlers.cached import CachedRoutes, CachingPolicy
 from server.handlers.generation import Engines
 from server.handlers.model_list import ModelList
@@ -38,7 +39,8 @@ from server.handlers.proxied import ProxiedRoutes
 from server.pages.openapi import build_document
 from server.pages.openapi_handler import OpenApiHandler
 from server.pages.overview import Overview
-from server.protocol.routes import CACHED_ROUTES, engine_keeps_responses
+from server.protocol.cache_control import FreshnessRules
+from server.protocol.routes import CACHED_ROUTES
 from server.router import Handlers, Router
 from server.telemetry.finished import FinishedRequests
 from server.telemetry.logs import AccessLog, LogStream, configure

@@ -1,10 +1,8 @@
 """Builds the chain that a configuration describes: its tiers, their background work, its lock."""
 
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from fnmatch import fnmatchcase
-from functools import lru_cache, partial
+from collections.abc import Callable
+from functools import partial
 from math import inf
 from pathlib import Path
 from random import random
@@ -15,29 +13,25 @@ from aiocache.base import BaseCache
 
 from server.config.base import ConfigError
 from server.config.folders import log_if_new
-from server.config.schema import CacheConfig, Config, DiskTierConfig, SharedTierConfig, TiersConfig
+from server.config.schema import Config, DiskTierConfig, SharedTierConfig, TiersConfig
 from server.config.secrets import parse_cipher_key
 from server.config.shared_url import MEMCACHED_PORT
-from server.telemetry.spans import step
+from server.telemetry.traced_tiers import TracedChain, TracedLock, TracedTier
 from tiers import (
-    Answer,
     BackgroundWork,
     Chain,
     Demotion,
     DiskCache,
     FileLeases,
     FrequencySketch,
-    Freshness,
     GenerationLock,
     MemoryCache,
-    Provenance,
     Purges,
     Tier,
     Transfers,
     WritePolicy,
 )  # fmt: skip
 from tiers.disk import KEY_BYTES, Durability, EncryptionKeyError
-from tiers.entry import Entry
 from tiers.purges.table import MAX_BYTES
 from tiers.shared import NAME
 from tiers.shared.leases import SharedLeases
@@ -285,74 +279,3 @@ def open_cache(url: str) -> BaseCache:
     from tiers.shared.redis import RedisBytes
 
     return RedisBytes(url)
-
-
-class FreshnessRules:
-    """The rules of the configuration; the first one that matches a route and a model counts."""
-
-    def __init__(self, cache: CacheConfig) -> None:
-        self._cache = cache
-        # There are few routes, and few models.
-        self.of = lru_cache(1024)(self._of)
-
-    def _of(self, route: str, model: str) -> Freshness:
-        cache = self._cache
-        default = Freshness(cache.ttl_s, cache.stale_while_revalidate_s, cache.stale_if_error_s)
-        for rule in cache.rules:
-            if fnmatchcase(route, rule.route) and fnmatchcase(model, rule.model):
-                times = (rule.ttl_s, rule.stale_while_revalidate_s, rule.stale_if_error_s)
-                pairs = zip(times, default, strict=True)
-                return Freshness(*(own if own is not None else base for own, base in pairs))
-        return default
-
-
-class TracedTier(Tier):
-    """A tier with a span for each lookup; used only with tracing, so other hits pay nothing."""
-
-    async def get(
-        self, key: str, purges: Purges, *, counted: bool = True
-    ) -> tuple[bytes, Entry] | None:
-        if not counted:
-            # A wait for another process looks up many times; its span is the wait's.
-            return await super().get(key, purges, counted=False)
-        with step(f"lookup {self.name}") as span:
-            found = await super().get(key, purges)
-            span.set_attributes(tier=self.name, found=found is not None)
-            return found
-
-
-class TracedChain(Chain):
-    """A chain with a span for each store."""
-
-    async def store(
-        self,
-        key: str,
-        answer: Answer,
-        freshness: Freshness,
-        *,
-        provenance: Provenance | None = None,
-        generation_s: float = 0,
-        age_s: float = 0,
-    ) -> bool:
-        with step("store"):
-            return await super().store(
-                key,
-                answer,
-                freshness,
-                provenance=provenance,
-                generation_s=generation_s,
-                age_s=age_s,
-            )
-
-
-class TracedLock(GenerationLock):
-    """A generation lock with a span for each wait."""
-
-    @asynccontextmanager
-    async def acquire(
-        self, key: str, purge_epoch: int, not_before: float
-    ) -> AsyncIterator[Answer | None]:
-        with step("turn") as span:
-            async with super().acquire(key, purge_epoch, not_before) as answer:
-                span.end()
-                yield answer

@@ -29,7 +29,7 @@ class Decision(Enum):
 
     SERVE = "serve"
     """It gets what a tier holds."""
-    JOIN = "join"
+    JOIN_STORED = "join"
     """It gets an answer that is complete and is still being stored."""
     GENERATE = "generate"
     """It waits for an answer that it generates, or that another request is generating."""
@@ -50,7 +50,7 @@ def decide(
         now: Unix seconds.
     """
     if being_stored is not None and _joins(hit, acceptance, being_stored):
-        return Decision.JOIN
+        return Decision.JOIN_STORED
     if hit is not None and acceptance.accepts(hit.entry, hit.state, now):
         return Decision.SERVE
     return Decision.REFUSE if acceptance.only_if_cached else Decision.GENERATE
@@ -166,7 +166,7 @@ class AnswerCache:
                 self._refresh(key, generation, hit)
             return hit
         stale = None if acceptance.limits_age else hit
-        if decision is Decision.JOIN and flight is not None:
+        if decision is Decision.JOIN_STORED and flight is not None:
             return Pending(flight.subscribe(), "miss", joined=True, stale=stale)
         if decision is Decision.REFUSE:
             return None

@@ -237,16 +237,10 @@ class Chain:
         """Return the entry that `lookup` would find, without counting a request."""
         await self._catch_up_purges()
         best: Entry | None = None
-        for tier in self.tiers:
-            if tier.shared and self.purges.shared_unknown:
-                continue
-            entry = await tier.peek(key)
-            if entry is None or self.purges.is_purged(key, entry):
-                continue
-            state = entry.state(self.clock())
-            if state is not State.EXPIRED and (best is None or entry.stored_at > best.stored_at):
+        async for entry in self._held(key):
+            if best is None or entry.stored_at > best.stored_at:
                 best = entry
-            if best is not None and best.state(self.clock()) is State.FRESH:
+            if best.state(self.clock()) is State.FRESH:
                 break
         return best
 
@@ -314,6 +308,8 @@ class Chain:
     async def _held(self, key: str) -> AsyncIterator[Entry]:
         """Yield what the tiers hold under `key` and may serve, nearest first."""
         for tier in self.tiers:
+            if tier.shared and self.purges.shared_unknown:
+                continue
             entry = await tier.peek(key)
             if entry is None or self.purges.is_purged(key, entry):
                 continue

@@ -35,7 +35,7 @@ import orjson
 import uvloop
 from aiohttp import web
 
-from server.auth.tenants import open_tenant
+from server.auth.tenant import open_tenant
 from server.config.load import load
 from server.engine.models import Models
 from server.protocol import template

@@ -19,7 +19,6 @@ finds one by trying.
 """
 
 from collections.abc import Callable, Mapping
-from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,60 +28,17 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from server.auth.credentials import bearer_key, credentials_in, presented_credentials
 from server.auth.limits import Limits, RateLimiter
+from server.auth.tenant import TENANT, Tenant, open_tenant
 from server.config.base import ConfigError, Section, expected
 from server.config.schema import TenantsConfig
 from server.config.secrets import Hash, hash_key
 from server.config.yaml_loader import Loader
 from tiers.key import digest, scope_named
 
-TENANT = "[A-Za-z0-9._-]{1,64}"
-"""The pattern of a tenant's name."""
-ANONYMOUS = "anonymous"
-"""The tenant of requests without credentials, where none are needed."""
 _ALONE = "default"
 """The tenant of `tenants.key`."""
 # Tenants found by their headers, each of which would have to be hashed again.
 _MEMO_HEADERS = 1024
-
-
-class Tenant:
-    """A client or a group of clients. Two tenants are equal only if they are the same object.
-
-    Args:
-        name: its name in metrics and purges.
-        scope: tenants with the same scope share answers.
-        share_scope: the scope in its keys, to which the tiers grant a share of their bytes; none if
-            empty.
-        salt: keeps its prompts apart in an engine's prefix cache; `None` to share the cache.
-        operator: whether it may use every route.
-        limiter: counts and limits its requests; `None` where no keys are configured.
-        revision: which reading of the tenants' file the tenant comes from.
-    """
-
-    __slots__ = ("limiter", "name", "operator", "revision", "salt", "scope", "share_scope")
-
-    def __init__(
-        self,
-        name: str,
-        scope: bytes,
-        *,
-        share_scope: str = "",
-        salt: str | None = None,
-        operator: bool = False,
-        limiter: RateLimiter | None = None,
-        revision: int = 0,
-    ) -> None:
-        self.name, self.scope, self.share_scope, self.salt = name, scope, share_scope, salt
-        self.operator, self.limiter, self.revision = operator, limiter, revision
-
-    @property
-    def has_key(self) -> bool:
-        """Whether its key is one of ours, which no engine gets."""
-        return self.limiter is not None
-
-
-NOBODY = Tenant("nobody", b"\0nobody", limiter=RateLimiter(Limits()))
-"""The tenant of requests that need no key."""
 
 
 class TenantRecord(Section):
@@ -206,17 +162,6 @@ class Tenants:
         key = bearer_key(credentials)
         # The time that a lookup by hash takes reveals nothing about the existing keys.
         return self._by_hash.get(hash_key(key)) if key else None
-
-
-def open_tenant(credentials: str) -> Tenant:
-    """Return the tenant with these credentials where no keys are configured.
-
-    Its name doesn't reveal them.
-    """
-    # A header may hold bytes that aren't text.
-    scope = credentials.encode(errors="surrogateescape")
-    name = blake2b(scope).hexdigest()[:16] if scope else ANONYMOUS
-    return Tenant(name, scope, operator=True)
 
 
 def _scope(name: str, record: TenantRecord) -> bytes:

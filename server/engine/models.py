@@ -12,9 +12,9 @@ from server.engine.dtype import with_dtype
 from server.engine.identity import adapter_identity, depends_on_date, identity
 from server.engine.supervisor import Engine, EngineState
 from server.engine.upstream import Upstream, Upstreams
+from server.engine.vllm_options import always_counts_tokens, encodings_agree
 from server.engine.weights import Weights, locate
 from server.protocol.model_names import ModelNames, ResolvedModel
-from server.protocol.routes import always_counts_tokens, encodings_agree
 
 
 class _Identity(NamedTuple):

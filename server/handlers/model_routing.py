@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from aiohttp import hdrs
 
-from server.auth.tenants import Tenant
+from server.auth.tenant import Tenant
 from server.protocol.bodies import count_prompts, read_leniently, write_leniently
 from server.protocol.cache_salt import with_cache_salt
 from server.protocol.errors import BadRequestError

@@ -5,11 +5,15 @@
 
 import logging
 import re
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from math import inf
 from typing import NamedTuple, Self
 
-from tiers import Freshness
+from server.config.schema import CacheConfig
+from tiers import (
+    Freshness,
+)  # fmt: skip
 from tiers.acceptance import ANY, Acceptance
 
 logger = logging.getLogger(__name__)
@@ -110,3 +114,22 @@ def limit_freshness(control: str, ours: Freshness, *, is_stream: bool) -> Freshn
     if not _NEVER_STALE.isdisjoint(found):
         return Freshness(ttl_s)
     return ours._replace(ttl_s=ttl_s)
+
+
+class FreshnessRules:
+    """The rules of the configuration; the first one that matches a route and a model counts."""
+
+    def __init__(self, cache: CacheConfig) -> None:
+        self._cache = cache
+        # There are few routes, and few models.
+        self.of = lru_cache(1024)(self._of)
+
+    def _of(self, route: str, model: str) -> Freshness:
+        cache = self._cache
+        default = Freshness(cache.ttl_s, cache.stale_while_revalidate_s, cache.stale_if_error_s)
+        for rule in cache.rules:
+            if fnmatchcase(route, rule.route) and fnmatchcase(model, rule.model):
+                times = (rule.ttl_s, rule.stale_while_revalidate_s, rule.stale_if_error_s)
+                pairs = zip(times, default, strict=True)
+                return Freshness(*(own if own is not None else base for own, base in pairs))
+        return default

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from server.auth.tenants import Tenant
+from server.auth.tenant import Tenant
 from server.protocol.bodies import write_leniently
 from server.protocol.errors import BadRequestError
 from tiers import digest

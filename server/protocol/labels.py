@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from server.auth.tenants import TENANT
+from server.auth.tenant import TENANT
 from tiers.key import is_key
 from tiers.purges.table import KEY, label
 

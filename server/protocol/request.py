@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 from multidict import MultiMapping, istr
 
-from server.auth.tenants import Tenant
+from server.auth.tenant import Tenant
 from server.protocol import bodies
 from server.protocol.bodies import Prompts, count_prompts
 from server.protocol.cache_field import CacheField, parse_cache_field

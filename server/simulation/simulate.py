@@ -17,9 +17,10 @@ import uvloop
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from server import terminal
-from server.cache import FreshnessRules, build
+from server.cache import build
 from server.config.base import ConfigError
 from server.config.schema import Config, DiskTierConfig, MemoryTierConfig
+from server.protocol.cache_control import FreshnessRules
 from server.protocol.formats import Encoding
 from server.simulation.traces import Trace, TraceRequest
 from tiers import (

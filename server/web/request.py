@@ -11,7 +11,7 @@ from aiohttp import hdrs, web
 from multidict import istr
 
 from server.auth.limits import RateLimiter
-from server.auth.tenants import NOBODY, Tenant
+from server.auth.tenant import NOBODY, Tenant
 from server.telemetry.served import Served
 from server.web.content_coding import DECODED, UnknownCodingError, decode
 

@@ -39,10 +39,10 @@ def hit(state: State = State.FRESH, answer: Answer = OLD) -> Hit:
         (hit(State.STALE_IF_ERROR), ANY, None, 170, Decision.GENERATE),
         (hit(State.STALE_IF_ERROR), STALE_TOO, None, 170, Decision.SERVE),
         # Others have got the new answer already.
-        (None, ANY, NEW, 50, Decision.JOIN),
-        (hit(), ANY, NEW, 50, Decision.JOIN),
+        (None, ANY, NEW, 50, Decision.JOIN_STORED),
+        (hit(), ANY, NEW, 50, Decision.JOIN_STORED),
         (hit(answer=NEW), ANY, NEW, 50, Decision.SERVE),
-        (None, ONLY_IF_CACHED, NEW, 50, Decision.JOIN),
+        (None, ONLY_IF_CACHED, NEW, 50, Decision.JOIN_STORED),
         (None, NO_CACHE, NEW, 50, Decision.GENERATE),
         (hit(), YOUNG, NEW, 10, Decision.SERVE),
     ],

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import orjson
 import pytest
 
+from server.engine.vllm_options import PLAIN_PARSERS
 from server.handlers.recording import record_answer
 from server.protocol import convert
 from server.protocol.formats import CHOICES, Encoding
-from server.protocol.routes import PLAIN_PARSERS
 from tiers import Answer
 
 pytestmark = pytest.mark.engine

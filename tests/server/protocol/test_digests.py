@@ -6,7 +6,7 @@ from typing import Any
 import orjson
 import pytest
 
-from server.auth.tenants import Tenant, open_tenant
+from server.auth.tenant import Tenant, open_tenant
 from server.protocol.model_names import ModelNames
 from server.protocol.request import parse_request
 from tests.server.conftest import of_vllm

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.auth.tenants import open_tenant
+from server.auth.tenant import open_tenant
 from server.protocol.model_names import ModelNames
 from server.protocol.request import ParsedRequest, parse_request
 from server.protocol.routes import CACHED_ROUTES

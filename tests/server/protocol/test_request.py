@@ -7,11 +7,11 @@ from functools import cache
 import orjson
 import pytest
 
-from server.auth.tenants import Tenant, open_tenant
+from server.auth.tenant import Tenant, open_tenant
+from server.engine.vllm_options import engine_keeps_responses
 from server.protocol.errors import BadRequestError
 from server.protocol.model_names import ModelNames, UnknownModelError
 from server.protocol.request import ParsedRequest, RequestParser, parse_request
-from server.protocol.routes import engine_keeps_responses
 from tests.server.conftest import of_vllm
 
 CHAT = "/v1/chat/completions"
