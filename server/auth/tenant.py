@@ -6,6 +6,8 @@ from server.auth.limits import Limits, RateLimiter
 
 TENANT = "[A-Za-z0-9._-]{1,64}"
 """The pattern of a tenant's name."""
+A_TENANT = "1 to 64 letters, digits, dots, dashes or underscores"
+"""What a tenant's name should be."""
 ANONYMOUS = "anonymous"
 """The tenant of requests without credentials, where none are needed."""
 

@@ -28,8 +28,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from server.auth.credentials import bearer_key, credentials_in, presented_credentials
 from server.auth.limits import Limits, RateLimiter
-from server.auth.tenant import TENANT, Tenant, open_tenant
+from server.auth.tenant import A_TENANT, TENANT, Tenant, open_tenant
 from server.config.base import ConfigError, Section, expected
+from server.config.environment import hint
 from server.config.schema import TenantsConfig
 from server.config.secrets import Hash, hash_key
 from server.config.yaml_loader import Loader
@@ -192,5 +193,10 @@ def _read(file: Path) -> Mapping[str, TenantRecord]:
 
 
 def _explain(error: Any) -> str:
-    path = ".".join(("tenants.file", *(str(part) for part in error["loc"])))
+    *parents, last = ("tenants.file", *(str(part) for part in error["loc"] if part != "[key]"))
+    path = ".".join((*parents, last))
+    if error["type"] == "extra_forbidden":
+        return f"{path}: unknown key; {hint(last, TenantRecord.model_fields)}"
+    if error["type"] == "string_pattern_mismatch":
+        return f"{path}: a tenant's name should be {A_TENANT}"
     return f"{path}: {expected(error)}"
