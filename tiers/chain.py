@@ -24,6 +24,7 @@ _PROMOTION_BYTES = 16 * 1024**2
 # An answer is refreshed early by at most this many times its generation time: the logarithm of a
 # random number exceeds 40 once in 10^17 times.
 _EARLIEST = 40
+_FRESH = State.FRESH
 
 
 class Hit(NamedTuple):
@@ -133,7 +134,7 @@ class Chain:
             value, entry = found
             now = self.clock()
             state = entry.state(now)
-            if state is State.FRESH:
+            if state is _FRESH:
                 # Nearly every hit ends here, and pays for each call.
                 may_refresh = entry.expires_at - now < _EARLIEST * entry.generation_s
                 refresh = may_refresh and self._is_refreshed_early(entry, now)

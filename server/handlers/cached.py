@@ -1,6 +1,7 @@
 """The handler of requests that may be cached: parse, get or generate the answer, render it."""
 
 import logging
+from functools import partial
 from math import floor
 from typing import Literal, NamedTuple
 
@@ -45,6 +46,7 @@ _JSON = "application/json"
 _ENGINE = "engine"
 # `NamedTuple`'s own way to make a tuple would be a call more for each hit.
 _new = tuple.__new__
+_FRESH = State.FRESH
 
 
 class CachingPolicy(NamedTuple):
@@ -114,7 +116,9 @@ class CachedRoutes:
         if request.cache.variants is not None and not self._takes_variants(request):
             text = "cache.variants is for nondeterministic answers; cache.mode should be use"
             raise BadRequestError(text, "cache.variants")
-        control = parse_cache_control(", ".join(http.headers.getall(hdrs.CACHE_CONTROL, ())))
+        control = _DEFAULT
+        if hdrs.CACHE_CONTROL in http.headers:
+            control = parse_cache_control(", ".join(http.headers.getall(hdrs.CACHE_CONTROL)))
         if request.cache.control != _DEFAULT:
             control = control.merge(request.cache.control)
         return control
@@ -125,8 +129,8 @@ class CachedRoutes:
         variants = 1 if request.deterministic else request.cache.variants or self._policy.variants
         if variants > 1:
             request = request._replace(key=self._variants.next(request.key, variants))
-        generation = EngineGeneration(self._engines, http, request, control)
-        found = await self._answers.get_or_generate(request.key, generation, control.acceptance)
+        begin = partial(EngineGeneration, self._engines, http, request, control)
+        found = await self._answers.get_or_generate(request.key, begin, control.acceptance)
         if isinstance(found, Hit):
             return await self._serve(http, request, found, "hit")
         if found is None:
@@ -146,7 +150,7 @@ class CachedRoutes:
         ttl, age = floor(entry.expires_at - now), int(now - entry.stored_at)
         status = f"tierserve; {how}; ttl={ttl}; detail={hit.tier}"
         response = await render(http, request, entry.answer, status, age)
-        outcome = "hit" if hit.state is State.FRESH else "stale"
+        outcome = "hit" if hit.state is _FRESH else "stale"
         served = (hit.tier, outcome, request.model, request.key, entry.answer, entry.generation_s)
         return response, _new(Served, served)
 

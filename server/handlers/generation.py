@@ -10,7 +10,12 @@ from aiohttp import hdrs
 from server.config.base import CENTURY_S
 from server.engine.models import Models
 from server.handlers.recording import record_answer
-from server.handlers.upstream_headers import LOAD, LOAD_FORMAT, cacheable_request_headers
+from server.handlers.upstream_headers import (
+    LOAD,
+    LOAD_FORMAT,
+    cacheable_request_headers,
+    with_cache_control,
+)
 from server.protocol import convert
 from server.protocol.cache_control import NO_CACHE, CacheControl, limit_freshness
 from server.protocol.formats import Encoding
@@ -43,13 +48,12 @@ class Engines(NamedTuple):
 class EngineGeneration:
     """The generation of one request's answer; see `tiers.answer_cache.Generation`."""
 
-    __slots__ = ("_control", "_engines", "_http", "_request")
-
     def __init__(
         self, engines: Engines, http: HttpRequest, request: ParsedRequest, control: CacheControl
     ) -> None:
-        self._engines, self._http = engines, http
-        self._request, self._control = request, control
+        self._engines, self._request, self._acceptance = engines, request, control.acceptance
+        # Not the whole of `http`, which would stay in memory for as long as the generation runs.
+        self._headers = cacheable_request_headers(http)
 
     @property
     def encoding(self) -> int:
@@ -62,7 +66,7 @@ class EngineGeneration:
     @property
     def variant(self) -> str:
         # Others share the answer, which may come from a cache on the way: as old as they accept.
-        acceptance = self._control.acceptance
+        acceptance = self._acceptance
         return str(acceptance) if acceptance.no_cache or acceptance.limits_age else ""
 
     @property
@@ -80,7 +84,7 @@ class EngineGeneration:
         request, engines = self._request, self._engines
         # A cache on the way, such as another tierserve, must not answer a refresh.
         control = NO_CACHE if flight.is_refresh else request.cache.control
-        headers = cacheable_request_headers(self._http, control)
+        headers = with_cache_control(self._headers, control)
         upstreams, sent_at = engines.models.upstreams(request.model), time.monotonic()
         async with upstreams.request(
             "POST", request.path, data=request.body, headers=headers, repeatable=True

@@ -72,9 +72,9 @@ class PrebuiltResponse(web.StreamResponse):
             end = "Connection: close\r\n"
         elif http.version < HttpVersion11:
             end = "Connection: keep-alive\r\n"
-        for headers in (http.response_headers, engine_headers):
-            if headers:
-                end += "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        if more := http.response_headers or engine_headers:
+            more = {**http.response_headers, **engine_headers}
+            end += "".join([f"{name}: {value}\r\n" for name, value in more.items()])
         head = (
             f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
             f"Cache-Status: {cache_status}\r\nAge: {age_s}\r\nETag: {etag}\r\n"
