@@ -3,9 +3,9 @@
 import sys
 
 if "redis" not in sys.modules:
-    # aiocache imports redis-py if it is installed, which takes half a second. The shared tier does
-    # where it is configured, and asks for no `aiocache.RedisCache`, which isn't there then. `None`
-    # stands for a module that can't be imported.
+    # aiocache imports redis-py if it is installed, which takes half a second. So it is hidden here:
+    # `None` stands for a module that can't be imported. A configured shared tier imports redis-py
+    # itself, and doesn't need `aiocache.RedisCache`, which is missing then.
     sys.modules["redis"] = None  # type: ignore[assignment]
     try:
         import aiocache  # noqa: F401

@@ -1,4 +1,4 @@
-"""The composition root: names the concrete classes, joins them, and runs until it is stopped."""
+"""The composition root: builds the server of its concrete classes, and runs it until stopped."""
 
 import asyncio
 import gc
@@ -24,13 +24,14 @@ from server.admin.local import LocalOperations
 from server.admin.sockets import serve_admin_api
 from server.auth.collector import TenantCollector
 from server.auth.tenants import Tenants
-from server.cache import FreshnessRules, TierStack, open_stack
+from server.cache import TierStack, open_stack
 from server.config.base import VERSION
 from server.config.load import redact
 from server.config.reload import Reloads
 from server.config.schema import Config
 from server.engine.collector import EngineCollector
 from server.engine.models import Models
+from server.engine.vllm_options import engine_keeps_responses
 from server.handlers.cached import CachedRoutes, CachingPolicy
 from server.handlers.generation import Engines
 from server.handlers.model_list import ModelList
@@ -38,7 +39,8 @@ from server.handlers.proxied import ProxiedRoutes
 from server.pages.openapi import build_document
 from server.pages.openapi_handler import OpenApiHandler
 from server.pages.overview import Overview
-from server.protocol.routes import CACHED_ROUTES, engine_keeps_responses
+from server.protocol.cache_control import FreshnessRules
+from server.protocol.routes import CACHED_ROUTES
 from server.router import Handlers, Router
 from server.telemetry.finished import FinishedRequests
 from server.telemetry.logs import AccessLog, LogStream, configure
@@ -60,11 +62,11 @@ logger = logging.getLogger(__name__)
 _ONE_STOP_S = 0.5
 # For answers that ended just now: a commit takes milliseconds.
 _STORE_S = 5
-# For all that is still to be written; a disk that hangs must not keep us.
+# For everything that is still to be written; a disk that hangs must not delay the exit further.
 _CLOSE_S = 20
-# Requests leave few cycles behind; a collection for each ten of them would be waste. But the event
-# loop waits for it, and it walks over what is under way: half a microsecond an object. The oldest
-# objects, entries in memory above all, are walked over once in five million.
+# Requests leave few cycles behind, so collections are rare. But the event loop waits for each, half
+# a microsecond for every object that it walks over: objects of requests under way often, the oldest
+# ones, such as entries in memory, once in five million allocations.
 _GC_THRESHOLDS = 5_000, 10, 100
 
 
@@ -102,7 +104,7 @@ def serve(config: Config) -> int:
 async def _run(
     config: Config, tenants: Tenants, certificate: Certificate | None, outputs: "Outputs"
 ) -> int:
-    # First of all, since a change before its first look is never seen.
+    # First, since it can't notice a change before its first look at the files.
     reloads = Reloads([tenants] if certificate is None else [tenants, certificate])
     # Before signals are waited for: it reads files, and may ask a hub.
     models = Models(config.models)
@@ -130,15 +132,15 @@ class Outputs:
 
 
 class Server:
-    """Everything that serves, joined.
+    """All parts of a running server.
 
     Args:
         config: describes it.
-        tenants: who may ask.
-        models: what generates answers.
+        tenants: the clients that are allowed.
+        models: generate answers.
         stack: the tiers, and what moves entries between them.
         reloads: watches the files that are read again.
-        outputs: where it reports.
+        outputs: the log, the trace, and the spans.
     """
 
     def __init__(
@@ -246,7 +248,7 @@ class Server:
         """Serve until `stop` is set; returns the exit status.
 
         Raises:
-            OSError: an address can't be had.
+            OSError: an address can't be used.
         """
         options = self._config.server
         server = make_server(self._router.front(options.allowed_origins), options)
@@ -258,7 +260,7 @@ class Server:
             await self._stack.background.start()
             listener = await listen(server, options.host, options.port, options, tls)
             logger.info("listening on %s", addresses(listener, tls))
-            # What exists now stays: to look it over again and again would cost 5% of all hits.
+            # Objects that exist now stay: collecting them again and again would slow hits by 5%.
             gc.freeze()
             gc.set_threshold(*_GC_THRESHOLDS)
             async with serve_admin_api(self._config, self._router.admin(self._admin), tls):
@@ -273,7 +275,7 @@ class Server:
             await runner.cleanup()
             has_stored = await self._close()
         if not has_stored:
-            # The thread that hangs would keep the process.
+            # The thread that hangs would keep the process from exiting.
             self._outputs.close()
             os._exit(1)
         return int(self._failed)
@@ -296,7 +298,7 @@ class Server:
         return has_stored
 
     def _start(self, work: Coroutine[Any, Any, None], stop: asyncio.Event) -> None:
-        """Run a part of the server beside its requests; if it fails, the server stops."""
+        """Run a background task of the server; if it fails, the server stops."""
 
         def end(task: asyncio.Task[None]) -> None:
             if not task.cancelled() and (exc := task.exception()) is not None:
@@ -321,7 +323,7 @@ async def _check_encryption_key(chain: Chain) -> None:
         except EncryptionKeyError:
             raise
         except (OSError, UntrustedError):
-            # The log says why; the server goes on without that tier.
+            # The reason is logged already; the server runs without that tier.
             return
 
 
@@ -337,14 +339,14 @@ def _handle_signals(stop: asyncio.Event, reloads: Reloads) -> None:
 def _stop_handler(
     stop: asyncio.Event, clock: Callable[[], float] = time.monotonic
 ) -> Callable[[], None]:
-    """Return what sets `stop` at the first call, and ends the process at the second one."""
+    """Return a handler that sets `stop` at its first call, and ends the process at the second."""
     stopped_at = inf
 
     def on_stop() -> None:
         nonlocal stopped_at
         now = clock()
         if now > stopped_at + _ONE_STOP_S:
-            # The guard ends the engine when it notices that we are gone.
+            # The watchdog ends the engine when this process has ended.
             os._exit(130)
         stopped_at = min(stopped_at, now)
         stop.set()

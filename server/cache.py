@@ -1,10 +1,8 @@
-"""The chain that a configuration describes: its tiers, and what moves entries between them."""
+"""Builds the chain that a configuration describes: its tiers, their background work, its lock."""
 
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from fnmatch import fnmatchcase
-from functools import lru_cache, partial
+from collections.abc import Callable
+from functools import partial
 from math import inf
 from pathlib import Path
 from random import random
@@ -15,36 +13,32 @@ from aiocache.base import BaseCache
 
 from server.config.base import ConfigError
 from server.config.folders import log_if_new
-from server.config.schema import CacheConfig, Config, DiskTierConfig, SharedTierConfig, TiersConfig
+from server.config.schema import Config, DiskTierConfig, SharedTierConfig, TiersConfig
 from server.config.secrets import parse_cipher_key
 from server.config.shared_url import MEMCACHED_PORT
-from server.telemetry.spans import step
+from server.telemetry.traced_tiers import TracedChain, TracedLock, TracedTier
 from tiers import (
-    Answer,
     BackgroundWork,
     Chain,
     Demotion,
     DiskCache,
     FileLeases,
     FrequencySketch,
-    Freshness,
     GenerationLock,
     MemoryCache,
-    Provenance,
     Purges,
     Tier,
     Transfers,
     WritePolicy,
 )  # fmt: skip
 from tiers.disk import KEY_BYTES, Durability, EncryptionKeyError
-from tiers.entry import Entry
 from tiers.purges.table import MAX_BYTES
 from tiers.shared import NAME
 from tiers.shared.leases import SharedLeases
 from tiers.shared.purges import SharedPurges
 from tiers.singleflight.leases import Leases
 
-# As many keys as answers of this size fill the tiers, but not more than 4 MiB of counters.
+# The sketch counts as many keys as answers of this size fill the tiers, up to 4 MiB of counters.
 _ENTRY_BYTES = 1024
 _SKETCH_KEYS = 1024**2
 # Demotions that wait for the disk.
@@ -54,7 +48,7 @@ _PURGES_PART = 32
 
 
 class TierStack(NamedTuple):
-    """The tiers of a server, and what goes on beside and between them."""
+    """The chain of a server, its background work, and its generation lock."""
 
     chain: Chain
     background: BackgroundWork
@@ -88,7 +82,7 @@ def build(
     clock: Callable[[], float] = time.time,
     chance: Callable[[], float] = random,
 ) -> tuple[Chain, BackgroundWork]:
-    """Return the chain and its movement, which isn't started yet.
+    """Return the chain and its background work, which isn't started yet.
 
     Args:
         config: describes the tiers, and how entries move between them.
@@ -174,7 +168,7 @@ def _disk(
             clock=clock,
         )
     except EncryptionKeyError as exc:
-        raise sealed_otherwise(config.path, exc) from exc
+        raise encryption_key_error(config.path, exc) from exc
     except OSError as exc:
         raise _no_folder(config.path, exc) from exc
 
@@ -203,7 +197,7 @@ def _purges(disk: DiskCache | None, clock: Callable[[], float]) -> Purges:
 
 
 def build_lock(config: Config, chain: Chain) -> GenerationLock:
-    """Return the lock of what `chain` doesn't hold.
+    """Return the lock under which answers for `chain` are generated.
 
     Raises:
         ConfigError: the file of leases in the disk tier's folder can't be used.
@@ -254,8 +248,8 @@ def open_shared(config: SharedTierConfig) -> BaseCache:
         raise ConfigError([f"tiers.shared.url: {problem}"]) from exc
 
 
-def sealed_otherwise(path: Path, exc: EncryptionKeyError) -> ConfigError:
-    """Return what is wrong with the key of the file in the folder `path`."""
+def encryption_key_error(path: Path, exc: EncryptionKeyError) -> ConfigError:
+    """Return the error of a key that doesn't fit the file in the folder `path`."""
     return ConfigError([f"tiers.disk.encryption_key: the file in {path} stays as it is: {exc}"])
 
 
@@ -285,74 +279,3 @@ def open_cache(url: str) -> BaseCache:
     from tiers.shared.redis import RedisBytes
 
     return RedisBytes(url)
-
-
-class FreshnessRules:
-    """The rules of the configuration; the first one that matches a route and a model counts."""
-
-    def __init__(self, cache: CacheConfig) -> None:
-        self._cache = cache
-        # There are few routes, and few models.
-        self.of = lru_cache(1024)(self._of)
-
-    def _of(self, route: str, model: str) -> Freshness:
-        cache = self._cache
-        default = Freshness(cache.ttl_s, cache.stale_while_revalidate_s, cache.stale_if_error_s)
-        for rule in cache.rules:
-            if fnmatchcase(route, rule.route) and fnmatchcase(model, rule.model):
-                times = (rule.ttl_s, rule.stale_while_revalidate_s, rule.stale_if_error_s)
-                pairs = zip(times, default, strict=True)
-                return Freshness(*(own if own is not None else base for own, base in pairs))
-        return default
-
-
-class TracedTier(Tier):
-    """Stands in for a tier where requests are traced, so that elsewhere a hit pays nothing."""
-
-    async def get(
-        self, key: str, purges: Purges, *, counted: bool = True
-    ) -> tuple[bytes, Entry] | None:
-        if not counted:
-            # A wait for another process looks up many times; its span is the wait's.
-            return await super().get(key, purges, counted=False)
-        with step(f"lookup {self.name}") as span:
-            found = await super().get(key, purges)
-            span.set_attributes(tier=self.name, found=found is not None)
-            return found
-
-
-class TracedChain(Chain):
-    """Stands in for a chain where requests are traced."""
-
-    async def store(
-        self,
-        key: str,
-        answer: Answer,
-        freshness: Freshness,
-        *,
-        provenance: Provenance | None = None,
-        generation_s: float = 0,
-        age_s: float = 0,
-    ) -> bool:
-        with step("store"):
-            return await super().store(
-                key,
-                answer,
-                freshness,
-                provenance=provenance,
-                generation_s=generation_s,
-                age_s=age_s,
-            )
-
-
-class TracedLock(GenerationLock):
-    """Stands in for a generation lock where requests are traced."""
-
-    @asynccontextmanager
-    async def acquire(
-        self, key: str, purge_epoch: int, not_before: float
-    ) -> AsyncIterator[Answer | None]:
-        with step("turn") as span:
-            async with super().acquire(key, purge_epoch, not_before) as answer:
-                span.end()
-                yield answer

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from server.auth.tenants import Tenants
-from server.cache import encryption_key, open_shared, sealed_otherwise
+from server.cache import encryption_key, encryption_key_error, open_shared
 from server.config.base import ConfigError
 from server.config.folders import NO_HOME, new_engine_folder
 from server.config.load import LoadResult, load_partially
@@ -41,7 +41,7 @@ def load_checked(file: Path) -> Config:
 
 
 def choices(config: Config) -> Iterator[str]:
-    """Yield a line for each choice that this machine makes and the configuration doesn't."""
+    """Yield a line for each value that this machine decides and the configuration leaves open."""
     for name, model in config.models.items():
         if not model.upstreams and (dtype := default_dtype(model, local_folder(model))) is not None:
             yield f"models.{name}.engine.args.dtype: {dtype}, by this CPU's instructions"
@@ -87,7 +87,7 @@ def _check_addresses(server: ServerConfig, admin: AdminConfig) -> Iterator[str]:
 
 
 def _check_address(section: str, host: str, port: int) -> Iterator[str]:
-    """Yield why no server can have an address; one that another server has may be free soon."""
+    """Yield why no server can use an address; one that is in use now may be free soon."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         refused = {_bind(family, address) for family, _, _, _, address in found}
@@ -121,7 +121,7 @@ def _check_disk(disk: DiskTierConfig) -> Iterator[str]:
     except ConfigError as exc:
         yield from exc.mistakes
     except EncryptionKeyError as exc:
-        yield from sealed_otherwise(disk.path, exc).mistakes
+        yield from encryption_key_error(disk.path, exc).mistakes
 
 
 def _check_socket(admin: AdminConfig) -> Iterator[str]:

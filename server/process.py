@@ -28,7 +28,7 @@ def open_standard_streams() -> None:
 
 
 def ignore_signals() -> None:
-    """Ignore the signals that ask for logs or files to be opened anew, which would end us.
+    """Ignore the signals by which log rotation asks programs to reopen files; they would end us.
 
     Children inherit that.
     """

@@ -1,4 +1,4 @@
-"""Which endpoint answers which request, and who is allowed to ask it."""
+"""Which endpoint answers which request, and which access check precedes it."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from server.web.request import Endpoint, HttpRequest, Traced
 
 @dataclass(frozen=True, slots=True)
 class Handlers:
-    """What answers the requests to the front."""
+    """The handlers of requests to the front."""
 
     cached: CachedRoutes
     proxied: ProxiedRoutes
@@ -41,7 +41,7 @@ class Router:
         handlers: of the front.
         middleware: surrounds all of them.
         access: decides who is allowed.
-        traced: adds spans to what asks engines.
+        traced: adds spans to endpoints that use engines.
         open_metrics: whether anyone may read metrics.
     """
 
@@ -76,7 +76,7 @@ class Router:
         return with_cors(allowed_origins, endpoint, preflight)
 
     def admin(self, admin: AdminHandler) -> Callable[[AccessCheck], Endpoint]:
-        """Return what makes the endpoint of an admin listener; the pages' files need no key."""
+        """Return what makes an admin listener's endpoint; the pages' files need no key."""
         files = StaticFiles(ADMIN_PAGES)
         pages = self._middleware.wrap(read_only(own(files.answer)), allow_anyone)
 
@@ -87,7 +87,7 @@ class Router:
         return endpoint_for
 
     def _engine_endpoints(self) -> dict[tuple[str, str], Endpoint]:
-        """Return the endpoints of an engine's routes that aren't passed through."""
+        """Return the endpoints of those engine routes that aren't just passed through."""
         wrap, access, handlers = self._middleware.wrap, self._access, self._handlers
         endpoints = {
             ("POST", path): self._traced(
@@ -103,7 +103,7 @@ class Router:
         return endpoints
 
     def _own_endpoints(self) -> dict[str, Endpoint]:
-        """Return the endpoints of our own paths for machines."""
+        """Return the endpoints of our own paths that serve no page."""
         wrap, handlers = self._middleware.wrap, self._handlers
         readers = allow_anyone if self._open_metrics else self._access.require_operator
 
@@ -122,7 +122,7 @@ class Router:
         }
 
     def _page_endpoints(self) -> dict[str, Endpoint]:
-        """Return the endpoints of what browsers ask for."""
+        """Return the endpoints of the pages, and of the JSON that they show."""
         wrap, files, known = (
             self._middleware.wrap,
             StaticFiles(FRONT_PAGES),

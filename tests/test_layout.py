@@ -28,18 +28,19 @@ LAYERS = (
 ANYWHERE = ("server.terminal", "server.process")
 """What knows nothing of the rest."""
 TIERS = (
-    ("tiers.memory", "tiers.disk"),
-    ("tiers.answer_cache",),
+    ("tiers.answer_cache", "tiers.background"),
     ("tiers.singleflight",),
     ("tiers.chain",),
-    ("tiers.movement",),
-    ("tiers.shared",),
+    ("tiers.movement", "tiers.shared"),
     ("tiers.tier",),
     ("tiers.purges",),
+    ("tiers.memory", "tiers.disk"),
     ("tiers.backend", "tiers.policies"),
     ("tiers.acceptance",),
     ("tiers.entry", "tiers.key", "tiers.frequency", "tiers.resilience", "tiers.file_locks"),
 )
+CONCRETE = ("tiers.memory", "tiers.disk")
+"""Backends that nothing else in `tiers` imports: it knows them by their contract."""
 HTTP = ("server.web", "server.handlers", "server.pages", "server.admin", "server.engine.upstream",
         "server.app", "server.router")  # fmt: skip
 """Who may import aiohttp."""
@@ -101,6 +102,15 @@ def test_each_library_has_its_place(file: Path) -> None:
         assert not any(is_in(name, ("server",)) and "." in name for name in imports)
     if file.parts[0] == "tiers":
         assert not imports & {"server", "pydantic", "yaml", "prometheus_client", "orjson"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_no_tier_knows_a_concrete_backend(file: Path) -> None:
+    module = module_of(file)
+    if is_in(module, ("tiers",)) and module != "tiers":
+        own = [package for package in CONCRETE if is_in(module, (package,))]
+        others = tuple(package for package in CONCRETE if package not in own)
+        assert [name for name in imported_by(file) if is_in(name, others)] == []
 
 
 def test_every_module_has_a_layer() -> None:

@@ -6,13 +6,13 @@ alone. Callers decide what an answer's bytes and labels mean.
 
 from tiers.acceptance import Acceptance
 from tiers.answer_cache import AnswerCache, Pending
+from tiers.background import BackgroundWork
 from tiers.chain import Chain, Hit, ImportResult
 from tiers.disk import DiskCache
 from tiers.entry import Answer, Entry, Freshness, Provenance, State
 from tiers.frequency import FrequencySketch
 from tiers.key import digest
 from tiers.memory.cache import MemoryCache
-from tiers.movement.background import BackgroundWork
 from tiers.movement.demotion import Demotion, WritePolicy
 from tiers.movement.transfers import Transfers
 from tiers.purges.purges import PurgeError, Purges

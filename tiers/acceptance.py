@@ -7,7 +7,7 @@ from tiers.entry import Entry, State
 
 
 class Acceptance(NamedTuple):
-    """What a caller accepts; by default what the tiers give out of their own accord.
+    """What a caller accepts; by default all that the tiers serve without being asked for more.
 
     Times are in seconds.
     """
@@ -22,7 +22,7 @@ class Acceptance(NamedTuple):
 
     @property
     def limits_age(self) -> bool:
-        """Whether it says anything about the age of an answer."""
+        """Whether it limits the age of an answer."""
         return self.max_age_s < inf or self.min_fresh_s > -inf or self.max_stale_s is not None
 
     def accepts(self, entry: Entry, state: State, now: float) -> bool:
@@ -35,7 +35,7 @@ class Acceptance(NamedTuple):
             return False
         if stale_s <= max_stale_s:
             return True
-        # A caller who says nothing about age gets what the tiers serve while they revalidate.
+        # A caller without a limit also gets what the tiers serve while they revalidate.
         return state <= State.STALE_WHILE_REVALIDATE and not self.limits_age
 
 

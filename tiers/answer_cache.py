@@ -1,10 +1,10 @@
 """The cache as one operation: serve an answer, join its generation, or have it generated.
 
     answers = AnswerCache(chain, SingleFlight(max_bytes=...), GenerationLock(chain, [], wait_s=0))
-    found = await answers.get_or_generate(key, generation)
+    found = await answers.get_or_generate(key, Generate)
 
-Invariant: of all callers who ask for a key at a time one generates, in this process and, as far as
-leases reach, in all others; an answer that some callers have got isn't followed by an older one.
+Invariant: of all callers that request a key at the same time one generates, in this process and, as
+far as leases reach, in all others; no caller gets an older answer than one that others got before.
 """
 
 import time
@@ -25,34 +25,38 @@ _MAX_REFRESHES = 32
 
 
 class Decision(Enum):
-    """What becomes of a request for an answer."""
+    """How a request is answered."""
 
     SERVE = "serve"
     """It gets what a tier holds."""
-    JOIN = "join"
-    """It gets an answer that is complete and is being stored."""
+    JOIN_STORED = "join"
+    """It gets an answer that is complete and is still being stored."""
     GENERATE = "generate"
-    """It waits for an answer to be generated, by itself or by others."""
+    """It waits for an answer that it generates, or that another request is generating."""
     REFUSE = "refuse"
     """It accepts only what a tier holds, and none holds it."""
+
+
+# Python 3.11 takes 80 ns to look up a member of an enumeration, which every hit would pay for.
+_SERVE = Decision.SERVE
 
 
 def decide(
     hit: Hit | None, acceptance: Acceptance, being_stored: Answer | None, now: float
 ) -> Decision:
-    """Return what becomes of a request.
+    """Return how a request is answered.
 
     Args:
         hit: what the tiers have found.
         acceptance: what the caller accepts.
-        being_stored: an answer under the same key that others have got, and that no tier may hold
-            yet: what a tier holds instead is older.
+        being_stored: an answer under the same key that other callers have got, and that no tier may
+            hold yet: what a tier holds instead is older.
         now: Unix seconds.
     """
     if being_stored is not None and _joins(hit, acceptance, being_stored):
-        return Decision.JOIN
+        return Decision.JOIN_STORED
     if hit is not None and acceptance.accepts(hit.entry, hit.state, now):
-        return Decision.SERVE
+        return _SERVE
     return Decision.REFUSE if acceptance.only_if_cached else Decision.GENERATE
 
 
@@ -74,9 +78,9 @@ def reason_of(hit: Hit | None, acceptance: Acceptance) -> Reason:
 
 
 def not_before(hit: Hit | None, acceptance: Acceptance, now: float) -> float:
-    """Return when another process must at least have stored an answer that will do (Unix s).
+    """Return the time (Unix s) after which another process must have stored an answer to use it.
 
-    With `inf` none will: the engine has to generate it.
+    With `inf` no stored answer is used: the engine has to generate one.
     """
     if acceptance.no_cache:
         return inf
@@ -86,23 +90,23 @@ def not_before(hit: Hit | None, acceptance: Acceptance, now: float) -> float:
 
 
 class Generation(Protocol):
-    """How a caller has an answer generated."""
+    """How an answer is generated for a caller."""
 
     @property
     def encoding(self) -> int:
-        """In which encoding it generates, and takes the answers of others."""
+        """The encoding in which it generates; answers of other processes are converted to it."""
 
     @property
     def labels(self) -> Iterable[str]:
-        """By which labels its answer may be purged, beside its key."""
+        """The labels by which its answer may be purged, beside its key."""
 
     @property
     def variant(self) -> str:
-        """What keeps it apart from other generations under the same key."""
+        """Only generations of one key and one variant are shared."""
 
     @property
     def can_refresh(self) -> bool:
-        """Whether an answer could be generated now for nobody but the tiers."""
+        """Whether a background refresh could be generated now."""
 
     async def generate(self, flight: Flight) -> Freshness | None:
         """Publish to `flight` what is generated, and end it.
@@ -111,7 +115,7 @@ class Generation(Protocol):
         """
 
     async def convert(self, answer: Answer) -> Answer | None:
-        """Return another process's answer in our encoding, if that can be made of it."""
+        """Return another process's answer in our encoding, or `None` if it can't be converted."""
 
 
 class Pending(NamedTuple):
@@ -120,13 +124,13 @@ class Pending(NamedTuple):
     subscriber: Subscriber
     reason: Reason
     joined: bool
-    """Whether its generation had begun for somebody else."""
+    """Whether another request had started its generation."""
     stale: Hit | None
     """What may be served if the generation fails, unless it is purged meanwhile."""
 
     @property
     def collapsed(self) -> bool:
-        """Whether somebody else generates it, in this process or in another."""
+        """Whether another request generates it, in this process or in another."""
         return self.joined or self.subscriber.flight.collapsed
 
 
@@ -136,8 +140,8 @@ class AnswerCache:
     Args:
         chain: where answers are looked up and stored.
         flights: the generations of this process.
-        lock: decides among processes.
-        clock: returns seconds that only grow, by which a generation's time is taken.
+        lock: lets one process at a time generate under a key.
+        clock: a monotonic clock in seconds, which measures how long a generation takes.
     """
 
     def __init__(
@@ -151,25 +155,27 @@ class AnswerCache:
         self.chain, self._flights, self._lock, self._clock = chain, flights, lock, clock
 
     async def get_or_generate(
-        self, key: str, generation: Generation, acceptance: Acceptance = ANY
+        self, key: str, begin: Callable[[], Generation], acceptance: Acceptance = ANY
     ) -> Hit | Pending | None:
         """Return what a tier holds, or else what is being generated.
 
-        A hit that is stale, or soon will be, is refreshed in the background. `None` says that the
-        caller accepts only what a tier holds, and that none holds it.
+        A hit that is stale, or soon will be, is refreshed in the background. Returns `None` if the
+        caller accepts only what a tier holds, and none holds it. `begin` returns the generation; it
+        is called only where one may be needed.
         """
         hit = None if acceptance.no_cache else await self.chain.lookup(key)
         flight, now = self._flights.being_stored(key), self.chain.clock()
         decision = decide(hit, acceptance, None if flight is None else flight.answer, now)
-        if decision is Decision.SERVE and hit is not None:
+        if decision is _SERVE and hit is not None:
             if hit.refresh:
-                self._refresh(key, generation, hit)
+                self._refresh(key, begin(), hit)
             return hit
         stale = None if acceptance.limits_age else hit
-        if decision is Decision.JOIN and flight is not None:
+        if decision is Decision.JOIN_STORED and flight is not None:
             return Pending(flight.subscribe(), "miss", joined=True, stale=stale)
         if decision is Decision.REFUSE:
             return None
+        generation = begin()
         run = partial(self._run, key, generation, not_before(hit, acceptance, now))
         subscriber, joined = self._flights.join(
             key,

@@ -1,4 +1,4 @@
-"""What a tier's backend is: the base of our own, and what one offers that also keeps blobs.
+"""The base class of our backends, and the interface of a backend that also keeps blobs.
 
 `ByteCache` maps aiocache's thirteen hooks to six primitives. A subclass stores bytes under text
 keys and supplies `read`, `peek`, `write`, `touch`, `remove` and `keys`; those that only read are

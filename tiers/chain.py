@@ -1,4 +1,4 @@
-"""The chain of tiers: lookup from the nearest, promotion of what is asked for often, and storing.
+"""The chain of tiers: lookup from the nearest, promotion of entries requested often, and storing.
 
 Invariant: a lookup returns the entry last stored under its key, unless that is purged or expired.
 """
@@ -21,9 +21,10 @@ from tiers.tier import Tier
 
 # Promotions that wait for the disk.
 _PROMOTION_BYTES = 16 * 1024**2
-# By how many times the time of its generation an answer is refreshed early at the most: the
-# logarithm of chance is beyond 40 once in 10^17 times.
+# An answer is refreshed early by at most this many times its generation time: the logarithm of a
+# random number exceeds 40 once in 10^17 times.
 _EARLIEST = 40
+_FRESH = State.FRESH
 
 
 class Hit(NamedTuple):
@@ -62,12 +63,12 @@ class Chain:
 
     Args:
         tiers: each is looked up only where those before it missed.
-        frequency: counts how often each key is asked for.
+        frequency: counts how often each key is requested.
         max_answer_bytes: a larger answer isn't stored.
-        promote_after: requests after which a hit is copied to nearer tiers, if it is asked for more
+        promote_after: requests after which a hit is copied to nearer tiers, if it is requested more
             often than what it would evict there; at once where an older entry is there.
-        transfers: those under way between the tiers; the demotion's own, if there is one.
-        purges: what is purged; by default what this process purges, until it ends.
+        transfers: those under way between the tiers, shared with `Demotion` if there is one.
+        purges: the purges that hide entries; by default those of this process, until it ends.
         shared_purges: exchanges purges with other machines, if there is a shared tier.
         write: whether a new answer is stored in all tiers, or in the nearest and the shared one.
         ttl_jitter: each ttl is cut by a random part of up to this share, so that answers that were
@@ -127,13 +128,13 @@ class Chain:
         """
         asked = self._frequency.record(key)
         if self._shared_purges is not None:
-            await self._know_purges()
+            await self._catch_up_purges()
         best = None
         if self.tiers and (found := await self.tiers[0].get(key, self.purges)) is not None:
             value, entry = found
             now = self.clock()
             state = entry.state(now)
-            if state is State.FRESH:
+            if state is _FRESH:
                 # Nearly every hit ends here, and pays for each call.
                 may_refresh = entry.expires_at - now < _EARLIEST * entry.generation_s
                 refresh = may_refresh and self._is_refreshed_early(entry, now)
@@ -154,7 +155,7 @@ class Chain:
 
         It replaces what nearer tiers hold under `key`, and doesn't count as a request.
         """
-        await self._know_purges()
+        await self._catch_up_purges()
         with self._transfers.begin(key) as transfer:
             for depth, tier in enumerate(self.tiers):
                 found = await tier.get(key, self.purges, counted=False)
@@ -192,11 +193,11 @@ class Chain:
         When this returns, each tier has done what its durability promises.
 
         Args:
-            key: what it is found by.
+            key: under which it is stored.
             answer: is refused if it is larger than `max_answer_bytes`.
             freshness: how long it is good for.
-            provenance: by which it may have been purged meanwhile, and then isn't stored; by
-                default its generation begins and ends now.
+            provenance: decides whether it was purged meanwhile, and then isn't stored; by default
+                its generation begins and ends now.
             generation_s: seconds that it took to generate.
             age_s: seconds for which another cache has kept it.
         """
@@ -230,23 +231,17 @@ class Chain:
             return stored
 
     def frequency(self, key: str) -> int:
-        """Return an estimate of how often `key` was asked for lately."""
+        """Return an estimate of how often `key` was requested lately."""
         return self._frequency.estimate(key)
 
     async def peek(self, key: str) -> Entry | None:
         """Return the entry that `lookup` would find, without counting a request."""
-        await self._know_purges()
+        await self._catch_up_purges()
         best: Entry | None = None
-        for tier in self.tiers:
-            if tier.shared and self.purges.shared_unknown:
-                continue
-            entry = await tier.peek(key)
-            if entry is None or self.purges.is_purged(key, entry):
-                continue
-            state = entry.state(self.clock())
-            if state is not State.EXPIRED and (best is None or entry.stored_at > best.stored_at):
+        async for entry in self._held(key):
+            if best is None or entry.stored_at > best.stored_at:
                 best = entry
-            if best is not None and best.state(self.clock()) is State.FRESH:
+            if best.state(self.clock()) is State.FRESH:
                 break
         return best
 
@@ -282,11 +277,11 @@ class Chain:
         return ImportResult.STORED if stored else ImportResult.REFUSED
 
     async def purge(self, *labels: str) -> None:
-        """Purge all entries with one of `labels`: `all`, or such as `key:…` (`tiers.purges.KINDS`).
+        """Purge all entries with one of `labels`: `all`, or such as `key:…` (`tiers.purges.table`).
 
-        When this returns they are served no more, nor is any answer whose generation had begun: by
-        no process on the same disk tier, and on no machine with the same shared tier. Either all of
-        the labels are purged or none.
+        When this returns, no process on the same disk tier and no machine with the same shared tier
+        serves them, nor any answer whose generation had begun. Either all of the labels are purged
+        or none.
 
         Raises:
             ValueError: one isn't a label, or they are more than `MAX_LABELS`.
@@ -306,7 +301,7 @@ class Chain:
         for tier in self.tiers:
             await tier.close()
 
-    async def _know_purges(self) -> None:
+    async def _catch_up_purges(self) -> None:
         """Take over the purges of other machines if this process may have missed any."""
         if (shared := self._shared_purges) is not None and shared.is_behind:
             await shared.catch_up()
@@ -314,6 +309,8 @@ class Chain:
     async def _held(self, key: str) -> AsyncIterator[Entry]:
         """Yield what the tiers hold under `key` and may serve, nearest first."""
         for tier in self.tiers:
+            if tier.shared and self.purges.shared_unknown:
+                continue
             entry = await tier.peek(key)
             if entry is None or self.purges.is_purged(key, entry):
                 continue

@@ -12,6 +12,8 @@ _new = tuple.__new__
 _HEADER = Struct("<BBdddddQII")
 _VERSION = 3
 
+MAX_ENCODING = 1
+"""Of the encodings that callers know; an entry in another is a miss."""
 SKEW_S = 1.0
 """How many seconds the clocks of machines that share a tier may differ by."""
 
@@ -72,6 +74,10 @@ class State(IntEnum):
     EXPIRED = 3
 
 
+# Looked up once, since Python 3.11 takes 80 ns for it.
+_FRESH = State.FRESH
+
+
 class Entry(NamedTuple):
     """An answer in a tier. Times are Unix seconds."""
 
@@ -109,7 +115,7 @@ class Entry(NamedTuple):
         than that last longer by as much.
         """
         if now < self.expires_at:
-            return State.FRESH if self.stored_at <= now + SKEW_S else State.EXPIRED
+            return _FRESH if self.stored_at <= now + SKEW_S else State.EXPIRED
         if now < self.expires_at + self.stale_while_revalidate_s:
             return State.STALE_WHILE_REVALIDATE
         return State.STALE_IF_ERROR if now < self.kept_until else State.EXPIRED
@@ -145,7 +151,7 @@ class Entry(NamedTuple):
             raise ValueError("entry is cut short") from exc
         trailer_at = _HEADER.size + labels_bytes
         content_at = trailer_at + trailer_bytes
-        if version != _VERSION or content_at > len(data):
+        if version != _VERSION or content_at > len(data) or encoding > MAX_ENCODING:
             raise ValueError("entry is of another format version or cut short")
         answer = _new(Answer, (encoding, data[content_at:], data[trailer_at:content_at]))
         return _new(cls, (answer, *fields, data[_HEADER.size : trailer_at]))

@@ -103,7 +103,7 @@ class FrequencySketch:
         self._resize(self.capacity.bit_length())
 
     def dump(self) -> bytes:
-        """Return the bytes that `restoring` reads."""
+        """Return the bytes that `load` reads."""
         head = _HEADER.pack(_VERSION, self.capacity.bit_length() - 1, self._records)
         # `join` copies what may be megabytes once; the event loop waits for it.
         return b"".join((head, self._table))

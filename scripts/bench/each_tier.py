@@ -107,7 +107,7 @@ async def _speed(folder: Path, options: argparse.Namespace) -> None:
 
 @contextmanager
 def _running(command: list[str], port: int) -> Iterator[bool]:
-    """Run a server that listens at a port; tells whether its program is there."""
+    """Run a server that listens at a port; yields whether its program is installed."""
     if shutil.which(command[0]) is None:
         print(f"{command[0]} isn't installed")
         yield False

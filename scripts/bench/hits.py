@@ -35,7 +35,7 @@ import orjson
 import uvloop
 from aiohttp import web
 
-from server.auth.tenants import open_tenant
+from server.auth.tenant import open_tenant
 from server.config.load import load
 from server.engine.models import Models
 from server.protocol import template
@@ -211,7 +211,7 @@ def _awake(core: int) -> Iterator[None]:
 
 
 def _check(url: str, body: bytes, *, hit: bool) -> None:
-    """Make sure that what is measured is what it says."""
+    """Check that the measured responses have the expected `Cache-Status`."""
     asked = urllib.request.Request(url + ROUTE, body, {"Content-Type": "application/json"})  # noqa: S310
     with urllib.request.urlopen(asked, timeout=10) as response:  # noqa: S310
         if hit and "; hit" not in response.headers["Cache-Status"]:
@@ -222,10 +222,10 @@ def _load(url: str, folder: Path, seconds: int, connections: int) -> float:
     """Return requests per second; every answer has to be a 200."""
     command = ["taskset", "-c", str(LOAD_CORE), "wrk", "-t1", f"-c{connections}", f"-d{seconds}s",
                "-s", str(folder / "load.lua"), url]  # fmt: skip
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.search(r"Requests/sec:\s+([\d.]+)", said)
-    if found is None or "Non-2xx" in said:
-        raise ValueError(f"wrk did not get answers:\n{said}")
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"Requests/sec:\s+([\d.]+)", output)
+    if found is None or "Non-2xx" in output:
+        raise ValueError(f"wrk did not get answers:\n{output}")
     return float(found[1])
 
 

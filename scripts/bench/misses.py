@@ -85,10 +85,10 @@ def main() -> int:
         )  # fmt: skip
         beside = f"beside {options.connections} that miss"
         _measure(beside, client, server.pid, lambda: wrk.poll() is not None, end="")
-        said = wrk.communicate()[0]
-        rate = re.search(r"Requests/sec:\s+([\d.]+)", said)
-        if rate is None or "Non-2xx" in said:
-            raise ValueError(f"wrk did not get answers:\n{said}")
+        output = wrk.communicate()[0]
+        rate = re.search(r"Requests/sec:\s+([\d.]+)", output)
+        if rate is None or "Non-2xx" in output:
+            raise ValueError(f"wrk did not get answers:\n{output}")
         print(f" {float(rate[1]):>9,.0f}")
     return 0
 

@@ -2,7 +2,7 @@
 
 Each trace is replayed against each policy at several cache sizes, given as shares of the trace's
 footprint: the bytes of all different keys. Mooncake's traces are replayed twice: as whole requests,
-and as prefix blocks, each a key. `server/simulation/traces.py` says which formats there are.
+and as prefix blocks, each a key. `server/simulation/traces.py` lists the formats.
 
 A key keeps the size with which it was admitted. An entry that is larger than the cache is a miss,
 and isn't admitted. Real traces of LLM requests rarely repeat whole requests, so read a trace's
@@ -79,7 +79,7 @@ def replayed(path: Path) -> Iterator[tuple[str, Trace]]:
 
 
 def has_tokens(trace: Trace) -> bool:
-    """Return whether the trace tells what its requests cost."""
+    """Return whether the trace has the cost of its requests."""
     return any(request.tokens for request in trace.requests)
 
 
@@ -144,7 +144,7 @@ def print_requests(table: dict[tuple[str, float], dict[str, Result]]) -> None:
 
 
 def print_tokens(table: dict[tuple[str, float], dict[str, Result]]) -> None:
-    """Print what the misses cost, where traces tell."""
+    """Print what the misses cost, where traces have costs."""
     if table:
         print("\nToken miss ratio: the share of output tokens that have to be generated")
         print_columns(table, "tokens")

@@ -5,7 +5,7 @@ from typing import Any
 
 from server.admin.export_format import ENCODING_NAMES
 from server.admin.operations import MAX_PAGE
-from server.auth.tenants import TENANT
+from server.auth.tenant import TENANT
 from server.protocol.labels import A_TAG, KINDS, MAX_TAG_CHARACTERS
 from server.web.openapi_parts import OBJECT, OPENAI_ERROR, TEXT, object_schema, openapi_document
 from tiers.key import KEY_PATTERN

@@ -1,7 +1,7 @@
 """The admin API: the operations over HTTP, with JSON bodies and errors in OpenAI's shape.
 
 `server.admin.api_document` describes its paths, and serves as their reference. The handler checks
-no key: whoever the listeners (`server.admin.sockets`) let in may do everything.
+no key: every client that the listeners (`server.admin.sockets`) accept may do everything.
 """
 
 import logging

@@ -20,6 +20,14 @@ _SORTED = 1000
 _MAX_WALKS, _WALK_LIFETIME_S = 4, 60
 _AFTER = "after should be as the page before gave it"
 
+_STATES = {
+    State.FRESH: "fresh",
+    State.STALE_WHILE_REVALIDATE: "stale",
+    State.STALE_IF_ERROR: "fallback",
+    State.EXPIRED: "expired",
+}
+"""What a state is called in the admin API."""
+
 
 class EntryListing:
     """The entries of those tiers that can list them.
@@ -69,7 +77,7 @@ class EntryListing:
             "bytes": len(entry.answer.content) + len(entry.answer.trailer),
             "age_s": round(now - entry.stored_at, 3),
             "ttl_s": round(entry.expires_at - now, 3),
-            "state": entry.state(now).name.lower(),
+            "state": _STATES[entry.state(now)],
             "frequency": self._chain.frequency(key),
             "labels": list(entry.labels),
         }

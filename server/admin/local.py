@@ -118,11 +118,11 @@ async def open_local(config: Config) -> AsyncIterator[LocalOperations]:
         OSError: it can't be opened.
         UntrustedError: it is damaged. Only a server quarantines it.
     """
-    chain, movement = build(config, quarantines=False)
+    chain, background = build(config, quarantines=False)
     try:
         for tier in chain.tiers:
             await tier.opened()
-        await movement.load_sketch()
+        await background.load_sketch()
         # This process's memory tier is empty.
         tiers = [tier for tier in chain.tiers if not tier.in_memory]
         yield LocalOperations(chain, tiers)

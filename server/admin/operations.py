@@ -13,7 +13,7 @@ class AdminError(Exception):
 
     Args:
         status: as in HTTP; 400 for a wrong argument.
-        message: says what is wrong, and what would be right.
+        message: what is wrong, and what would be right.
         param: the argument that is wrong.
     """
 

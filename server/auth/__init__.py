@@ -1,1 +1,1 @@
-"""Who asks: tenants, their credentials and their limits."""
+"""Authentication: tenants, their credentials and their limits."""

@@ -94,7 +94,7 @@ class RateLimiter:
             self._bucket = _Bucket(per_minute, self._clock)
 
     def acquire(self) -> RateLimited | None:
-        """Count a request that begins, which `release` must follow, or return why it may not."""
+        """Count a request that begins, which `release` must follow, or return why it is refused."""
         if self._max_requests is not None and self.active >= self._max_requests:
             self.refused["max_requests"] += 1
             return RateLimited(

@@ -1,8 +1,8 @@
-"""Tenants: who asks, which answers they share, and what they may do.
+"""Tenants: the clients of the server, the answers they share, and the routes they may use.
 
-Where no keys are configured, everybody may ask, and each `Authorization` header (and Anthropic's
-`x-api-key`) is a tenant of its own, whose key an engine may know. Else a file maps tenants to
-hashed keys:
+Where no keys are configured, every client is allowed, and each `Authorization` header (and
+Anthropic's `x-api-key`) is a tenant of its own, whose key an engine may know. Otherwise a file maps
+tenants to hashed keys:
 
     acme:
       keys:
@@ -19,7 +19,6 @@ finds one by trying.
 """
 
 from collections.abc import Callable, Mapping
-from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,60 +28,18 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from server.auth.credentials import bearer_key, credentials_in, presented_credentials
 from server.auth.limits import Limits, RateLimiter
+from server.auth.tenant import A_TENANT, TENANT, Tenant, open_tenant
 from server.config.base import ConfigError, Section, expected
+from server.config.environment import hint
 from server.config.schema import TenantsConfig
 from server.config.secrets import Hash, hash_key
 from server.config.yaml_loader import Loader
 from tiers.key import digest, scope_named
 
-TENANT = "[A-Za-z0-9._-]{1,64}"
-"""The pattern of a tenant's name."""
-ANONYMOUS = "anonymous"
-"""The tenant of requests without credentials, where none are needed."""
 _ALONE = "default"
 """The tenant of `tenants.key`."""
 # Tenants found by their headers, each of which would have to be hashed again.
 _MEMO_HEADERS = 1024
-
-
-class Tenant:
-    """Who asks. Two tenants are equal only if they are the same object.
-
-    Args:
-        name: its name in metrics and purges.
-        scope: who may share its answers.
-        share: the scope in its keys, to which the tiers grant a share of their bytes; none if
-            empty.
-        salt: keeps its prompts apart in an engine's prefix cache; `None` to share the cache.
-        operator: whether it may do everything.
-        limiter: counts and limits its requests; `None` where no keys are configured.
-        revision: which reading of the tenants' file the tenant comes from.
-    """
-
-    __slots__ = ("limiter", "name", "operator", "revision", "salt", "scope", "share_scope")
-
-    def __init__(
-        self,
-        name: str,
-        scope: bytes,
-        *,
-        share: str = "",
-        salt: str | None = None,
-        operator: bool = False,
-        limiter: RateLimiter | None = None,
-        revision: int = 0,
-    ) -> None:
-        self.name, self.scope, self.share_scope, self.salt = name, scope, share, salt
-        self.operator, self.limiter, self.revision = operator, limiter, revision
-
-    @property
-    def has_key(self) -> bool:
-        """Whether its key is one of ours, which no engine gets."""
-        return self.limiter is not None
-
-
-NOBODY = Tenant("nobody", b"\0nobody", limiter=RateLimiter(Limits()))
-"""The tenant of requests that need no key."""
 
 
 class TenantRecord(Section):
@@ -104,7 +61,7 @@ class Tenants:
 
     Args:
         section: their configuration.
-        new_limiter: makes what counts and limits a tenant's requests.
+        new_limiter: makes the rate limiter of a tenant.
 
     Raises:
         ConfigError: the file can't be read, or is wrong.
@@ -134,7 +91,7 @@ class Tenants:
         if (file := self._section.file) is not None:
             return _read(file)
         if (key := self._section.key) is not None:
-            # There is no other tenant whom it could harm.
+            # It is the only tenant, so it can harm no other.
             return {_ALONE: TenantRecord(keys=(key,), operator=True)}
         return {}
 
@@ -155,7 +112,7 @@ class Tenants:
             tenant = Tenant(
                 name,
                 scope,
-                share=scope_named(scope),
+                share_scope=scope_named(scope),
                 salt=salts.get(scope),
                 operator=record.operator,
                 limiter=limiter,
@@ -168,7 +125,7 @@ class Tenants:
     def _salts(self, records: Mapping[str, TenantRecord]) -> dict[bytes, str]:
         """Return the salt of each scope, a digest of the hashes of its keys.
 
-        So all servers with one file have the same salts, only who knows the hashes can guess one,
+        So all servers with one file have the same salts, nobody can guess one without the hashes,
         and a scope's salt changes with its keys.
         """
         if not self._section.cache_salt:
@@ -204,19 +161,8 @@ class Tenants:
         if self.is_open:
             return open_tenant(credentials)
         key = bearer_key(credentials)
-        # The time that a look-up by hash takes reveals nothing of the keys that there are.
+        # The time that a lookup by hash takes reveals nothing about the existing keys.
         return self._by_hash.get(hash_key(key)) if key else None
-
-
-def open_tenant(credentials: str) -> Tenant:
-    """Return the tenant with these credentials where no keys are configured.
-
-    Its name doesn't reveal them.
-    """
-    # A header may hold bytes that aren't text.
-    scope = credentials.encode(errors="surrogateescape")
-    name = blake2b(scope).hexdigest()[:16] if scope else ANONYMOUS
-    return Tenant(name, scope, operator=True)
 
 
 def _scope(name: str, record: TenantRecord) -> bytes:
@@ -247,5 +193,10 @@ def _read(file: Path) -> Mapping[str, TenantRecord]:
 
 
 def _explain(error: Any) -> str:
-    path = ".".join(("tenants.file", *(str(part) for part in error["loc"])))
+    *parents, last = ("tenants.file", *(str(part) for part in error["loc"] if part != "[key]"))
+    path = ".".join((*parents, last))
+    if error["type"] == "extra_forbidden":
+        return f"{path}: unknown key; {hint(last, TenantRecord.model_fields)}"
+    if error["type"] == "string_pattern_mismatch":
+        return f"{path}: a tenant's name should be {A_TENANT}"
     return f"{path}: {expected(error)}"

@@ -94,8 +94,12 @@ def _is_number(kind: Any) -> bool:
 
 
 # In place of pydantic's messages, which speak of Python's types.
+_SIZE = "should be a size such as 256MiB"
 _EXPECTED = {
+    "byte_size": _SIZE,
+    "byte_size_unit": _SIZE,
     "dict_type": "should hold names with values",
+    "missing": "should be set",
     "string_type": "should be text, in quotes if YAML takes it for something else",
     "too_short": "should have at least one entry",
     "tuple_type": "should be a list",
@@ -104,8 +108,8 @@ _EXPECTED = {
 
 def expected(error: Any) -> str:
     """Return what would be right in place of one of pydantic's errors."""
-    message: str = error["msg"].removeprefix("Value error, ")
-    return _EXPECTED.get(error["type"], message)
+    message: str = error["msg"].removeprefix("Value error, ").partition(", unable to")[0]
+    return _EXPECTED.get(error["type"], message.replace("Input should", "should", 1))
 
 
 CONFLICT = "conflict"

@@ -247,7 +247,9 @@ class AdminConfig(Section):
     @model_validator(mode="after")
     def _has_a_key(self) -> Self:
         if self.port is not None and self.key is None:
-            raise ValueError("port: needs a key, since anybody on this machine could connect")
+            raise ValueError(
+                "should have a key beside its port, which anybody on this machine can use"
+            )
         return self
 
 

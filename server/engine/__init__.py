@@ -1,1 +1,1 @@
-"""vLLM: its processes, the upstreams, and what identifies an answer's origin."""
+"""vLLM: its processes, the upstreams, and the identity of each model in keys."""

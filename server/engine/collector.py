@@ -12,8 +12,7 @@ from prometheus_client.registry import Collector
 from server.engine.supervisor import EngineState
 
 ModelState = tuple[str, EngineState, int, int]
-"""Of a model: its name, its engine's state, how often that was restarted, and how many requests are
-there now."""
+"""A model's name, its engine's state, the number of restarts, and of requests under way."""
 
 
 class EngineCollector(Collector):

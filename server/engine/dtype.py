@@ -1,7 +1,8 @@
 """The dtype in which vLLM's CPU build computes, by the instructions that the CPU has.
 
 With instructions for bfloat16, that is up to twice as fast as float32; without, it is slower. A GPU
-build chooses by itself, and so does the CPU build for quantised weights, which take few dtypes.
+build chooses by itself. So does the CPU build for quantised weights, which take few dtypes, and for
+weights that aren't on this machine, which may be quantised.
 """
 
 import logging
@@ -53,7 +54,7 @@ def default_dtype(model: ModelConfig, folder: Path | None) -> str | None:
     if {"dtype", "quantization"} & model.engine.args.keys() or "cpu" not in vllm_build():
         return None
     with suppress(OSError, ValueError):
-        if folder is None or not _is_quantised(folder):
+        if folder is not None and not _is_quantised(folder):
             return dtype_for(_CPUINFO.read_text(encoding="utf-8"))
     return None
 
@@ -71,4 +72,6 @@ def with_dtype(name: str, model: ModelConfig, folder: Path | None) -> ModelConfi
 
 
 def _is_quantised(folder: Path) -> bool:
-    return "quantization_config" in orjson.loads((folder / "config.json").read_bytes())
+    config = orjson.loads((folder / "config.json").read_bytes())
+    is_marked = not {"compression_config", "quantization_config"}.isdisjoint(config)
+    return is_marked or (folder / "hf_quant_config.json").exists()

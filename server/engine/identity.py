@@ -50,7 +50,7 @@ def identity(model: ModelConfig, weights: Weights | None) -> str:
 
 
 def adapter_identity(base: str, adapter: str, model: ModelConfig, weights: Weights | None) -> str:
-    """Return the identity of an adapter, where `base` is that of its model without adapters."""
+    """Return the identity of an adapter; `base` is the identity of its model."""
     content = model.adapters[adapter] if weights is None else fingerprint(weights.adapters[adapter])
     return f"{base} {content}"
 

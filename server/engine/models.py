@@ -12,9 +12,9 @@ from server.engine.dtype import with_dtype
 from server.engine.identity import adapter_identity, depends_on_date, identity
 from server.engine.supervisor import Engine, EngineState
 from server.engine.upstream import Upstream, Upstreams
+from server.engine.vllm_options import always_counts_tokens, encodings_agree
 from server.engine.weights import Weights, locate
 from server.protocol.model_names import ModelNames, ResolvedModel
-from server.protocol.routes import always_counts_tokens, encodings_agree
 
 
 class _Identity(NamedTuple):
@@ -28,9 +28,9 @@ class Model:
     """One model with its engine or upstreams.
 
     Args:
-        name: the engine's name of it.
+        name: its name at the engine.
         config: its configuration.
-        weights: that our engine loads; `None` for upstreams that somebody else runs.
+        weights: the weights that our engine loads; `None` for upstreams that the user runs.
         loading: the lock that an engine holds while it loads.
         on_change: called when its identity has changed.
     """
@@ -112,7 +112,7 @@ class Model:
         options = self.config.engine_options
         resolved = partial(
             ResolvedModel,
-            # A middleware may read anything, and answer in vLLM's place.
+            # A middleware may read any field, and answer in vLLM's place.
             is_vllm=options is not None and not options.get("middleware"),
             encodings_agree=options is not None and encodings_agree(options),
             always_counts_tokens=options is not None and always_counts_tokens(options),

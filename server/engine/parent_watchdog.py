@@ -5,7 +5,7 @@ Usage: `python -m server.engine.parent_watchdog FOLDER COMMAND …`.
 Standard input is a pipe whose other end our parent holds. The whole process group ends when the
 pipe closes (the parent closes it or ends, by kill -9 too) or when the command ends. We lead that
 group, since we are started in a session of our own. When the pipe has closed, we remove the folder
-with the engine's socket. Otherwise the parent owns that folder, and takes its removal for a
+with the engine's socket. Otherwise the parent owns that folder, and would mistake its removal for a
 cleaner's. Signals have no effect: a service manager sends them to each process, and our parent
 decides when we end.
 """
@@ -55,7 +55,7 @@ def _watch(child: "subprocess.Popen[bytes]") -> None:
 def _stop(child: "subprocess.Popen[bytes]") -> None:
     """Ask it to stop, and kill it if it doesn't: vLLM may wait for running requests for ever.
 
-    vLLM may miss the signal while it loads, so it is sent twice; one that serves takes the two for
+    vLLM may miss the signal while it loads, so it is sent twice; a serving one handles the two as
     one stop.
     """
     began = time.monotonic()

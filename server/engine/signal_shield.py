@@ -3,7 +3,7 @@
 A service manager such as systemd sends SIGTERM, or SIGINT, to each process of a service at once.
 vLLM would abort its requests, while we let running answers end. So both signals are blocked,
 whatever handlers vLLM installs, and its child processes inherit that. `STOP_SIGNAL` runs vLLM's
-handler of SIGINT. So nobody but our watchdog makes vLLM abort its requests. vLLM stops its own
+handler of SIGINT. So only our watchdog makes vLLM abort its requests. vLLM stops its own
 child processes by SIGTERM, which is blocked, and kills them after a time.
 """
 

@@ -4,8 +4,8 @@ Owns the child process and the folder of its socket. Invariant: at most one chil
 watchdog (`server.engine.parent_watchdog`) ends it when we end, by kill -9 too.
 
 The folder is among temporary files, since `XDG_RUNTIME_DIR` is removed when its user logs out.
-Cleaners of temporary files spare young ones, so we keep the socket young. Where one removes the
-socket nevertheless, nobody can connect any more, so the engine is restarted.
+Cleaners of temporary files skip young ones, so we keep the socket young. Where one removes the
+socket nevertheless, no connection is possible any more, so the engine is restarted.
 """
 
 import asyncio
@@ -33,10 +33,10 @@ logger = logging.getLogger(__name__)
 
 # As `vllm serve`, whose console script fails in the CPU build.
 _VLLM = "vllm.entrypoints.launchers.api_server.entry"
-# We probe it and scrape it all the time, and our own access log has clients' requests.
+# Our probes and scrapes would fill its access log; clients' requests are in ours.
 _ACCESS_LOG = {"disable_access_log_for_endpoints": "/health,/metrics,/v1/models"}
 _STABLE_S = 60
-# An engine that still loads then has taken its memory, or waits for a hub.
+# An engine that loads longer has already taken its memory, or waits for a hub.
 _LOADING_S = 600
 # Longer than the watchdog takes.
 _STOP_S = 15
@@ -59,11 +59,11 @@ class Engine:
     """Supervises one vLLM server on a Unix socket in a private folder.
 
     Args:
-        name: its name of the model.
-        model: its configuration.
-        weights: that it loads.
+        name: the model's name.
+        model: the model's configuration.
+        weights: the weights to load.
         loading: a lock that an engine holds while it loads. vLLM measures the free memory then,
-            which another engine would falsify.
+            which another engine that loads would change.
         before_start: awaited before each start, since the engine reads its files anew.
 
     Raises:
@@ -99,7 +99,7 @@ class Engine:
             *(("--revision", weights.revision) if weights.revision else ()),
             *_flags(_ACCESS_LOG | _lora_options(weights) | model.engine.args),
         ]  # fmt: skip
-        # Our own variables may hold secrets.
+        # Variables of tierserve may hold secrets.
         env = {n: v for n, v in os.environ.items() if not n.upper().startswith(PREFIX)}
         self._env = env | model.engine.env | {RUNTIME_LORA: "0"}
         # vLLM leaves the sockets between its processes behind; they are named by UUIDs.
@@ -137,7 +137,7 @@ class Engine:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     async def _run_once(self) -> str:
-        """Run vLLM until it ends, or nobody can connect; returns which it was."""
+        """Run vLLM until it ends or can't be reached; returns which, for the log."""
         self._last_ready_s, self._is_running = 0.0, True
         try:
             async with AsyncExitStack() as stack:
@@ -162,7 +162,7 @@ class Engine:
             ready.cancel()
 
     async def _wait_for_end(self, process: asyncio.subprocess.Process) -> str:
-        """Wait until vLLM has ended, or its socket was removed; returns which it was."""
+        """Wait until vLLM has ended or its socket was removed; returns which, for the log."""
         socket, existed = self.folder / ENGINE_SOCKET, False
         ended = asyncio.create_task(process.wait())
         try:
@@ -202,7 +202,7 @@ class Engine:
             yield process
         finally:
             self._last_ready_s = self.upstream.ready_s
-            # Before it is stopped: an answer that it aborts must not count as a whole one.
+            # Before it is stopped: an answer that it aborts must not count as complete.
             self.upstream.mark_stopped()
             if process.returncode is None:
                 # vLLM logs its own stop as a failure, with tracebacks.
@@ -213,7 +213,7 @@ class Engine:
             await asyncio.wait([ended], timeout=_STOP_S)
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            # Its last lines often say why it ended.
+            # Its last lines often hold the reason for its end.
             await asyncio.wait([log, ended], timeout=_DRAIN_OUTPUT_S)
             log.cancel()
             ended.cancel()
@@ -222,7 +222,7 @@ class Engine:
 async def _uninterrupted(
     start: Coroutine[Any, Any, asyncio.subprocess.Process],
 ) -> asyncio.subprocess.Process:
-    """Start a process, and return it even to a task that is cancelled meanwhile, which must end it.
+    """Start a process, and return it even if the task is cancelled, so that it can end the process.
 
     The cancellation is raised at the task's next await.
     """

@@ -51,7 +51,7 @@ class Upstream:
             `mark_started` and `mark_stopped`.
         name: its name in logs; by default its address.
         api_key: replaces clients' credentials.
-        model: its name of the model, where it may be another tierserve.
+        model: the model's name there; needed only where the upstream is another tierserve.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Upstream:
         connector = self._connector(keepalive_timeout=_KEEP_ALIVE_S)
         self._pooled = _session(connector, timeout, trace_configs=[reuse])
         self.unpooled = _session(self._connector(force_close=True), timeout)
-        """Makes a connection for each request."""
+        """The session that makes a new connection for each request."""
         # Each probe makes a connection: old ones may work where new ones are refused.
         self._probe_session = _session(
             self._connector(force_close=True),
@@ -168,9 +168,9 @@ class Upstream:
         self._is_stopped = False
 
     def mark_stopped(self) -> None:
-        """Set `ready` to false until it is started; called before its engine is stopped, too.
+        """Set `ready` to false until it is started; called before its engine is stopped.
 
-        An engine that stops may answer probes still, and aborts what it generates.
+        An engine that stops may still answer probes, but aborts its answers.
         """
         self._is_stopped, self.ready = True, False
 
@@ -269,7 +269,7 @@ def _session(
         connector=connector,
         timeout=timeout,
         auto_decompress=False,
-        # A header that a client leaves out may mean something, too.
+        # Engines may treat a missing header differently from aiohttp's default.
         skip_auto_headers=("Accept", "Content-Type", "User-Agent"),
         **options,
     )

@@ -131,7 +131,7 @@ def _locate_adapter(model: str, name: str, source: str) -> Path:
         try:
             folder = Path(snapshot_download(source))
         except Exception as exc:
-            raise ConfigError([f"{at}: {source} can't be had from the hub: {exc}"]) from exc
+            raise ConfigError([f"{at}: {source} can't be downloaded from the hub: {exc}"]) from exc
     if not (folder / _ADAPTER).is_file():
         raise ConfigError([f"{at}: {source} should be a folder with {_EXPECTED[_ADAPTER]}"])
     return folder.resolve()

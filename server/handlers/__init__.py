@@ -1,1 +1,1 @@
-"""What answers the requests for an engine: from the tiers, or by passing them on."""
+"""The handlers of requests for an engine: answered from the tiers, or passed on."""

@@ -1,6 +1,7 @@
 """The handler of requests that may be cached: parse, get or generate the answer, render it."""
 
 import logging
+from functools import partial
 from math import floor
 from typing import Literal, NamedTuple
 
@@ -28,13 +29,13 @@ from server.handlers.upstream_headers import (
 from server.handlers.variants import Variants
 from server.protocol import convert, template
 from server.protocol.cache_control import CacheControl, parse_cache_control
+from server.protocol.errors import BadRequestError
 from server.protocol.formats import Encoding
 from server.protocol.request import ParsedRequest, RequestParser, key_headers
 from server.telemetry.served import Served, attach
 from server.telemetry.spans import step
 from server.web.offload import offload
 from server.web.request import HttpRequest, Reply
-from server.web.responses import error_response
 from tiers import Answer, Flight, Hit, State
 from tiers.answer_cache import AnswerCache, Pending
 
@@ -43,17 +44,20 @@ logger = logging.getLogger(__name__)
 _DEFAULT = CacheControl()
 _JSON = "application/json"
 _ENGINE = "engine"
+# `NamedTuple`'s own way to make a tuple would be a call more for each hit.
+_new = tuple.__new__
+_FRESH = State.FRESH
 
 
 class CachingPolicy(NamedTuple):
     """Which requests are cached.
 
     Args:
-        nondeterministic: whether requests that ask for chance are cached too: `never`, `always`,
-            or `per_request`, where their field `cache` asks for it.
-        variants: how many answers such a request is given in turn, by default.
+        nondeterministic: whether nondeterministic requests are cached too: `never`, `always`, or
+            `per_request`, where their field `cache` asks for it.
+        variants: how many answers such a request gets in turn, by default.
         engine_keeps: whether the engine itself keeps Responses, under ids that it gives.
-        max_prompts: that one request may have.
+        max_prompts: how many prompts one request may have.
     """
 
     nondeterministic: Literal["never", "per_request", "always"]
@@ -68,7 +72,7 @@ class CachedRoutes:
     Args:
         answers: serves them, or has them generated.
         engines: generate them.
-        policy: says which requests are cached.
+        policy: decides which requests are cached.
     """
 
     def __init__(self, answers: AnswerCache, engines: Engines, policy: CachingPolicy) -> None:
@@ -76,10 +80,10 @@ class CachedRoutes:
         self._variants, self._parser = Variants(), RequestParser()
 
     async def answer(self, http: HttpRequest) -> Reply:
-        """Answer from a tier, from a generation that runs, or from the engine.
+        """Answer from a tier, from a generation under way, or from the engine.
 
         Raises:
-            BadRequestError: the request can't be understood, or has too many prompts.
+            BadRequestError: the request is wrong, or has too many prompts.
         """
         raw = await http.read_body()
         with step("parse"):
@@ -89,30 +93,44 @@ class CachedRoutes:
             )
         if request.id is not None:
             http.take_id_from_body(request.id)
+        try:
+            control = self._check(http, request)
+            if not control.no_store and self._is_cacheable(http, request):
+                try:
+                    return await self._get_or_generate(http, request, control)
+                except convert.NotConvertibleError as exc:
+                    logger.warning("an answer can't be given in the encoding asked for: %s", exc)
+            return await self._forward(http, request, control)
+        except BaseException as exc:
+            attach(exc, Served("none", "own", request.model))
+            raise
+
+    def _check(self, http: HttpRequest, request: ParsedRequest) -> CacheControl:
+        """Return what a request says about caching.
+
+        Raises:
+            BadRequestError: the request has too many prompts, or asks for variants in vain.
+        """
         if request.prompts.number > self._policy.max_prompts:
             request.prompts.check(self._policy.max_prompts)
         if request.cache.variants is not None and not self._takes_variants(request):
-            text = "cache.variants is for answers that are kept by chance; cache.mode should be use"
-            refused = error_response(400, text, param="cache.variants")
-            return refused, Served("none", "own", request.model)
-        control = parse_cache_control(", ".join(http.headers.getall(hdrs.CACHE_CONTROL, ())))
+            text = "cache.variants is for nondeterministic answers; cache.mode should be use"
+            raise BadRequestError(text, "cache.variants")
+        control = _DEFAULT
+        if hdrs.CACHE_CONTROL in http.headers:
+            control = parse_cache_control(", ".join(http.headers.getall(hdrs.CACHE_CONTROL)))
         if request.cache.control != _DEFAULT:
             control = control.merge(request.cache.control)
-        if not control.no_store and self._is_cacheable(http, request):
-            try:
-                return await self._answer(http, request, control)
-            except convert.NotConvertibleError as exc:
-                logger.warning("an answer can't be given in the encoding asked for: %s", exc)
-        return await self._forward(http, request, control)
+        return control
 
-    async def _answer(
+    async def _get_or_generate(
         self, http: HttpRequest, request: ParsedRequest, control: CacheControl
     ) -> Reply:
         variants = 1 if request.deterministic else request.cache.variants or self._policy.variants
         if variants > 1:
             request = request._replace(key=self._variants.next(request.key, variants))
-        generation = EngineGeneration(self._engines, http, request, control)
-        found = await self._answers.get_or_generate(request.key, generation, control.acceptance)
+        begin = partial(EngineGeneration, self._engines, http, request, control)
+        found = await self._answers.get_or_generate(request.key, begin, control.acceptance)
         if isinstance(found, Hit):
             return await self._serve(http, request, found, "hit")
         if found is None:
@@ -120,24 +138,24 @@ class CachedRoutes:
         try:
             return await self._relay(http, request, found)
         except BaseException as exc:
-            attach(exc, _generated(request, found))
+            # What a client hasn't got isn't counted as served.
+            attach(exc, _generated(request, found)._replace(key="", answer=None))
             raise
 
     async def _serve(self, http: HttpRequest, request: ParsedRequest, hit: Hit, how: str) -> Reply:
-        """Give out what a tier holds."""
+        """Answer with a tier's entry."""
         entry = hit.entry
         # Another machine's clock may be a little ahead.
         now = max(self._answers.chain.clock(), entry.stored_at)
         ttl, age = floor(entry.expires_at - now), int(now - entry.stored_at)
         status = f"tierserve; {how}; ttl={ttl}; detail={hit.tier}"
         response = await render(http, request, entry.answer, status, age)
-        outcome = "hit" if hit.state is State.FRESH else "stale"
-        return response, Served(
-            hit.tier, outcome, request.model, request.key, entry.answer, entry.generation_s
-        )
+        outcome = "hit" if hit.state is _FRESH else "stale"
+        served = (hit.tier, outcome, request.model, request.key, entry.answer, entry.generation_s)
+        return response, _new(Served, served)
 
     async def _relay(self, http: HttpRequest, request: ParsedRequest, pending: Pending) -> Reply:
-        """Give out what is generated, or a stale answer if that fails before anything was sent."""
+        """Pass on what is generated, or a stale answer if that fails before anything was sent."""
         flight = pending.subscriber.flight
         try:
             async with pending.subscriber:
@@ -150,13 +168,13 @@ class CachedRoutes:
             if http.is_disconnected:
                 # The client has gone; the generation hasn't failed.
                 raise ConnectionResetError from exc
-            if _is_no_error(exc) and flight.encoding != request.encoding:
-                raise convert.NotConvertibleError("the reply isn't understood") from exc
+            if _is_unknown_reply(exc) and flight.encoding != request.encoding:
+                raise convert.NotConvertibleError("the reply has an unknown shape") from exc
             stale = pending.stale
             # It may have been purged while the engine was asked.
             if (
                 stale is not None
-                and _cannot_answer(exc)
+                and _is_engine_failure(exc)
                 and not self._answers.is_purged(request.key, stale)
             ):
                 status = f"; fwd-status={exc.status}" if isinstance(exc, NotAnAnswerError) else ""
@@ -178,25 +196,25 @@ class CachedRoutes:
             body=request.raw,
             headers=with_cache_control(forwarded_headers(http), request.cache.control),
             cache_status="tierserve; fwd=bypass",
-            # Any other may start work in the background, or run tools there.
+            # A request that isn't repeatable may start work or run tools at the engine.
             repeatable=request.repeatable,
-            # A client that demands `no-store` wants no trace of its request to be kept.
+            # A client that sends `no-store` wants nothing of its request to be kept.
             on_end=None if control.no_store else lambda end: prefixes.note(request, end),
         )
         return await forward(http, self._engines.models.upstreams(request.model), forwarding)
 
     def _is_cacheable(self, http: HttpRequest, request: ParsedRequest) -> bool:
-        # The engine knows what else another type of content may mean, or a query: on these routes
-        # a vLLM reads none.
+        # Only the engine knows the meaning of other content types and of a query; vLLM reads no
+        # query on these routes.
         return (
             request.repeatable
-            and (request.deterministic or self._keeps_chance(request))
+            and (request.deterministic or self._caches_nondeterministic(request))
             and not (request.engine_would_keep and self._policy.engine_keeps)
             and (request.is_vllm or "?" not in http.raw_path)
             and http.media_type == _JSON
         )
 
-    def _keeps_chance(self, request: ParsedRequest) -> bool:
+    def _caches_nondeterministic(self, request: ParsedRequest) -> bool:
         rule = self._policy.nondeterministic
         return rule == "always" or (rule == "per_request" and request.cache.use)
 
@@ -209,7 +227,7 @@ async def _relay_whole(http: HttpRequest, request: ParsedRequest, pending: Pendi
     flight = pending.subscriber.flight
     async for _ in pending.subscriber:
         pass
-    # A hit has no such header: it costs the engine nothing, whose load isn't known then.
+    # A hit has no such header: the engine isn't involved, so its load isn't known.
     load = flight.notes.get(http.headers.get(LOAD_FORMAT, ""))
     response = await render(
         http,
@@ -243,8 +261,12 @@ async def _relay_stream(http: HttpRequest, request: ParsedRequest, pending: Pend
     except (NotAnAnswerError, aiohttp.ClientError, OSError) as exc:
         if response is None or http.is_disconnected:
             raise
-        aborted = await abort_stream(response, failed_generation(exc), request)
-        return aborted, Served(_ENGINE, "error", request.model)
+        error = Served(_ENGINE, "error", request.model)
+        try:
+            return await abort_stream(response, failed_generation(exc), request), error
+        except BaseException as gone:
+            attach(gone, error)
+            raise
     if response is None:
         response = await begin_stream(http, _cache_status(pending), int(flight.age_s))
     usage = _answer_of(flight).trailer if request.wants_usage else b""
@@ -255,12 +277,12 @@ async def _relay_stream(http: HttpRequest, request: ParsedRequest, pending: Pend
 
 
 def _cache_status(pending: Pending) -> str:
-    """Return the `Cache-Status` of what a generation brings (RFC 9211)."""
+    """Return the `Cache-Status` of a generated answer (RFC 9211)."""
     return f"tierserve; fwd={pending.reason}{'; collapsed' if pending.collapsed else ''}"
 
 
 def _generated(request: ParsedRequest, pending: Pending) -> Served:
-    """Return what a request was served, as far as its generation has come."""
+    """Return the record of a generated answer, even an incomplete one."""
     outcome = "collapsed" if pending.collapsed else "miss"
     flight = pending.subscriber.flight
     answer = flight.answer if flight.kept else None
@@ -273,11 +295,11 @@ def _answer_of(flight: Flight) -> Answer:
     return flight.answer
 
 
-def _cannot_answer(exc: Exception) -> bool:
-    """Return whether an engine can't answer, as opposed to won't (RFC 5861, section 4)."""
+def _is_engine_failure(exc: Exception) -> bool:
+    """Return whether the engine failed, and didn't just refuse (RFC 5861, section 4)."""
     return not isinstance(exc, NotAnAnswerError) or exc.status in (500, 502, 503, 504)
 
 
-def _is_no_error(exc: Exception) -> bool:
-    """Return whether it is a reply that was only not understood."""
+def _is_unknown_reply(exc: Exception) -> bool:
+    """Return whether the engine's reply was no error, but of a shape that we don't know."""
     return isinstance(exc, NotAnAnswerError) and exc.status < 400

@@ -17,7 +17,7 @@ from server.web.content_coding import DECODED
 from server.web.request import HttpRequest, Reply, SlowClientError
 from server.web.responses import server_headers
 
-# Token counts are there.
+# The end of an answer holds its token counts.
 _END_BYTES = 1024
 
 
@@ -28,11 +28,11 @@ class Forwarding:
     model: str = ""
     """By the engine's name, for metrics."""
     body: bytes | None = None
-    """The request's body where it has been read already, as an engine may be sent it."""
+    """The body for the engine, where the request's body has been read already."""
     path: str | None = None
-    """Asked instead of the request's own."""
+    """Requested instead of the request's own path."""
     headers: Mapping[str, str] | None = None
-    """Sent instead of the request's own that are for engines."""
+    """Sent instead of those of the request that engines get."""
     cache_status: str | None = None
     """Added to the reply (RFC 9211)."""
     repeatable: bool = False
@@ -68,7 +68,7 @@ async def forward(http: HttpRequest, upstreams: Upstreams, forwarding: Forwardin
             raise mistake from exc
         if response is None:
             return failure(exc), passed if http.is_disconnected else error
-        # What has begun can only be cut, so that the client sees that it isn't whole.
+        # A response that has begun can only be cut, so that the client notices it is incomplete.
         cut = ConnectionResetError()
         attach(cut, passed if http.is_disconnected else error)
         raise cut from exc
@@ -131,7 +131,7 @@ async def _pass_on(
 
 
 def _clients_mistake(http: HttpRequest, exc: BaseException) -> Exception | None:
-    """Return the client's mistake, if that was met while its body was passed on."""
+    """Return the client's mistake, if one was found while its body was passed on."""
     if isinstance(exc.__cause__, BadRequestError | SlowClientError):
         return exc.__cause__
     unread = http.content.exception()
@@ -139,7 +139,7 @@ def _clients_mistake(http: HttpRequest, exc: BaseException) -> Exception | None:
 
 
 def _relative_location(location: URL, engine: URL) -> str:
-    """Return where a redirect leads, without the engine's address, which is nobody's business."""
+    """Return where a redirect leads, without the engine's address, which stays private."""
     if location.is_absolute() and location.origin() == engine.origin():
         return location.raw_path_qs
     return str(location)

@@ -1,4 +1,4 @@
-"""Routing a request that is proxied to the engine of its model, with its body read once for all.
+"""Finds the model of a request that is proxied, and changes the request's body for its engine.
 
 The model is the `model` of a JSON body, of a form (RFC 7578), or else of the query. With one model
 under one name there is no choice. The engine must get its own name of the model, no more prompts
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from aiohttp import hdrs
 
-from server.auth.tenants import Tenant
+from server.auth.tenant import Tenant
 from server.protocol.bodies import count_prompts, read_leniently, write_leniently
 from server.protocol.cache_salt import with_cache_salt
 from server.protocol.errors import BadRequestError

@@ -1,4 +1,4 @@
-"""The routes whose answers aren't kept: a model's state, and what passes through to its engine."""
+"""The routes whose answers aren't cached: `/ready`, and requests that pass through to an engine."""
 
 import orjson
 from aiohttp import hdrs, web
@@ -18,8 +18,8 @@ class ProxiedRoutes:
     """The handlers of these routes, which all take `?model=NAME`.
 
     Args:
-        models: one of them is asked.
-        max_prompts: that one request may have.
+        models: the models that requests name.
+        max_prompts: how many prompts one request may have.
     """
 
     def __init__(self, models: Models, max_prompts: int) -> None:
@@ -54,18 +54,18 @@ class ProxiedRoutes:
     async def metrics(self, http: HttpRequest) -> Reply:
         """Answer with vLLM's own metrics, of one model."""
         model = self._models.names().resolve(http.query.get("model")).name
-        forwarding = Forwarding(model=model, path="/metrics")
+        forwarding = Forwarding(path="/metrics")
         return await forward(http, self._models.upstreams(model), forwarding)
 
     async def answer(self, http: HttpRequest) -> Reply:
         """Pass any other request through.
 
         Raises:
-            UnknownModelError: it names a model that there isn't.
+            UnknownModelError: it names an unknown model.
             BadRequestError: its body can't be sent to an engine, or has too many prompts.
         """
         if http.method == hdrs.METH_CONNECT or not http.rel_url.raw_path_qs.startswith("/"):
-            # What follows a CONNECT is no body that an engine could be sent, and `*` is no path.
+            # A CONNECT has no body for an engine, and `*` is no path.
             text = "A request needs a path here, and there are no tunnels."
             return error_response(400, text), OWN
         named, body, id_ = await route_to_model(http, self._models.names(), self._max_prompts)
@@ -78,7 +78,7 @@ class ProxiedRoutes:
 
 
 async def refuse_adapters(_: HttpRequest) -> web.Response:
-    """Refuse to change a running engine: its answers would no longer be known by what gave them."""
+    """Refuse to change a running engine: keys would no longer identify what generates answers."""
     return error_response(
         403, "Adapters are those that the configuration names; they can't be changed while it runs."
     )

@@ -1,6 +1,6 @@
-"""Recording: makes an answer of an engine's reply, and publishes it while it comes.
+"""Recording: makes an answer of an engine's reply, and publishes it while it arrives.
 
-A part that isn't understood is published as it came; then nothing of the answer is kept.
+A part of unknown shape is published unchanged, and then the answer isn't kept.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
@@ -20,7 +20,7 @@ _DONE = b"[DONE]"
 
 
 class NotAnAnswerError(Exception):
-    """The engine's reply is an error or of unknown shape; it is passed on and never stored."""
+    """The engine's reply is an error or has an unknown shape; it is passed on and never stored."""
 
     def __init__(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         super().__init__(status)
@@ -45,7 +45,8 @@ async def record_answer(
         max_bytes: a longer stream is published, but not kept for the answer.
 
     Returns:
-        The answer, without content if it was too long or odd, and whether it may be stored.
+        The answer, without content if it was too long or of unknown shape, and whether it may be
+        stored.
 
     Raises:
         NotAnAnswerError: the reply isn't an answer.
@@ -100,7 +101,7 @@ class _Events:
         await self._publish(event)
 
     async def _publish_verbatim(self, event: Event) -> None:
-        """Publish a comment, or an event that isn't understood, which is no part of the answer."""
+        """Publish a comment, or an event of unknown shape, which is no part of the answer."""
         if event.data:
             self._is_understood = False
         if event.is_whole:

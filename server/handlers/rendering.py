@@ -1,4 +1,4 @@
-"""Rendering: answers, and what is given instead of one, as responses to a client."""
+"""Rendering: answers and failures as responses to a client."""
 
 import time
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ async def render(
     age_s: int = 0,
     engine_headers: Mapping[str, str] = _NONE,
 ) -> web.StreamResponse:
-    """Return the response that has a finished answer, in the encoding that was asked for.
+    """Return the response with a finished answer, in the encoding that the client asked for.
 
     Raises:
         NotConvertibleError: the answer has another encoding, and can't be converted.
@@ -43,9 +43,9 @@ async def render(
             answer = await offload(len(answer.content), convert.convert, answer, request.encoding)
         etag = template.etag(answer, wants_usage=request.wants_usage)
         if hdrs.IF_NONE_MATCH in http.headers and _matches(http, etag):
-            # RFC 9110 asks for 412 to a POST that changes something; this one is a query.
+            # RFC 9110 asks for 412 where a POST changes something; this POST is a query.
             headers = {"Cache-Status": cache_status, "Age": str(age_s), "ETag": etag}
-            return web.Response(status=304, headers=headers)
+            return web.Response(status=304, headers={**headers, **engine_headers})
         id_, created = fresh_marks(http, request)
         body = template.render(
             answer, id_, created, wants_usage=request.wants_usage, done=request.route.format.done
@@ -55,7 +55,7 @@ async def render(
 
 
 def fresh_marks(http: HttpRequest, request: ParsedRequest) -> tuple[bytes, int]:
-    """Return the `id` and `created` of an answer that is given now."""
+    """Return the `id` and `created` of an answer that is sent now."""
     return (request.route.id_prefix + http.id).encode(), int(time.time())
 
 
@@ -72,7 +72,7 @@ async def abort_stream(
 ) -> web.StreamResponse:
     """End a stream that has begun by an error event, without `[DONE]`.
 
-    Where events have names this one has, too, and its data has the type that vLLM would give it.
+    Where events have names, this one is named `error`, and its data has vLLM's type.
     """
     is_named = not request.route.format.done
     if isinstance(failed, ErrorResponse):

@@ -28,19 +28,19 @@ _FORWARDED_OF_CACHEABLE = frozenset(map(str.lower, KEY_HEADERS)) | {
 }  # fmt: skip
 
 
-def cacheable_request_headers(http: HttpRequest, control: CacheControl) -> CIMultiDict[str]:
-    """Return the headers of an engine's request whose answer is to be kept.
-
-    `control` is for caches on the way, such as another tierserve.
-    """
+def cacheable_request_headers(http: HttpRequest) -> CIMultiDict[str]:
+    """Return the headers of an engine's request whose answer is to be kept."""
     headers = forwarded_headers(http)
     for name in {name for name in headers if name.lower() not in _FORWARDED_OF_CACHEABLE}:
         headers.popall(name)
-    return with_cache_control(headers, control)
+    return headers
 
 
 def with_cache_control(headers: CIMultiDict[str], control: CacheControl) -> CIMultiDict[str]:
-    """Add the directives of `control`, without its times, and return the headers."""
+    """Add the directives of `control`, without its times, and return the headers.
+
+    They are for caches on the way, such as another tierserve.
+    """
     for directive in control.directives:
         headers.add("Cache-Control", directive)
     return headers

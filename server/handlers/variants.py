@@ -13,7 +13,7 @@ _MAX_KEYS = 64 * 1024
 
 
 class Variants:
-    """Which variant of each key is the next."""
+    """The next variant of each key."""
 
     def __init__(self) -> None:
         self._turns: OrderedDict[str, int] = OrderedDict()

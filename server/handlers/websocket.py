@@ -18,7 +18,7 @@ _Socket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
 
 
 def is_websocket_upgrade(http: HttpRequest) -> bool:
-    """Whether the client wants to go on as a WebSocket."""
+    """Whether the client asks to upgrade the connection to a WebSocket."""
     return http.headers.get("Upgrade", "").lower() == "websocket"
 
 
@@ -76,5 +76,5 @@ async def _pump(source: _Socket, sink: _Socket) -> None:
         elif message.type is aiohttp.WSMsgType.BINARY:
             await sink.send_bytes(message.data)
     code = source.close_code
-    # 1005 and 1006 say that there was no code, and can't be sent (section 7.4.1).
+    # 1005 and 1006 stand for a missing code, and can't be sent (section 7.4.1).
     await sink.close(code=code if code and code not in (1005, 1006) else 1000)

@@ -64,7 +64,7 @@ class Overview:
         }
 
     def _tier(self, tier: Tier) -> Mapping[str, Any]:
-        told = {"tier": tier.name, "available": tier.available}
+        shown = {"tier": tier.name, "available": tier.available}
         if (backend := tier.local) is not None:
-            told |= {"entries": backend.usage.entries, "bytes": backend.usage.bytes}
-        return told
+            shown |= {"entries": backend.usage.entries, "bytes": backend.usage.bytes}
+        return shown

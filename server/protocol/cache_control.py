@@ -1,15 +1,19 @@
 """`Cache-Control` of requests and of upstreams' responses (RFC 9111, section 5.2).
 
-The caches of functions here map text to values, and keep nothing else alive.
+`lru_cache` is safe here: it holds short texts and values only.
 """
 
 import logging
 import re
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from math import inf
 from typing import NamedTuple, Self
 
-from tiers import Freshness
+from server.config.schema import CacheConfig
+from tiers import (
+    Freshness,
+)  # fmt: skip
 from tiers.acceptance import ANY, Acceptance
 
 logger = logging.getLogger(__name__)
@@ -18,7 +22,7 @@ _DIRECTIVE = re.compile(r'([!#$%&\'*+.^_`|~0-9A-Za-z-]+)(?:\s*=\s*(?:"([^"]*)"|(
 
 
 class CacheControl(NamedTuple):
-    """What a client demands of caches."""
+    """The `Cache-Control` of a request."""
 
     acceptance: Acceptance = ANY
     """Which answers it accepts."""
@@ -80,7 +84,7 @@ def seconds(text: str, unreadable: float) -> float:
     return float(text) if text.isascii() and text.isdecimal() else unreadable
 
 
-# `no-cache` demands to ask the upstream whether the answer is still good, and upstreams can't tell.
+# `no-cache` demands revalidation by the upstream, which no upstream of ours supports.
 _NOT_KEPT = frozenset({"no-cache", "no-store", "private"})
 # Libraries for server-sent events put `no-cache` into each stream, whatever its answer.
 _NOT_KEPT_OF_STREAMS = _NOT_KEPT - {"no-cache"}
@@ -110,3 +114,22 @@ def limit_freshness(control: str, ours: Freshness, *, is_stream: bool) -> Freshn
     if not _NEVER_STALE.isdisjoint(found):
         return Freshness(ttl_s)
     return ours._replace(ttl_s=ttl_s)
+
+
+class FreshnessRules:
+    """The rules of the configuration; the first one that matches a route and a model counts."""
+
+    def __init__(self, cache: CacheConfig) -> None:
+        self._cache = cache
+        # There are few routes, and few models.
+        self.of = lru_cache(1024)(self._of)
+
+    def _of(self, route: str, model: str) -> Freshness:
+        cache = self._cache
+        default = Freshness(cache.ttl_s, cache.stale_while_revalidate_s, cache.stale_if_error_s)
+        for rule in cache.rules:
+            if fnmatchcase(route, rule.route) and fnmatchcase(model, rule.model):
+                times = (rule.ttl_s, rule.stale_while_revalidate_s, rule.stale_if_error_s)
+                pairs = zip(times, default, strict=True)
+                return Freshness(*(own if own is not None else base for own, base in pairs))
+        return default

@@ -33,7 +33,7 @@ _Count = Annotated[int, Field(ge=1, le=MAX_VARIANTS)]
 class CacheField(BaseModel):
     """How the answer is kept; the engine doesn't see it."""
 
-    # The title of a part is what an error message says its value should be.
+    # The title of a part completes the error message «cache.PART should be …».
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, title="cache", use_attribute_docstrings=True
     )

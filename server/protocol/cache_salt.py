@@ -1,9 +1,9 @@
-"""What keeps tenants apart in an engine that serves them all.
+"""Salts that keep tenants apart in an engine that serves all of them.
 
 vLLM reuses the beginning of a prompt only under the same `cache_salt`, so no tenant can learn from
 an answer's timing, or from its `cached_tokens`, what another tenant has asked. vLLM finds media by
-the `uuid` that a client gives them, whoever asks, so these get a tenant's salt as well. What a
-client sends as salt or `uuid` is hashed together with its tenant's salt, so it can't name another
+the `uuid` that a client gives them, for all tenants alike, so these get a tenant's salt as well.
+A client's own salt or `uuid` is hashed together with its tenant's salt, so it can't name another
 tenant's. Transfers of KV or encoder caches name another request's data, and are for operators.
 """
 
@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from server.auth.tenants import Tenant
+from server.auth.tenant import Tenant
 from server.protocol.bodies import write_leniently
 from server.protocol.errors import BadRequestError
 from tiers import digest

@@ -140,7 +140,7 @@ def _to_json(answer: Answer) -> Answer:
         if (joined := choices.get(part["index"])) is None:
             joined = choices[part["index"]] = _Joined(kind)
         joined.add(kind.part.read(part))
-    _require(bool(choices) and counts["choices"] == [], "there is no choice, or one in the counts")
+    _require(bool(choices) and counts["choices"] == [], "choices are missing, or in the counts")
     body = kind.body.nulls | {
         "id": "",
         "object": kind.objects[0],

@@ -2,7 +2,7 @@
 
 
 class BadRequestError(ValueError):
-    """The request can't be answered. The text says why, and `param` names the field."""
+    """The request is wrong. The text explains the mistake, and `param` names the field."""
 
     status = 400
     """The status of the response."""

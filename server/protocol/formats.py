@@ -46,7 +46,7 @@ class AnswerFormat:
     envelope: str | None = None
     """The field of an event that holds the marked fields; `None` where the event itself does."""
     finish_events: Mapping[str, str] = field(default_factory=dict)
-    """Types of events that tell how the answer ended, with the field that tells it."""
+    """Types of events that hold how the answer ended, with the field that holds it."""
     last_events: frozenset[str] = frozenset()
     """Types of events that end a stream where no `done` does."""
     failure_events: frozenset[str] = frozenset()

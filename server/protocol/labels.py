@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from server.auth.tenants import TENANT
+from server.auth.tenant import A_TENANT, TENANT
 from tiers.key import is_key
 from tiers.purges.table import KEY, label
 
@@ -28,7 +28,7 @@ def label_problem(kind: str, name: str) -> str | None:
     if kind == KEY and not is_key(name):
         return "as `tierserve cache ls` prints it: 64 hexadecimal digits, after a tenant's scope"
     if kind == "tenant" and not _is_tenant(name):
-        return "1 to 64 letters, digits, dots, dashes or underscores"
+        return A_TENANT
     if kind == "tag" and not _is_tag(name):
         return A_TAG
     return None

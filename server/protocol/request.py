@@ -14,7 +14,7 @@ A key is the digest of who may share the answer (the scope), of what generates i
 - `cache`, which is for us, is missing.
 
 Neither the query nor headers are part of it: on these routes vLLM reads no query, and of headers
-only those that say who asks, where and when it works, and in which format it reports its load.
+only those that identify the client, schedule the request, or choose the format of its load report.
 
 For an engine that we don't know (not `ResolvedModel.is_vllm`) only `cache` is missing, the headers
 `KEY_HEADERS` are part of the key, and answers to requests with a query aren't kept.
@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 from multidict import MultiMapping, istr
 
-from server.auth.tenants import Tenant
+from server.auth.tenant import Tenant
 from server.protocol import bodies
 from server.protocol.bodies import Prompts, count_prompts
 from server.protocol.cache_field import CacheField, parse_cache_field
@@ -66,9 +66,9 @@ _EXACT = 2**53
 _TAKES_NO_FLOAT = "thinking_token_budget"
 _is_token = re.compile(r"0|[1-9][0-9]*").fullmatch
 _OPTIONS, _USAGE, _CONTINUOUS = "stream_options", "include_usage", "continuous_usage_stats"
-_HOLD_PARTS = ("content", "file", "output", "source")
-_NAME_OTHERS = ("file_id", "uuid")
-_NAME_NOTHING = frozenset(
+_NESTED_FIELDS = ("content", "file", "output", "source")
+_REFERENCE_FIELDS = ("file_id", "uuid")
+_PLAIN_FIELDS = frozenset(
     {
         "cache_control", "content", "is_error", "name", "role", "signature", "text", "thinking",
         "tool_call_id", "tool_calls", "tool_use_id", "type",
@@ -95,7 +95,7 @@ class ParsedRequest(NamedTuple):
     tenant: str
     """The name of the tenant."""
     labels: tuple[str, ...]
-    """By what the answer may be purged, beside its key."""
+    """The labels by which the answer may be purged, beside its key."""
     raw: bytes
     """The body as received, but with the model's own name, its tenant's salt and no `cache`."""
     body: bytes
@@ -112,7 +112,7 @@ class ParsedRequest(NamedTuple):
     """Whether an engine that keeps answers itself would keep this one."""
     key: str
     cache: CacheField
-    """What the body says about caching, beside the headers."""
+    """The body's field `cache`."""
     prompts: Prompts
 
 
@@ -162,7 +162,7 @@ def parse_request(
     raw, body = bodies.read_object(raw)
     cache = parse_cache_field(body.get("cache"))
     model = names.resolve(body.get("model"))
-    raw = _address(raw, body, route, model)
+    raw = _with_engine_name(raw, body, route, model)
     streams = route.streams and body.get("stream") is True
     wants_usage = streams and _wants_usage(route, body, model)
     canonical = _canonical_request(route, body, model, streams=streams, wants_usage=wants_usage)
@@ -201,8 +201,10 @@ def key_headers(headers: MultiMapping[str]) -> Headers:
     return found
 
 
-def _address(raw: bytes, body: dict[str, Any], route: CachedRoute, model: ResolvedModel) -> bytes:
-    """Give a body its model's own name and take out `cache`; returns it written.
+def _with_engine_name(
+    raw: bytes, body: dict[str, Any], route: CachedRoute, model: ResolvedModel
+) -> bytes:
+    """Set the engine's name of the model in `body`, and remove `cache`; returns `body` as JSON.
 
     A `model` that vLLM refuses stays.
     """
@@ -217,7 +219,7 @@ def _address(raw: bytes, body: dict[str, Any], route: CachedRoute, model: Resolv
 def _wants_usage(route: CachedRoute, body: Mapping[str, Any], model: ResolvedModel) -> bool:
     """Whether the client of a stream asks for token counts."""
     if not model.is_vllm or model.always_counts_tokens:
-        # We don't know how to ask another engine for counts, so clients get those that it sends.
+        # We don't know how another engine is asked for counts, so clients get those that it sends.
         return True
     options = body.get(_OPTIONS) if route.format is CHOICES else None
     return isinstance(options, dict) and options.get(_USAGE) is True
@@ -276,7 +278,7 @@ def _canonical_request(
             canonical[name] = value
     same = route.fields.same_in_both_encodings
     if route.streams and not (model.encodings_agree and canonical.keys() <= same):
-        # An odd value is the engine's to judge.
+        # The engine decides about a value that isn't boolean.
         canonical["stream"] = canonical.get("stream", streams)
     return canonical
 
@@ -327,22 +329,22 @@ def _is_repeatable(route: CachedRoute, body: Mapping[str, Any], model: ResolvedM
     fields = route.fields
     return (
         not any(body.get(name) for name in fields.unrepeatable)
-        and not _names_media_elsewhere([body[name] for name in fields.media if name in body])
+        and not _refers_to_media_elsewhere([body[name] for name in fields.media if name in body])
         and not _has_engine_tool(body.get("tools"))
-        and (route.format is not CHOICES or _are_understood(body.get(_OPTIONS)))
+        and (route.format is not CHOICES or _are_options_unambiguous(body.get(_OPTIONS)))
         and not _is_kept_elsewhere(route, model, body.get("store"))
     )
 
 
-def _are_understood(options: Any) -> bool:
+def _are_options_unambiguous(options: Any) -> bool:
     """Whether we read `stream_options` as an engine does, which takes 1 for true."""
     if not isinstance(options, dict):
         return options is None
     return all(isinstance(value, bool | None) for value in options.values())
 
 
-def _names_media_elsewhere(prompts: list[Any]) -> bool:
-    """Whether a part of a prompt names what is elsewhere and may change there.
+def _refers_to_media_elsewhere(prompts: list[Any]) -> bool:
+    """Whether a part of a prompt refers to media outside the request, which may change.
 
     Parts are those of chat completions (`{"image_url": {"url": …}}`), Responses (`{"image_url":
     …}`, `file_id`, items that are known by an id alone) and Messages (`{"source": {"url": …}}`).
@@ -356,23 +358,23 @@ def _names_media_elsewhere(prompts: list[Any]) -> bool:
             if not (value and isinstance(value[0], int)):
                 rest += value
         elif isinstance(value, dict):
-            if not value.keys() <= _NAME_NOTHING and _names_other(value):
+            if not value.keys() <= _PLAIN_FIELDS and _refers_elsewhere(value):
                 return True
             # The arguments of tools, which may name anything, aren't visited.
-            for name in _HOLD_PARTS:
+            for name in _NESTED_FIELDS:
                 if name in value:
                     rest.append(value[name])
     return False
 
 
-def _names_other(part: dict[str, Any]) -> bool:
-    if any(part.get(name) is not None for name in _NAME_OTHERS) or _is_reference(part):
+def _refers_elsewhere(part: dict[str, Any]) -> bool:
+    if any(part.get(name) is not None for name in _REFERENCE_FIELDS) or _is_reference(part):
         return True
     source = part.get("source")
     urls = [value for name, value in part.items() if name.endswith("_url")]
     if isinstance(source, dict) and "url" in source:
         urls.append(source)
-    return not all(map(_is_sent_along, urls))
+    return not all(map(_is_inline, urls))
 
 
 def _is_reference(item: dict[str, Any]) -> bool:
@@ -380,7 +382,7 @@ def _is_reference(item: dict[str, Any]) -> bool:
     return "id" in item and item.keys() <= {"id", "type"}
 
 
-def _is_sent_along(media: Any) -> bool:
+def _is_inline(media: Any) -> bool:
     url = media.get("url") if isinstance(media, dict) else media
     return isinstance(url, str) and url.startswith("data:")
 

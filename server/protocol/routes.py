@@ -1,11 +1,11 @@
-"""The table of an engine's routes: what each takes, what it gives, and who may use it.
+"""The table of an engine's routes: the fields and the format of each, and who may use it.
 
 The routes are those of vLLM's server (0.32). Paths that the table doesn't name, such as those that
 stop an engine, change its weights or show what others ask, are for operators only.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -225,7 +225,7 @@ _TABLE: tuple[Route, ...] = (
     Route(paths=("/v1/models/{rest}",), tenant_allowed=True),
     Route(paths=("/v1/responses/{id}", "/v1/responses/{id}/cancel"), tenant_allowed=True),
     Route(paths=("/v1/messages/{any}",), dialect=Dialect.ANTHROPIC),
-    # These would change a running engine, whose answers would then have another origin.
+    # These would change a running engine, so that its identity in keys would be wrong.
     Route(paths=("/v1/load_lora_adapter", "/v1/unload_lora_adapter"), is_refused=True),
 )  # fmt: skip
 _ELSE = Route(paths=("/{any}",))
@@ -265,39 +265,3 @@ def is_tenant_allowed(path: str) -> bool:
     Of a path with dot segments another server may make another path.
     """
     return route_of(path).tenant_allowed and not {".", ".."} & set(path.split("/"))
-
-
-_KEEPS_RESPONSES = "VLLM_ENABLE_RESPONSES_API_STORE"
-# With one of these options an engine may put something into one encoding only: `metrics` and
-# experts, which a stream has only where the client asked for token counts, or reasoning, for which
-# each encoding has its own parser.
-_MAKES_ENCODINGS_DIFFER = (
-    "aux_output_config", "config", "enable_force_include_usage", "enable_per_request_metrics",
-    "enable_return_routed_experts", "reasoning_parser", "structured_outputs_config",
-    "tool_parser_plugin",
-)  # fmt: skip
-PLAIN_PARSERS = frozenset(
-    {
-        "deepseek_v3", "deepseek_v31", "hermes", "llama3_json", "llama4_json", "llama4_pythonic",
-        "phi4_mini_json", "pythonic", "qwen3_json",
-    }
-)  # fmt: skip
-"""vLLM's parsers of tool calls that leave a text unchanged where there are no tools."""
-
-
-def encodings_agree(options: Mapping[str, Any]) -> bool:
-    """Whether a vLLM with these options gives the same text in a JSON body and in a stream."""
-    parser = options.get("tool_call_parser")
-    return not any(options.get(name) for name in _MAKES_ENCODINGS_DIFFER) and (
-        not parser or parser in PLAIN_PARSERS
-    )
-
-
-def always_counts_tokens(options: Mapping[str, Any]) -> bool:
-    """Whether a vLLM with these options puts token counts into each stream, asked for or not."""
-    return bool(options.get("enable_force_include_usage"))
-
-
-def engine_keeps_responses(environments: Iterable[Mapping[str, str]]) -> bool:
-    """Whether a vLLM with one of these environments keeps what `/v1/responses` answers."""
-    return any(env.get(_KEEPS_RESPONSES, "0") not in ("", "0") for env in environments)

@@ -141,7 +141,7 @@ def render(answer: Answer, id_: bytes, created: int, *, wants_usage: bool, done:
 
 
 def etag(answer: Answer, *, wants_usage: bool) -> str:
-    """Return the tag of an answer in its own encoding. What stands for marks doesn't change it."""
+    """Return the tag of an answer in its own encoding, whatever replaces its marks."""
     tag = blake2b(answer.content, digest_size=8)
     if wants_usage:
         tag.update(answer.trailer)

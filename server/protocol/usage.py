@@ -22,7 +22,7 @@ def counts_in(answer: Answer) -> bytes:
 
 
 def output_tokens(answer: Answer) -> int | None:
-    """Return how many tokens were generated; `None` if the answer doesn't tell."""
+    """Return how many tokens were generated; `None` if the answer has no count."""
     return _last(answer.trailer or answer.content, _OUTPUT)
 
 
@@ -32,7 +32,7 @@ def output_tokens_in(counts: bytes) -> int | None:
 
 
 def input_tokens(answer: Answer) -> int | None:
-    """Return how many tokens the prompt has; `None` if the answer doesn't tell."""
+    """Return how many tokens the prompt has; `None` if the answer has no count."""
     return input_tokens_in(answer.trailer or answer.content)
 
 
@@ -45,7 +45,7 @@ def input_tokens_in(counts: bytes) -> int | None:
 
 
 def reused_tokens_in(counts: bytes) -> int | None:
-    """Return how many of the prompt's tokens the engine found in its prefix cache, as above."""
+    """Return how many of the prompt's tokens the engine found in its prefix cache."""
     return _last(counts, _REUSED)
 
 

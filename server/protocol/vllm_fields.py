@@ -1,7 +1,7 @@
 """The fields of vLLM's requests: which of their values change no answer.
 
 Taken from vLLM 0.32: the classes of the requests are in `protocol.py` of `vllm/entrypoints/*`.
-`server.protocol.routes` says which route takes which fields.
+`server.protocol.routes` maps routes to these fields.
 """
 
 from collections.abc import Callable, Mapping
@@ -43,8 +43,8 @@ _TEXT = (str, type(None))
 _OBJECT = (dict, type(None))
 _PRIORITY: Ignored = {"priority": int}
 _ASKED_BY: Ignored = _PRIORITY | {"request_id": str, "user": _TEXT}
-# The classes don't know these fields and take any value. Each names who asks, where an engine keeps
-# things, or how it finds them; an unknown field that asks for another answer stays in the key.
+# vLLM's classes don't know these fields and take any value. Each identifies the client, or controls
+# what an engine stores; an unknown field that might change the answer stays in the key.
 _UNKNOWN: Ignored = dict.fromkeys(
     (
         "metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
@@ -256,8 +256,8 @@ MESSAGE_COUNT = RequestFields(
     unrepeatable=_REMOTE,
 )
 
-# Of the classes for texts, tokens and conversations; the fields that hold the prompt tell which
-# of them vLLM takes.
+# Of the classes for texts, tokens and conversations; vLLM chooses one by the fields that hold the
+# prompt.
 _POOLING = _null(
     "cache_salt", "mm_processor_kwargs", "padding", "truncate_prompt_tokens", "truncation_side",
     "use_activation",

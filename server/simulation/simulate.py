@@ -17,9 +17,10 @@ import uvloop
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from server import terminal
-from server.cache import FreshnessRules, build
+from server.cache import build
 from server.config.base import ConfigError
 from server.config.schema import Config, DiskTierConfig, MemoryTierConfig
+from server.protocol.cache_control import FreshnessRules
 from server.protocol.formats import Encoding
 from server.simulation.traces import Trace, TraceRequest
 from tiers import (
@@ -183,7 +184,7 @@ def _in(folder: Path, config: Config) -> Config:
 
 async def _simulate(config: Config, trace: Trace, progress: Progress) -> Replay:
     now = trace.requests[0].at_s
-    chain, movement = build(config, clock=lambda: now, chance=Random(0).random)  # noqa: S311
+    chain, background = build(config, clock=lambda: now, chance=Random(0).random)  # noqa: S311
     freshness = FreshnessRules(config.cache).of(_ROUTE, next(iter(config.models)))
     position = {tier.name: number for number, tier in enumerate(chain.tiers)}
     answered_by = bytearray()
@@ -205,14 +206,18 @@ async def _simulate(config: Config, trace: Trace, progress: Progress) -> Replay:
                 await chain.store(name, Answer(Encoding.JSON, bytes(size)), freshness)
             else:
                 tokens_saved += tokens
-            await movement.drain()
-        return Replay(_result(chain, movement, trace, answered_by, tokens_saved), answered_by)
+            await background.drain()
+        return Replay(_result(chain, background, trace, answered_by, tokens_saved), answered_by)
     finally:
         await chain.close()
 
 
 def _result(
-    chain: Chain, movement: BackgroundWork, trace: Trace, answered_by: bytearray, tokens_saved: int
+    chain: Chain,
+    background: BackgroundWork,
+    trace: Trace,
+    answered_by: bytearray,
+    tokens_saved: int,
 ) -> ChainResult:
     requests, all_bytes = len(answered_by), sum(request.size for request in trace.requests)
     hits = [0] * (len(chain.tiers) + 1)
@@ -232,7 +237,7 @@ def _result(
         hit_ratio=ratio(requests - left, requests),
         byte_hit_ratio=ratio(all_bytes - left_bytes, all_bytes),
         disk_writes_per_request=ratio(disk_writes, requests),
-        dropped_demotions=movement.dropped,
+        dropped_demotions=background.dropped,
         tokens=sum(request.tokens for request in trace.requests),
         tokens_saved=tokens_saved,
         tiers=tiers,

@@ -1,1 +1,1 @@
-"""What is counted, logged and traced of the requests that were answered."""
+"""Telemetry: metrics, history, logs and traces of answered requests."""

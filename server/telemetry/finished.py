@@ -10,7 +10,7 @@ from server.telemetry.served import Served
 from server.telemetry.spans import current
 from server.telemetry.trace_log import TraceLog
 
-# As nginx logs it; nobody receives it.
+# nginx's status for a client that left; it is only recorded, never sent.
 CLIENT_GONE = 499
 # Outcomes of requests that a tier has answered, or would have.
 _LOOKED_UP = frozenset({"collapsed", "hit", "miss", "stale"})

@@ -1,6 +1,6 @@
-"""What was answered in the last day, in steps of two minutes: by which tiers, and what that saved.
+"""The last day in steps of two minutes: how many answers each tier gave, and what that saved.
 
-Bounded: a ring of one number a step for each tier, and two for what was saved; 40 kB at most.
+Bounded: a ring with one number for each step per tier, and two for the savings; 40 kB at most.
 """
 
 from array import array
@@ -11,7 +11,7 @@ STEPS = 24 * 3600 // STEP_S
 
 
 class History:
-    """What one tenant, or all, were answered. Times are Unix seconds."""
+    """The answers to one tenant, or to all. Times are Unix seconds."""
 
     __slots__ = ("_answered", "_first", "_seconds", "_step", "_tokens", "saved_s", "saved_tokens")
 
@@ -22,7 +22,7 @@ class History:
         self.saved_tokens, self.saved_s = 0, 0.0
 
     def add(self, at: float, tier: str, tokens: int, seconds: float) -> None:
-        """Count an answer of `tier` at `at`, or of `engine`, and what a tier's answer saved."""
+        """Count an answer of a tier or of `engine` at the time `at`, and what it saved."""
         if at >= (self._step + 1) * STEP_S:
             self._go_on(int(at // STEP_S))
         slot = self._step % STEPS

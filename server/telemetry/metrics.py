@@ -25,10 +25,10 @@ class Metrics:
     """All metrics of one process, in a registry of their own.
 
     Args:
-        chain: whose tiers report what they hold and did.
+        chain: the chain, whose tiers report their sizes and counters.
         demotions_dropped: returns how many demotions found no room in the queue.
-        lock_stats: of the waits for another process.
-        collectors: of what other packages report.
+        lock_stats: counts the waits for other processes.
+        collectors: report the metrics of other packages.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class Metrics:
         tokens: int = 0,
         saved_s: float = 0,
     ) -> None:
-        """Count one answered request; its model is one that is configured, or none.
+        """Count one answered request; `model` is a configured one, or empty.
 
-        `tokens` are those of its answer, if that may be kept, and `saved_s` the seconds that it
-        once took to generate what a tier had.
+        `tokens` are the output tokens of an answer that may be kept. `saved_s` is the time that it
+        took to generate the answer that a tier served.
         """
         # Plain numbers, since the library's counters would cost a tenth of a hit.
         latency = self._latencies.get((model, tier, outcome))
@@ -129,7 +129,7 @@ class _Waits(Collector):
 
 
 class _Tiers(Collector):
-    """Reads the tiers' own counts when asked."""
+    """Reads the tiers' own counters when it is scraped."""
 
     def __init__(self, chain: Chain, demotions_dropped: Callable[[], int]) -> None:
         self._chain, self._demotions_dropped = chain, demotions_dropped
@@ -147,7 +147,7 @@ class _Tiers(Collector):
         for name in ("hits", "misses", "stores", "promotions", "demotions", "errors", "busy"):
             yield _counter(name, [(tier.name, getattr(tier.counts, name)) for tier in tiers])
         available = GaugeMetricFamily(
-            "tierserve_tier_available", "0 where it fails and isn't asked", labels=("tier",)
+            "tierserve_tier_available", "0 while it fails and isn't called", labels=("tier",)
         )
         for tier_ in tiers:
             available.add_metric((tier_.name,), tier_.available)
@@ -158,15 +158,15 @@ class _Tiers(Collector):
         }
         for name, count in queues.items():
             dropped = CounterMetricFamily(
-                f"tierserve_{name}_dropped", "For which the queue was full"
+                f"tierserve_{name}_dropped", f"{name.capitalize()} dropped from a full queue"
             )
             dropped.add_metric((), count)
             yield dropped
-        purges = CounterMetricFamily("tierserve_purges", "Purges asked for here")
+        purges = CounterMetricFamily("tierserve_purges", "Purges requested of this process")
         purges.add_metric((), self._chain.purged)
         yield purges
         errors = CounterMetricFamily(
-            "tierserve_shared_purge_errors", "Looks at what other machines have purged that failed"
+            "tierserve_shared_purge_errors", "Failed exchanges of purges with other machines"
         )
         errors.add_metric((), self._chain.purge_errors)
         yield errors

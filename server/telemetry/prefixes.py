@@ -1,4 +1,4 @@
-"""The prefixes that prompts share most: what engines' prefix caches can reuse.
+"""The prefixes that prompts share most, which engines' prefix caches can reuse.
 
 A prefix ends at the end of one of a prompt's first parts (the tools, the system prompt, a message),
 or within them after 1,024, 4,096 and 16,384 characters, since long texts may differ only later. Of
@@ -77,7 +77,7 @@ class Prefixes:
         """
         if not request.route.streams:
             return
-        self._age()
+        self._halve_if_due()
         try:
             fields = _parse_start(request.raw)
         except ValueError:
@@ -117,7 +117,7 @@ class Prefixes:
         the engine took from its prefix cache, in all these requests. These two and `reused_ratio`
         are null where the engine doesn't report the counts.
         """
-        self._age()
+        self._halve_if_due()
         counters = self._counters.counters
         longer: dict[int, float] = {}
         for counter in counters.values():
@@ -131,7 +131,7 @@ class Prefixes:
         shared.sort(key=lambda counter: (-counter.least, -counter.value.characters))
         return {"prefixes": [_row(each.least, each.value) for each in shared[:_MAX_REPORTED]]}
 
-    def _age(self) -> None:
+    def _halve_if_due(self) -> None:
         now = self._clock()
         if now < self._halve_at:
             return

@@ -1,4 +1,4 @@
-"""What a request was served: the record that its handler returns with the response."""
+"""The record of how a request was served, which its handler returns with the response."""
 
 from typing import NamedTuple
 
@@ -6,33 +6,33 @@ from tiers import Answer
 
 
 class Served(NamedTuple):
-    """What a request was served, as its handler knows it."""
+    """How a request was served."""
 
     tier: str
     """The tier that answered, `engine`, or `none`."""
     outcome: str
     model: str = ""
-    """By its engine's name; empty for requests to us."""
+    """The engine's name of it; empty for routes of our own."""
     key: str = ""
-    """Of the answer, if it may be kept."""
+    """The answer's key, if it may be kept."""
     answer: Answer | None = None
     """The answer, if it may be kept."""
     saved_s: float = 0
-    """The seconds for which the answer was once generated that a tier had."""
+    """How long it took to generate the answer that a tier served."""
 
 
 OWN = Served("none", "own")
-"""What we answer by ourselves."""
+"""A response of our own, without tiers and engines."""
 REFUSED = Served("none", "refused")
-"""What an access check refuses."""
+"""A request that an access check refused."""
 
 
 def attach(exc: BaseException, served: Served) -> None:
-    """Note on an exception that ends a request what was being served."""
-    vars(exc)["served"] = served
+    """Attach the record of a request to the exception that ends it; the first one counts."""
+    vars(exc).setdefault("served", served)
 
 
 def attached(exc: BaseException) -> Served:
-    """Return what `attach` has noted."""
+    """Return the record that `attach` has attached."""
     served = vars(exc).get("served", OWN)
     return served if isinstance(served, Served) else OWN

@@ -52,7 +52,7 @@ class RequestTrace(Protocol):
         """Begin the step of an engine's request."""
 
     def set_served(self, served: Served) -> None:
-        """Note what the request was served."""
+        """Record how the request was served."""
 
 
 current: ContextVar[RequestTrace | None] = ContextVar("trace", default=None)

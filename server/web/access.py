@@ -53,7 +53,7 @@ class AccessControl:
         )
 
     def identify_tenant(self, http: HttpRequest) -> web.Response | None:
-        """Allow any tenant without counting the request: for what costs no engine anything."""
+        """Allow any tenant without counting the request, for routes that cost no engine time."""
         tenant = self._tenants.find(http.headers)
         if tenant is None:
             self.unauthorized += 1
@@ -70,7 +70,7 @@ class AccessControl:
         return self.require_tenant if is_tenant_allowed(path) else self.require_operator
 
     def for_request_path(self, http: HttpRequest) -> web.Response | None:
-        """Allow who may ask an engine for the request's own path."""
+        """Allow tenants that may request this path of an engine."""
         return self.for_engine_path(http.path)(http)
 
 

@@ -1,8 +1,8 @@
 """Cross-origin resource sharing: which other sites' pages may use the server (Fetch, section 3.2).
 
-The server alone decides it, and for every response alike, since a tier doesn't know what an engine
-would allow. The headers of engines for it go to no client (`server.handlers.upstream_headers`).
-Pages send keys in headers. Cookies and the like, which browsers send by themselves, are never
+The configuration alone decides it, for every response alike, since a tier doesn't know what an
+engine would allow. Engines' CORS headers are dropped (`server.handlers.upstream_headers`). Pages
+send keys in headers. Cookies and other credentials that browsers send by themselves are never
 allowed.
 """
 
@@ -13,7 +13,7 @@ from aiohttp import hdrs, web
 from server.web.request import Endpoint, HttpRequest
 
 ANY = "*"
-# The longest time for which a browser caches it.
+# The longest time for which browsers cache a preflight's response.
 _MAX_AGE_S = 86400
 _BY_ORIGIN = {"Vary": "Origin"}
 _EXPOSED = {"Access-Control-Expose-Headers": "*"}
@@ -42,7 +42,7 @@ def with_cors(origins: Collection[str], endpoint: Endpoint, preflight: Endpoint)
 
 
 async def answer_preflight(http: HttpRequest) -> web.Response:
-    """Allow a page all that it requests; its key is checked with the request itself."""
+    """Allow the method and headers that a page asks for; its key is checked with the request."""
     requested = http.headers
     headers = {
         "Access-Control-Allow-Methods": requested[hdrs.ACCESS_CONTROL_REQUEST_METHOD],

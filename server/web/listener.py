@@ -47,7 +47,7 @@ class _Protocol(web.RequestHandler):
     """
 
     def __init__(self, server: web.Server, timeout_s: float) -> None:
-        # None turns aiohttp's own access log off, which its type doesn't say.
+        # None turns aiohttp's own access log off, but its type doesn't allow it.
         super().__init__(
             server,
             loop=asyncio.get_running_loop(),
@@ -71,7 +71,7 @@ class _Protocol(web.RequestHandler):
     def eof_received(self) -> bool:  # type: ignore[override]
         if not self._owes_response():
             return False
-        # Of several requests that came at once, the last isn't known here when it is answered.
+        # Of several pipelined requests, it isn't known here when the last one is answered.
         self._close = len(self._messages) + (self._waiter is None) == 1
         self._deadline.cancel()
         self._deadline = self._loop.call_later(_PRESENCE_CHECK_S, self._check_presence)
@@ -136,7 +136,7 @@ def make_server(endpoint: Endpoint, options: ServerConfig) -> web.Server:
 
     loop = asyncio.get_running_loop()
     make_request = partial(Request, loop=loop, client_max_size=options.max_body_bytes)
-    # The handler is given what the factory makes, which aiohttp's types don't say.
+    # The handler gets what the factory makes, but aiohttp's types don't express it.
     return web.Server(endpoint, request_factory=make_request, handler_cancellation=True)  # type: ignore[arg-type]
 
 

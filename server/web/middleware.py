@@ -1,4 +1,4 @@
-"""What surrounds every handler: the request's id, access, last-resort errors, and the record of it.
+"""Wraps every handler: gives the request an id, checks access, answers errors, and records it.
 
 Handlers are wrapped when their routes are made: aiohttp's own middlewares would cost each hit two
 more coroutines.
@@ -43,7 +43,7 @@ _MISTAKES = (
 
 
 class Middleware:
-    """Makes endpoints of handlers.
+    """Wraps handlers, which makes endpoints of them.
 
     Args:
         finished: is given every request that has ended.
@@ -110,7 +110,7 @@ def read_only(handler: Handler) -> Handler:
 
 
 def own(endpoint: Endpoint) -> Handler:
-    """Return the handler of what answers by itself, without tiers and engines."""
+    """Return the handler of an endpoint that needs neither tiers nor engines."""
 
     async def handler(http: HttpRequest) -> Reply:
         return await endpoint(http), OWN

@@ -1,4 +1,4 @@
-"""An HTTP request: aiohttp's, with its id, its tenant, and what may go wrong with its body."""
+"""An HTTP request: aiohttp's, with its id, its tenant, and the errors of reading its body."""
 
 import asyncio
 import re
@@ -11,7 +11,7 @@ from aiohttp import hdrs, web
 from multidict import istr
 
 from server.auth.limits import RateLimiter
-from server.auth.tenants import NOBODY, Tenant
+from server.auth.tenant import NOBODY, Tenant
 from server.telemetry.served import Served
 from server.web.content_coding import DECODED, UnknownCodingError, decode
 
@@ -26,7 +26,7 @@ class SlowClientError(Exception):
 
 
 class HttpRequest(web.BaseRequest):
-    """One HTTP request, with what the server's own layers know of it."""
+    """One HTTP request, with what the server's layers add to it."""
 
     client_timeout_s: float
     """How long its client may pause; set by a subclass, since an argument would cost each hit."""
@@ -34,11 +34,11 @@ class HttpRequest(web.BaseRequest):
     id: str = ""
     """The `X-Request-Id` of its response: the client's own, if it has sent one, or a new one."""
     body_may_hold_id: bool = False
-    """Whether its body may hold another id, which the engine is to take."""
+    """Whether its body may hold another id, which the engine should use."""
     tenant: Tenant = NOBODY
-    """Who asks; set by its access check."""
+    """The client's tenant; set by the access check."""
     limiter: RateLimiter | None = None
-    """Of its tenant, where it counts as under way; set by its access check."""
+    """Its tenant's limiter, which counts the request as under way; set by the access check."""
     response_headers: Mapping[str, str] = MappingProxyType({})
     """Of its response: those of CORS and of its tenant's limits."""
 
@@ -165,11 +165,11 @@ Reply = tuple[web.StreamResponse, Served]
 Handler = Callable[[HttpRequest], Awaitable[Reply]]
 """What answers a request."""
 Endpoint = Callable[[HttpRequest], Awaitable[web.StreamResponse]]
-"""What aiohttp calls: a handler with what surrounds it, or what answers by itself."""
+"""What aiohttp calls: a handler that the middleware wraps, or one that needs no middleware."""
 
 
 class Traced(Protocol):
     """Returns an endpoint that has a span for each request, if requests are traced."""
 
     def __call__(self, endpoint: Endpoint, route: str | None = None, /) -> Endpoint:
-        """Take an endpoint, and the path of its route if it has but one."""
+        """Take an endpoint, and the path of its route if it has only one."""

@@ -1,7 +1,7 @@
-"""Responses: the headers that all have, errors, and the quick one for hits.
+"""Responses: the headers that all of them have, errors, and the fast response for hits.
 
-Errors are in OpenAI's shape, by vLLM's conventions (`code` is the HTTP status), and become
-Anthropic's where its API is asked.
+Errors are in OpenAI's shape, by vLLM's conventions (`code` is the HTTP status), or in Anthropic's
+shape on routes of its API.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from server.web.request import HttpRequest
 
 RETRY_AFTER_S = 5
 _NONE: Mapping[str, str] = MappingProxyType({})
-# Its documentation lists these; other statuses map by their class.
+# As Anthropic's documentation lists them; other statuses map by their class.
 _ANTHROPICS_KINDS = {
     401: "authentication_error",
     403: "permission_error",
@@ -72,9 +72,9 @@ class PrebuiltResponse(web.StreamResponse):
             end = "Connection: close\r\n"
         elif http.version < HttpVersion11:
             end = "Connection: keep-alive\r\n"
-        for headers in (http.response_headers, engine_headers):
-            if headers:
-                end += "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        if more := http.response_headers or engine_headers:
+            more = {**http.response_headers, **engine_headers}
+            end += "".join([f"{name}: {value}\r\n" for name, value in more.items()])
         head = (
             f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
             f"Cache-Status: {cache_status}\r\nAge: {age_s}\r\nETag: {etag}\r\n"
@@ -102,7 +102,7 @@ def error_body(
     kind: str | None = None,
     code: str | None = None,
 ) -> bytes:
-    """Return the JSON body of an error; `kind` and `code` where OpenAI has some of its own."""
+    """Return the JSON body of an error; `kind` and `code` are OpenAI's, where it defines them."""
     if kind is None:
         kind = HTTPStatus(status).phrase.title().replace(" ", "").replace("-", "")
         kind = kind.removesuffix("Error") + "Error"
@@ -118,7 +118,7 @@ class ErrorResponse(web.Response):
         self._message = message
 
     def in_dialect_of(self, path: str) -> Self:
-        """Return it in the shape of the API that `path` is of."""
+        """Return it in the shape of the API to which `path` belongs."""
         if route_of(path).dialect is Dialect.ANTHROPIC:
             kind = _ANTHROPICS_KINDS.get(self.status)
             if kind is None:

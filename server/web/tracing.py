@@ -37,7 +37,7 @@ _QUEUED_SPANS = 8192
 _BATCH_SPANS = 512
 _EXPORT_EVERY_MS = 1000
 _EXPORT_TIMEOUT_S = 5
-# For the spans that are still queued; a collector that hangs must not keep us.
+# For the spans that are still queued; a collector that hangs must not delay the exit.
 _CLOSE_TIMEOUT_S = 2
 _METHODS = frozenset(
     {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"}

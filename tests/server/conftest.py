@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from server.auth.tenants import open_tenant
+from server.auth.tenant import open_tenant
 from server.config.load import load
 from server.engine.identity import identity
 from server.engine.weights import embedded_folder

@@ -2,9 +2,8 @@
 
 import pytest
 
-from server.cache import FreshnessRules
 from server.config.schema import CacheConfig
-from server.protocol.cache_control import limit_freshness
+from server.protocol.cache_control import FreshnessRules, limit_freshness
 from tiers import Freshness
 
 

@@ -57,11 +57,11 @@ async def test_commands_do_without_standard_streams(
         *without(*closed), python, "-m", "server.cli", *command.split(), *options,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
-    said, told = await ended.communicate()
-    assert b"Traceback" not in told
+    output, errors = await ended.communicate()
+    assert b"Traceback" not in errors
     # There is no file of a disk tier yet.
     assert ended.returncode == (1 if command == "cache stats" else 0)
-    assert bool(said) == (1 not in closed and command != "cache stats")
+    assert bool(output) == (1 not in closed and command != "cache stats")
 
 
 async def test_signals_that_ask_for_nothing_end_nothing(front: Front) -> None:
@@ -93,8 +93,8 @@ async def test_an_interrupt_says_nothing_of_python(tmp_path: Path, command: str)
                 await asyncio.sleep(0.01)
         # As a terminal does, its children included.
         os.killpg(process.pid, signal.SIGINT)
-        _, told = process.communicate()
-    assert b"Traceback" not in told
+        _, errors = process.communicate()
+    assert b"Traceback" not in errors
     assert process.returncode in (1, 130)
 
 
@@ -189,7 +189,7 @@ async def test_any_address_of_ipv6_is_any_of_ipv4_too(upstream: Upstream, tmp_pa
 async def test_all_addresses_are_said() -> None:
     server = make_server(lambda _: None, ServerConfig())
     listener = await listen(server, "localhost", 0, ServerConfig(), None)
-    said = addresses(listener, None).split(", ")
-    assert len(said) == len(listener.sockets)
-    assert all(each.startswith(("http://127.0.0.1:", "http://[::1]:")) for each in said)
+    urls = addresses(listener, None).split(", ")
+    assert len(urls) == len(listener.sockets)
+    assert all(each.startswith(("http://127.0.0.1:", "http://[::1]:")) for each in urls)
     listener.close()

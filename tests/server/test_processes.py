@@ -131,9 +131,9 @@ async def test_fifty_requests_at_both_are_one_generation(
         assert b'"content":"yes"' in text
         assert text.endswith(b"data: [DONE]\n\n") == stream
     # Who comes last may find it in a tier.
-    told = [cache_status for _, cache_status, _ in replies if "; hit; " not in cache_status]
-    assert told.count(MISS) == 1
-    assert told.count(COLLAPSED) == len(told) - 1
+    statuses = [cache_status for _, cache_status, _ in replies if "; hit; " not in cache_status]
+    assert statuses.count(MISS) == 1
+    assert statuses.count(COLLAPSED) == len(statuses) - 1
 
 
 @pytest.mark.parametrize("leads", [False, True], ids=["body", "stream"])
@@ -360,7 +360,7 @@ async def test_containers_use_one_disk_tier_in_turn(
         assert (await second.ask(asked, headers=only))[0] == 504
         assert (await second.ask(of_second))[1] == MISS
         assert "detail=memory" in (await second.ask_alone(of_second))[1]
-        assert "those who share a file should share a PID namespace" in second.log.read_text()
+        assert "processes that share a file should share a PID namespace" in second.log.read_text()
         assert "PID namespace" not in first.log.read_text()
         await first.stop()
 

@@ -155,8 +155,8 @@ async def test_an_outage_is_counted_and_no_request_fails(upstream, server, tmp_p
         before = await stored(a)
         getattr(server, how)()
         for _ in range(8):
-            status, told, _ = await b.ask(question())
-            assert (status, told) == (200, "tierserve; fwd=miss")
+            status, cache_status, _ = await b.ask(question())
+            assert (status, cache_status) == (200, "tierserve; fwd=miss")
         assert await b.metric(ERRORS) >= 3
         assert await b.metric(AVAILABLE) == 0
         assert b.log.read_text().count(LEFT_OUT) == 1

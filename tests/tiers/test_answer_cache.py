@@ -39,10 +39,10 @@ def hit(state: State = State.FRESH, answer: Answer = OLD) -> Hit:
         (hit(State.STALE_IF_ERROR), ANY, None, 170, Decision.GENERATE),
         (hit(State.STALE_IF_ERROR), STALE_TOO, None, 170, Decision.SERVE),
         # Others have got the new answer already.
-        (None, ANY, NEW, 50, Decision.JOIN),
-        (hit(), ANY, NEW, 50, Decision.JOIN),
+        (None, ANY, NEW, 50, Decision.JOIN_STORED),
+        (hit(), ANY, NEW, 50, Decision.JOIN_STORED),
         (hit(answer=NEW), ANY, NEW, 50, Decision.SERVE),
-        (None, ONLY_IF_CACHED, NEW, 50, Decision.JOIN),
+        (None, ONLY_IF_CACHED, NEW, 50, Decision.JOIN_STORED),
         (None, NO_CACHE, NEW, 50, Decision.GENERATE),
         (hit(), YOUNG, NEW, 10, Decision.SERVE),
     ],
@@ -112,7 +112,7 @@ class House:
 
     async def ask(self, generation: Generation, acceptance: Acceptance = ANY) -> str:
         """Return what becomes of a request, and the answer: `miss new`."""
-        found = await self.answers.get_or_generate("k", generation, acceptance)
+        found = await self.answers.get_or_generate("k", lambda: generation, acceptance)
         if isinstance(found, Hit):
             return f"{found.state.name} {found.entry.answer.content.decode()}"
         if found is None:
@@ -180,7 +180,7 @@ async def test_a_stale_answer_may_stand_in_until_it_is_purged() -> None:
     generation.error = OSError("the engine is gone")
     await house.chain.store("k", OLD, Freshness(10, stale_if_error_s=100))
     house.now += 20
-    pending = await house.answers.get_or_generate("k", generation)
+    pending = await house.answers.get_or_generate("k", lambda: generation)
     assert isinstance(pending, Pending)
     assert (pending.reason, pending.stale and pending.stale.entry.answer) == ("stale", OLD)
     with pytest.raises(OSError, match="the engine is gone"):
@@ -190,7 +190,7 @@ async def test_a_stale_answer_may_stand_in_until_it_is_purged() -> None:
     assert not house.answers.is_purged("k", pending.stale)
     await house.chain.purge("all")
     assert house.answers.is_purged("k", pending.stale)
-    limited = await house.answers.get_or_generate("k", generation, YOUNG)
+    limited = await house.answers.get_or_generate("k", lambda: generation, YOUNG)
     assert isinstance(limited, Pending)
     assert limited.stale is None
     await house.flights.drain(1)

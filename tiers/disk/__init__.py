@@ -1,7 +1,7 @@
 """The disk tier: an aiocache backend that stores entries in an LMDB file.
 
-It needs nothing of the other tiers. `DiskCache` is the way in; `maintenance` has what is done to a
-file by hand.
+It imports nothing of the other tiers. `DiskCache` is the entry point; `maintenance` compacts and
+verifies a file for an operator.
 """
 
 from tiers.backend import MAX_KEY_BYTES

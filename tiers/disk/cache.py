@@ -6,8 +6,8 @@ yet, or a miss if that write failed; the file never exceeds `max_bytes`; a recor
 verify is a miss.
 
 Failed writes are hidden here and in `tiers.resilience.failed_writes`, for two reasons. Here a
-deletion takes the place of the failed write: with `Durability.INTERVAL` the caller has long been
-answered when a commit fails, and every way to read (`hottest`, `keys_after`, …) has to agree. There
+deletion takes the place of the failed write: with `Durability.INTERVAL` the caller has continued
+long before a commit fails, and every way to read (`hottest`, `keys_after`, …) has to agree. There
 the time at which an entry was stored decides, which only a tier knows: a write to a server that
 timed out may still arrive.
 """
@@ -77,7 +77,7 @@ class DiskCache(ByteCache):
     What is worth least is evicted first, and what hasn't been read for long is worth less. What has
     expired goes before that. Several processes may use one folder, each through one cache; of
     several limits the smallest holds for the entries, and the largest for the file. Processes of
-    another PID namespace wait until these have gone: until then, reads are misses and writes fail.
+    another PID namespace wait until these have ended: until then, reads are misses and writes fail.
 
     A value larger than a sixteenth of `max_bytes` or 16 MiB, or a key of more than 511 bytes, is
     refused; so is everything for a while after the disk has failed. After a failed write, what the
@@ -90,15 +90,15 @@ class DiskCache(ByteCache):
         durability: what is true when a write has returned.
         compresses: whether values take less of the file, and more time to be read.
         interval_s: seconds between commits with `Durability.INTERVAL`.
-        worth: what keeping an entry is worth, from its key and its bytes on disk, such as its
-            frequency times its cost over its bytes. Called in the writer's thread.
+        worth: returns the value of keeping an entry, from its key and its bytes on disk, such as
+            its frequency times its cost over its bytes. Called in the writer's thread.
         quarantines: whether a file that can't be used gives way to a new one.
         encryption_key: of 32 bytes, if values and blobs are encrypted in the file.
 
     Raises:
         OSError: the folder or the file can't be used.
-        EncryptionKeyError: the file is encrypted with another key, or it is and should not be, or
-            should be and isn't; it stays as it is.
+        EncryptionKeyError: the file is encrypted with another key; or it is encrypted and no key is
+            given; or a key is given and it isn't encrypted. The file stays as it is.
         ValueError: `max_bytes` is too small.
         UntrustedError: the file can't be used, and isn't to be quarantined.
     """
@@ -169,7 +169,7 @@ class DiskCache(ByteCache):
             elif self._may_show(key):
                 await self._commit(Change(key, None))
             return False
-        # A caller that waits learns of a failure, which needn't be remembered here then.
+        # A caller that waits gets the failure, so it needn't be remembered here.
         waits = (
             self._durability is not Durability.INTERVAL
             or len(self._failed_writes) >= _MAX_FAILED_WRITES
@@ -325,7 +325,7 @@ class DiskCache(ByteCache):
         closed = False
         try:
             if file is not None:
-                # Only now: what was queued may have failed, too.
+                # Only now: queued writes may have failed, too.
                 await asyncio.to_thread(self._delete_and_close, file, list(self._failed_writes))
                 closed = True
         finally:

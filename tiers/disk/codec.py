@@ -103,7 +103,7 @@ class Codec:
             ValueError: the coding or its dictionary isn't known, or `encode` didn't make it.
         """
         if self._cipher is not None:
-            # What isn't encrypted has been put there by somebody without the key.
+            # A value that isn't encrypted was written by a process without the key.
             coding, payload = coding - ENCRYPTED, self._cipher.decrypt(_ENTRY + key, payload)
         if coding == PLAIN:
             return bytes(payload)

@@ -22,7 +22,7 @@ _CHECK = b"tierserve disk tier"
 
 
 class EncryptionKeyError(OSError):
-    """The key that was given, or that none was given, doesn't fit the file."""
+    """The file needs another key, needs a key and got none, or isn't encrypted and got one."""
 
 
 class Cipher:

@@ -1,7 +1,7 @@
-"""What is done to the disk tier's file by hand: it is compacted, verified, or its key is checked.
+"""Maintenance of the disk tier's file: compaction, verification, and a check of its key.
 
-Each raises `OSError` if there is no file. `compact` and `verify` also do if another process has it
-open.
+`compact` and the two verifications raise `OSError` if there is no file; `compact` and `verify` also
+if another process has it open.
 """
 
 import asyncio

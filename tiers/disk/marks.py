@@ -1,13 +1,15 @@
-"""The marks beside the disk tier's file, which say whether it may be opened without verifying it.
+"""The marks beside the disk tier's file: they decide whether it may be opened without verifying it.
 
 LMDB commits by shadow pages, so a process that dies at any moment leaves the file whole. With
 `MDB_NOSYNC` a crash of the system may damage it; without, it never does (LMDB's documentation of
-`mdb_env_open`). So a file is trusted if the mark `clean` describes it as it is, or if `in-use` says
-that it was opened, that commits not synced, if any, were made since this boot, and that nothing
-looked like damage.
+`mdb_env_open`). So a file is trusted if the mark `clean` describes it as it is, or if `in-use`
+records that it was opened, that commits not synced, if any, were made since this boot, and that
+nothing looked like damage.
 
-A copy isn't trusted, since it may have been made during a commit; nor is a file shorter than its
-pages, since a read beyond its end kills the process by SIGBUS.
+A file that was copied to here isn't trusted, since the copy may have been made during a commit; nor
+is a file shorter than its pages, since a read beyond its end kills the process by SIGBUS. Of a
+damaged file a process may die by other signals, too, as often as it is started. So a file isn't
+trusted any more once `MAX_DEATHS` processes in a row haven't closed it.
 """
 
 import contextlib
@@ -19,7 +21,8 @@ from tiers.disk.file import DATA
 from tiers.disk.pages import holds_all_pages
 
 CLEAN, IN_USE = "clean", "in-use"
-_FILE, _UNSYNCED, _DAMAGED = "file", "unsynced", "damaged"
+_FILE, _UNSYNCED, _DAMAGED, _DEATH = "file", "unsynced", "damaged", "death"
+MAX_DEATHS = 3
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -47,11 +50,22 @@ class Marks:
         if self.is_clean():
             return True
         lines, boot_id = self._lines(), _boot_id()
+        known = (f"{_FILE} ", f"{_DEATH} ")
         return (
             self._file_line() in lines
-            and all(line.startswith(f"{_FILE} ") or _is_of(line, boot_id) for line in lines)
+            and all(line.startswith(known) or _is_of(line, boot_id) for line in lines)
+            and _deaths(lines) < MAX_DEATHS - 1
             and holds_all_pages(self._data)
         )
+
+    def mark_death(self) -> None:
+        """Note that the process that had the file open last has died, if one has.
+
+        Needs that no other process has opened the file since.
+        """
+        if not self.is_clean():
+            with self._or_without():
+                self._append(f"{_DEATH} {_deaths(self._lines()) + 1}")
 
     def mark_open(self, *, syncs: bool) -> None:
         """Note that the file is open, and whether commits are synced; before the first of them.
@@ -117,12 +131,16 @@ class Marks:
             os.close(file)
 
 
+def _deaths(lines: list[str]) -> int:
+    return sum(line.startswith(_DEATH) for line in lines)
+
+
 def _is_of(line: str, boot_id: str) -> bool:
     return bool(boot_id) and line == f"{_UNSYNCED} {boot_id}"
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the disk know which files a folder holds."""
+    """Sync a folder's list of files to the disk."""
     directory = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(directory)

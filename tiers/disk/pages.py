@@ -26,7 +26,7 @@ def page_problems(data: Path) -> list[str]:
 
 
 def holds_all_pages(data: Path) -> bool:
-    """Return whether the file is as long as its meta pages say; reads only these."""
+    """Return whether the file is as long as its meta pages claim; reads only these."""
     size = data.stat().st_size
     with data.open("rb") as file:
         pages = PageVerifier(file, size)

@@ -46,12 +46,12 @@ _END_SIGNALS = (
 
 
 class UntrustedError(Exception):
-    """The file can't be used, and isn't to be quarantined; the text says why."""
+    """The file can't be used, and isn't to be quarantined; the text is the reason."""
 
 
 _ELSEWHERE = (
     "its file is open in another PID namespace, such as another container, whose processes LMDB "
-    "can't tell from ours; those who share a file should share a PID namespace"
+    "can't distinguish from ours; processes that share a file should share a PID namespace"
 )
 
 
@@ -108,6 +108,8 @@ class Recovery:
             self._set_namespace(fcntl.F_RDLCK)
             # While the lock changes, another process can open the file, so look again.
             if (not is_alone or self._is_ready()) and not self._is_elsewhere():
+                if is_alone:
+                    self.marks.mark_death()
                 return True
         self._leave()
         return False

@@ -46,7 +46,7 @@ class Ghosts:
     def pop(self, key: str, spans: tuple[int, int]) -> int | None:
         """Forget `key`. Returns the list that evicted it, or `None` if that is too long ago.
 
-        `spans` says how many bytes, at least 1, each list evicts until it forgets a ghost.
+        `spans` are the bytes, at least 1, that each list evicts until it forgets a ghost.
         """
         slots, (first, fingerprint) = self._slots, self._place(key)
         for slot in range(first, first + _WAYS):

@@ -1,1 +1,1 @@
-"""Purges: which entries may not be given out any more."""
+"""Purges: which entries may not be served any more."""

@@ -1,4 +1,4 @@
-"""Purges: which entries may not be given out, in all tiers and processes, without searching them.
+"""Purges: which entries may not be served, in all tiers and processes, without searching them.
 
 A purge gives a label an epoch higher than all before it: the time in microseconds, or one more than
 the last epoch if the clock lags. An entry carries its labels and a purge epoch, the last that was
@@ -8,8 +8,8 @@ clocks that jump do no harm: only the order counts (Lamport, «Time, Clocks, and
 Events in a Distributed System», 1978).
 
 The epochs are kept in the disk tier's file, which processes may share. Invariants: an epoch in that
-file is higher than all that were there before; an entry is given out only by a table that was in
-the file at most `FRESH_S` ago.
+file is higher than all that were there before; an entry is served only after a check against a
+table that was in the file at most `FRESH_S` ago.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ class PurgeError(Exception):
     """A purge holds in this process, but perhaps not in others, nor after a restart.
 
     The next successful write makes up for it. If the process ends before that, purged entries of
-    the tier that could not store the purge may be given out again. So callers should purge again.
+    the tier that could not store the purge may be served again. So callers should purge again.
     """
 
 

@@ -22,7 +22,7 @@ MAX_LABELS = 1000
 _NAME_CHARACTERS = 128
 _FORMAT = 1
 _HEAD = Struct("<B8sI")
-"""Format, eight random bytes that tell two tables apart, and the number of labels."""
+"""Format, eight random bytes by which tables are distinguished, and the number of labels."""
 HEAD_BYTES = _HEAD.size
 _EPOCH_BYTES = 8
 _EMPTY: Mapping[str, int] = MappingProxyType({})
@@ -124,7 +124,7 @@ def check_labels(labels: Sequence[str]) -> None:
     """Check the labels of one purge.
 
     Raises:
-        ValueError: one isn't a label, or there are too many; the message says what would be right.
+        ValueError: one isn't a label, or there are too many.
     """
     if not 0 < len(labels) <= MAX_LABELS:
         raise ValueError(f"a purge should have from 1 to {MAX_LABELS} labels, not {len(labels)}")

@@ -1,5 +1,6 @@
-"""What keeps a backend's failure from costing a tier more than misses.
+"""Resilience: a backend's failure costs a tier no more than misses.
 
-`bulkhead` bounds the calls under way, `circuit_breaker` leaves a failing backend alone, and
-`failed_writes` hides what a lost write should have replaced. Knows nothing of tiers or entries.
+`bulkhead` bounds the calls under way, `circuit_breaker` stops calls to a failing backend, and
+`failed_writes` hides entries that a lost write should have replaced. The package knows neither
+tiers nor entries.
 """

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class BusyError(Exception):
-    """As many calls as may be were under way until the deadline."""
+    """`max_calls` calls were under way until the deadline."""
 
 
 class Bulkhead:
@@ -22,7 +22,7 @@ class Bulkhead:
     that takes longer than a caller waits serves the callers that follow.
 
     Args:
-        max_calls: a few keep a connection each busy; with more, each call takes longer.
+        max_calls: each call may need a connection of its own.
         deadline_s: seconds that a caller waits for a place, and then for its call.
         limit_s: seconds after which a call is cancelled.
     """
@@ -70,5 +70,5 @@ class Bulkhead:
         self._running.discard(task)
         self._places.release()
         if not task.cancelled():
-            # Retrieve the exception, which nobody may be waiting for any more.
+            # Retrieve the exception, since the caller may have given up waiting for it.
             task.exception()

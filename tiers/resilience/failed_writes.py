@@ -1,4 +1,4 @@
-"""The writes that a tier has lost, so that nobody gets the entries they should have replaced."""
+"""The writes that a tier has lost: the entries that they should have replaced are hidden."""
 
 from math import inf
 
@@ -8,8 +8,8 @@ _MAX_KEYS = 16 * 1024
 class FailedWrites:
     """Keys under which a tier may hold an entry older than the last that was written or removed.
 
-    Invariant: it knows at most `max_keys` keys. When it has to forget one, it trusts nothing any
-    more that was stored before that key's write, whatever its key.
+    Invariant: it knows at most `max_keys` keys. When it forgets one, every entry that was stored
+    before that key's write counts as stale, whatever its key.
 
     Args:
         max_keys: each takes about 200 bytes.

@@ -1,4 +1,4 @@
-"""Single flight: one generation per key at a time, and everybody who asks subscribes to it.
+"""Single flight: one generation per key at a time, to which all requests for the key subscribe.
 
 A flight is a log of items. Its producer appends; each subscriber reads at its own pace from the
 first item, so a slow subscriber holds a position and not a copy. When the last subscriber leaves
@@ -88,7 +88,7 @@ class Flight:
     ) -> None:
         """End the log; `error` is raised to each subscriber.
 
-        `answer` is the whole of what was published, and `kept` says whether it is to be stored.
+        `answer` is the whole of what was published, and `kept` is whether it is to be stored.
         Only the first call counts.
         """
         if not self.has_ended:
@@ -108,7 +108,7 @@ class Flight:
 
 
 class Subscriber(AsyncIterator[bytes]):
-    """One reader of a flight: an async context manager, so that its leaving is noticed."""
+    """One reader of a flight: an async context manager, whose exit unsubscribes it."""
 
     def __init__(self, flight: Flight) -> None:
         self.flight = flight
@@ -211,7 +211,7 @@ class SingleFlight:
     def being_stored(self, key: str) -> Flight | None:
         """Return the flight under `key` whose answer is being stored, the last if there are more.
 
-        Its subscribers have got that answer, so nobody should get an older one from a tier.
+        Its subscribers have got that answer, so no caller should get an older one from a tier.
         """
         flight = self._being_stored.get(key)
         return flight if flight is not None and self._is_open(key, flight) else None

@@ -1,7 +1,8 @@
 """Leases: the right to generate the answer under a key, among all processes that share a tier.
 
-A lease spares generations and guards nothing: where one is lost, or a server of leases fails, two
-processes generate the same answer. So whatever goes wrong counts as having got it.
+A lease saves duplicate generations and protects nothing: where one is lost, or a server of leases
+fails, two processes generate the same answer. So a lease that can't be taken because of a failure
+counts as taken.
 """
 
 import fcntl
@@ -24,7 +25,7 @@ class Leases(Protocol):
     """Leases among some processes. A process may hold one several times, as may a key's flights."""
 
     async def take(self, key: str) -> bool:
-        """Return whether we hold the lease now; if so, `release` it once."""
+        """Return whether we hold the lease now; then the caller must `release` it once."""
 
     async def release(self, key: str) -> None:
         """Give up the lease, or one of several times that we hold it."""
@@ -40,8 +41,8 @@ class FileLeases:
 
     Args:
         folder: where the file is; must exist.
-        sees_others: whether what others store is seen here now; else nothing is waited for, and
-            each lease is ours.
+        sees_others: returns whether answers that other processes store are found here now; while
+            they aren't, waiting is pointless, so each lease counts as ours.
 
     Raises:
         OSError: the file can't be opened.
@@ -82,7 +83,7 @@ class FileLeases:
         except BlockingIOError:
             return False
         except OSError:
-            logger.exception("a lease can't be had; it counts as taken by us")
+            logger.exception("a lease can't be taken and counts as ours")
         return True
 
 

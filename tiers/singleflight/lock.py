@@ -1,8 +1,8 @@
 """The lock that a process holds while it generates an answer: single flight among processes.
 
 The process that holds the lease generates. The others poll the tiers for its answer, and the lease,
-which is free once that process has ended or has generated nothing to store. Invariant: nobody
-waits longer than `wait_s`, whatever others do.
+which is free once that process has ended or has generated nothing to store. Invariant: no process
+waits longer than `wait_s`.
 """
 
 import asyncio
@@ -44,9 +44,9 @@ class GenerationLock:
 
     Args:
         chain: where the answers of other processes appear.
-        leases: all of them are taken, in this order; without any, this process never stats.
+        leases: all of them are taken, in this order; without any, this process never waits.
         wait_s: the most seconds to wait for others.
-        clock: returns seconds that only grow.
+        clock: a monotonic clock, in seconds.
         sleep: waits for so many seconds.
     """
 
@@ -71,7 +71,7 @@ class GenerationLock:
 
         Yields the answer that another process has stored since `not_before` (Unix s). `None` asks
         for an answer to be generated, and to be stored before the context ends. With `inf` no
-        answer of another process will do, so none is waited for. Callers of different
+        answer of another process is accepted, so none is waited for. Callers of different
         `purge_epoch`s don't wait for each other, since a purge between them outdates the answer.
         """
         async with AsyncExitStack() as held:

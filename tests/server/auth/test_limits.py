@@ -34,20 +34,20 @@ def test_a_minutes_worth_may_come_at_once_and_then_one_by_one() -> None:
 def test_headers_tell_what_is_left_and_when_all_is_there_again() -> None:
     clock = Clock()
     account = RateLimiter(Limits(requests_per_minute=10), clock)
-    assert account.headers == told(10, "10", "0ms")
+    assert account.headers == rate_headers(10, "10", "0ms")
     account.acquire()
-    assert account.headers == told(10, "9", "6s")
+    assert account.headers == rate_headers(10, "9", "6s")
     clock.now += 5.9
-    assert account.headers == told(10, "9", "100ms")
+    assert account.headers == rate_headers(10, "9", "100ms")
     for _ in range(9):
         account.acquire()
-    assert account.headers == told(10, "0", "55s")
+    assert account.headers == rate_headers(10, "0", "55s")
     clock.now += 3600
-    assert account.headers == told(10, "10", "0ms")
+    assert account.headers == rate_headers(10, "10", "0ms")
     assert RateLimiter(Limits(max_requests=1)).headers == {}
 
 
-def told(limit: int, left: str, reset: str) -> dict[str, str]:
+def rate_headers(limit: int, left: str, reset: str) -> dict[str, str]:
     names = ("limit", "remaining", "reset")
     values = (str(limit), left, reset)
     return {f"x-ratelimit-{n}-requests": v for n, v in zip(names, values, strict=True)}
@@ -100,8 +100,8 @@ def test_never_more_than_a_minutes_worth_and_what_was_filled(per_minute, waits) 
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "written"),
     [(0, "0ms"), (0.0001, "1ms"), (0.02, "20ms"), (1, "1s"), (59.2, "1m0s"), (360, "6m0s")],
 )
-def test_durations_are_as_openai_writes_them(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
+def test_durations_are_as_openai_writes_them(seconds: float, written: str) -> None:
+    assert duration(seconds) == written

@@ -116,9 +116,9 @@ async def nobody(guarded: Front) -> AsyncIterator[aiohttp.ClientSession]:
         yield session
 
 
-def is_unauthorized(reply: aiohttp.ClientResponse, said: bytes) -> bool:
+def is_unauthorized(reply: aiohttp.ClientResponse, body: bytes) -> bool:
     if reply.method != "HEAD":
-        error = orjson.loads(said)["error"]
+        error = orjson.loads(body)["error"]
         if reply.url.path.startswith("/v1/messages"):
             assert error["type"] == "authentication_error"
         else:
@@ -164,13 +164,13 @@ async def test_websockets_and_bodies_that_wait_need_one(guarded, upstream, nobod
             await nobody.ws_connect(path)
         assert caught.value.status == 401
     # Nobody is invited to send what isn't read.
-    status, said = await raw(
+    status, reply = await raw(
         guarded,
         f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nExpect: 100-continue\r\n"
         "Connection: close\r\n\r\n",
     )
     assert status == 401
-    assert b"100 Continue" not in said
+    assert b"100 Continue" not in reply
     assert upstream.asked == []
 
 
@@ -197,12 +197,12 @@ async def test_two_keys_open_nothing(guarded, upstream, nobody) -> None:
 
 async def test_only_those_of_one_scope_share_answers(guarded, upstream) -> None:
     asked = question()
-    said = {}
+    outcomes = {}
     for name in ("acme", "globex", "east", "west", "acme", "globex"):
         _, status, _ = await guarded.ask(asked, headers=bearer(name))
-        said.setdefault(name, []).append("hit" if "; hit" in status else "miss")
+        outcomes.setdefault(name, []).append("hit" if "; hit" in status else "miss")
     expected = {"acme": ["miss", "hit"], "globex": ["miss", "hit"], "east": ["miss"]}
-    assert said == expected | {"west": ["hit"]}
+    assert outcomes == expected | {"west": ["hit"]}
     assert len(upstream.asked) == 3
     # Nor does anybody learn that somebody has asked.
     only = bearer("ops") | {"Cache-Control": "only-if-cached"}
@@ -352,10 +352,10 @@ async def test_the_engine_itself_is_for_operators(guarded, upstream, method, pat
         head = (
             f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nx-api-key: {KEYS[name]}"
         )
-        got, said = await raw(guarded, head + "\r\n\r\n")
+        got, body = await raw(guarded, head + "\r\n\r\n")
         assert got == status
         if name == "acme":
-            assert b"operator" in said
+            assert b"operator" in body
             assert upstream.asked == []
 
 
@@ -509,35 +509,35 @@ async def test_the_admin_port_does_what_the_socket_does(guarded, upstream) -> No
 
 async def test_no_secret_shows(guarded, upstream, nobody) -> None:
     """After all that was asked above, and some more that fails."""
-    said = []
+    texts = []
     for name, path in itertools.product(("acme", "ops"), ("/metrics", "/v1/models", "/nowhere")):
         async with guarded.session.get(path, headers=bearer(name)) as reply:
-            said += [await reply.read(), str(reply.headers).encode()]
+            texts += [await reply.read(), str(reply.headers).encode()]
     wrong = KEYS["acme"] + "x"
     async with nobody.get("/v1/models", headers={"Authorization": f"Bearer {wrong}"}) as reply:
-        said += [await reply.read(), str(reply.headers).encode()]
+        texts += [await reply.read(), str(reply.headers).encode()]
     async with nobody.get("/v1/models", headers={"Authorization": wrong}) as reply:
-        said += [await reply.read(), str(reply.headers).encode()]
+        texts += [await reply.read(), str(reply.headers).encode()]
     command = [sys.executable, "-m", "server.cli", "check", "--config", str(guarded.config)]
     checked = subprocess.run(command, capture_output=True, check=True)
-    said += [checked.stdout, checked.stderr, guarded.log.read_bytes()]
+    texts += [checked.stdout, checked.stderr, guarded.log.read_bytes()]
     async with aiohttp.ClientSession(guarded.admin, headers={"x-api-key": ADMIN_KEY}) as session:
         for path in ("/config", "/overview", "/prefixes", "/stats", "/entries"):
             async with session.get(path) as reply:
                 assert reply.status == 200
-                said += [await reply.read()]
+                texts += [await reply.read()]
     assert b"max_prompts: 3" in checked.stdout
     content = (guarded.config.parent / "disk" / "data.mdb").read_bytes()
-    said.append(content)
+    texts.append(content)
     for secret in (*KEYS.values(), ADMIN_KEY, ENGINE_KEY, CIPHER_KEY, PASSWORD):
-        assert not [text for text in said if secret.encode() in text]
+        assert not [text for text in texts if secret.encode() in text]
     # Nor does the file tell what was asked or answered, by whom, or of what.
     assert len(content) > 10_000
     for text in (b"question", b"assistant", b"chat.completion", b"acme", b"tenant:", b"model:"):
         assert text not in content
     # Of hashes only the file of tenants knows.
     for secret in (*KEYS.values(), ADMIN_KEY):
-        assert not [text for text in said if hash_key(secret).encode() in text]
+        assert not [text for text in texts if hash_key(secret).encode() in text]
 
 
 async def test_an_engine_is_sent_the_password_of_its_address(guarded, upstream) -> None:

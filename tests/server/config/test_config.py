@@ -48,11 +48,11 @@ def test_shipped_configurations_are_right() -> None:
 def test_names_every_mistake_at_once(tmp_path: Path, capsys) -> None:
     file = write(tmp_path, "server: {prot: 1, port: 70000}\ntiers: {memory: {max_bytes: lots}}\n")
     assert main(["check", "--config", str(file)]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 3
-    assert "server.prot: unknown key; did you mean port?" in said
-    assert any(line.startswith("server.port: ") and "65535, not 70000" in line for line in said)
-    assert any(line.startswith("tiers.memory.max_bytes: ") for line in said)
+    messages = capsys.readouterr().err.splitlines()
+    assert len(messages) == 3
+    assert "server.prot: unknown key; did you mean port?" in messages
+    assert any(line.startswith("server.port: ") and "65535, not 70000" in line for line in messages)
+    assert any(line.startswith("tiers.memory.max_bytes: ") for line in messages)
 
 
 def test_the_environment_overrides_single_fields(tmp_path: Path, monkeypatch) -> None:
@@ -108,7 +108,7 @@ def test_the_environment_overrides_the_model_that_there_is_by_default(
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
         ("TIERSERVE__SERVR__PORT", "1", "there is no SERVR; did you mean SERVER?"),
         ("TIERSERVE__SERVER__PROT", "1", "there is no PROT; did you mean PORT?"),
@@ -121,14 +121,14 @@ def test_the_environment_overrides_the_model_that_there_is_by_default(
     ],
 )
 def test_variables_that_mean_nothing_are_mistakes(
-    tmp_path: Path, monkeypatch, name: str, text: str, said: str
+    tmp_path: Path, monkeypatch, name: str, text: str, message: str
 ) -> None:
     monkeypatch.setenv(name, text)
     monkeypatch.setenv("TIERSERVE__SERVER__PORT", "many")
     with pytest.raises(ConfigError) as caught:
         load(write(tmp_path, MODELS))
     first, second = caught.value.mistakes
-    assert first.startswith(f"{name}: {said}")
+    assert first.startswith(f"{name}: {message}")
     assert second.startswith("server.port: ")
 
 
@@ -140,7 +140,7 @@ def test_what_others_set_is_not_ours(tmp_path: Path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("models: {m: {upstreams: ['http://h:1/v1']}}", r"m.upstreams.0: should .* without /v1"),
         ("models: {m: {upstreams: ['h:1']}}", "models.m.upstreams.0: should be as http://"),
@@ -192,8 +192,8 @@ def test_what_others_set_is_not_ours(tmp_path: Path, monkeypatch) -> None:
             "models.m.engine.env: should be without VLLM_ALLOW_RUNTIME_LORA_UPDATING",
         ),
         ("cache: {rules: [{stale_if_error: 1}]}", "cache.rules.0.stale_if_error: unknown key; did"),
-        ("cache: {ttl_s: .inf}", "cache.ttl_s: Input should be less"),
-        ("cache: {ttl_s: .nan}", "cache.ttl_s: Input should be"),
+        ("cache: {ttl_s: .inf}", "cache.ttl_s: should be less"),
+        ("cache: {ttl_s: .nan}", "cache.ttl_s: should be"),
         ("cache: {ttl_s: 1, ttl_s: 2}", "ttl_s stands twice"),
         ("cache: {ttl_s: 2024-13-45}", "can't be read as YAML"),
         (
@@ -203,8 +203,8 @@ def test_what_others_set_is_not_ours(tmp_path: Path, monkeypatch) -> None:
         ("model: m", r"model: unknown key; did you mean models\?"),
     ],
 )
-def test_says_what_would_be_right(tmp_path: Path, text: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_says_what_would_be_right(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         load(write(tmp_path, text))
 
 
@@ -261,7 +261,7 @@ def test_a_boolean_is_nothing_else_and_no_value_turns_nothing_off(section, name,
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("server: {port: yes}", "server.port: should be a number, not True"),
         ("cache: {ttl_s: on}", "cache.ttl_s: should be a number, not True"),
@@ -271,14 +271,14 @@ def test_a_boolean_is_nothing_else_and_no_value_turns_nothing_off(section, name,
         ("tenants:\n  key:", "tenants.key: has no value; .* or null for none"),
         ("server:\n  port:", "server.port: has no value; leave the key out for its default"),
         ("tiers:\n  disk:\n    path:", "tiers.disk.path: has no value"),
-        ("tiers:\n  shared:", "tiers.shared.url: Field required"),
+        ("tiers:\n  shared:", "tiers.shared.url: should be set"),
         ("models:", "models: should have at least one entry"),
         ("models:\n  m:", "models.m: should have a source"),
         ("models: {m: {source: s, engine: {args: {a: {b: [{c: }]}}}}}", "args: a.b.0.c: has no va"),
     ],
 )
-def test_a_boolean_and_no_value_are_named(tmp_path: Path, text: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_a_boolean_and_no_value_are_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         load(write(tmp_path, text))
 
 
@@ -350,9 +350,9 @@ def test_says_how_a_shared_tier_is_named(tmp_path: Path, url: str) -> None:
 def test_secrets_are_not_shown(tmp_path: Path, capsys, url: str) -> None:
     file = write(tmp_path, f"tiers: {{shared: {{url: '{url}'}}}}")
     status = main(["check", "--config", str(file)])
-    told = capsys.readouterr()
-    assert "s3cr3t" not in told.out + told.err
-    assert "***" in told.out + told.err
+    output = capsys.readouterr()
+    assert "s3cr3t" not in output.out + output.err
+    assert "***" in output.out + output.err
     if status == 0:
         assert "s3cr3t" not in repr(load(file))
 
@@ -439,12 +439,12 @@ def test_check_shows_no_secrets(tmp_path: Path, capsys) -> None:
         assert "s3cr3t" not in shown
         assert "7357" not in shown
         assert "***" in shown
-        told = yaml.safe_load(shown)["models"]["env"]
+        masked = yaml.safe_load(shown)["models"]["env"]
         if "source" in model:
-            assert told["engine"]["env"] == dict.fromkeys(env, "***")
-            assert told["engine"]["args"]["max_num_batched_tokens"] == 2048
-            assert told["engine"]["args"]["generation_config"] == "vllm"
-            nested = told["engine"]["args"]["kv_transfer_config"]["kv_connector_extra_config"]
+            assert masked["engine"]["env"] == dict.fromkeys(env, "***")
+            assert masked["engine"]["args"]["max_num_batched_tokens"] == 2048
+            assert masked["engine"]["args"]["generation_config"] == "vllm"
+            nested = masked["engine"]["args"]["kv_transfer_config"]["kv_connector_extra_config"]
             assert nested["port"] == 77
 
 
@@ -457,9 +457,9 @@ def test_mistakes_show_nothing_of_what_an_engine_is_given(
 ) -> None:
     file = write(tmp_path, f"models: {{m: {{source: s, engine: {engine}}}}}")
     assert main(["check", "--config", str(file)]) == 2
-    said = capsys.readouterr().err
-    assert "models.m.engine" in said
-    assert "s3cr3t" not in said
+    message = capsys.readouterr().err
+    assert "models.m.engine" in message
+    assert "s3cr3t" not in message
 
 
 WRONG = """
@@ -482,8 +482,8 @@ def test_check_names_what_serve_would_name_at_once(tmp_path: Path, capsys) -> No
     before = sorted(tmp_path.rglob("*"))
     for command in ("check", "serve"):
         assert main([command, "--config", str(file)]) == 2
-        said = capsys.readouterr().err.splitlines()
-        assert [line.partition(": ")[0] for line in said] == [
+        messages = capsys.readouterr().err.splitlines()
+        assert [line.partition(": ")[0] for line in messages] == [
             "models.b.timeout_s",
             "models.c",
             "tiers.disk.max_bytes",
@@ -506,7 +506,7 @@ def test_check_names_what_serve_would_name_at_once(tmp_path: Path, capsys) -> No
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (
             "{server: {port: 20001}, admin: {port: 20001, key: 0123456789abcdef}}",
@@ -529,7 +529,7 @@ def test_check_names_what_serve_would_name_at_once(tmp_path: Path, capsys) -> No
         ("{models: {m: {upstreams: ['http://me@']}}}", "models.m.upstreams.0: should be as http:"),
         (
             "{server: {port: many}, models: {m: {upstreams: ['http://127.0.0.1:8000']}}}",
-            "server.port: Input should be a valid integer",
+            "server.port: should be a valid integer",
         ),
         (
             "{tiers: {disk: {path: ~no.such.user/disk}}}",
@@ -556,7 +556,7 @@ def test_check_names_what_serve_would_name_at_once(tmp_path: Path, capsys) -> No
     ],
 )
 def test_check_names_what_the_machine_does_not_have(
-    tmp_path: Path, capsys, text: str, said: str
+    tmp_path: Path, capsys, text: str, message: str
 ) -> None:
     (tmp_path / "t.jsonl").mkdir()
     asyncio.run(DiskCache(tmp_path / "sealed", MIN_BYTES, encryption_key=bytes(32)).close())
@@ -564,7 +564,7 @@ def test_check_names_what_the_machine_does_not_have(
     file = write(tmp_path, text)
     assert main(["check", "--config", str(file)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(said.format(tmp_path))
+    assert line.startswith(message.format(tmp_path))
     assert sorted(tmp_path.rglob("*")) == sorted([*before, file])
 
 
@@ -573,8 +573,10 @@ def test_folders_that_are_given_and_made_are_said(tmp_path: Path, prepared: Path
     for text in ("", "tiers: {disk: {path: a/b}}", "tiers: {disk: {path: a/b}}"):
         chain, _ = build(load(write(tmp_path, text)))
         asyncio.run(chain.close())
-    said = [each.getMessage() for each in caplog.records if each.name == "server.config.folders"]
-    assert said == [f"tiers.disk.path: makes a/b in {tmp_path}"]
+    messages = [
+        each.getMessage() for each in caplog.records if each.name == "server.config.folders"
+    ]
+    assert messages == [f"tiers.disk.path: makes a/b in {tmp_path}"]
     assert (prepared / "tierserve/disk").is_dir()
 
 
@@ -594,7 +596,7 @@ def test_an_empty_host_is_no_host(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "mistake"),
     [
-        ("{}", "tracing.endpoint: Field required"),
+        ("{}", "tracing.endpoint: should be set"),
         ("{endpoint: localhost}", "tracing.endpoint: should be as http://host:4318"),
         ("{endpoint: 'http://me:s3cr3t@h:1'}", "tracing.endpoint: should be as http://host:4318"),
         ("{endpoint: 'http://h', protocol: udp}", "tracing.protocol: .*'grpc' or 'http'"),
@@ -604,9 +606,9 @@ def test_an_empty_host_is_no_host(tmp_path: Path) -> None:
 )
 def test_tracings_mistakes_are_named(tmp_path: Path, section: str, mistake: str) -> None:
     file = write(tmp_path, f"tracing: {section}")
-    with pytest.raises(ConfigError, match=mistake) as told:
+    with pytest.raises(ConfigError, match=mistake) as caught:
         load(file)
-    assert "s3cr3t" not in str(told.value)
+    assert "s3cr3t" not in str(caught.value)
 
 
 def test_names_the_extra_that_tracing_needs(tmp_path: Path, monkeypatch) -> None:

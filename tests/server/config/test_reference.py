@@ -43,15 +43,15 @@ def test_it_is_a_configuration_with_all_defaults(tmp_path: Path) -> None:
 
 
 def test_each_example_is_valid(tmp_path: Path) -> None:
-    told: dict[str, Any] = yaml.safe_load(uncommented(reference()))
+    fields: dict[str, Any] = yaml.safe_load(uncommented(reference()))
     # Of those that exclude each other, one goes.
-    (model,) = told["models"].values()
-    del told["tenants"]["key"], told["tiers"]["disk"]["encryption_key"]
+    (model,) = fields["models"].values()
+    del fields["tenants"]["key"], fields["tiers"]["disk"]["encryption_key"]
     hosted = {name: model.pop(name) for name in ("upstreams", "vllm", "api_key")}
-    told["models"]["hosted"] = hosted
+    fields["models"]["hosted"] = hosted
     file = tmp_path / "all.yaml"
-    file.write_text(yaml.safe_dump(told))
-    Draft202012Validator(json_schema()).validate(told)
+    file.write_text(yaml.safe_dump(fields))
+    Draft202012Validator(json_schema()).validate(fields)
     config = load(file)
     for section, name in (("server", "tls"), ("tiers", "shared"), ("cache", "rules")):
         assert getattr(getattr(config, section), name)

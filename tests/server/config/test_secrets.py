@@ -57,9 +57,9 @@ def test_a_key_that_is_none_is_said_and_not_shown(tmp_path: Path, capsys, conten
         (tmp_path / "key").write_text(content)
     file = config(tmp_path, "encryption_key_file: key")
     assert main(["check", "--config", str(file)]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("tiers.disk.encryption_key_file: ")
-    assert not content or content not in said
+    message = capsys.readouterr().err
+    assert message.startswith("tiers.disk.encryption_key_file: ")
+    assert not content or content not in message
     if content:
         with pytest.raises(ConfigError, match=r"tiers.disk.encryption_key: should be 32 bytes in"):
             load(config(tmp_path, f"encryption_key: '{content}'"))
@@ -71,11 +71,13 @@ async def test_a_server_does_not_start_with_another_key(tmp_path: Path) -> None:
     chain, _ = build(load(config(tmp_path, f"encryption_key: {KEY.hex()}")))
     await chain.close()
     before = (tmp_path / "disk" / "data.mdb").read_bytes()
-    for fields, said in (
+    for fields, message in (
         (f"encryption_key: {os.urandom(32).hex()}", "it is encrypted with another key"),
         ("", "it is encrypted, and there is no key"),
     ):
-        with pytest.raises(ConfigError, match=f"encryption_key: the file in .* as it is: {said}"):
+        with pytest.raises(
+            ConfigError, match=f"encryption_key: the file in .* as it is: {message}"
+        ):
             build(load(config(tmp_path, fields)))
     assert (tmp_path / "disk" / "data.mdb").read_bytes() == before
 
@@ -98,6 +100,6 @@ async def test_a_server_that_was_killed_does_not_go_on_with_another_key(
     changed["tiers"]["disk"]["encryption_key"] = os.urandom(32).hex()
     front.config.write_bytes(orjson.dumps(changed))
     process = await asyncio.create_subprocess_exec(*front.command, stderr=subprocess.PIPE)
-    _, said = await asyncio.wait_for(process.communicate(), 60)
+    _, message = await asyncio.wait_for(process.communicate(), 60)
     assert process.returncode == (2 if is_trusted else 1)
-    assert b"it is encrypted with another key" in said
+    assert b"it is encrypted with another key" in message

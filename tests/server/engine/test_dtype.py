@@ -95,8 +95,14 @@ def test_options_override_it(folder: Path, cpu: Path, args: dict) -> None:
 
 def test_quantised_weights_are_left_to_vllm(folder: Path, cpu: Path) -> None:
     model = ModelConfig(source=str(folder))
-    assert default_dtype(model, folder) == default_dtype(model, None) == "bfloat16"
-    (folder / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
+    assert default_dtype(model, folder) == "bfloat16"
+    # Whether weights are quantised that aren't here isn't known.
+    assert default_dtype(model, None) is None
+    for mark in ("quantization_config", "compression_config"):
+        (folder / "config.json").write_text(f'{{"{mark}": {{}}}}')
+        assert default_dtype(model, folder) is None
+    (folder / "config.json").write_text("{}")
+    (folder / "hf_quant_config.json").write_text("{}")
     assert default_dtype(model, folder) is None
 
 

@@ -133,7 +133,9 @@ def test_a_hubs_adapter_is_a_folder_too(folder: Path, tmp_path_factory, monkeypa
     model = ModelConfig(source=str(folder), adapters={"poet": "some/adapter"})
     assert locate("m", model).adapters == {"poet": snapshot}
     missing = ModelConfig(source=str(folder), adapters={"poet": "some/other"})
-    with pytest.raises(ConfigError, match=r"^models.m.adapters.poet: some/other can't be had from"):
+    with pytest.raises(
+        ConfigError, match=r"^models.m.adapters.poet: some/other can't be downloaded"
+    ):
         locate("m", missing)
 
 

@@ -104,8 +104,8 @@ async def test_a_stream_of_typed_events_is_replayed_as_it_came(
     request, given = asked(stream=True), []
     for number, status in enumerate(("tierserve; fwd=miss", "tierserve; hit")):
         id_ = f"number-{number}"
-        told, reply = await send(front, path, request, headers={"X-Request-Id": id_})
-        assert told.startswith(status)
+        cache_status, reply = await send(front, path, request, headers={"X-Request-Id": id_})
+        assert cache_status.startswith(status)
         assert b'"id":"' + prefix + id_.encode() + b'"' in reply
         given.append([part for part in reply.replace(id_.encode(), b"").split(b"\n\n") if part])
     assert len(upstream.asked) == 1
@@ -179,7 +179,7 @@ async def test_unfinished_bodies_are_not_stored(
     assert len(upstream.asked) == 2
 
 
-def says(reason: str | None, status: int = 200):
+def ends_with(reason: str | None, status: int = 200):
     choice = {"index": 0, "text": "", "finish_reason": reason}
 
     async def handler(_: web.Request) -> web.StreamResponse:
@@ -195,7 +195,9 @@ async def cut(http: web.Request) -> web.StreamResponse:
 
 @pytest.mark.parametrize("form", [False, True], ids=["body", "stream"])
 @pytest.mark.parametrize(
-    "token", [says("abort"), says(None), says(None, 503), cut], ids=["aborts", "odd", "no", "cut"]
+    "token",
+    [ends_with("abort"), ends_with(None), ends_with(None, 503), cut],
+    ids=["aborts", "odd", "no", "cut"],
 )
 async def test_what_a_stopping_engine_calls_whole_is_not_stored(
     front: Front, upstream: Upstream, token, form: bool
@@ -213,7 +215,7 @@ async def test_what_a_stopping_engine_calls_whole_is_not_stored(
 async def test_what_an_engine_that_is_no_vllm_calls_whole_is_stored(
     front: Front, upstream: Upstream
 ) -> None:
-    upstream.handler, upstream.token = json(response()), says(None, 404)
+    upstream.handler, upstream.token = json(response()), ends_with(None, 404)
     request = asked()
     await send(front, RESPONSES, request)
     async with asyncio.timeout(60):
@@ -294,8 +296,10 @@ async def test_what_is_deterministic_by_nature_needs_no_temperature(
     request = {"input": f"{next(_number)}", "prompt": "p", "stream": True}
     given = []
     for number, status in enumerate(("tierserve; fwd=miss", "tierserve; hit")):
-        told, reply = await send(front, path, request, headers={"X-Request-Id": f"n{number}"})
-        assert told.startswith(status)
+        cache_status, reply = await send(
+            front, path, request, headers={"X-Request-Id": f"n{number}"}
+        )
+        assert cache_status.startswith(status)
         parsed = orjson.loads(reply)
         assert parsed.pop("id") == f"{CACHED_ROUTES[path].id_prefix}n{number}"
         assert parsed.pop("created") > 1
@@ -389,8 +393,8 @@ async def test_the_key_of_anthropics_clients_keeps_answers_apart(
     request = asked()
     for key in ("one", "two"):
         for status in ("tierserve; fwd=miss", "tierserve; hit"):
-            told, _ = await send(front, MESSAGES, request, headers={"X-Api-Key": key})
-            assert told.startswith(status)
+            cache_status, _ = await send(front, MESSAGES, request, headers={"X-Api-Key": key})
+            assert cache_status.startswith(status)
     assert len(upstream.asked) == 2
 
 

@@ -55,15 +55,18 @@ async def test_it_is_ready_when_its_engine_is(inner: tuple[Inner, Front]) -> Non
 async def test_what_is_said_in_the_body_reaches_other_caches(
     front: Front, upstream: Upstream
 ) -> None:
-    async def said(mode: str | None, **headers: str) -> list[str]:
+    async def sent_directives(mode: str | None, **headers: str) -> list[str]:
         cache = {"mode": mode}
         await front.ask_alone(question(cache=cache), headers=headers)
         return upstream.asked[-1].headers.getall("Cache-Control", [])
 
-    assert await said(None) == []
-    assert await said("no-cache") == ["no-cache"]
-    assert await said("no-store") == ["no-store"]
-    assert await said("no-cache", **{"Cache-Control": "max-age=5"}) == ["max-age=5", "no-cache"]
+    assert await sent_directives(None) == []
+    assert await sent_directives("no-cache") == ["no-cache"]
+    assert await sent_directives("no-store") == ["no-store"]
+    assert await sent_directives("no-cache", **{"Cache-Control": "max-age=5"}) == [
+        "max-age=5",
+        "no-cache",
+    ]
 
 
 async def test_a_refresh_asks_for_a_new_answer(front: Front, upstream: Upstream) -> None:
@@ -77,9 +80,9 @@ async def test_a_refresh_asks_for_a_new_answer(front: Front, upstream: Upstream)
     assert upstream.asked[-1].headers["Cache-Control"] == "no-cache"
 
 
-@pytest.mark.parametrize(("age", "told"), [("100", 100), ("-1", 0), ("x", 0), ("9" * 400, None)])
+@pytest.mark.parametrize(("age", "age_s"), [("100", 100), ("-1", 0), ("x", 0), ("9" * 400, None)])
 async def test_the_age_of_what_others_kept_counts(
-    front: Front, upstream: Upstream, age: str, told: int | None
+    front: Front, upstream: Upstream, age: str, age_s: int | None
 ) -> None:
     async def aged(_: web.Request) -> web.StreamResponse:
         return web.json_response(body(), headers={"Age": age})
@@ -87,14 +90,14 @@ async def test_the_age_of_what_others_kept_counts(
     upstream.handler = aged
     asked = question()
     async with front.post(asked) as response:
-        assert int(response.headers["Age"]) == told or told is None
+        assert int(response.headers["Age"]) == age_s or age_s is None
     status = (await front.ask_alone(asked))[1]
-    if told is None:
+    if age_s is None:
         assert status == "tierserve; fwd=miss"
         return
     async with front.post(asked) as response:
         assert response.headers["Cache-Status"].startswith("tierserve; hit")
-        assert told <= int(response.headers["Age"]) < told + 60
+        assert age_s <= int(response.headers["Age"]) < age_s + 60
 
 
 async def test_who_wants_a_new_answer_does_not_join_who_takes_an_old_one(
@@ -114,8 +117,8 @@ async def test_who_wants_a_new_answer_does_not_join_who_takes_an_old_one(
     first = asyncio.create_task(front.ask(asked))
     try:
         await asyncio.wait_for(comes.wait(), 60)
-        for said in ("no-cache", "max-age=60"):
-            async with front.post(asked, headers={"Cache-Control": said}) as response:
+        for control in ("no-cache", "max-age=60"):
+            async with front.post(asked, headers={"Cache-Control": control}) as response:
                 assert (await response.json())["choices"][0]["message"]["content"] == "new"
     finally:
         waits.set()

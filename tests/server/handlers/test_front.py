@@ -106,14 +106,14 @@ CUT = b"The engine ended before its answer was complete."
 
 
 @pytest.mark.parametrize(
-    ("pieces", "said"),
+    ("pieces", "message"),
     [
         ([ROLE, chunk({"content": "y"})], CUT),
         ([ROLE, b'data: {"error":{"message":"no memory","code":500}}\n\n'], b"no memory"),
     ],
 )
 async def test_a_stream_that_breaks_ends_with_an_error_and_is_not_stored(
-    front: Front, upstream: Upstream, pieces: list[bytes], said: bytes
+    front: Front, upstream: Upstream, pieces: list[bytes], message: bytes
 ) -> None:
     async def breaking(http: web.Request) -> web.StreamResponse:
         response = await stream(http, *pieces)
@@ -128,7 +128,7 @@ async def test_a_stream_that_breaks_ends_with_an_error_and_is_not_stored(
         assert (status, cache_status) == (200, "tierserve; fwd=miss")
         *_, last, empty = text.split(b"\n\n")
         assert empty == b""
-        assert said in orjson.loads(last.removeprefix(b"data: "))["error"]["message"].encode()
+        assert message in orjson.loads(last.removeprefix(b"data: "))["error"]["message"].encode()
     assert len(upstream.asked) == 2
 
 
@@ -328,13 +328,13 @@ async def test_what_a_client_may_ask_of_the_tiers(
     asked = question()
     headers = {"Content-Type": "application/json"} | sent
     data = orjson.dumps(asked)
-    said = []
+    statuses = []
     async with asyncio.timeout(60):
-        while len(said) < 2:
+        while len(statuses) < 2:
             async with front.session.post(CHAT, data=data, headers=headers) as response:
                 assert response.status == 200
-                said += [s for s in [response.headers["Cache-Status"]] if "collapsed" not in s]
-    assert said == expected
+                statuses += [s for s in [response.headers["Cache-Status"]] if "collapsed" not in s]
+    assert statuses == expected
     stored = "no-store" not in sent.values() and "text/plain" not in sent.values()
     assert ("hit" in (await front.ask(asked))[1]) is stored
 
@@ -384,14 +384,14 @@ async def test_who_names_two_keys_is_refused(front: Front, upstream, path: str, 
     for values in (("Bearer a", "Bearer b"), ("Bearer a", "Bearer a")):
         headers = CIMultiDict((name, value) for value in values)
         async with front.session.request(method, path, json=question(), headers=headers) as reply:
-            said = await reply.json()
+            refused = await reply.json()
             assert reply.status == 400
         text = f"The header {name} should stand once, and stands 2 times."
         if path == "/v1/messages":
-            assert said["error"] == {"type": "invalid_request_error", "message": text}
+            assert refused["error"] == {"type": "invalid_request_error", "message": text}
         else:
             kind = "BadRequestError"
-            assert said["error"] == {"message": text, "type": kind, "param": name, "code": 400}
+            assert refused["error"] == {"message": text, "type": kind, "param": name, "code": 400}
     with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
         await front.session.ws_connect("/v1/realtime", headers=headers)
     assert caught.value.status == 400
@@ -401,10 +401,10 @@ async def test_who_names_two_keys_is_refused(front: Front, upstream, path: str, 
 @pytest.mark.parametrize("name", ["anthropic-beta", "openai-organization"])
 async def test_what_is_said_twice_is_another_request(front: Front, upstream, name: str) -> None:
     asked = question(model="n")
-    for said in (["a", "b"], ["a"], ["b"], ["a, b"], ["b", "a"]):
-        headers = CIMultiDict((name, each) for each in said)
+    for values in (["a", "b"], ["a"], ["b"], ["a, b"], ["b", "a"]):
+        headers = CIMultiDict((name, each) for each in values)
         assert (await front.ask(asked, headers=headers))[1] == "tierserve; fwd=miss"
-        assert upstream.asked[-1].headers.getall(name) == said
+        assert upstream.asked[-1].headers.getall(name) == values
 
 
 async def test_headers_that_are_no_text_are_no_failure(front: Front, upstream: Upstream) -> None:
@@ -568,8 +568,8 @@ async def test_an_upload_goes_on_with_its_length(
     headers = {"Content-Length": "5"} if length else {}
     async with front.session.post("/v1/files", data=pieces(), headers=headers) as response:
         assert await response.read() == b"12345"
-    told = upstream.asked[0].headers
-    assert ("Content-Length" in told, "Transfer-Encoding" in told) == (length, not length)
+    headers = upstream.asked[0].headers
+    assert ("Content-Length" in headers, "Transfer-Encoding" in headers) == (length, not length)
 
 
 @pytest.mark.parametrize(
@@ -590,19 +590,19 @@ async def test_a_request_may_be_named_in_its_body(
     front: Front, upstream: Upstream, path: str, temperature: int
 ) -> None:
     asked = question(model="m", temperature=temperature)
-    for told, header in (("mine", None), ("other", "its.own"), ("an odd one", None)):
+    for given_id, header in (("mine", None), ("other", "its.own"), ("an odd one", None)):
         headers = {"X-Request-Id": header} if header else {}
-        body = asked | {"request_id": told}
+        body = asked | {"request_id": given_id}
         async with front.session.post(path, json=body, headers=headers) as response:
             id_ = response.headers["X-Request-Id"]
             told_id = (await response.json())["id"]
-        assert id_ == (header or (told if told == "mine" else id_))
+        assert id_ == (header or (given_id if given_id == "mine" else id_))
         if path == CHAT and temperature == 0:
             # Misses and hits.
             assert told_id == f"chatcmpl-{id_}"
         else:
             # What isn't taken is the engine's to hear.
-            heard = None if told == "an odd one" else id_
+            heard = None if given_id == "an odd one" else id_
             assert upstream.asked[-1].headers.get("X-Request-Id") == heard
 
 
@@ -674,9 +674,9 @@ async def test_bad_requests_get_errors_in_openais_shape(
 async def test_what_is_no_http_is_told_why(front: Front, sent: bytes, why: str) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
     writer.write(sent)
-    said = await asyncio.wait_for(reader.read(), 60)
+    reply = await asyncio.wait_for(reader.read(), 60)
     writer.close()
-    error = orjson.loads(said.partition(b"\r\n\r\n")[2])["error"]
+    error = orjson.loads(reply.partition(b"\r\n\r\n")[2])["error"]
     assert error["message"] == f"The request is not valid HTTP{why}"
 
 
@@ -718,12 +718,12 @@ async def test_a_stale_answer_is_given_while_a_new_one_is_made(
 async def test_a_client_says_how_old_an_answer_may_be(front: Front, upstream: Upstream) -> None:
     hit = r"tierserve; hit; ttl=-?\d+; detail=memory"
 
-    async def told(asked: dict, control: str) -> tuple[int, str]:
-        status, said, _ = await front.ask_alone(asked, headers={"Cache-Control": control})
-        return status, said
+    async def status_of(asked: dict, control: str) -> tuple[int, str]:
+        status, cache_status, _ = await front.ask_alone(asked, headers={"Cache-Control": control})
+        return status, cache_status
 
     asked = question()
-    for control, status, said in (
+    for control, status, cache_status in (
         ("only-if-cached", 504, "tierserve; detail=only-if-cached"),
         ("max-age=0", 200, "tierserve; fwd=miss"),
         ("only-if-cached", 200, hit),
@@ -733,22 +733,22 @@ async def test_a_client_says_how_old_an_answer_may_be(front: Front, upstream: Up
         ("min-fresh=99999999", 200, "tierserve; fwd=request"),
         ("no-cache", 200, "tierserve; fwd=request"),
     ):
-        found = await told(asked, control)
+        found = await status_of(asked, control)
         assert found[0] == status, control
-        assert re.fullmatch(said, found[1]), control
+        assert re.fullmatch(cache_status, found[1]), control
     # Not counted: what the test before had refreshed in the background.
     content = orjson.dumps(asked["messages"])
     assert [content in await http.read() for http in upstream.asked].count(True) == 3
     chance = question(temperature=1)
-    assert (await told(chance, "only-if-cached"))[0] == 504
+    assert (await status_of(chance, "only-if-cached"))[0] == 504
     stale = question(model="sie")
     await front.ask(stale)
-    assert re.fullmatch(hit, (await told(stale, "max-stale"))[1])
-    assert re.fullmatch(hit, (await told(stale, "max-stale=60, only-if-cached"))[1])
-    assert (await told(stale, "only-if-cached"))[0] == 504
+    assert re.fullmatch(hit, (await status_of(stale, "max-stale"))[1])
+    assert re.fullmatch(hit, (await status_of(stale, "max-stale=60, only-if-cached"))[1])
+    assert (await status_of(stale, "only-if-cached"))[0] == 504
     await upstream.stop()
     await front.until_ready(503)
-    assert (await told(stale, "max-age=0"))[0] == 503
+    assert (await status_of(stale, "max-age=0"))[0] == 503
     await upstream.start()
     await front.until_ready()
 
@@ -766,8 +766,8 @@ async def test_a_stale_answer_stands_in_for_an_engine_that_fails(
     for stream_it in (False, True):
         status, cache_status, text = await front.ask_alone(asked | {"stream": stream_it})
         assert (status, b"yes" in text) == (200, True)
-        said = r"tierserve; fwd=stale; fwd-status=500; ttl=-\d+; detail=memory"
-        assert re.fullmatch(said, cache_status)
+        expected = r"tierserve; fwd=stale; fwd-status=500; ttl=-\d+; detail=memory"
+        assert re.fullmatch(expected, cache_status)
     assert (await front.ask(asked, headers={"User-Agent": "1"}))[0] == 400
     await upstream.stop()
     await front.until_ready(503)
@@ -841,9 +841,9 @@ async def test_a_second_signal_ends_at_once(upstream: Upstream, tmp_path) -> Non
 
 async def test_a_taken_port_is_said(front: Front, upstream: Upstream) -> None:
     process = await asyncio.create_subprocess_exec(*front.command, stderr=asyncio.subprocess.PIPE)
-    _, said = await asyncio.wait_for(process.communicate(), 60)
+    _, log = await asyncio.wait_for(process.communicate(), 60)
     assert process.returncode == 1
-    assert b"address already in use" in said
+    assert b"address already in use" in log
 
 
 async def plant(front: Front, asked: dict, stored_at: float, ttl_s: float) -> None:
@@ -893,11 +893,11 @@ async def test_a_user_without_a_home_has_to_be_given_all_paths(upstream: Upstrea
     front.config.write_text("tracing: null")
     for action in ("check", "serve"):
         command = [action if part == "serve" else part for part in front.command]
-        said = subprocess.run(command, capture_output=True, text=True)
-        assert said.returncode == 2
+        ended = subprocess.run(command, capture_output=True, text=True)
+        assert ended.returncode == 2
         for field in ("tiers.disk.path", "admin.socket", "models.smollm2-135m-instruct.source"):
-            assert f"{field}: " in said.stderr
-        assert said.stderr.count("has no home folder") == len(said.stderr.splitlines()) == 3
+            assert f"{field}: " in ended.stderr
+        assert ended.stderr.count("has no home folder") == len(ended.stderr.splitlines()) == 3
 
 
 async def test_what_was_stored_while_the_clock_was_ahead_is_made_anew(
@@ -922,20 +922,20 @@ async def test_each_answer_leaves_a_line_with_its_id(front: Front, upstream: Ups
     async with front.session.get("/a%0Ab%1B%22", headers={"X-Request-Id": "odd"}) as response:
         assert response.headers["X-Request-Id"] == "odd"
     assert upstream.asked[-1].raw_path == "/a%0Ab%1B%22"
-    said = {}
+    logged = {}
     async with asyncio.timeout(60):
-        while not said.keys() >= {"the-miss", "the-hit", "odd"}:
+        while not logged.keys() >= {"the-miss", "the-hit", "odd"}:
             await asyncio.sleep(0.05)
             # The last one may be on its way.
             whole = front.log.read_bytes().rpartition(b"\n")[0]
             lines = map(orjson.loads, whole.splitlines())
-            said = {line["request_id"]: line for line in lines if "request_id" in line}
+            logged = {line["request_id"]: line for line in lines if "request_id" in line}
     for id_, tier, outcome in (("the-miss", "engine", "miss"), ("the-hit", "memory", "hit")):
-        line = said[id_]
+        line = logged[id_]
         assert line["message"] == f"POST {CHAT} 200"
         assert (line["tier"], line["outcome"]) == (tier, outcome)
         assert line["ms"] > 0
-    assert said["odd"]["message"] == 'GET /a\nb\x1b" 500'
+    assert logged["odd"]["message"] == 'GET /a\nb\x1b" 500'
 
 
 async def outcomes(front: Front) -> Counter[tuple[str, str]]:
@@ -1022,16 +1022,16 @@ async def test_slow_clients_are_told_to_go(
     half = b"Host: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
 
     async def send_half(front: Front, path: str) -> None:
-        said = b""
+        reply = b""
         async with asyncio.timeout(60):
             # Who is too slow for half of it is told nothing.
-            while not said:
+            while not reply:
                 reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
                 writer.write(b"POST " + path.encode() + b" HTTP/1.1\r\n" + half)
-                said = await reader.read()
+                reply = await reader.read()
                 writer.close()
-        assert said.startswith(b"HTTP/1.1 408 ")
-        assert b'"type":"RequestTimeoutError"' in said
+        assert reply.startswith(b"HTTP/1.1 408 ")
+        assert b'"type":"RequestTimeoutError"' in reply
 
     async with running(tmp_path, upstream) as front:
         # At once, since each connection is open for ten seconds more.
@@ -1178,8 +1178,8 @@ async def test_who_says_no_more_is_answered(front: Front, upstream: Upstream) ->
         sent("/v1/others", {"a": 1}),
     ):
         reader, writer = await half_closed(front, data)
-        said = await asyncio.wait_for(reader.read(), 60)
-        heads = re.findall(rb"HTTP/1.[01] (\d+) ", said)
+        reply = await asyncio.wait_for(reader.read(), 60)
+        heads = re.findall(rb"HTTP/1.[01] (\d+) ", reply)
         assert heads == [b"200"] * data.count(b" HTTP/1."), data
         writer.close()
     for data in (b"", b"GET", sent(CHAT, asked)[:-1]):
@@ -1207,11 +1207,11 @@ async def test_who_says_no_more_and_waits_is_told_from_who_has_gone(
         return
     # Two of them, so that the first has been answered by no reset.
     for _ in range(2):
-        said = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
-        assert said == b"HTTP/1.1 100 Continue\r\n\r\n"
+        reply = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
+        assert reply == b"HTTP/1.1 100 Continue\r\n\r\n"
     go.set()
-    said = await asyncio.wait_for(reader.read(), 60)
-    assert b"HTTP/1.1 200 OK\r\n" in said
-    assert b'"content":"yes"' in said.replace(b'": "', b'":"')
+    reply = await asyncio.wait_for(reader.read(), 60)
+    assert b"HTTP/1.1 200 OK\r\n" in reply
+    assert b'"content":"yes"' in reply.replace(b'": "', b'":"')
     assert not upstream.aborted.is_set()
     writer.close()

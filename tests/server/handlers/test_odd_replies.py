@@ -290,10 +290,10 @@ async def test_a_reply_of_another_kind_is_for_who_asked_for_that_form(
     front: Front, upstream: Upstream, go: asyncio.Event, first_stream: bool
 ) -> None:
     async def page(http: web.Request) -> web.StreamResponse:
-        said = str(orjson.loads(await http.read()).get("stream"))
-        if said == str(first_stream):
+        stream = str(orjson.loads(await http.read()).get("stream"))
+        if stream == str(first_stream):
             await go.wait()
-        return web.Response(text=said, content_type="text/html")
+        return web.Response(text=stream, content_type="text/html")
 
     upstream.handler = page
     asked = question()
@@ -304,9 +304,9 @@ async def test_a_reply_of_another_kind_is_for_who_asked_for_that_form(
     waiting.append(asyncio.create_task(front.ask(asked | {"stream": not first_stream})))
     await until_heard(front)
     go.set()
-    (*_, first), (*_, told, second) = await asyncio.gather(*waiting)
+    (*_, first), (*_, bypassed, second) = await asyncio.gather(*waiting)
     assert (first, second) == (str(first_stream).encode(), str(not first_stream).encode())
-    assert told == "tierserve; fwd=bypass"
+    assert bypassed == "tierserve; fwd=bypass"
 
 
 async def until_heard(front: Front) -> None:

@@ -8,7 +8,7 @@ import orjson
 import pytest
 from aiohttp import web
 
-from server.auth.tenants import open_tenant
+from server.auth.tenant import open_tenant
 from tests.server.conftest import ROLE, WHOLE, Front, Upstream, body, chunk, question, stream
 from tiers import DiskCache, Purges
 

@@ -43,7 +43,7 @@ async def test_parts(given: Any, expected: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "param", "says"),
+    ("given", "param", "message"),
     [
         ("no-cache", "cache", "should be an object"),
         ([], "cache", "should be an object"),
@@ -65,8 +65,8 @@ async def test_parts(given: Any, expected: tuple[Any, ...]) -> None:
         ({"variants": True}, "cache.variants", "an integer from 1 to 64"),
     ],
 )
-async def test_mistakes_are_named(given: Any, param: str, says: str) -> None:
-    with pytest.raises(BadRequestError, match=says) as raised:
+async def test_mistakes_are_named(given: Any, param: str, message: str) -> None:
+    with pytest.raises(BadRequestError, match=message) as raised:
         parse_cache_field(given)
     assert raised.value.param == param
 
@@ -83,7 +83,7 @@ async def test_variants_without_chance_to_choose_are_a_mistake(
     assert upstream.asked == []
 
 
-async def told(front: Front, asked: dict, **options: Any) -> tuple[str, str]:
+async def outcome_of(front: Front, asked: dict, **options: Any) -> tuple[str, str]:
     status, how, raw = await front.ask_alone(asked, **options)
     assert status == 200, raw
     text = orjson.loads(raw)["choices"][0]["message"]["content"]
@@ -96,9 +96,9 @@ async def test_the_engine_does_not_see_the_field(front: Front, upstream: Upstrea
 
     upstream.handler = echo
     asked = question()
-    assert await told(front, asked | {"cache": {"tags": ["a"]}}) == ("miss", "False")
-    assert await told(front, asked) == ("hit", "False")
-    assert await told(front, asked | {"cache": {"mode": "no-store"}}) == ("bypass", "False")
+    assert await outcome_of(front, asked | {"cache": {"tags": ["a"]}}) == ("miss", "False")
+    assert await outcome_of(front, asked) == ("hit", "False")
+    assert await outcome_of(front, asked | {"cache": {"mode": "no-store"}}) == ("bypass", "False")
 
 
 async def test_modes_say_what_cache_control_says(front: Front, upstream: Upstream) -> None:
@@ -106,10 +106,10 @@ async def test_modes_say_what_cache_control_says(front: Front, upstream: Upstrea
     asked = question()
     refused = await front.ask(asked | {"cache": {"mode": "only-if-cached"}})
     assert refused[0] == 504
-    assert await told(front, asked | {"cache": {"mode": "no-store"}}) == ("bypass", "0")
-    assert await told(front, asked) == ("miss", "1")
-    assert await told(front, asked | {"cache": {"mode": "no-cache"}}) == ("request", "2")
-    assert await told(front, asked | {"cache": {"mode": "only-if-cached"}}) == ("hit", "2")
+    assert await outcome_of(front, asked | {"cache": {"mode": "no-store"}}) == ("bypass", "0")
+    assert await outcome_of(front, asked) == ("miss", "1")
+    assert await outcome_of(front, asked | {"cache": {"mode": "no-cache"}}) == ("request", "2")
+    assert await outcome_of(front, asked | {"cache": {"mode": "only-if-cached"}}) == ("hit", "2")
     headers = {"Cache-Control": "only-if-cached"}
     only = await front.ask(asked | {"cache": {"mode": "no-cache"}}, headers=headers)
     assert only[0] == 504
@@ -140,11 +140,11 @@ async def test_mistakes_are_a_clients(front: Front, upstream: Upstream) -> None:
 async def test_chance_is_kept_where_the_request_says_so(front: Front, upstream: Upstream) -> None:
     upstream.handler = counting()
     asked = question(**CHANCE)
-    assert await told(front, asked) == ("bypass", "0")
+    assert await outcome_of(front, asked) == ("bypass", "0")
     use = asked | {"cache": {"mode": "use"}}
-    assert await told(front, use) == ("miss", "1")
-    assert await told(front, use) == ("hit", "1")
-    assert await told(front, asked) == ("bypass", "2")
+    assert await outcome_of(front, use) == ("miss", "1")
+    assert await outcome_of(front, use) == ("hit", "1")
+    assert await outcome_of(front, asked) == ("bypass", "2")
 
 
 async def test_variants_are_made_and_then_given_out_in_turn(
@@ -152,13 +152,13 @@ async def test_variants_are_made_and_then_given_out_in_turn(
 ) -> None:
     upstream.handler = counting()
     asked = question(**CHANCE, cache={"mode": "use", "variants": 3})
-    made = [await told(front, asked) for _ in range(3)]
+    made = [await outcome_of(front, asked) for _ in range(3)]
     assert made == [("miss", "0"), ("miss", "1"), ("miss", "2")]
-    found = [await told(front, asked) for _ in range(6)]
+    found = [await outcome_of(front, asked) for _ in range(6)]
     assert found == [("hit", str(number)) for number in (0, 1, 2, 0, 1, 2)]
     # One that asks for no chance has one answer.
     asked = question(cache={"mode": "use", "variants": 3})
-    assert [(await told(front, asked))[0] for _ in range(3)] == ["miss", "hit", "hit"]
+    assert [(await outcome_of(front, asked))[0] for _ in range(3)] == ["miss", "hit", "hit"]
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -16,13 +16,13 @@ USAGE = {"prompt_tokens": 1, "total_tokens": 3, "completion_tokens": 2}
 COUNTS = {"choices": [], "usage": USAGE}
 CALL = {"id": "call-1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
 TOKEN = {"token": "hi", "logprob": -0.5, "bytes": [104, 105], "top_logprobs": []}
-SAYS = {"role": "assistant", "content": "hi"}
+MESSAGE = {"role": "assistant", "content": "hi"}
 ROLE = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
 HI = {"index": 0, "delta": {"content": "hi"}, "finish_reason": None}
 END = {"index": 0, "delta": {}, "finish_reason": "stop"}
 
 
-def body_of(message=SAYS, /, *, choice=None, **more) -> Answer:
+def body_of(message=MESSAGE, /, *, choice=None, **more) -> Answer:
     made = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
     parsed = HEAD | {"choices": [made | (choice or {})], "usage": USAGE} | more
     return Answer(Encoding.JSON, template.json_template(parsed))
@@ -52,7 +52,9 @@ def test_a_body_survives_becoming_events(text: str) -> None:
     again = body_made_of(events)
     (choice,) = again["choices"]
     # The rest is there as null, as vLLM has it.
-    assert {name: said for name, said in choice["message"].items() if said is not None} == message
+    assert {
+        name: value for name, value in choice["message"].items() if value is not None
+    } == message
     assert (choice["message"]["refusal"], choice["finish_reason"]) == (None, "stop")
     assert (again["usage"], again["service_tier"]) == (
         USAGE | {"prompt_tokens_details": None, "completion_tokens_details": None},
@@ -76,32 +78,32 @@ def test_what_looks_like_a_mark_in_a_text_is_none() -> None:
 
 
 def test_text_completions_join() -> None:
-    def said(index: int, text: str, reason: str | None) -> dict:
+    def part(index: int, text: str, reason: str | None) -> dict:
         logprobs = {"tokens": [text], "text_offset": [0], "token_logprobs": [-1.0]}
         logprobs["top_logprobs"] = [{text: -1.0}]
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
-    answer = events_of(said(1, "b", "stop"), said(0, "a", None), said(0, "c", "length"), head=TEXT)
+    answer = events_of(part(1, "b", "stop"), part(0, "a", None), part(0, "c", "length"), head=TEXT)
     first, second = body_made_of(answer)["choices"]
     assert (first["text"], first["logprobs"]["tokens"]) == ("ac", ["a", "c"])
     assert (first["finish_reason"], second["text"]) == ("length", "b")
 
 
 def test_what_is_said_of_tokens_is_joined_choice_by_choice() -> None:
-    said = {0: ["a", "b", "c"], 1: ["d", "e"]}
-    choices = [ROLE | {"index": index} for index in said]
+    tokens_of = {0: ["a", "b", "c"], 1: ["d", "e"]}
+    choices = [ROLE | {"index": index} for index in tokens_of]
     for index, token in ((0, "a"), (1, "d"), (0, "b"), (1, "e"), (0, "c")):
         logprobs = {"content": [TOKEN | {"token": token}]}
         choices.append(HI | {"index": index, "delta": {"content": token}, "logprobs": logprobs})
-    choices += [END | {"index": index, "logprobs": {"content": []}} for index in said]
+    choices += [END | {"index": index, "logprobs": {"content": []}} for index in tokens_of]
     for choice in body_made_of(events_of(*choices))["choices"]:
-        tokens = said[choice["index"]]
+        tokens = tokens_of[choice["index"]]
         assert choice["message"]["content"] == "".join(tokens)
         assert [each["token"] for each in choice["logprobs"]["content"]] == tokens
         assert choice["finish_reason"] == "stop"
 
 
-def says(**delta) -> dict:
+def with_delta(**delta) -> dict:
     return {"index": 0, "delta": delta, "finish_reason": None}
 
 
@@ -115,7 +117,7 @@ chat = partial(events_of, ROLE)
         Answer(Encoding.SSE, b"", template.sse_event(CHUNK | COUNTS)),
         # No role, none with its text, or two.
         events_of(HI, END),
-        events_of(ROLE | {"delta": SAYS}, END),
+        events_of(ROLE | {"delta": MESSAGE}, END),
         chat(ROLE, END),
         # No end, two, or none yet.
         chat(HI),
@@ -135,15 +137,15 @@ chat = partial(events_of, ROLE)
             content=template.sse_event(CHUNK | {"choices": [], "model": ""}) + chat(END).content
         ),
         # What is more than text.
-        chat(says(tool_calls=[{"index": 0, "id": "call_a", "function": {"name": "f"}}]), END),
-        chat(says(tool_calls=[{"index": 0, "id": "call_b"}]), END),
-        chat(says(reasoning="since"), END),
-        chat(says(reasoning_details=[{"type": "reasoning.text"}]), END),
-        chat(says(content=[{"type": "text", "text": "hi"}]), END),
-        chat(says(annotations=[{}]), END),
-        chat(says(audio={"id": "a"}), END),
-        chat(says(function_call={"name": "f"}), END),
-        chat(says(refusal=None), END),
+        chat(with_delta(tool_calls=[{"index": 0, "id": "call_a", "function": {"name": "f"}}]), END),
+        chat(with_delta(tool_calls=[{"index": 0, "id": "call_b"}]), END),
+        chat(with_delta(reasoning="since"), END),
+        chat(with_delta(reasoning_details=[{"type": "reasoning.text"}]), END),
+        chat(with_delta(content=[{"type": "text", "text": "hi"}]), END),
+        chat(with_delta(annotations=[{}]), END),
+        chat(with_delta(audio={"id": "a"}), END),
+        chat(with_delta(function_call={"name": "f"}), END),
+        chat(with_delta(refusal=None), END),
         chat(HI | {"token_ids": [1]}, END),
         chat(HI, END | {"content_filter_results": {}}),
         chat(HI | {"logprobs": {"content": [TOKEN]}}, END),

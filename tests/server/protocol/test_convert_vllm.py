@@ -12,16 +12,16 @@ from typing import Any, NamedTuple
 import orjson
 import pytest
 
+from server.engine.vllm_options import PLAIN_PARSERS
 from server.handlers.recording import record_answer
 from server.protocol import convert
 from server.protocol.formats import CHOICES, Encoding
-from server.protocol.routes import PLAIN_PARSERS
 from tiers import Answer
 
 pytestmark = pytest.mark.engine
 
 # What each choice says, piece by piece: its text and its tokens, of which some say nothing yet.
-SAID = (
+PIECES = (
     [("Hello", ["Hel", "lo"]), ("", [" wor"]), (" world\n\n", ["ld", "\n\n"]), ("", [])],
     [
         ("G\N{LATIN SMALL LETTER U WITH DIAERESIS}t", ["G\xfc", "t"]),
@@ -125,7 +125,7 @@ def request_of(vllm: SimpleNamespace, route: str, case: Case, *, stream: bool) -
 
 def output(vllm: SimpleNamespace, case: Case, index: int, pieces: list, *, ends: bool) -> Any:
     """Return what the engine gives of a choice for some of its pieces."""
-    tokens = [token for _, said in pieces for token in said]
+    tokens = [token for _, of_piece in pieces for token in of_piece]
     return vllm.outputs.CompletionOutput(
         index=index,
         text="".join(text for text, _ in pieces),
@@ -149,15 +149,15 @@ def outputs_of(vllm: SimpleNamespace, case: Case, *, at_once: bool) -> Iterator[
     """Yield what the engine gives, at once or piece by piece."""
     steps: list[list[Any]]
     if at_once:
-        steps = [[output(vllm, case, i, SAID[i], ends=True) for i in range(case.n)]]
+        steps = [[output(vllm, case, i, PIECES[i], ends=True) for i in range(case.n)]]
     else:
         steps = [
             [
-                output(vllm, case, i, [piece], ends=number == len(SAID[i]) - 1)
+                output(vllm, case, i, [piece], ends=number == len(PIECES[i]) - 1)
                 for i, piece in enumerate(pieces)
                 if piece is not None
             ]
-            for number, pieces in enumerate(zip_longest(*SAID[: case.n]))
+            for number, pieces in enumerate(zip_longest(*PIECES[: case.n]))
         ]
     for made in steps:
         yield vllm.outputs.RequestOutput(

@@ -6,7 +6,7 @@ from typing import Any
 import orjson
 import pytest
 
-from server.auth.tenants import Tenant, open_tenant
+from server.auth.tenant import Tenant, open_tenant
 from server.protocol.model_names import ModelNames
 from server.protocol.request import parse_request
 from tests.server.conftest import of_vllm
@@ -23,7 +23,7 @@ NAMES = ModelNames(
 TENANTS = {
     "anonymous": open_tenant(""),
     "keyed": open_tenant("Bearer a"),
-    "acme": Tenant("acme", b"\0tenant\0acme", share="acme", salt="s" * 32),
+    "acme": Tenant("acme", b"\0tenant\0acme", share_scope="acme", salt="s" * 32),
 }
 HEADERS = (("anthropic-beta", "b"),)
 HI = [{"role": "user", "content": "hi"}]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.auth.tenants import open_tenant
+from server.auth.tenant import open_tenant
 from server.protocol.model_names import ModelNames
 from server.protocol.request import ParsedRequest, parse_request
 from server.protocol.routes import CACHED_ROUTES
@@ -18,7 +18,7 @@ from tests.server.conftest import of_vllm
 
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 MODELS = ModelNames({"m": of_vllm("m")})
-SAID = {"messages": [{"role": "user", "content": "hi"}]}
+HELLO = {"messages": [{"role": "user", "content": "hi"}]}
 
 
 def request(path: str, body: dict[str, Any] | bytes) -> ParsedRequest:
@@ -135,7 +135,7 @@ def test_the_same_in_other_words(one: bytes, other: bytes) -> None:
     ],
 )
 def test_alike_but_not_the_same(one: dict[str, Any], other: dict[str, Any]) -> None:
-    assert request(CHAT, SAID | one).key != request(CHAT, SAID | other).key
+    assert request(CHAT, HELLO | one).key != request(CHAT, HELLO | other).key
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from pydantic_core import PydanticUndefined
 
 from server.protocol.routes import CACHED_ROUTES
 from server.protocol.vllm_fields import without_ignored_fields
-from tests.server.protocol.test_keys import CHAT, RESPONSES, SAID, TEXT, request
+from tests.server.protocol.test_keys import CHAT, HELLO, RESPONSES, TEXT, request
 
 pytestmark = pytest.mark.engine
 
@@ -54,32 +54,32 @@ def refusals() -> tuple[type[Exception], ...]:
 
 
 CLASSES = [
-    Made(CHAT, "openai.chat_completion", "ChatCompletionRequest", SAID | {"temperature": 0}),
+    Made(CHAT, "openai.chat_completion", "ChatCompletionRequest", HELLO | {"temperature": 0}),
     Made(TEXT, "openai.completion", "CompletionRequest", {"prompt": "hi", "temperature": 0}),
     Made(RESPONSES, "openai.responses", "ResponsesRequest", {"input": "hi", "temperature": 0}),
     Made(
         "/v1/messages",
         "anthropic",
         "AnthropicMessagesRequest",
-        SAID | {"model": "m", "max_tokens": 9},
+        HELLO | {"model": "m", "max_tokens": 9},
     ),
     Made(
         "/v1/messages/count_tokens",
         "anthropic",
         "AnthropicCountTokensRequest",
-        SAID | {"model": "m"},
+        HELLO | {"model": "m"},
     ),
     Made("/v1/embeddings", "pooling.embed", "EmbeddingCompletionRequest", {"input": "hi"}),
-    Made("/v1/embeddings", "pooling.embed", "EmbeddingChatRequest", SAID),
+    Made("/v1/embeddings", "pooling.embed", "EmbeddingChatRequest", HELLO),
     Made("/v2/embed", "pooling.embed", "CohereEmbedRequest", {"texts": ["hi"]}),
     Made("/score", "pooling.scoring", "ScoreTextRequest", {"text_1": "hi", "text_2": "ho"}),
     Made("/rerank", "pooling.scoring", "RerankRequest", {"query": "hi", "documents": ["ho"]}),
     Made("/pooling", "pooling.pooling", "PoolingCompletionRequest", {"input": "hi"}),
-    Made("/pooling", "pooling.pooling", "PoolingChatRequest", SAID),
+    Made("/pooling", "pooling.pooling", "PoolingChatRequest", HELLO),
     Made("/classify", "pooling.classify", "ClassificationCompletionRequest", {"input": "hi"}),
-    Made("/classify", "pooling.classify", "ClassificationChatRequest", SAID),
+    Made("/classify", "pooling.classify", "ClassificationChatRequest", HELLO),
     Made("/tokenize", "serve.tokenize", "TokenizeCompletionRequest", {"prompt": "hi"}),
-    Made("/tokenize", "serve.tokenize", "TokenizeChatRequest", SAID),
+    Made("/tokenize", "serve.tokenize", "TokenizeChatRequest", HELLO),
     Made("/detokenize", "serve.tokenize", "DetokenizeRequest", {"tokens": [1]}),
 ]
 # Fields that are always in the key: that have no default, or one that is not the same as absence.
@@ -320,14 +320,14 @@ def test_what_has_one_key_is_refused_or_taken_alike(made: Made) -> None:
 def test_what_has_one_key_is_refused_or_taken_alike_whatever_else_it_says(made: Made) -> None:
     route = CACHED_ROUTES[made.path]
     names = sorted({*made.load().model_fields, *route.fields.ignored} - {"messages"})
-    said = st.dictionaries(
+    drawn_fields = st.dictionaries(
         st.sampled_from(names) | st.sampled_from(["stream", "stream_options"]),
         st.sampled_from(EDGES),
         max_size=3,
     ).map(lambda more: made.body | more | {"model": "m"})
 
     @settings(max_examples=300, deadline=None, derandomize=True)
-    @given(said)
+    @given(drawn_fields)
     def tried(body: dict[str, Any]) -> None:
         less = [{n: v for n, v in body.items() if n != name or n in made.body} for name in body]
         forms = [body | {"stream": stream} for stream in (True, False, None)]

@@ -64,9 +64,9 @@ async def test_a_request_has_so_many_prompts(front, upstream, path, field, value
     for count, status in ((3, 200), (4, 400)):
         async with front.session.post(path, json={field: [value] * count, "for": path}) as reply:
             assert reply.status == status
-            said = await reply.json()
-    assert said["error"]["param"] == field
-    assert "at most 3 prompts, not 4" in said["error"]["message"]
+            refused = await reply.json()
+    assert refused["error"]["param"] == field
+    assert "at most 3 prompts, not 4" in refused["error"]["message"]
     assert len(upstream.asked) == 1
 
 

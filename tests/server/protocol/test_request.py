@@ -7,11 +7,11 @@ from functools import cache
 import orjson
 import pytest
 
-from server.auth.tenants import Tenant, open_tenant
+from server.auth.tenant import Tenant, open_tenant
+from server.engine.vllm_options import engine_keeps_responses
 from server.protocol.errors import BadRequestError
 from server.protocol.model_names import ModelNames, UnknownModelError
 from server.protocol.request import ParsedRequest, RequestParser, parse_request
-from server.protocol.routes import engine_keeps_responses
 from tests.server.conftest import of_vllm
 
 CHAT = "/v1/chat/completions"
@@ -193,10 +193,10 @@ def test_an_engine_that_we_do_not_know_may_keep_answers(path, store, is_repeatab
 def test_forms_are_apart_where_parsers_may_differ(encodings_agree: bool, more: dict) -> None:
     named = ModelNames({"m": of_vllm("m", "i", encodings_agree=encodings_agree)})
     forms = [BODY | more, BODY | more | {"stream": True}, BODY | more | {"stream": False}]
-    body, events, said = (
+    body, events, explicit = (
         parse_request(CHAT, orjson.dumps(f), open_tenant(""), named).key for f in forms
     )
-    assert body == said != events
+    assert body == explicit != events
 
 
 def test_an_engine_may_count_for_everybody() -> None:

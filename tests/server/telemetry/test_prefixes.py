@@ -11,7 +11,7 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.auth.tenants import Tenant, open_tenant
+from server.auth.tenant import Tenant, open_tenant
 from server.config.secrets import hash_key, new_key
 from server.protocol.errors import BadRequestError
 from server.protocol.model_names import ModelNames

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 COUNT = f"{MESSAGES}/count_tokens"
 KEYS = {name: new_key() for name in ("one", "few")}
-SAID = {"model": "m", "max_tokens": 4, "messages": [{"role": "user", "content": "hi"}]}
+HELLO = {"model": "m", "max_tokens": 4, "messages": [{"role": "user", "content": "hi"}]}
 ONLY_CACHED = {"Cache-Control": "only-if-cached"}
 
 
@@ -25,8 +25,8 @@ async def front(_upstream: Upstream, tmp_path_factory) -> AsyncIterator[Front]:
     """A server with a tenant who may ask, and one who may ask once a minute."""
     folder = tmp_path_factory.mktemp("anthropic")
     few = {"keys": [hash_key(KEYS["few"])], "requests_per_minute": 1}
-    told = {"one": {"keys": [hash_key(KEYS["one"])], "operator": True}, "few": few}
-    (folder / "tenants.json").write_bytes(orjson.dumps(told))
+    tenants = {"one": {"keys": [hash_key(KEYS["one"])], "operator": True}, "few": few}
+    (folder / "tenants.json").write_bytes(orjson.dumps(tenants))
     sections = {"tenants": {"file": "tenants.json"}, "server": {"client_timeout_s": 1}}
     async with running(folder, _upstream, sections=sections, headers=key("one")) as made:
         yield made
@@ -40,12 +40,12 @@ async def error(front: Front, path: str, **options) -> tuple[int, str]:
     """Return status and type of an error that is as Anthropic has it."""
     async with front.session.post(path, **options) as reply:
         assert reply.content_type == "application/json"
-        told = await reply.json()
-        assert told.keys() == {"type", "error"}
-        assert told["type"] == "error"
-        assert told["error"].keys() == {"type", "message"}
-        assert told["error"]["message"]
-        return reply.status, told["error"]["type"]
+        body = await reply.json()
+        assert body.keys() == {"type", "error"}
+        assert body["type"] == "error"
+        assert body["error"].keys() == {"type", "message"}
+        assert body["error"]["message"]
+        return reply.status, body["error"]["type"]
 
 
 @pytest.mark.parametrize("path", [MESSAGES, COUNT])
@@ -53,13 +53,13 @@ async def error(front: Front, path: str, **options) -> tuple[int, str]:
     ("sent", "expected"),
     [
         ({"data": b"{"}, (400, "invalid_request_error")),
-        ({"json": SAID | {"cache": 1}}, (400, "invalid_request_error")),
+        ({"json": HELLO | {"cache": 1}}, (400, "invalid_request_error")),
         ({"data": b"x", "headers": {"Content-Encoding": "gzip"}}, (400, "invalid_request_error")),
-        ({"json": SAID, "headers": {"x-api-key": "x"}}, (401, "authentication_error")),
-        ({"json": SAID | {"model": "no"}}, (404, "not_found_error")),
+        ({"json": HELLO, "headers": {"x-api-key": "x"}}, (401, "authentication_error")),
+        ({"json": HELLO | {"model": "no"}}, (404, "not_found_error")),
         ({"data": b"x", "headers": {"Content-Length": "2"}}, (408, "timeout_error")),
         ({"data": bytes(100_001)}, (413, "request_too_large")),
-        ({"json": SAID | {"temperature": 0}, "headers": ONLY_CACHED}, (504, "timeout_error")),
+        ({"json": HELLO | {"temperature": 0}, "headers": ONLY_CACHED}, (504, "timeout_error")),
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -76,8 +76,8 @@ async def test_what_an_engine_fails_to_answer(front, upstream, path: str, temper
         return web.Response()
 
     upstream.handler = cut
-    said = SAID | {"temperature": temperature}
-    assert await error(front, path, json=said) == (502, "api_error")
+    request = HELLO | {"temperature": temperature}
+    assert await error(front, path, json=request) == (502, "api_error")
 
 
 async def test_whoever_asks_too_much_or_for_what_is_an_operators(front, upstream) -> None:
@@ -85,15 +85,15 @@ async def test_whoever_asks_too_much_or_for_what_is_an_operators(front, upstream
         return web.json_response(message())
 
     upstream.handler = message_of
-    async with front.session.post(MESSAGES, json=SAID, headers=key("few")) as reply:
+    async with front.session.post(MESSAGES, json=HELLO, headers=key("few")) as reply:
         assert reply.status == 200
-    assert await error(front, MESSAGES, json=SAID, headers=key("few")) == (429, "rate_limit_error")
+    assert await error(front, MESSAGES, json=HELLO, headers=key("few")) == (429, "rate_limit_error")
     client = anthropic.AsyncAnthropic(
         base_url=front.url, api_key=KEYS["few"], auth_token=None, max_retries=0
     )
     async with client:
         with pytest.raises(anthropic.RateLimitError) as caught:
-            await client.messages.create(**SAID)
+            await client.messages.create(**HELLO)
     assert caught.value.type == "rate_limit_error"
     assert int(caught.value.response.headers["Retry-After"]) > 0
 
@@ -105,36 +105,36 @@ async def test_a_stream_that_is_cut(front, upstream) -> None:
         return response
 
     upstream.handler = cut
-    said = SAID | {"stream": True, "temperature": 0}
-    async with front.session.post(MESSAGES, json=said) as reply:
+    request = HELLO | {"stream": True, "temperature": 0}
+    async with front.session.post(MESSAGES, json=request) as reply:
         assert reply.status == 200
         name, data = (await reply.read()).strip().split(b"\n\n")[-1].split(b"\n")
     assert name == b"event: error"
-    told = orjson.loads(data.removeprefix(b"data: "))
+    event = orjson.loads(data.removeprefix(b"data: "))
     message = "The engine ended before its answer was complete."
-    assert told == {"type": "error", "error": {"type": "api_error", "message": message}}
+    assert event == {"type": "error", "error": {"type": "api_error", "message": message}}
     async with anthropic.AsyncAnthropic(
         base_url=front.url, api_key=KEYS["one"], auth_token=None, max_retries=0
     ) as client:
         with pytest.raises(anthropic.APIStatusError) as caught:
-            async with client.messages.stream(**SAID, extra_body={"temperature": 0}) as events:
+            async with client.messages.stream(**HELLO, extra_body={"temperature": 0}) as events:
                 await events.get_final_message()
     assert caught.value.type == "api_error"
 
 
 async def test_elsewhere_errors_are_as_openai_has_them(front, upstream) -> None:
     for path in (CHAT, "/v1/responses", "/v1/messagesx"):
-        async with front.session.post(path, json=SAID, headers={"x-api-key": "x"}) as reply:
+        async with front.session.post(path, json=HELLO, headers={"x-api-key": "x"}) as reply:
             assert reply.status == 401
             assert (await reply.json())["error"].keys() == {"message", "type", "param", "code"}
 
 
 async def test_what_its_client_raises(front, upstream) -> None:
-    unknown = SAID | {"model": "no"}
+    unknown = HELLO | {"model": "no"}
     raised = [
         (KEYS["one"], unknown, {}, anthropic.NotFoundError, "not_found_error"),
-        ("x", SAID, {}, anthropic.AuthenticationError, "authentication_error"),
-        (KEYS["one"], SAID, {"cache": 1}, anthropic.BadRequestError, "invalid_request_error"),
+        ("x", HELLO, {}, anthropic.AuthenticationError, "authentication_error"),
+        (KEYS["one"], HELLO, {"cache": 1}, anthropic.BadRequestError, "invalid_request_error"),
     ]
     for api_key, asked, more, expected, kind in raised:
         async with anthropic.AsyncAnthropic(
@@ -155,11 +155,11 @@ async def test_without_an_engine_it_is_overloaded(own_upstream: Upstream, tmp_pa
         await own_upstream.stop()
         await front.until_ready(503)
         for path in (MESSAGES, COUNT):
-            assert await error(front, path, json=SAID) == (503, "overloaded_error")
+            assert await error(front, path, json=HELLO) == (503, "overloaded_error")
         async with anthropic.AsyncAnthropic(
             base_url=front.url, api_key="x", auth_token=None, max_retries=0
         ) as client:
             with pytest.raises(anthropic.InternalServerError) as caught:
-                await client.messages.create(**SAID)
+                await client.messages.create(**HELLO)
         assert caught.value.type == "overloaded_error"
         assert caught.value.status_code == 503

@@ -64,7 +64,7 @@ async def sound(front: Front, upstream: Upstream) -> AsyncIterator[Front]:
     assert "a request failed" not in log
 
 
-async def said(front: Front, sent: bytes, *, whole: bool = False) -> list[int]:
+async def statuses_of(front: Front, sent: bytes, *, whole: bool = False) -> list[int]:
     """Send bytes and no more; return the statuses of the responses.
 
     A server that is told to close closes after it has answered a request that is `whole`; else it
@@ -180,7 +180,7 @@ content_types = st.sampled_from(
 @fuzzed
 @given(bodies, paths, content_types)
 async def test_bodies(sound: Front, body: bytes, path: str, content_type: bytes) -> None:
-    statuses = await said(sound, post(body, path, content_type), whole=True)
+    statuses = await statuses_of(sound, post(body, path, content_type), whole=True)
     assert are_refusals(statuses)
     assert len(statuses) == 1
 
@@ -189,7 +189,7 @@ async def test_bodies(sound: Front, body: bytes, path: str, content_type: bytes)
 @given(objects, paths)
 async def test_wrong_types(sound: Front, fields: dict[str, Any], path: str) -> None:
     asked = question() | {"prompt": "x", "input": "x"} | fields
-    statuses = await said(sound, post(json.dumps(asked).encode(), path), whole=True)
+    statuses = await statuses_of(sound, post(json.dumps(asked).encode(), path), whole=True)
     assert are_refusals(statuses)
     assert len(statuses) == 1
 
@@ -199,7 +199,7 @@ async def test_no_depth_is_a_failure(sound: Front, path: str) -> None:
     for depth in range(900, 1030, 5):
         # The quick parser reads deeper than functions of Python can call each other.
         body = b'{"uuid":"","messages":' + b"[" * depth + b"]" * depth + b"}"
-        assert await said(sound, post(body, path), whole=True) == [400]
+        assert await statuses_of(sound, post(body, path), whole=True) == [400]
 
 
 @pytest.mark.parametrize("path", [CHAT, OTHERS])
@@ -210,12 +210,12 @@ async def test_gigantic_bodies(sound: Front, more: int, path: str) -> None:
     chunked += b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
     for sent in (post(body, path), chunked):
         # Who is still sending may not hear it.
-        assert set(await said(sound, sent)) <= {413}
+        assert set(await statuses_of(sound, sent)) <= {413}
 
 
 async def test_a_body_that_does_not_come(sound: Front) -> None:
-    said_to_be = head_of_post(CHAT, b"Content-Length: 99999999999999")
-    assert are_refusals(await said(sound, said_to_be + b"{"))
+    announced = head_of_post(CHAT, b"Content-Length: 99999999999999")
+    assert are_refusals(await statuses_of(sound, announced + b"{"))
 
 
 names = st.sampled_from(
@@ -225,7 +225,7 @@ names = st.sampled_from(
         b"If-None-Match", b"TE", b"Transfer-Encoding", b"Upgrade", b"X-Api-Key", b"X-Request-Id",
     )
 ) | st.binary(max_size=10)  # fmt: skip
-said_there = st.one_of(
+header_values = st.one_of(
     st.binary(max_size=40),
     st.text(max_size=20).map(lambda text: text.encode(errors="replace")),
     st.sampled_from(
@@ -241,12 +241,12 @@ said_there = st.one_of(
 
 
 @fuzzed
-@given(st.lists(st.tuples(names, said_there), max_size=5), paths)
+@given(st.lists(st.tuples(names, header_values), max_size=5), paths)
 async def test_headers(sound: Front, headers: list[tuple[bytes, bytes]], path: str) -> None:
     lines = [name + b": " + value for name, value in headers]
     length = b"Content-Length: %d" % len(GOOD)
     sent = head_of_post(path, length, *lines) + GOOD
-    assert are_refusals(await said(sound, sent))
+    assert are_refusals(await statuses_of(sound, sent))
 
 
 methods = st.binary(max_size=8) | st.sampled_from(
@@ -265,14 +265,14 @@ versions = st.sampled_from((b"HTTP/1.1", b"HTTP/1.0", b"HTTP/2.0", b"HTTP/9.9", 
 @fuzzed
 @given(methods, targets, versions)
 async def test_first_lines(sound: Front, method: bytes, target: bytes, version: bytes) -> None:
-    statuses = await said(sound, head(b" ".join((method, target, version))))
+    statuses = await statuses_of(sound, head(b" ".join((method, target, version))))
     # There are pages, too.
     assert all(status < 500 for status in statuses)
 
 
 async def test_what_has_no_path_goes_to_no_engine(sound: Front, upstream: Upstream) -> None:
     for first in (b"OPTIONS *", b"CONNECT engine:80", b"CONNECT /v1/models"):
-        assert await said(sound, head(first + b" HTTP/1.1"), whole=True) == [400]
+        assert await statuses_of(sound, head(first + b" HTTP/1.1"), whole=True) == [400]
     assert upstream.asked == []
 
 
@@ -295,7 +295,7 @@ async def test_chunks(
 ) -> None:
     body = b"".join(size + line_end + data + line_end for size, line_end, data in chunks)
     sent = head_of_post(path, b"Transfer-Encoding: chunked") + body + end
-    assert are_refusals(await said(sound, sent))
+    assert are_refusals(await statuses_of(sound, sent))
 
 
 async def test_good_requests_are_still_answered(sound: Front, upstream: Upstream) -> None:

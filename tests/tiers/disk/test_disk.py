@@ -555,7 +555,7 @@ async def test_those_of_another_pid_namespace_wait_until_the_file_is_closed(
     monkeypatch.setattr("tiers.disk.recovery._namespace", lambda: 1)
     second = DiskCache(tmp_path, MIB)
     by_hand = DiskCache(tmp_path, MIB, quarantines=False)
-    with pytest.raises(OSError, match="those who share a file should share a PID namespace"):
+    with pytest.raises(OSError, match="processes that share a file should share a PID namespace"):
         await by_hand.opened()
     await by_hand.close()
     assert (second.is_open, second.read("a")) == (False, None)

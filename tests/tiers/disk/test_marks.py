@@ -12,7 +12,7 @@ from tests.tiers.child import Child
 from tiers import DiskCache
 from tiers.disk import Durability
 from tiers.disk.file import DATA
-from tiers.disk.marks import CLEAN, IN_USE, Marks
+from tiers.disk.marks import CLEAN, IN_USE, MAX_DEATHS, Marks
 
 MIB = 1024 * 1024
 
@@ -64,6 +64,25 @@ async def test_only_unsynced_commits_of_another_boot_are_verified(
     assert ("verifying" in caplog.text) is is_verified
     assert (folder / CLEAN).exists()
     assert not (folder / IN_USE).exists()
+
+
+async def test_what_kills_again_and_again_is_verified(tmp_path: Path, caplog) -> None:
+    """A damaged file may be what kills, and must not do so for ever."""
+    folder = tmp_path / "disk"
+    for _ in range(MAX_DEATHS):
+        kill(folder)
+    cache = DiskCache(folder, MIB)
+    assert not cache.is_open
+    await cache.opened()
+    assert cache.read("a") == b"1" * 9000
+    assert "may be damaged; verifying" in caplog.text
+    await cache.close()
+    for _ in range(MAX_DEATHS - 1):
+        kill(folder)
+    cache = DiskCache(folder, MIB)
+    assert cache.is_open
+    await cache.close()
+    kill(folder)
 
 
 async def test_a_boot_without_a_name_is_another(tmp_path: Path, boot_id: Path) -> None:

@@ -21,9 +21,9 @@ from tiers import (
     Transfers,
     WritePolicy,
 )  # fmt: skip
+from tiers.background import _refill
 from tiers.disk import Durability
 from tiers.disk.marks import CLEAN
-from tiers.movement.background import _refill
 
 ROOM_FOR_TWO = 6000
 ANSWER = Answer(JSON, bytes(1800))
