@@ -184,6 +184,8 @@ class Engine:
         # An engine that ended by itself leaves files there.
         await asyncio.to_thread(shutil.rmtree, self.folder, ignore_errors=True)
         self.folder.mkdir(mode=0o700, exist_ok=True)
+        # Before it starts, since it could be ready as soon as it has.
+        self.upstream.mark_started()
         start = asyncio.create_subprocess_exec(
             *self._command,
             stdin=asyncio.subprocess.PIPE,
@@ -193,7 +195,6 @@ class Engine:
             start_new_session=True,
         )
         process = await _uninterrupted(start)
-        self.upstream.mark_started()
         logger.info("the engine of %s starts", self._name)
         stopping = asyncio.Event()
         log = asyncio.create_task(_log_lines(process, logger.getChild(self._name), stopping))
