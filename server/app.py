@@ -24,7 +24,7 @@ from server.admin.local import LocalOperations
 from server.admin.sockets import serve_admin_api
 from server.auth.collector import TenantCollector
 from server.auth.tenants import Tenants
-from server.cache import TierStack, open_stack
+from server.cache import TierStack, build_answers, open_stack
 from server.config.base import VERSION
 from server.config.load import redact
 from server.config.reload import Reloads
@@ -53,7 +53,6 @@ from server.web.middleware import Middleware
 from server.web.request import Endpoint, Traced
 from server.web.tls import Certificate
 from tiers import Chain, SingleFlight
-from tiers.answer_cache import AnswerCache
 from tiers.disk import EncryptionKeyError, UntrustedError
 
 logger = logging.getLogger(__name__)
@@ -205,7 +204,7 @@ class Server:
         cache, models = self._config.cache, self._config.models
         environments = (os.environ, *(model.engine.env for model in models.values()))
         return CachedRoutes(
-            AnswerCache(self._stack.chain, self._flights, self._stack.lock),
+            build_answers(self._config, self._stack, self._flights),
             Engines(
                 self._models,
                 FreshnessRules(cache).of,

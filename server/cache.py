@@ -16,8 +16,9 @@ from server.config.folders import log_if_new
 from server.config.schema import Config, DiskTierConfig, SharedTierConfig, TiersConfig
 from server.config.secrets import parse_cipher_key
 from server.config.shared_url import MEMCACHED_PORT
-from server.telemetry.traced_tiers import TracedChain, TracedLock, TracedTier
+from server.telemetry.traced_tiers import TracedAnswerCache, TracedLock, TracedTier
 from tiers import (
+    AnswerCache,
     BackgroundWork,
     Chain,
     Demotion,
@@ -27,6 +28,7 @@ from tiers import (
     GenerationLock,
     MemoryCache,
     Purges,
+    SingleFlight,
     Tier,
     Transfers,
     WritePolicy,
@@ -118,7 +120,7 @@ def build(
     if shared is not None:
         chained.append(shared)
         shared_purges = SharedPurges(purges, shared.backend)
-    chain = (Chain if config.tracing is None else TracedChain)(
+    chain = Chain(
         chained,
         frequency=frequency,
         max_answer_bytes=cache.max_answer_bytes,
@@ -223,6 +225,12 @@ def build_lock(config: Config, chain: Chain) -> GenerationLock:
     ]
     lock = GenerationLock if config.tracing is None else TracedLock
     return lock(chain, leases, wait_s=wait_s)
+
+
+def build_answers(config: Config, stack: TierStack, flights: SingleFlight) -> AnswerCache:
+    """Return what looks answers up in the tiers, or has them generated."""
+    answers = AnswerCache if config.tracing is None else TracedAnswerCache
+    return answers(stack.chain, flights, stack.lock)
 
 
 def _is_open(chain: Chain) -> bool:

@@ -78,13 +78,16 @@ class Router:
     def admin(self, admin: AdminHandler) -> Callable[[AccessCheck], Endpoint]:
         """Return what makes an admin listener's endpoint; the pages' files need no key."""
         files = StaticFiles(ADMIN_PAGES)
-        pages = self._middleware.wrap(read_only(own(files.answer)), allow_anyone)
+        pages = self._read_only(files.answer, allow_anyone)
 
         def endpoint_for(check: AccessCheck) -> Endpoint:
             api = self._middleware.wrap(own(admin.answer), check)
             return lambda http: (pages if http.path in files else api)(http)
 
         return endpoint_for
+
+    def _read_only(self, endpoint: Endpoint, check: AccessCheck) -> Endpoint:
+        return self._middleware.wrap(read_only(own(endpoint)), check)
 
     def _engine_endpoints(self) -> dict[tuple[str, str], Endpoint]:
         """Return the endpoints of those engine routes that aren't just passed through."""
@@ -104,7 +107,7 @@ class Router:
 
     def _own_endpoints(self) -> dict[str, Endpoint]:
         """Return the endpoints of our own paths that serve no page."""
-        wrap, handlers = self._middleware.wrap, self._handlers
+        handlers = self._handlers
         readers = allow_anyone if self._open_metrics else self._access.require_operator
 
         async def health(_: HttpRequest) -> web.Response:
@@ -115,21 +118,17 @@ class Router:
             return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
 
         return {
-            "/health": wrap(read_only(own(health)), allow_anyone),
-            "/ready": wrap(read_only(own(handlers.proxied.ready)), allow_anyone),
-            "/metrics": wrap(read_only(own(metrics)), readers),
-            "/metrics/engine": wrap(read_only(handlers.proxied.metrics), readers),
+            "/health": self._read_only(health, allow_anyone),
+            "/ready": self._read_only(handlers.proxied.ready, allow_anyone),
+            "/metrics": self._read_only(metrics, readers),
+            "/metrics/engine": self._middleware.wrap(read_only(handlers.proxied.metrics), readers),
         }
 
     def _page_endpoints(self) -> dict[str, Endpoint]:
         """Return the endpoints of the pages, and of the JSON that they show."""
-        wrap, files, known = (
-            self._middleware.wrap,
-            StaticFiles(FRONT_PAGES),
-            self._access.identify_tenant,
-        )
-        page = wrap(read_only(own(files.answer)), allow_anyone)
+        files, known = StaticFiles(FRONT_PAGES), self._access.identify_tenant
+        page = self._read_only(files.answer, allow_anyone)
         return dict.fromkeys(files.paths, page) | {
-            "/openapi.json": wrap(read_only(own(self._handlers.document.answer)), known),
-            "/overview": wrap(read_only(own(self._handlers.overview.answer)), known),
+            "/openapi.json": self._read_only(self._handlers.document.answer, known),
+            "/overview": self._read_only(self._handlers.overview.answer, known),
         }

@@ -217,14 +217,19 @@ class AnswerCache:
     async def _generate(self, key: str, generation: Generation, flight: Flight) -> None:
         started = self._clock()
         freshness = await generation.generate(flight)
-        if freshness is None or flight.answer is None:
-            return
-        self._flights.mark_being_stored(key, flight)
+        if freshness is not None and flight.answer is not None:
+            self._flights.mark_being_stored(key, flight)
+            await self.store(key, flight, flight.answer, freshness, self._clock() - started)
+
+    async def store(
+        self, key: str, flight: Flight, answer: Answer, freshness: Freshness, generation_s: float
+    ) -> None:
+        """Store the answer of a flight that has ended."""
         await self.chain.store(
             key,
-            flight.answer,
+            answer,
             freshness,
             provenance=flight.provenance,
-            generation_s=self._clock() - started,
+            generation_s=generation_s,
             age_s=flight.age_s,
         )

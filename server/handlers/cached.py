@@ -32,7 +32,7 @@ from server.protocol.cache_control import CacheControl, parse_cache_control
 from server.protocol.errors import BadRequestError
 from server.protocol.formats import Encoding
 from server.protocol.request import ParsedRequest, RequestParser, key_headers
-from server.telemetry.served import Served, attach
+from server.telemetry.served import OWN, Served, attach
 from server.telemetry.spans import step
 from server.web.offload import offload
 from server.web.request import HttpRequest, Reply
@@ -102,7 +102,7 @@ class CachedRoutes:
                     logger.warning("an answer can't be given in the encoding asked for: %s", exc)
             return await self._forward(http, request, control)
         except BaseException as exc:
-            attach(exc, Served("none", "own", request.model))
+            attach(exc, OWN._replace(model=request.model))
             raise
 
     def _check(self, http: HttpRequest, request: ParsedRequest) -> CacheControl:
@@ -111,6 +111,7 @@ class CachedRoutes:
         Raises:
             BadRequestError: the request has too many prompts, or asks for variants in vain.
         """
+        # Nearly always there are few, and `check` would be a call more for each hit.
         if request.prompts.number > self._policy.max_prompts:
             request.prompts.check(self._policy.max_prompts)
         if request.cache.variants is not None and not self._takes_variants(request):
@@ -134,7 +135,7 @@ class CachedRoutes:
         if isinstance(found, Hit):
             return await self._serve(http, request, found, "hit")
         if found is None:
-            return not_cached(), Served("none", "own", request.model)
+            return not_cached(), OWN._replace(model=request.model)
         try:
             return await self._relay(http, request, found)
         except BaseException as exc:
@@ -189,7 +190,7 @@ class CachedRoutes:
     ) -> Reply:
         """Pass on a request whose answer isn't cached."""
         if control.acceptance.only_if_cached:
-            return not_cached(), Served("none", "own", request.model)
+            return not_cached(), OWN._replace(model=request.model)
         prefixes = self._engines.prefixes
         forwarding = Forwarding(
             model=request.model,

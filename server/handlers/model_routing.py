@@ -52,7 +52,7 @@ async def route_to_model(http: HttpRequest, names: ModelNames, max_prompts: int)
     query_model = http.query.get("model") if "?" in http.raw_path else None
     find: Callable[[bytes], RoutedRequest]
     route = route_of(http.path)
-    if http.body_exists and (route.salted or route.counts_prompts):
+    if http.body_exists and route.counts_prompts:
         find = partial(_in_prompts, names, query_model, route, http.tenant, max_prompts)
     elif names.is_single or not http.body_exists:
         return RoutedRequest(_resolve_default(names, query_model), None)

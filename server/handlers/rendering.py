@@ -42,7 +42,7 @@ async def render(
         if answer.encoding != request.encoding:
             answer = await offload(len(answer.content), convert.convert, answer, request.encoding)
         etag = template.etag(answer, wants_usage=request.wants_usage)
-        if hdrs.IF_NONE_MATCH in http.headers and _matches(http, etag):
+        if hdrs.IF_NONE_MATCH in http.headers and http.has_etag(etag):
             # RFC 9110 asks for 412 where a POST changes something; this POST is a query.
             headers = {"Cache-Status": cache_status, "Age": str(age_s), "ETag": etag}
             return web.Response(status=304, headers={**headers, **engine_headers})
@@ -98,9 +98,3 @@ def failed_generation(exc: Exception) -> web.Response:
     if isinstance(exc, NotAnAnswerError):
         return web.Response(status=exc.status, body=exc.body, headers=returned_headers(exc.headers))
     return unavailable(exc) if isinstance(exc, UnavailableError) else failure(exc)
-
-
-def _matches(http: HttpRequest, etag: str) -> bool:
-    """Return whether the client has this answer already (RFC 9110, section 13.1.2)."""
-    given = ", ".join(http.headers.getall(hdrs.IF_NONE_MATCH))
-    return given.strip() == "*" or etag.removeprefix("W/") in given

@@ -31,8 +31,7 @@ class ETagResource:
 
     def response(self, http: HttpRequest) -> web.Response:
         """Return a response with the body, or a 304 if the request names its ETag."""
-        given = ",".join(http.headers.getall(hdrs.IF_NONE_MATCH, ()))
-        if given.strip() == "*" or self._etag in given:
+        if http.has_etag(self._etag):
             headers = {n: v for n, v in self._headers.items() if n != hdrs.CONTENT_TYPE}
             return web.Response(status=304, headers=headers)
         return web.Response(body=self._body, headers=self._headers)

@@ -35,8 +35,8 @@ class Route:
     salted: bool = False
     """Whether vLLM takes a `cache_salt` here, which keeps tenants apart in its prefix cache."""
     counts_prompts: bool = False
-    """Whether bodies that are passed through may hold several prompts, and so are read. Bodies of
-    cached routes always are."""
+    """Whether bodies may hold several prompts, and so are read where they are passed through, as
+    those of all salted routes have to be."""
     is_conversation: bool = False
     """Whether `documents` belong to the one prompt that `messages` are."""
     is_refused: bool = False

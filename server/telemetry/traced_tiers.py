@@ -4,15 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from server.telemetry.spans import step
-from tiers import (
-    Answer,
-    Chain,
-    Freshness,
-    GenerationLock,
-    Provenance,
-    Purges,
-    Tier,
-)  # fmt: skip
+from tiers import Answer, AnswerCache, Flight, Freshness, GenerationLock, Purges, Tier
 from tiers.entry import Entry
 
 
@@ -31,28 +23,14 @@ class TracedTier(Tier):
             return found
 
 
-class TracedChain(Chain):
-    """A chain with a span for each store."""
+class TracedAnswerCache(AnswerCache):
+    """An answer cache with a span for each store."""
 
     async def store(
-        self,
-        key: str,
-        answer: Answer,
-        freshness: Freshness,
-        *,
-        provenance: Provenance | None = None,
-        generation_s: float = 0,
-        age_s: float = 0,
-    ) -> bool:
+        self, key: str, flight: Flight, answer: Answer, freshness: Freshness, generation_s: float
+    ) -> None:
         with step("store"):
-            return await super().store(
-                key,
-                answer,
-                freshness,
-                provenance=provenance,
-                generation_s=generation_s,
-                age_s=age_s,
-            )
+            await super().store(key, flight, answer, freshness, generation_s)
 
 
 class TracedLock(GenerationLock):

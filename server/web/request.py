@@ -58,6 +58,11 @@ class HttpRequest(web.BaseRequest):
         members = ",".join(self.headers.getall(name, ())).split(",")
         return [member for member in map(str.strip, members) if member]
 
+    def has_etag(self, etag: str) -> bool:
+        """Return whether its client has what an ETag names (RFC 9110, section 13.1.2)."""
+        given = ", ".join(self.headers.getall(hdrs.IF_NONE_MATCH, ()))
+        return given.strip() == "*" or etag.removeprefix("W/") in given
+
     def take_id_from_body(self, given: object) -> None:
         """Use the `request_id` of a body as the id, unless a header has one, as vLLM does.
 

@@ -72,7 +72,7 @@ class PrebuiltResponse(web.StreamResponse):
             end = "Connection: close\r\n"
         elif http.version < HttpVersion11:
             end = "Connection: keep-alive\r\n"
-        if more := http.response_headers or engine_headers:
+        if http.response_headers or engine_headers:
             more = {**http.response_headers, **engine_headers}
             end += "".join([f"{name}: {value}\r\n" for name, value in more.items()])
         head = (
