@@ -35,10 +35,12 @@ from tiers import (
 )  # fmt: skip
 from tiers.disk import KEY_BYTES, Durability, EncryptionKeyError
 from tiers.purges.table import MAX_BYTES
+from tiers.server_clock import ServerClock
 from tiers.shared import NAME
 from tiers.shared.leases import SharedLeases
 from tiers.shared.purges import SharedPurges
 from tiers.singleflight.leases import Leases
+from tiers.tier import PATIENT_S
 
 # The sketch counts as many keys as answers of this size fill the tiers, up to 4 MiB of counters.
 _ENTRY_BYTES = 1024
@@ -55,6 +57,21 @@ class TierStack(NamedTuple):
     chain: Chain
     background: BackgroundWork
     lock: GenerationLock
+
+    def use(self, config: Config) -> None:
+        """Put into effect what can change of the tiers while they are open.
+
+        Raises:
+            OSError: there is no memory for a tier of this size; nothing has changed.
+        """
+        for tier in self.chain.tiers:
+            section = config.tiers.memory if tier.in_memory else config.tiers.disk
+            if (local := tier.local) is None or section is None:
+                continue
+            if local.max_bytes != section.max_bytes:
+                local.resize(section.max_bytes)
+        self.chain.ttl_jitter = config.cache.ttl_jitter
+        self.lock.wait_s = config.cache.wait_for_others_s
 
     async def close(self) -> None:
         """Store what is left, and close the tiers."""
@@ -117,9 +134,14 @@ def build(
         )
         chained.insert(0, tier(memory.NAME, memory, clock=clock))
     shared_purges = None
-    if shared is not None:
+    if shared is not None and tiers.shared is not None:
         chained.append(shared)
-        shared_purges = SharedPurges(purges, shared.backend)
+        shared_purges = SharedPurges(
+            purges,
+            shared.backend,
+            server_clock=shared.server_clock,
+            withholds=tiers.shared.when_unreachable == "miss",
+        )
     chain = Chain(
         chained,
         frequency=frequency,
@@ -204,27 +226,30 @@ def build_lock(config: Config, chain: Chain) -> GenerationLock:
     Raises:
         ConfigError: the file of leases in the disk tier's folder can't be used.
     """
-    wait_s, disk = config.cache.wait_for_others_s, config.tiers.disk
+    disk = config.tiers.disk
     leases: list[Leases] = []
     # Only where others see an answer as soon as it is stored.
     if (
-        wait_s
-        and config.tiers.write is WritePolicy.ON_INSERT
+        config.tiers.write is WritePolicy.ON_INSERT
         and disk is not None
         and disk.path is not None
         and disk.durability is not Durability.INTERVAL
     ):
         try:
-            leases.append(FileLeases(disk.path, partial(_is_open, chain)))
+            leases.append(FileLeases(disk.path, partial(_sees_disk, chain)))
         except OSError as exc:
             raise _no_folder(disk.path, exc) from exc
     leases += [
-        SharedLeases(tier.backend, deadline_s=tier.deadline_s)
+        SharedLeases(
+            tier.backend,
+            deadline_s=max(tier.deadline_s, PATIENT_S),
+            is_available=partial(_sees_shared, chain),
+        )
         for tier in chain.tiers
-        if wait_s and tier.shared
+        if tier.shared
     ]
     lock = GenerationLock if config.tracing is None else TracedLock
-    return lock(chain, leases, wait_s=wait_s)
+    return lock(chain, leases, wait_s=config.cache.wait_for_others_s)
 
 
 def build_answers(config: Config, stack: TierStack, flights: SingleFlight) -> AnswerCache:
@@ -233,14 +258,27 @@ def build_answers(config: Config, stack: TierStack, flights: SingleFlight) -> An
     return answers(stack.chain, flights, stack.lock)
 
 
-def _is_open(chain: Chain) -> bool:
+def _sees_shared(chain: Chain) -> bool:
+    """Return whether answers that other machines store are found here."""
+    return not chain.purges.shared_unknown
+
+
+def _sees_disk(chain: Chain) -> bool:
     """Return whether answers that other processes store on disk are found here."""
-    return all(tier.is_open for tier in chain.tiers)
+    return all(tier.is_open for tier in chain.tiers) and not chain.purges.withholds
 
 
 def _shared(config: SharedTierConfig, tier: type[Tier], clock: Callable[[], float]) -> Tier:
-    deadline_s = config.deadline_ms / 1000
-    return tier(NAME, open_shared(config), deadline_s=deadline_s, shared=True, clock=clock)
+    backend, deadline_s = open_shared(config), config.deadline_ms / 1000
+    server_clock = ServerClock(backend, clock=clock)
+    return tier(
+        NAME,
+        backend,
+        deadline_s=deadline_s,
+        shared=True,
+        server_clock=server_clock,
+        clock=clock,
+    )
 
 
 def open_shared(config: SharedTierConfig) -> BaseCache:

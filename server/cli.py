@@ -10,6 +10,9 @@ import orjson
 import yaml
 
 from server.admin.arguments import add_cache_command
+from server.audit.commands import add_audit_command
+from server.audit.commands import run as audit
+from server.bench.arguments import add_bench_command
 from server.config.base import VERSION, ConfigError
 from server.config.load import load, redact
 from server.process import become_child_of_init, ignore_signals, open_standard_streams
@@ -53,12 +56,20 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--config", type=Path, required=True, metavar="FILE")
+    text = "write a configuration for this machine, with comments"
+    command = commands.add_parser("init", help=text, description=text)
+    text = "the file to write, which must not be there yet; by default tierserve.yaml"
+    command.add_argument(
+        "file", type=Path, nargs="?", default=Path("tierserve.yaml"), metavar="FILE", help=text
+    )
     text = "print every field of a configuration with its default, as YAML with comments"
     command = commands.add_parser("config", help=text, description=text)
     command.add_argument("--schema", action="store_true", help="print the JSON Schema instead")
     _add_keys(commands)
     add_cache_command(commands)
+    add_audit_command(commands)
     add_simulate_command(commands)
+    add_bench_command(commands)
     commands.add_parser("version", help="print the version")
     return parser
 
@@ -81,20 +92,52 @@ def _run(options: argparse.Namespace) -> int:
             _print_reference(as_schema=options.schema)
         case "keys":
             _print_key(options.tenant)
+        case "init":
+            _write_initial(options.file)
         case "check":
             _print_checked(options.config)
         case "simulate":
             return simulate(load(options.config), options)
+        case "audit":
+            return audit(options)
+        case "bench":
+            from server.bench.commands import run as bench
+
+            return bench(options)
         case "cache":
             from server.admin.commands import run
 
             return run(load(options.config), options)
         case _:
-            from server.app import serve
-            from server.check import load_checked
-
-            return serve(load_checked(options.config))
+            return _serve(options.config)
     return 0
+
+
+def _serve(file: Path) -> int:
+    from server.check import load_checked
+    from server.engine.threads import worker_count
+    from server.preparation.embedded_model import prepare
+    from server.web.inherited_sockets import take_inherited_sockets
+
+    inherited = take_inherited_sockets()
+    config = load_checked(file, listens=not inherited.front)
+    if inherited.admin and config.admin.key is None:
+        raise ConfigError(["admin.key: should be set, as the socket named admin is inherited"])
+    prepare(config)
+    if (workers := worker_count(config)) > 1:
+        from server.workers.master import serve_with_workers
+
+        return serve_with_workers(config, file, workers, inherited)
+    from server.app import serve
+
+    return serve(config, file, inherited)
+
+
+def _write_initial(file: Path) -> None:
+    from server.preparation.initial import write
+
+    for line in write(file):
+        print(line)
 
 
 def _print_reference(*, as_schema: bool) -> None:

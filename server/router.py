@@ -4,18 +4,17 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from aiohttp import web
-from prometheus_client import generate_latest
 
 from server.admin.handler import AdminHandler
 from server.handlers.cached import CachedRoutes
+from server.handlers.engine_metrics import EngineMetrics
 from server.handlers.model_list import PATH as MODELS
 from server.handlers.model_list import ModelList, is_one_model
 from server.handlers.proxied import ProxiedRoutes, refuse_adapters
+from server.handlers.readiness import Readiness
 from server.pages.openapi_handler import OpenApiHandler
-from server.pages.overview import Overview
 from server.pages.static_files import ADMIN_PAGES, FRONT_PAGES, StaticFiles
 from server.protocol.routes import CACHED_ROUTES, REFUSED_PATHS
-from server.telemetry.metrics import Metrics
 from server.web.access import AccessCheck, AccessControl, allow_anyone
 from server.web.cors import answer_preflight, with_cors
 from server.web.middleware import Middleware, own, read_only
@@ -28,14 +27,16 @@ class Handlers:
 
     cached: CachedRoutes
     proxied: ProxiedRoutes
+    readiness: Readiness
     model_list: ModelList
-    metrics: Metrics
-    overview: Overview
+    metrics: Endpoint
+    engine_metrics: EngineMetrics
+    overview: Endpoint
     document: OpenApiHandler
 
 
 class Router:
-    """Makes the endpoints of the front and of the admin listeners.
+    """Makes the endpoints of the front.
 
     Args:
         handlers: of the front.
@@ -75,17 +76,6 @@ class Router:
         preflight = wrap(own(answer_preflight), allow_anyone)
         return with_cors(allowed_origins, endpoint, preflight)
 
-    def admin(self, admin: AdminHandler) -> Callable[[AccessCheck], Endpoint]:
-        """Return what makes an admin listener's endpoint; the pages' files need no key."""
-        files = StaticFiles(ADMIN_PAGES)
-        pages = self._read_only(files.answer, allow_anyone)
-
-        def endpoint_for(check: AccessCheck) -> Endpoint:
-            api = self._middleware.wrap(own(admin.answer), check)
-            return lambda http: (pages if http.path in files else api)(http)
-
-        return endpoint_for
-
     def _read_only(self, endpoint: Endpoint, check: AccessCheck) -> Endpoint:
         return self._middleware.wrap(read_only(own(endpoint)), check)
 
@@ -113,15 +103,13 @@ class Router:
         async def health(_: HttpRequest) -> web.Response:
             return web.Response()
 
-        async def metrics(_: HttpRequest) -> web.Response:
-            text = generate_latest(handlers.metrics.registry)
-            return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
-
         return {
             "/health": self._read_only(health, allow_anyone),
-            "/ready": self._read_only(handlers.proxied.ready, allow_anyone),
-            "/metrics": self._read_only(metrics, readers),
-            "/metrics/engine": self._middleware.wrap(read_only(handlers.proxied.metrics), readers),
+            "/ready": self._read_only(handlers.readiness.answer, allow_anyone),
+            "/metrics": self._read_only(handlers.metrics, readers),
+            "/metrics/engine": self._middleware.wrap(
+                read_only(handlers.engine_metrics.answer), readers
+            ),
         }
 
     def _page_endpoints(self) -> dict[str, Endpoint]:
@@ -130,5 +118,19 @@ class Router:
         page = self._read_only(files.answer, allow_anyone)
         return dict.fromkeys(files.paths, page) | {
             "/openapi.json": self._read_only(self._handlers.document.answer, known),
-            "/overview": self._read_only(self._handlers.overview.answer, known),
+            "/overview": self._read_only(self._handlers.overview, known),
         }
+
+
+def admin_endpoints(
+    admin: AdminHandler, middleware: Middleware
+) -> Callable[[AccessCheck], Endpoint]:
+    """Return what makes an admin listener's endpoint; the pages' files need no key."""
+    files = StaticFiles(ADMIN_PAGES)
+    pages = middleware.wrap(read_only(own(files.answer)), allow_anyone)
+
+    def endpoint_for(check: AccessCheck) -> Endpoint:
+        api = middleware.wrap(own(admin.answer), check)
+        return lambda http: (pages if http.path in files else api)(http)
+
+    return endpoint_for

@@ -1,4 +1,4 @@
-"""Text for a terminal: tables, readable sizes, and a progress bar."""
+"""Text for a terminal: tables, readable sizes and durations, and a progress bar."""
 
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
@@ -10,6 +10,14 @@ from pydantic import ByteSize
 def human_size(count: int) -> str:
     """Return a number of bytes with a unit, such as `1.5MiB`."""
     return ByteSize(count).human_readable()
+
+
+def duration(seconds: float) -> str:
+    """Return a duration with a unit, such as `1.5 h`."""
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if abs(seconds) >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

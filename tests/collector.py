@@ -9,6 +9,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from tests.servers import free_port
+from tests.waiting import HANGS_S
 
 
 class Collector:
@@ -54,7 +55,7 @@ class Collector:
         self._grown = asyncio.Event()
 
     async def until(self, is_there: Callable[[], bool]) -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(HANGS_S):
             while not is_there():
                 await self._grown.wait()
 

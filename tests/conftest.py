@@ -1,16 +1,26 @@
 """What all tests share: one server of each kind, for those that leave it in peace."""
 
+import os
+import signal
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
 from .servers import SERVERS, MemcachedServer, RedisServer, StoreServer
 
-# How long an example takes is the machine's affair.
-settings.register_profile("tierserve", deadline=None)
+# Shells have their background jobs ignore it, and tests' children would, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+# How long an example takes is the machine's affair. New ones are looked for in the long tests, so
+# that no change is blamed for what it didn't touch.
+settings.register_profile(
+    "tierserve",
+    deadline=None,
+    derandomize=os.environ.get("TIERSERVE_LONG") != "1",
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("tierserve")
 
 

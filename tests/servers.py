@@ -15,6 +15,7 @@ import pytest
 from aiocache.base import BaseCache
 
 from server.cache import open_cache
+from tests.waiting import HANGS_S
 
 # Below those that the system gives to whoever wants any, and of one pytest-xdist worker alone: a
 # port must stay free until who is told of it listens, and while that is started again.
@@ -29,6 +30,11 @@ def free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+
+
+def _listens(family: int, address: str | tuple[str, int]) -> bool:
+    with socket.socket(family) as probe:
+        return probe.connect_ex(address) == 0
 
 
 class StoreServer:
@@ -56,16 +62,19 @@ class StoreServer:
         """Return the shared tier's backend on this server, as each process has one of its own."""
         return open_cache(self.url)
 
+    @property
+    def addresses(self) -> list[tuple[int, str | tuple[str, int]]]:
+        """Where it listens, with the address's family."""
+        return [(socket.AF_INET, ("127.0.0.1", self.port))]
+
     def start(self) -> None:
         self.process = subprocess.Popen(
             self.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        until = time.monotonic() + 30
-        while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
+        until = time.monotonic() + HANGS_S
+        while not all(_listens(*each) for each in self.addresses):
             if self.process.poll() is not None or time.monotonic() > until:
+                self.kill()
                 pytest.fail(f"{self.program} didn't start: {self.process.returncode}")
             time.sleep(0.01)
 
@@ -83,7 +92,7 @@ class StoreServer:
 
     def ask(self, line: str) -> bytes:
         """Send a line over a connection of its own and return the first line of the reply."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as wire:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=HANGS_S) as wire:
             wire.sendall(line.encode() + b"\r\n")
             return wire.makefile("rb").readline().strip()
 
@@ -99,7 +108,7 @@ class RedisServer(StoreServer):
             "save": "",
             "appendonly": "no",
             "dir": str(self.folder),
-            "unixsocket": str(self.folder / "redis.sock"),
+            "unixsocket": str(self._socket),
         }
         return [self.program, *(part for name in options for part in (f"--{name}", options[name]))]
 
@@ -108,8 +117,17 @@ class RedisServer(StoreServer):
         return f"redis://127.0.0.1:{self.port}/0"
 
     @property
+    def _socket(self) -> Path:
+        return self.folder / "redis.sock"
+
+    @property
+    def addresses(self) -> list[tuple[int, str | tuple[str, int]]]:
+        # It begins to listen at one after the other.
+        return [*super().addresses, (socket.AF_UNIX, str(self._socket))]
+
+    @property
     def unix_url(self) -> str:
-        return f"unix://{self.folder}/redis.sock?db=1"
+        return f"unix://{self._socket}?db=1"
 
 
 class MemcachedServer(StoreServer):

@@ -7,6 +7,7 @@ Invariant: of all callers that request a key at the same time one generates, in 
 far as leases reach, in all others; no caller gets an older answer than one that others got before.
 """
 
+import asyncio
 import time
 from collections.abc import Callable, Iterable
 from enum import Enum
@@ -154,6 +155,17 @@ class AnswerCache:
     ) -> None:
         self.chain, self._flights, self._lock, self._clock = chain, flights, lock, clock
 
+    def find_at_once(self, key: str, encoding: int, now: float) -> Hit | None:
+        """Return a fresh entry that may be served without anything else to do, and count it.
+
+        `None` says that `get_or_generate` is to be called, which hasn't been anticipated in
+        anything. It is for callers that accept any fresh answer in an encoding, which requests of
+        one key may ask for in turn; `now` are Unix seconds.
+        """
+        if self._flights.stores_any() and self._flights.being_stored(key) is not None:
+            return None
+        return self.chain.find_at_once(key, encoding, now)
+
     async def get_or_generate(
         self, key: str, begin: Callable[[], Generation], acceptance: Acceptance = ANY
     ) -> Hit | Pending | None:
@@ -183,6 +195,9 @@ class AnswerCache:
             run,
             self.chain.provenance(generation.labels),
             variant=generation.variant,
+            has_stale=stale is not None,
+            # One that has ended is older than the request for a newer one.
+            joins_ended=not acceptance.no_cache,
         )
         return Pending(subscriber, reason_of(hit, acceptance), joined, stale)
 
@@ -219,6 +234,8 @@ class AnswerCache:
         freshness = await generation.generate(flight)
         if freshness is not None and flight.answer is not None:
             self._flights.mark_being_stored(key, flight)
+            # The callers who wait get the answer first.
+            await asyncio.sleep(0)
             await self.store(key, flight, flight.answer, freshness, self._clock() - started)
 
     async def store(

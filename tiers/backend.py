@@ -16,6 +16,8 @@ from typing import Any, Protocol
 from aiocache.base import BaseCache
 from aiocache.serializers import NullSerializer
 
+from tiers.entry import Entry
+
 MAX_KEY_BYTES = 511
 """The longest key that every backend of ours takes: LMDB's limit."""
 
@@ -131,6 +133,15 @@ class ByteCache(BaseCache):
             OSError: they never can.
         """
 
+    @abstractmethod
+    def resize(self, max_bytes: int) -> None:
+        """Take at most `max_bytes` from now on; what is too much leaves soon. Needs an event loop.
+
+        Raises:
+            ValueError: it can't be so small.
+            OSError: there is no memory for one so large; nothing has changed.
+        """
+
     def statistics(self) -> FileStatistics | None:
         """Return the file in numbers, or `None` where there is none or it can't be read now."""
         return None
@@ -142,6 +153,27 @@ class ByteCache(BaseCache):
     @abstractmethod
     def peek(self, key: str) -> tuple[bytes, float | None] | None:
         """Return value and expiry (Unix s), or `None`; doesn't count as reading."""
+
+    def read_entry(self, key: str) -> Entry | None:
+        """Return the same as `read`, decoded.
+
+        Raises:
+            ValueError: the value is no entry of this format version.
+        """
+        value = self.read(key)
+        return None if value is None else Entry.decode(value)
+
+    def peek_entry(self, key: str, now: float) -> Entry | None:
+        """Return the same as `peek` at `now` (Unix s), decoded, without the expiry.
+
+        Raises:
+            ValueError: the value is no entry of this format version.
+        """
+        held = self.peek(key)
+        return None if held is None else Entry.decode(held[0])
+
+    def note_read(self, key: str) -> None:
+        """Count as read what was peeked."""
 
     @abstractmethod
     async def write(self, key: str, value: bytes, expires_at: float | None) -> bool:

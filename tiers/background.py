@@ -50,7 +50,7 @@ class BackgroundWork:
         write: WritePolicy,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._nearest = tiers[0] if tiers else None
+        self._tiers, self._nearest = tiers, tiers[0] if tiers else None
         self._disk, self._frequency, self._demotion = disk, frequency, demotion
         self._purges, self._write, self._clock = purges, write, clock
         self._shared_purges = shared_purges
@@ -63,12 +63,24 @@ class BackgroundWork:
         """How many demotions found no room in the queue."""
         return self._demotion.dropped
 
+    async def learn_purges(self) -> None:
+        """Learn what other machines have purged, if they can be asked."""
+        # The first connection may take longer than a poll may.
+        if (shared := self._shared_purges) is not None and (
+            await shared.sync() or await shared.sync()
+        ):
+            await asyncio.gather(*(tier.connect() for tier in self._tiers))
+
+    async def share_purges(self) -> None:
+        """Learn what other machines have purged, now and until `close`."""
+        # Entries purged while this process was down must not be given out now.
+        await self.learn_purges()
+        if self._shared_purges is not None:
+            self._tasks.append(asyncio.create_task(self._shared_purges.run()))
+
     async def start(self) -> None:
         """Learn what other machines have purged, then load and refill in the background."""
-        if self._shared_purges is not None:
-            # Entries purged while this process was down must not be given out now.
-            await self._shared_purges.sync()
-            self._tasks.append(asyncio.create_task(self._shared_purges.run()))
+        await self.share_purges()
         if self._disk is not None:
             self._tasks.append(asyncio.create_task(self._run(self._disk)))
 

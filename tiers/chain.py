@@ -6,11 +6,12 @@ Invariant: a lookup returns the entry last stored under its key, unless that is 
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from enum import StrEnum
+from itertools import takewhile
 from math import log
 from random import random
 from typing import NamedTuple
 
-from tiers.entry import Answer, Entry, Freshness, Provenance, State
+from tiers.entry import SKEW_S, Answer, Entry, Freshness, Provenance, State
 from tiers.frequency import FrequencySketch
 from tiers.movement.demotion import WritePolicy
 from tiers.movement.promotion import FarHit, Promotion
@@ -25,6 +26,8 @@ _PROMOTION_BYTES = 16 * 1024**2
 # random number exceeds 40 once in 10^17 times.
 _EARLIEST = 40
 _FRESH = State.FRESH
+# Calling a `NamedTuple` class would be a call more for each hit.
+_new = tuple.__new__
 
 
 class Hit(NamedTuple):
@@ -40,7 +43,6 @@ class Hit(NamedTuple):
 class _Found(NamedTuple):
     depth: int
     """Of its tier in the chain."""
-    value: bytes
     entry: Entry
     state: State
 
@@ -95,6 +97,7 @@ class Chain:
         self.tiers = tuple(tiers)
         self._own = tuple(tier for tier in tiers if not tier.shared)
         self._shared = tuple(tier for tier in tiers if tier.shared)
+        self._at_once = tuple(takewhile(lambda tier: tier.local is not None, tiers))
         self._frequency = frequency
         self._write = write
         self._promotion = Promotion(
@@ -120,6 +123,38 @@ class Chain:
         """How many exchanges of purges with other machines failed."""
         return 0 if self._shared_purges is None else self._shared_purges.errors
 
+    def is_available(self, tier: Tier) -> bool:
+        """Return whether a tier is asked, which it isn't while it fails or its purges do."""
+        return tier.available and not (tier.shared and self.purges.shared_unknown)
+
+    def find_at_once(self, key: str, encoding: int, now: float) -> Hit | None:
+        """Return a fresh entry that a tier of this process holds, and count the request.
+
+        Where there is more to do it returns `None`, and has counted nothing: `lookup` does it. So
+        it is if nothing is found, if other machines may have purged, or if the entry is to be
+        refreshed or promoted, or has another encoding.
+        """
+        if (shared := self._shared_purges) is not None and shared.is_behind:
+            return None
+        for depth, tier in enumerate(self._at_once):
+            entry = tier.find_at_once(key, now, self.purges)
+            if entry is None:
+                continue
+            if entry.stored_at > now + SKEW_S or entry.answer.encoding != encoding:
+                return None
+            if now >= entry.expires_at - _EARLIEST * entry.generation_s:
+                return None
+            if depth and self._may_promote(key, entry, depth):
+                return None
+            self._frequency.record(key)
+            if depth:
+                for nearer in self._at_once[:depth]:
+                    nearer.counts.misses += 1
+            tier.counts.hits += 1
+            tier.note_read(key)
+            return _new(Hit, (entry, tier.name, _FRESH, False))
+        return None
+
     async def lookup(self, key: str) -> Hit | None:
         """Return the entry under `key`, and count the request; the entry may be promoted.
 
@@ -130,21 +165,18 @@ class Chain:
         if self._shared_purges is not None:
             await self._catch_up_purges()
         best = None
-        if self.tiers and (found := await self.tiers[0].get(key, self.purges)) is not None:
-            value, entry = found
+        if self.tiers and (entry := await self.tiers[0].get(key, self.purges)) is not None:
             now = self.clock()
             state = entry.state(now)
             if state is _FRESH:
-                # Nearly every hit ends here, and pays for each call.
-                may_refresh = entry.expires_at - now < _EARLIEST * entry.generation_s
-                refresh = may_refresh and self._is_refreshed_early(entry, now)
+                refresh = self._is_refreshed_early(entry, now)
                 return Hit(entry, self.tiers[0].name, state, refresh)
-            best = None if state is State.EXPIRED else _Found(0, value, entry, state)
+            best = None if state is State.EXPIRED else _Found(0, entry, state)
         if len(self.tiers) > 1:
             best = await self._lookup_farther(key, best, asked)
         if best is None:
             return None
-        depth, _, entry, state = best
+        depth, entry, state = best
         refresh = state is State.STALE_WHILE_REVALIDATE or self._is_refreshed_early(
             entry, self.clock()
         )
@@ -158,16 +190,16 @@ class Chain:
         await self._catch_up_purges()
         with self._transfers.begin(key) as transfer:
             for depth, tier in enumerate(self.tiers):
-                found = await tier.get(key, self.purges, counted=False)
-                if found is None:
+                entry = await tier.get(key, self.purges, counted=False)
+                if entry is None:
                     continue
-                value, entry = found
                 now = self.clock()
                 if entry.stored_at > than and entry.state(now) is State.FRESH:
                     async with transfer.writing() as is_latest:
                         for nearer in self.tiers[:depth] if is_latest else ():
                             if await nearer.holds(key):
-                                await nearer.put(key, value, entry.kept_until - now)
+                                left_s = entry.kept_until - now
+                                await nearer.put(key, entry.encode(), left_s)
                     return entry.answer
         return None
 
@@ -227,7 +259,7 @@ class Chain:
             if self._write is WritePolicy.ON_EVICT:
                 stored = await self._store_nearest(key, value, left_s)
             for tier in self._shared if self._write is WritePolicy.ON_EVICT else self.tiers:
-                stored = await tier.put(key, value, left_s) or stored
+                stored = await self._put(tier, key, value, left_s) or stored
             return stored
 
     def frequency(self, key: str) -> int:
@@ -273,7 +305,7 @@ class Chain:
                 if tier not in into or left_s <= 0:
                     await tier.remove(key)
                 else:
-                    stored = await tier.put(key, value, left_s) or stored
+                    stored = await self._put(tier, key, value, left_s) or stored
         return ImportResult.STORED if stored else ImportResult.REFUSED
 
     async def purge(self, *labels: str) -> None:
@@ -309,13 +341,23 @@ class Chain:
     async def _held(self, key: str) -> AsyncIterator[Entry]:
         """Yield what the tiers hold under `key` and may serve, nearest first."""
         for tier in self.tiers:
-            if tier.shared and self.purges.shared_unknown:
+            if not self.is_available(tier):
                 continue
             entry = await tier.peek(key)
             if entry is None or self.purges.is_purged(key, entry):
                 continue
             if entry.state(self.clock()) is not State.EXPIRED:
                 yield entry
+
+    async def _put(self, tier: Tier, key: str, value: bytes, left_s: float) -> bool:
+        # Others would take it for newer than purges that this process doesn't know, or has learned
+        # only since other tiers began to store it.
+        if tier.shared and (
+            self.purges.shared_unknown or self.purges.is_encoded_known_purged(key, value)
+        ):
+            tier.forgo(key, value)
+            return False
+        return await tier.put(key, value, left_s)
 
     async def _store_nearest(self, key: str, value: bytes, ttl_s: float) -> bool:
         # An older entry in a farther tier would be found once the nearest has evicted this one.
@@ -327,12 +369,17 @@ class Chain:
         return False
 
     async def _lookup_in(self, depth: int, key: str) -> _Found | None:
-        found = await self.tiers[depth].get(key, self.purges)
-        if found is None:
+        entry = await self.tiers[depth].get(key, self.purges)
+        if entry is None:
             return None
-        value, entry = found
         state = entry.state(self.clock())
-        return None if state is State.EXPIRED else _Found(depth, value, entry, state)
+        return None if state is State.EXPIRED else _Found(depth, entry, state)
+
+    def _may_promote(self, key: str, entry: Entry, depth: int) -> bool:
+        """Whether one more request promotes an entry that the tier at `depth` holds."""
+        requested = self._frequency.estimate_after(key)
+        nearer = self._at_once[:depth]
+        return any(self._promotion.is_worth(entry, requested, tier) for tier in nearer)
 
     async def _lookup_farther(self, key: str, best: _Found | None, asked: int) -> _Found | None:
         """Look up the tiers behind the nearest, where `best` was found, and promote a find."""
@@ -349,7 +396,7 @@ class Chain:
                     break
                 older_in.append(self.tiers[depth])
             if transfer is not None and best is not None and best.depth > 0:
-                far_hit = FarHit(key, best.value, best.entry, asked, older_in)
+                far_hit = FarHit(key, best.entry, asked, older_in)
                 taken, transfer = transfer, None
                 await self._promotion.promote(taken, far_hit, self.tiers[: best.depth])
             return best

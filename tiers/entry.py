@@ -15,7 +15,8 @@ _VERSION = 3
 MAX_ENCODING = 1
 """Of the encodings that callers know; an entry in another is a miss."""
 SKEW_S = 1.0
-"""How many seconds the clocks of machines that share a tier may differ by."""
+"""How many seconds the clocks of machines that share a tier may differ by, once they are corrected
+(`tiers.server_clock`)."""
 
 
 class Answer(NamedTuple):
@@ -120,6 +121,20 @@ class Entry(NamedTuple):
             return State.STALE_WHILE_REVALIDATE
         return State.STALE_IF_ERROR if now < self.kept_until else State.EXPIRED
 
+    def later_by(self, seconds: float) -> Self:
+        """Return the same by a clock that is ahead of ours by so many seconds."""
+        if not seconds:
+            return self
+        stored_at, expires_at = self.stored_at + seconds, self.expires_at + seconds
+        return self._replace(stored_at=stored_at, expires_at=expires_at)
+
+    @property
+    def encoded_bytes(self) -> int:
+        """How many bytes `encode` returns."""
+        answer = self.answer
+        labels_bytes = len(self.packed_labels)
+        return _HEADER.size + labels_bytes + len(answer.trailer) + len(answer.content)
+
     def encode(self) -> bytes:
         """Return the bytes that tiers store."""
         answer, *numbers, labels = self
@@ -139,8 +154,8 @@ class Entry(NamedTuple):
         return Provenance(purge_epoch, data[_HEADER.size : _HEADER.size + labels_bytes])
 
     @classmethod
-    def decode(cls, data: bytes) -> Self:
-        """Return the entry that `encode` wrote.
+    def decode(cls, data: bytes | memoryview) -> Self:
+        """Return the entry that `encode` wrote; it keeps nothing of a memoryview.
 
         Raises:
             ValueError: the bytes are of another format version, or cut short.
@@ -153,8 +168,9 @@ class Entry(NamedTuple):
         content_at = trailer_at + trailer_bytes
         if version != _VERSION or content_at > len(data) or encoding > MAX_ENCODING:
             raise ValueError("entry is of another format version or cut short")
-        answer = _new(Answer, (encoding, data[content_at:], data[trailer_at:content_at]))
-        return _new(cls, (answer, *fields, data[_HEADER.size : trailer_at]))
+        content, trailer = bytes(data[content_at:]), bytes(data[trailer_at:content_at])
+        answer = _new(Answer, (encoding, content, trailer))
+        return _new(cls, (answer, *fields, bytes(data[_HEADER.size : trailer_at])))
 
     @classmethod
     def decode_untrusted(cls, data: bytes) -> Self:

@@ -27,11 +27,14 @@ def set_lock(file: int, kind: int, offset: int) -> None:
 def are_others_locked(file: int, offset: int) -> bool:
     """Return whether another open file description has locked a byte other than `offset`."""
     parts = (0, offset), (offset + 1, 0)
-    # A length of 0 means up to the end of the file.
-    return any(_is_locked(file, *part) for part in parts if part != (0, 0))
+    return any(is_locked(file, *part) for part in parts if part != (0, 0))
 
 
-def _is_locked(file: int, offset: int, length: int) -> bool:
+def is_locked(file: int, offset: int, length: int = 1) -> bool:
+    """Return whether another open file description has locked one of these bytes.
+
+    A length of 0 means up to the end of the file.
+    """
     query = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, length, 0)
     kind, *_ = _FLOCK.unpack(fcntl.fcntl(file, fcntl.F_OFD_GETLK, query))
     return bool(kind != fcntl.F_UNLCK)

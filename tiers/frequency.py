@@ -61,8 +61,11 @@ class FrequencySketch:
 
     def record(self, key: str) -> int:
         """Count one more request for `key` and return the new estimate."""
-        # Unrolled, since every hit pays for it.
-        bits = _bits(key)
+        # Unrolled, since every hit pays for it, and with the common case of `_bits`.
+        try:
+            bits = int(key[-16:], 16) if len(key) >= _DIGEST_DIGITS else _bits(key)
+        except ValueError:
+            bits = _bits(key)
         table = self._table
         at_0 = ((bits & self._mask) << 6) + (bits >> 32 & 15)
         at_1 = (at_0 & ~15) + 16 + (bits >> 36 & 15)
@@ -95,6 +98,10 @@ class FrequencySketch:
             self._table[block + 32 + (bits >> 40 & 15)],
             self._table[block + 48 + (bits >> 44 & 15)],
         )
+
+    def estimate_after(self, key: str) -> int:
+        """Return the estimate that one more `record` of `key` would return."""
+        return min(self.estimate(key) + 1, _MOST)
 
     def double(self) -> None:
         """Make room for twice as many keys; estimates stay as they are."""

@@ -4,6 +4,7 @@ The one place that catches a backend's failure, counts it, and makes it a miss, 
 never fail a request. Cancellation passes through.
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -19,10 +20,13 @@ from tiers.purges.purges import Purges
 from tiers.resilience.bulkhead import Bulkhead, BusyError
 from tiers.resilience.circuit_breaker import FAILURES, CircuitBreaker
 from tiers.resilience.failed_writes import FailedWrites
+from tiers.server_clock import ServerClock
 
 logger = logging.getLogger(__name__)
 
 _WRITE_S = 1.0
+PATIENT_S = 0.25
+"""Seconds that what saves a generation may take, where a generation would begin otherwise."""
 # Each takes a connection. One process hardly makes more calls at once, even to a quick server.
 _MAX_READS = 8
 _MAX_WRITES = 4
@@ -57,6 +61,8 @@ class Tier:
         deadline_s: seconds that one read may take; a write may take a second, since nobody waits
             for it. 0 for a backend that answers at once.
         shared: whether other machines use it too, so that new answers are stored there at once.
+        server_clock: that of the backend's server, by which it keeps the times of entries; by
+            default the same as ours.
         clock: returns Unix seconds.
     """
 
@@ -67,6 +73,7 @@ class Tier:
         *,
         deadline_s: float = 0,
         shared: bool = False,
+        server_clock: ServerClock | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.name = name
@@ -74,11 +81,12 @@ class Tier:
         self.deadline_s = deadline_s
         self.shared = shared
         self._write_s = max(deadline_s, _WRITE_S) if deadline_s else 0
-        self._clock = clock
+        self._clock, self.server_clock = clock, server_clock
         self.local = backend if isinstance(backend, ByteCache) else None
         """The backend if it is one of ours, which answers at once: reads skip aiocache's layers,
         which cost more than the read."""
-        self._decode = Entry.decode_untrusted if self.local is None else Entry.decode
+        self.note_read = _ignore if self.local is None else self.local.note_read
+        """Counts as read what `find_at_once` has returned."""
         self._reads = Bulkhead(_MAX_READS, deadline_s, limit_s=self._write_s)
         self._writes = Bulkhead(_MAX_WRITES, self._write_s, limit_s=self._write_s)
         self._probes = Bulkhead(1, deadline_s, limit_s=self._write_s)
@@ -102,6 +110,12 @@ class Tier:
         """Whether entries can be read, which they can't while a file is being verified."""
         return self.local is None or self.local.is_open
 
+    async def connect(self) -> None:
+        """Open the connections that lookups take, which couldn't do it within their deadline."""
+        if self.deadline_s:
+            probes = [self.backend.exists(_PROBE_KEY, timeout=_WRITE_S) for _ in range(_MAX_READS)]
+            await asyncio.gather(*probes, return_exceptions=True)
+
     async def opened(self) -> None:
         """Return when entries can be read.
 
@@ -111,55 +125,62 @@ class Tier:
         if self.local is not None:
             await self.local.opened()
 
-    async def get(
-        self, key: str, purges: Purges, *, counted: bool = True
-    ) -> tuple[bytes, Entry] | None:
-        """Return the entry under `key`, encoded and decoded, or `None` if there is none.
+    def find_at_once(self, key: str, now: float, purges: Purges) -> Entry | None:
+        """Return the entry under `key` in this process; counts nothing.
 
-        A purged entry counts as none. Unless `counted`, the call is neither a hit nor a miss.
+        `None` also stands for a tier that fails, or that has to be waited for: `get` then does what
+        there is to do.
+
+        Args:
+            key: its key.
+            now: Unix seconds.
+            purges: a purged entry counts as none.
+        """
+        if self.local is None or self._failing or not self._failed_writes.is_empty:
+            return None
+        try:
+            entry = self.local.peek_entry(key, now)
+        except Exception:
+            # `get` fails as well, and reports why.
+            return None
+        return None if entry is None or purges.is_purged(key, entry) else entry
+
+    async def get(self, key: str, purges: Purges, *, counted: bool = True) -> Entry | None:
+        """Return the entry under `key`, or `None` if there is none.
+
+        A purged entry counts as none. Unless `counted`, the call is neither a hit nor a miss, but
+        by a caller that generates otherwise: it may take `PATIENT_S`, with the breaker open, too.
         """
         try:
-            value: bytes | None
-            if self.local is not None:
-                value = self.local.read(key)
-            elif self._breaker.is_open or (self.shared and purges.shared_unknown):
-                # Other machines may have purged it.
-                value = None
-            else:
-                value = await self._read(key)
+            entry = await self._read_entry(key, purges, is_patient=not counted)
+        except ValueError as exc:
+            # From another version of ours, or damaged; the next answer replaces it.
+            logger.debug("the %s tier holds an entry that can't be read: %s", self.name, exc)
+            entry = None
         except Exception as exc:
             self._record_failure("read", exc)
             return None
         if self._failing:
             self._failing.pop("read", None)
-        if value is not None:
-            try:
-                entry = self._decode(value)
-            except ValueError as exc:
-                # From another version of ours, or damaged; the next answer replaces it.
-                logger.debug("the %s tier holds an entry that can't be read: %s", self.name, exc)
-            else:
-                failed = self._failed_writes
-                is_stale = not failed.is_empty and failed.may_be_stale(key, entry.stored_at)
-                if not is_stale and not purges.is_purged(key, entry):
-                    self.counts.hits += counted
-                    return value, entry
+        if entry is not None:
+            failed = self._failed_writes
+            is_stale = not failed.is_empty and failed.may_be_stale(key, entry.stored_at)
+            if not is_stale and not purges.is_purged(key, entry):
+                self.counts.hits += counted
+                return entry
         self.counts.misses += counted
         return None
 
     async def peek(self, key: str) -> Entry | None:
         """Return the entry under `key`, or `None`. Doesn't count as a request for it."""
         try:
-            value: bytes | None
             if self.local is not None:
-                held = self.local.peek(key)
-                value = None if held is None else held[0]
+                entry = self.local.peek_entry(key, self.local.clock())
             else:
-                value = await self._read(key) if self.available else None
-            if value is None:
+                entry = await self._read(key) if self.available else None
+            if entry is None or self._failed_writes.may_be_stale(key, entry.stored_at):
                 return None
-            entry = self._decode(value)
-            return None if self._failed_writes.may_be_stale(key, entry.stored_at) else entry
+            return entry
         except ValueError:
             # From another version of ours, or damaged.
             return None
@@ -171,8 +192,10 @@ class Tier:
         """Store an encoded entry for `ttl_s` seconds. Returns whether it is stored."""
         stored, may_be_older = False, True
         try:
-            if self.available:
-                write = partial(self.backend.set, key, value, ttl=ttl_s, timeout=0)
+            # Other machines wait for it, whose reads may be quicker.
+            if self.available or self.shared:
+                sent = self._by_server_clock(value)
+                write = partial(self.backend.set, key, sent, ttl=ttl_s, timeout=0)
                 stored = await self._write("write", write)
                 may_be_older = not stored and await self._holds_other(key, value)
         except Exception as exc:
@@ -184,6 +207,10 @@ class Tier:
                 self._note_success(key, self._stored_at(value))
         self.counts.stores += stored
         return stored
+
+    def forgo(self, key: str, value: bytes) -> None:
+        """Hide what the tier holds under `key`, which an encoded entry should have replaced."""
+        self._failed_writes.add(key, self._stored_at(value))
 
     async def remove(self, key: str) -> None:
         """Drop the entry under `key`, if there is one."""
@@ -236,15 +263,39 @@ class Tier:
             self.counts.errors += 1
             logger.error("the %s tier failed to close: %r", self.name, exc)
 
-    async def _read(self, key: str) -> bytes | None:
+    async def _read_entry(self, key: str, purges: Purges, *, is_patient: bool) -> Entry | None:
+        """Return what the backend holds, unless it can't be called now.
+
+        Raises:
+            ValueError: it is no entry.
+        """
+        if self.local is not None:
+            return self.local.read_entry(key)
+        if self._breaker.is_open and not is_patient:
+            return None
+        if self.shared and purges.shared_unknown:
+            # Other machines may have purged it.
+            return None
+        return await self._read(key, is_patient=is_patient)
+
+    async def _read(self, key: str, *, is_patient: bool = False) -> Entry | None:
         value: bytes | None
         if self.deadline_s:
             read = partial(self.backend.get, key, timeout=0)
-            value = await self._reads.run(read)
+            deadline_s = max(PATIENT_S, self.deadline_s) if is_patient else None
+            value = await self._reads.run(read, deadline_s=deadline_s)
         else:
             value = await self.backend.get(key)
         self._breaker.succeeded()
-        return value
+        if value is None:
+            return None
+        entry = Entry.decode_untrusted(value)
+        return entry if self.server_clock is None else entry.later_by(-self.server_clock.ahead_s)
+
+    def _by_server_clock(self, value: bytes) -> bytes:
+        if self.server_clock is None or not self.server_clock.ahead_s:
+            return value
+        return Entry.decode(value).later_by(self.server_clock.ahead_s).encode()
 
     async def _write(self, action: str, write: Callable[[], Coroutine[Any, Any, object]]) -> bool:
         done = bool(await (self._writes.run(write) if self.deadline_s else write()))
@@ -305,3 +356,7 @@ class Tier:
         elif in_a_row == FAILURES and self.available:
             # Another action succeeds in between, so the breaker stays closed.
             logger.error("the %s tier fails to %s: %r", self.name, action, exc)
+
+
+def _ignore(_: str) -> None:
+    """Do nothing."""

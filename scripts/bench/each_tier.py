@@ -19,19 +19,18 @@ import gc
 import os
 import random
 import shutil
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import orjson
 import uvloop
 from aiocache.base import BaseCache
+from rows import print_row
+from servers import free_port, running
 
 from tiers import DiskCache, MemoryCache, digest
 from tiers.backend import ByteCache
@@ -47,7 +46,6 @@ GIB = 1024**3
 TEXT = "\n".join(topics.values())
 BATCH = 2000
 HELD = 100_000
-START_S = 30
 Pairs = list[tuple[str, bytes]]
 
 
@@ -87,56 +85,36 @@ def _resident_bytes() -> int:
 async def _speed(folder: Path, options: argparse.Namespace) -> None:
     print(f"{'tier':<18} {'lookups/s':>10} {'p50 µs':>7} {'p99 µs':>7}"
           f" {'stores/s':>9} {'p50 ms':>7} {'p99 ms':>7} {'stall ms':>9}")  # fmt: skip
-    await _measure("memory", MemoryCache(GIB), options)
+    rates = {"memory": await _measure("memory", MemoryCache(GIB), options)}
     for durability in Durability:
         cache = DiskCache(folder / durability, GIB, durability=durability)
-        await _measure(f"disk, {durability}", cache, options)
-    port = _free_port()
+        rates[durability] = await _measure(f"disk, {durability}", cache, options)
+    port = free_port()
     redis = ["redis-server", "--bind", "127.0.0.1", "--port", f"{port}", "--save", "",
              "--dir", str(folder)]  # fmt: skip
-    with _running(redis, port) as is_there:
-        if is_there:
+    if _is_installed("redis-server"):
+        with running(redis, port):
             await _measure("shared, redis", RedisBytes(f"redis://127.0.0.1:{port}/0"), options)
-    port = _free_port()
+    port = free_port()
     memcached = ["memcached", "-l", "127.0.0.1", "-p", f"{port}", "-U", "0", "-m", "1024",
                  "-u", "nobody"]  # fmt: skip
-    with _running(memcached, port) as is_there:
-        if is_there:
+    if _is_installed("memcached"):
+        with running(memcached, port):
             await _measure("shared, memcached", MemcachedBytes("127.0.0.1", port), options)
+    print_row("memory tier alone: lookups/s, stores/s", rates["memory"])
+    commit, interval = rates[Durability.COMMIT], rates[Durability.INTERVAL]
+    print_row("disk tier alone, `durability: commit` (`interval`)", f"{commit} ({interval})")
 
 
-@contextmanager
-def _running(command: list[str], port: int) -> Iterator[bool]:
-    """Run a server that listens at a port; yields whether its program is installed."""
-    if shutil.which(command[0]) is None:
-        print(f"{command[0]} isn't installed")
-        yield False
-        return
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        until = time.monotonic() + START_S
-        while not _listens(port):
-            if process.poll() is not None or time.monotonic() > until:
-                raise ChildProcessError(f"{command[0]} didn't start: {process.returncode}")
-            time.sleep(0.01)
-        yield True
-    finally:
-        process.kill()
-        process.wait()
+def _is_installed(program: str) -> bool:
+    if is_there := shutil.which(program) is not None:
+        return is_there
+    print(f"{program} isn't installed")
+    return False
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-async def _measure(name: str, cache: BaseCache, options: argparse.Namespace) -> None:
+async def _measure(name: str, cache: BaseCache, options: argparse.Namespace) -> str:
+    """Print a row; returns lookups and stores a second."""
     pairs = [(_key(number), _answer(number)) for number in range(options.operations)]
     waiting, stores = iter(pairs), []
 
@@ -171,6 +149,7 @@ async def _measure(name: str, cache: BaseCache, options: argparse.Namespace) -> 
           f" {_at(lookup, 99) * 1e6:>7.1f} {len(pairs) / store_s:>9,.0f}"
           f" {_at(stored, 50) * 1e3:>7.2f} {_at(stored, 99) * 1e3:>7.2f}"
           f" {stall * 1e3:>9.1f}", flush=True)  # fmt: skip
+    return f"{len(pairs) / lookup_s:,.0f}, {len(pairs) / store_s:,.0f}"
 
 
 def _look_up(cache: ByteCache, wanted: Pairs) -> list[float]:

@@ -1,246 +1,272 @@
-"""Hits of the whole product against a bare aiohttp handler, as ratios of requests per second.
+"""Hits of the whole product beside a bare aiohttp handler, nginx and LiteLLM: requests a second.
 
-Three servers run side by side, pinned to one core, with uvloop: the product answering from its
-memory tier, the product answering from its disk tier (it has no other), and an aiohttp handler
-that reads the same bodies and returns the same bytes. wrk, pinned to another core, asks them in
-turn, so that other work of the machine slows all three alike. A process of the lowest priority
-keeps wrk's core awake: a sleeping core wakes slowly, above all a virtual one, and the server would
-pay for it. A ratio is the median of the rounds' ratios.
+The servers of a case run side by side, pinned to one core: the product answering from its memory
+tier, the product answering from its disk tier (it has no other), an aiohttp handler with uvloop
+that reads the same bodies and returns the same bytes, and nginx with `proxy_cache`, whose key is
+the body (at most 64 kB: a cache file has no room for more) and whose files are in memory. wrk,
+pinned to another core, asks them in turn, so that other work of the machine slows all alike.
 
-Answers are asked for in the encoding in which they are stored; a hit in the other one is converted,
-which takes about 2 ms for 500 tokens more. Questions have 100 and 4,000 bytes; longer ones aren't
-measured. Compare two versions by runs that alternate on one quiet machine.
+A rate is the median of the rounds' responses a second, and beside it stands the server's CPU time
+for one. A ratio is of responses in a second of CPU time, the median of the rounds' with its
+quartiles. On a core that has nothing else to do that is the ratio of the rates. A rate with a *
+isn't the server's, which used less than 0.9 of its core: it had one connection, or wrk, other work
+or TCP held it up (an answer above 64 kB is more than a segment of loopback, and wrk slow to say
+that it has read the first).
 
-Needs wrk and two cores. Usage: hits.py [--rounds N] [--seconds N] [--connections N] [--questions N]
+The product is complete: one tenant's key, metrics and request ids; the handler and nginx have none
+of these. `log` adds its access log, in a file. Answers are asked for in the encoding in which they
+are stored; a hit in the other one is converted, which takes about 2 ms for 500 tokens more. Streams
+have an event a word.
+
+`workers` compares the rates of two workers of the product, on two cores, and of one. On a machine
+with two cores wrk shares these: a column gives its time to the workers. The last has what they
+would reach without idling, which other work of the machine doesn't change.
+
+LiteLLM's proxy, with its in-memory and its disk cache, is installed the first time, in an
+environment of its own in the cache folder.
+
+Needs two cores and wrk, and nginx for its column. The tables are Markdown.
+
+Usage: hits.py [--cases NAME …] [--litellm] [--rounds N] [--seconds N]
 """
 
 import argparse
-import asyncio
 import os
+import platform
 import re
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from operator import attrgetter
 from pathlib import Path
-from random import Random
 
-import orjson
-import uvloop
-from aiohttp import web
+from cached_servers import (
+    KEY,
+    LITELLM,
+    RunningServer,
+    check,
+    fill,
+    litellm,
+    nginx,
+    replying,
+    tierserve,
+)
+from hit_cases import CASES, Case, answer, questions
+from rows import print_row
+from wrk import Load, LoadResult
 
-from server.auth.tenant import open_tenant
-from server.config.load import load
-from server.engine.models import Models
-from server.protocol import template
-from server.protocol.formats import Encoding
-from server.protocol.request import parse_request
-from tiers import Answer, Chain, DiskCache, FrequencySketch, Freshness, Tier
+NGINX_KEY_BYTES = 65_000
+"""The head of a cache file has the key, and at most 64 kB (`ngx_http_file_cache_header_t`)."""
+WORKERS = "workers"
 
-SERVER_CORE, LOAD_CORE = 0, 1
-ROUTE = "/v1/chat/completions"
-ENTRY_BYTES = 64 * 1024 * 1024
-WORDS = ["the", "sky", "scatters", "light", "of", "short", "waves", "more", "than", "red", "so"]
-CONFIG = """
-server: {{port: {port}}}
-models: {{m: {{upstreams: ["http://127.0.0.1:1"], vllm: {{}}}}}}
-tiers: {{memory: {memory}, disk: {{path: {disk}, max_bytes: {max_bytes}}}}}
-"""
-LOAD = """
-local bodies, at = {{}}, 0
-function init()
-  wrk.headers["Content-Type"] = "application/json"
-  for line in io.lines({file!r}) do
-    bodies[#bodies + 1] = wrk.format("POST", {route!r}, nil, line)
-  end
-end
-request = function()
-  at = at % #bodies + 1
-  return bodies[at]
-end
-"""
+
+@dataclass(frozen=True)
+class Sample:
+    """What one server did in one round."""
+
+    load: LoadResult
+    cores: float
+    """Cores that the server used, on average."""
+
+    @property
+    def cpu_us(self) -> float:
+        """CPU time of the server for each response (µs)."""
+        return self.cores * 1e6 / self.load.rate
+
+
+Side = Callable[[Path, int], AbstractContextManager[RunningServer]]
+"""Runs a server, given a folder to make for it and the port of its upstream."""
+Measure = Callable[[Case, Mapping[str, Side]], Mapping[str, Sequence[Sample]]]
+"""Returns each server's samples, one a round."""
 
 
 def main() -> int:
-    """Run all rounds and print the table."""
+    """Measure the cases and print the tables."""
+    names = [*CASES, WORKERS]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=int, default=3)
-    parser.add_argument("--connections", type=int, default=32)
-    parser.add_argument("--questions", type=int, default=512, help="how many different ones")
-    parser.add_argument("--bare", nargs=2, metavar=("PORT", "FILE"), help=argparse.SUPPRESS)
+    parser.add_argument("--cases", nargs="*", choices=names, default=names, metavar="NAME",
+                        help=f"of {', '.join(names)}; by default all")  # fmt: skip
+    parser.add_argument("--litellm", action="store_true", help="beside LiteLLM, too")
+    parser.add_argument("--rounds", type=int, default=7, help="at least 2")
+    parser.add_argument("--seconds", type=int, default=3, help="of each server in a round")
     options = parser.parse_args()
-    if options.bare:
-        uvloop.run(_bare(int(options.bare[0]), Path(options.bare[1]).read_bytes()))
-        return 0
     if shutil.which("wrk") is None or (os.cpu_count() or 1) < 2:
         print("hits.py needs wrk (apt install wrk) and two cores", file=sys.stderr)
         return 2
-    with ExitStack() as stack:
-        stack.enter_context(_awake(LOAD_CORE))
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tierserve-bench-")))
-        print(f"{'question':>10} {'answer':>8}  {'bare/s':>8} {'memory/s':>9} {'disk/s':>8}"
-              f"  {'memory/bare':>11} {'disk/bare':>9}")  # fmt: skip
-        for question_bytes, answer_bytes in ((100, 300), (4000, 2000)):
-            _measure(folder / str(question_bytes), question_bytes, answer_bytes, options)
+    if shutil.which("nginx") is None:
+        print("nginx is left out: it isn't installed (apt install nginx)", file=sys.stderr)
+    print(f"{_conditions()}; {options.rounds} rounds of {options.seconds} s", flush=True)
+    measured = partial(_measure, rounds=options.rounds, seconds=options.seconds)
+    cases = [CASES[name] for name in options.cases if name in CASES]
+    if cases:
+        _print_hits(cases, measured)
+    if WORKERS in options.cases:
+        _print_workers(measured)
+    if options.litellm:
+        _print_litellm(measured)
     return 0
 
 
 def _measure(
-    folder: Path, question_bytes: int, answer_bytes: int, options: argparse.Namespace
-) -> None:
-    folder.mkdir()
-    bodies = [_question(number, question_bytes) for number in range(options.questions)]
-    (folder / "bodies").write_bytes(b"\n".join(bodies))
-    (folder / "load.lua").write_text(LOAD.format(file=str(folder / "bodies"), route=ROUTE))
-    (folder / "answer").write_bytes(_answer(0, answer_bytes))
+    case: Case, sides: Mapping[str, Side], rounds: int, seconds: int
+) -> Mapping[str, Sequence[Sample]]:
+    """Fill and check the servers, then ask them in turn."""
     with ExitStack() as stack:
-        bare = stack.enter_context(
-            _server("bare", [__file__, "--bare", "{port}", str(folder / "answer")])
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
+        expected = answer(case)
+        (folder / "answer").write_bytes(expected)
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+        load = Load(folder, questions(case), headers, len(expected), new_heads=case.new_heads)
+        servers = {}
+        with replying(folder / "answer", case.content_type) as upstream:
+            for name, side in sides.items():
+                servers[name] = stack.enter_context(side(folder / name, upstream.port))
+                fill(servers[name], load)
+        samples: dict[str, list[Sample]] = {name: [] for name in sides}
+        for server in servers.values():
+            check(server, load, expected)
+            _sample(server, load, 1, case.connections)
+        for _ in range(rounds):
+            for name, server in servers.items():
+                samples[name].append(_sample(server, load, seconds, case.connections))
+    return samples
+
+
+def _sample(server: RunningServer, load: Load, seconds: int, connections: int) -> Sample:
+    before = server.cpu_s()
+    result = load.run(server.url, server.load_cores, seconds, connections)
+    return Sample(result, (server.cpu_s() - before) / result.seconds)
+
+
+def _bare(case: Case) -> Side:
+    return lambda folder, _: replying(folder.with_name("answer"), case.content_type)
+
+
+def _print_hits(cases: Sequence[Case], measured: Measure) -> None:
+    """Print the product's hits beside the bare handler's answers and nginx's hits."""
+    rates = ("bare", "nginx", "memory", "disk")
+    ratios = (("memory", "bare"), ("disk", "bare"), ("memory", "nginx"))
+    _print_head("case", *(f"{name}/s" for name in rates), *(f"{a} / {b}" for a, b in ratios))
+    told = {}
+    for case in cases:
+        sides: dict[str, Side] = {"bare": _bare(case)}
+        if shutil.which("nginx") and case.question_bytes < NGINX_KEY_BYTES:
+            sides["nginx"] = nginx
+        for name in ("memory", "disk"):
+            sides[name] = partial(tierserve, memory=name == "memory", fields=case.fields)
+        samples = measured(case, sides)
+        _print_row(
+            case.what,
+            *(_rate(samples[name]) if name in samples else "" for name in rates),
+            *(_ratio(samples[a], samples[b]) if b in samples else "" for a, b in ratios),
         )
-        products = []
-        for name, memory in (("memory", "{}"), ("disk", "null")):
-            config = folder / f"{name}.yaml"
-            text = CONFIG.format(port=0, memory=memory, disk=folder / name, max_bytes=ENTRY_BYTES)
-            config.write_text(text)
-            asyncio.run(_fill(config, bodies, answer_bytes))
-            command = ["-m", "server.cli", "serve", "--config", str(config)]
-            products.append(stack.enter_context(_server(name, command)))
-        urls = [bare, *products]
-        for url in urls:
-            _check(url, bodies[0], hit=url != bare)
-            _load(url, folder, 1, options.connections)
-        rates = [
-            [_load(url, folder, options.seconds, options.connections) for url in urls]
-            for _ in range(options.rounds)
-        ]
-    rate = [statistics.median(column) for column in zip(*rates, strict=True)]
-    ratio = [statistics.median(row[of] / row[0] for row in rates) for of in (1, 2)]
-    print(f"{question_bytes:>8} B {answer_bytes:>6} B"
-          f"  {rate[0]:>8.0f} {rate[1]:>9.0f} {rate[2]:>8.0f}"
-          f"  {ratio[0]:>11.2f} {ratio[1]:>9.2f}", flush=True)  # fmt: skip
+        told[case.what] = "; ".join(_beside(samples, name) for name in ("memory", "disk"))
+    what = "hits a second, of a bare aiohttp handler's (of nginx's `proxy_cache`): memory; disk"
+    for case in cases:
+        if case.is_told:
+            print_row(f"{what}; {case.what}", told[case.what])
 
 
-def _question(number: int, size: int) -> bytes:
-    content = f"Question {number}: " + "why is the sky blue? " * (size // 21)
-    messages = [{"role": "user", "content": content[:size]}]
-    return orjson.dumps({"model": "m", "messages": messages, "temperature": 0, "max_tokens": 500})
-
-
-def _answer(number: int, size: int) -> bytes:
-    # Words by chance, so that compression has something to do.
-    words = Random(number).choices(WORDS, k=size)  # noqa: S311
-    message = {"role": "assistant", "content": " ".join(words)[:size]}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
-    usage = {"prompt_tokens": 20, "total_tokens": 120, "completion_tokens": 100}
-    return orjson.dumps(
-        {"id": "chatcmpl-" + "0" * 32, "object": "chat.completion", "created": 1700000000,
-         "model": "m", "choices": [choice], "usage": usage}
-    )  # fmt: skip
-
-
-async def _fill(file: Path, bodies: list[bytes], answer_bytes: int) -> None:
-    """Store an answer to every body in the disk tier that `file` describes."""
-    config = load(file)
-    disk = config.tiers.disk
-    if disk is None or disk.path is None:
-        raise ValueError("the benchmark's configuration has a disk tier")
-    chain = Chain(
-        [Tier("disk", DiskCache(disk.path, disk.max_bytes))],
-        frequency=FrequencySketch(1),
-        max_answer_bytes=config.cache.max_answer_bytes,
+def _beside(samples: Mapping[str, Sequence[Sample]], name: str) -> str:
+    """Return the medians of the ratios to the bare handler and, in parentheses, to nginx."""
+    bare, *others = (
+        f"{statistics.median(_ratios(samples[name], samples[to])):.1f}"
+        for to in ("bare", "nginx")
+        if to in samples
     )
-    models = Models(config.models)
-    names = models.names()
-    for number, body in enumerate(bodies):
-        stored = Answer(
-            Encoding.JSON, template.json_template(orjson.loads(_answer(number, answer_bytes)))
-        )
-        request = parse_request(ROUTE, body, open_tenant(""), names)
-        await chain.store(request.key, stored, Freshness(config.cache.ttl_s))
-    await models.close()
-    await chain.close()
+    return f"{bare} ({others[0]})" if others else bare
 
 
-@contextmanager
-def _server(name: str, command: list[str]) -> Iterator[str]:
-    """Run a server on a free port of the server's core, and give its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    process = subprocess.Popen(
-        [sys.executable, *(part.replace("{port}", port) for part in command)],
-        env=os.environ | {"TIERSERVE__SERVER__PORT": port},
-        stderr=subprocess.DEVNULL,
-    )
-    os.sched_setaffinity(process.pid, {SERVER_CORE})
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            try:
-                urllib.request.urlopen(url + "/health", timeout=1).close()  # noqa: S310
-                break
-            except OSError:
-                time.sleep(0.1)
-        else:
-            raise TimeoutError(f"the {name} server did not start")
-        yield url
-    finally:
-        process.terminate()
-        process.wait(30)
+def _print_workers(measured: Measure) -> None:
+    """Print what two workers of the product answer, beside one."""
+    print("\nTwo workers on two cores, one on one; 128 connections.\n")
+    _print_head("hits of", "one/s", "two/s", "two / one", "with wrk's time", "by CPU time")
+    case = Case(what="workers", connections=128)
+    for tier in ("memory", "disk"):
+        run = partial(tierserve, memory=tier == "memory")
+        sides: dict[str, Side] = {
+            "one": partial(run, fields={"server": {"workers": 1}}),
+            "two": partial(run, fields={"server": {"workers": 2}}, cores=(0, 1)),
+        }
+        one, two = measured(case, sides).values()
+        # What wrk left of two cores, as a part.
+        left = [1 - sample.load.cores / 2 if os.cpu_count() == 2 else 1 for sample in two]
+        raw = [b.load.rate / a.load.rate for a, b in zip(one, two, strict=True)]
+        fair = [ratio / part for ratio, part in zip(raw, left, strict=True)]
+        by_cpu = [2 * a.cpu_us / b.cpu_us for a, b in zip(one, two, strict=True)]
+        _print_row(tier, _rate(one), _rate(two), *map(_quartiles, (raw, fair, by_cpu)))
 
 
-@contextmanager
-def _awake(core: int) -> Iterator[None]:
-    """Keep a core from sleeping, without taking time from anybody."""
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
-    os.sched_setaffinity(process.pid, {core})
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
+def _print_litellm(measured: Measure) -> None:
+    """Print the product's hits beside those of LiteLLM."""
+    print(f"\nBeside {' and '.join(LITELLM)}.\n")
+    _print_head("hits of", "LiteLLM/s", "tierserve/s", "tierserve / LiteLLM")
+    # LiteLLM's in-memory cache holds 200 answers; no field of its configuration changes that.
+    case = Case(what="LiteLLM", questions=100)
+    for tier, cache in (("memory", "local"), ("disk", "disk")):
+        ours = partial(tierserve, memory=tier == "memory", fields={})
+        theirs, hits = measured(
+            case, {"litellm": partial(litellm, cache=cache), tier: ours}
+        ).values()
+        _print_row(tier, _rate(theirs), _rate(hits), _ratio(hits, theirs))
 
 
-def _check(url: str, body: bytes, *, hit: bool) -> None:
-    """Check that the measured responses have the expected `Cache-Status`."""
-    asked = urllib.request.Request(url + ROUTE, body, {"Content-Type": "application/json"})  # noqa: S310
-    with urllib.request.urlopen(asked, timeout=10) as response:  # noqa: S310
-        if hit and "; hit" not in response.headers["Cache-Status"]:
-            raise ValueError(f"not a hit: {response.headers['Cache-Status']}")
+def _print_head(*names: str) -> None:
+    _print_row(*names)
+    _print_row("---", *["--:"] * (len(names) - 1))
 
 
-def _load(url: str, folder: Path, seconds: int, connections: int) -> float:
-    """Return requests per second; every answer has to be a 200."""
-    command = ["taskset", "-c", str(LOAD_CORE), "wrk", "-t1", f"-c{connections}", f"-d{seconds}s",
-               "-s", str(folder / "load.lua"), url]  # fmt: skip
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.search(r"Requests/sec:\s+([\d.]+)", output)
-    if found is None or "Non-2xx" in output:
-        raise ValueError(f"wrk did not get answers:\n{output}")
-    return float(found[1])
+def _print_row(*cells: str) -> None:
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
-async def _bare(port: int, answer: bytes) -> None:
-    async def handler(request: web.Request) -> web.Response:
-        await request.read()
-        return web.Response(body=answer, content_type="application/json")
+def _rate(samples: Sequence[Sample]) -> str:
+    """Return the medians of responses a second, and of the server's CPU time for each."""
+    rate, cpu_us = _median(samples, "load.rate"), _median(samples, "cpu_us")
+    return f"{rate:,.0f}{'*' * (_median(samples, 'cores') < 0.9)} ({cpu_us:,.0f} µs)"
 
-    app = web.Application()
-    app.router.add_post(ROUTE, handler)
-    app.router.add_get("/health", handler)
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", port).start()
-    await asyncio.Event().wait()
+
+def _median(samples: Sequence[Sample], of: str) -> float:
+    return float(statistics.median(map(attrgetter(of), samples)))
+
+
+def _ratio(samples: Sequence[Sample], to: Sequence[Sample]) -> str:
+    return _quartiles(_ratios(samples, to))
+
+
+def _ratios(samples: Sequence[Sample], to: Sequence[Sample]) -> list[float]:
+    return [b.cpu_us / a.cpu_us for a, b in zip(samples, to, strict=True)]
+
+
+def _quartiles(ratios: Sequence[float]) -> str:
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _conditions() -> str:
+    """Return what the figures depend on."""
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    programs = [
+        " ".join(re.findall(r"(nginx|wrk)\W+(?:debian/)?([\d.]+)", _output(command))[0])
+        for command in (["nginx", "-v"], ["wrk", "-v"])
+        if shutil.which(command[0])
+    ]
+    packages = [f"{name} {version(name)}" for name in ("aiohttp", "uvloop", "lmdb")]
+    python = f"Python {platform.python_version()}"
+    cpu = f"{os.cpu_count()} cores of {model[1] if model else platform.machine()}"
+    return ", ".join([cpu, f"Linux {platform.release()}", python, *packages, *programs])
+
+
+def _output(command: Sequence[str]) -> str:
+    ran = subprocess.run(command, check=False, capture_output=True, text=True)
+    return ran.stdout + ran.stderr
 
 
 if __name__ == "__main__":

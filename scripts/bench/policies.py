@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from server.simulation import references
 from server.simulation.references import ONLINE, OPTIMUM
-from server.simulation.traces import BLOCK_TOKENS, TOKEN_BYTES, Trace, TraceRequest, read
+from server.simulation.traces import TOKEN_BYTES, Trace, TraceRequest, read
 from tiers import digest
 from tiers.policies import DEFAULT_POLICY, POLICIES
 
@@ -69,12 +69,17 @@ def main() -> int:
 def replayed(path: Path) -> Iterator[tuple[str, Trace]]:
     """Yield the traces in a file, each with its name."""
     trace = read(path)
-    blocks = [block for request in trace.requests for block in request.blocks]
+    blocks = [
+        block
+        for request in trace.requests
+        if request.key in trace.prompts
+        for block in trace.prompts[request.key].blocks
+    ]
     if not blocks:
         yield trace.name, trace
         return
     yield f"{trace.name[:18]} answers", trace
-    requests = [TraceRequest(str(block), BLOCK_TOKENS * TOKEN_BYTES) for block in blocks]
+    requests = [TraceRequest(str(block), trace.block_tokens * TOKEN_BYTES) for block in blocks]
     yield f"{trace.name[:18]} blocks", Trace(trace.name, requests)
 
 
@@ -89,7 +94,7 @@ def replay_ours(policy_name: str, trace: Trace, max_bytes: int) -> Result:
     held: dict[str, int] = {}
     held_bytes = misses = missed_tokens = 0
     keys = {name: digest(name.encode()) for name in trace.sizes}
-    for name, size, _, tokens, _ in trace.requests:
+    for name, size, _, tokens in trace.requests:
         key = keys[name]
         if key in held:
             policy.access(key)

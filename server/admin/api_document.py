@@ -42,6 +42,21 @@ _PAGE = object_schema(
     entries=_list(object_schema(**_ROW)),
     after={"type": ["string", "null"]},
 )
+_STATS = object_schema(tiers=_list(OBJECT))
+_STATS["properties"]["prefix"] = OBJECT | {"description": "Where there is a prefix tier"}
+_CHAINS = object_schema(
+    chains=_list(
+        object_schema(
+            key=TEXT,
+            blocks=_INTEGER,
+            tokens=_INTEGER,
+            bytes=_INTEGER,
+            labels=_list(TEXT),
+            priority=_NUMBER,
+            ttl_s=_NUMBER,
+        )
+    )
+)
 _NAMES: Mapping[str, dict[str, Any]] = {
     KEY: {"pattern": f"^{KEY_PATTERN}$"},
     "model": {"minLength": 1},
@@ -67,9 +82,9 @@ _STATUSES = {
     "401": "The admin key is missing or wrong",
     "404": "No entry has this key",
     "408": "The body did not arrive in time",
-    "409": "A running server can't do this, or there is no disk tier",
+    "409": "A running server can't do this, or there is no such tier",
     "413": "The body is larger than server.max_body_bytes",
-    "503": "The disk tier is still opening or can't be written; try again",
+    "503": "The disk, the prefix tier or the audit log is still opening, or can't be used",
 }
 _KEY = {"name": "key", "in": "path", "required": True, "schema": TEXT | {"minLength": 1}}
 _QUERY = [
@@ -119,7 +134,7 @@ def _operation(
 
 _PATHS = {
     "/stats": {
-        "get": _operation("Counters and sizes of each tier", object_schema(tiers=_list(OBJECT)))
+        "get": _operation("Counters and sizes of each tier, and of the prefix tier", _STATS)
     },
     "/entries": {
         "get": _operation(
@@ -131,8 +146,16 @@ _PATHS = {
     },
     "/entries/{key}": {
         "parameters": [_KEY],
-        "get": _operation("An entry and its content", _ENTRY, "400", "404"),
+        "get": _operation("An entry and its content", _ENTRY, "400", "404", "503"),
         "delete": _operation("Purge an entry", None, "400", "404", "503"),
+    },
+    "/chains": {
+        "get": _operation(
+            "The beginnings of prompts in the prefix tier: most requested first",
+            _CHAINS,
+            *("400", "409", "503"),
+            parameters=[each for each in _QUERY if each["name"] in ("limit", "label")],
+        )
     },
     "/purge": {
         "post": _operation(
@@ -151,8 +174,10 @@ _PATHS = {
             body=(_JSONL, TEXT),
         )
     },
-    "/compact": {"post": _operation("Shrink the disk tier's file", OBJECT, "409")},
-    "/verify": {"post": _operation("Count damaged entries on disk", OBJECT, "409", "503")},
+    "/compact": {"post": _operation("Shrink the disk tier's file", OBJECT, "409", "503")},
+    "/verify": {
+        "post": _operation("Count damaged entries and blocks on disk", OBJECT, "409", "503")
+    },
     "/overview": {"get": _operation("Which tiers answered in the last 24 hours", OBJECT)},
     "/prefixes": {
         "get": _operation(

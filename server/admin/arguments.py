@@ -38,8 +38,8 @@ def add_cache_command(commands: "argparse._SubParsersAction[argparse.ArgumentPar
     export.add_argument("file", nargs="?", default="-", metavar="FILE", help="- for stdout")
     import_ = add("import", "store the entries of an export, unless the tiers have newer ones")
     import_.add_argument("file", metavar="FILE", help="- for stdin")
-    add("compact", "shrink the disk tier's file to its entries; the server must be stopped")
-    text = "find damage in the disk tier's file, or only in its entries while a server uses it"
+    add("compact", "make the files smaller; the server must be stopped")
+    text = "find damage in the files, or only in entries and blocks while a server uses them"
     verify = add("verify", text)
     verify.add_argument("--repair", action="store_true", help="drop damaged entries from the file")
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -52,6 +52,10 @@ class AdminClient(AdminOperations):
     async def stats(self) -> dict[str, Any]:
         return await self._request("GET", "/stats")
 
+    async def chains(self, limit: int, label: str = "") -> dict[str, Any]:
+        params = {"limit": str(limit)} | ({"label": label} if label else {})
+        return await self._request("GET", "/chains", params=params)
+
     async def page(self, query: EntryQuery) -> dict[str, Any]:
         params = {name: str(value) for name, value in query._asdict().items() if value}
         return await self._request("GET", "/entries", params=params)
@@ -64,7 +68,7 @@ class AdminClient(AdminOperations):
         labels: list[str] = (await self._request("POST", "/purge", json=body))["purged"]
         return labels
 
-    async def export(self) -> AsyncIterator[bytes]:
+    async def export(self) -> AsyncGenerator[bytes, None]:
         try:
             async with self._session.get("/export") as response:
                 await _raise_for_status(response)

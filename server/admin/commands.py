@@ -5,16 +5,20 @@ import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import orjson
 
+from server.admin.audited import AuditedOperations
 from server.admin.operations import MAX_PAGE, AdminError, AdminOperations, EntryQuery
+from server.admin.prefix_tables import PREFIX_TIER, chain_table, prefix_tables
+from server.audit.actor import HOST
+from server.audit.acts import open_audit
 from server.config.folders import NO_HOME
 from server.config.schema import Config
-from server.terminal import human_size, table
+from server.terminal import duration, human_size, table
 from tiers.disk import OtherFormatError, UntrustedError
 
 _CHUNK_BYTES = 64 * 1024
@@ -65,10 +69,14 @@ async def _stats(config: Config, options: argparse.Namespace) -> int:
         for name in names
     ]
     print(*table(("", *(each["tier"] for each in flat)), rows), sep="\n")
+    if (prefix := stats.get("prefix")) is not None:
+        print("", *prefix_tables(prefix), sep="\n")
     return 0
 
 
 async def _ls(config: Config, options: argparse.Namespace) -> int:
+    if options.tier == PREFIX_TIER:
+        return await _ls_chains(config, options)
     limit = MAX_PAGE if options.all else min(options.limit, MAX_PAGE)
     query = EntryQuery(options.tier, options.prefix, options.label, limit, options.after)
     left = None if options.all else options.limit
@@ -88,6 +96,20 @@ async def _ls(config: Config, options: argparse.Namespace) -> int:
             page = await operations.page(query._replace(after=after, limit=limit))
     if after is not None:
         _print_note(f"there may be more entries: --after {after}")
+    return 0
+
+
+async def _ls_chains(config: Config, options: argparse.Namespace) -> int:
+    if options.prefix or options.after:
+        raise AdminError(400, f"--prefix and --after are of entries, not of --tier {PREFIX_TIER}")
+    limit = MAX_PAGE if options.all else min(options.limit, MAX_PAGE)
+    async with _operations(config) as operations:
+        chains = (await operations.chains(limit, options.label))["chains"]
+    lines = (
+        (orjson.dumps(each).decode() for each in chains) if options.json else chain_table(chains)
+    )
+    for line in lines:
+        print(line)
     return 0
 
 
@@ -157,8 +179,7 @@ async def _export(config: Config, options: argparse.Namespace) -> int:
     disk = config.tiers.disk
     if disk is not None and (disk.encryption_key or disk.encryption_key_file):
         _print_note("note: the disk tier is encrypted, but the export is not")
-    async with _operations(config) as operations:
-        lines = operations.export()
+    async with _operations(config) as operations, aclosing(operations.export()) as lines:
         if options.file == "-":
             async for line in lines:
                 sys.stdout.buffer.write(line)
@@ -203,30 +224,72 @@ async def _compact(config: Config, _: argparse.Namespace) -> int:
         if client is not None:
             sizes = await client.compact()
             before, after = sizes["before"], sizes["after"]
-        else:
-            before, after = compact(_folder(config))
-    print(f"{human_size(before)} before, {human_size(after)} after")
+            print(f"{human_size(before)} before, {human_size(after)} after")
+            return 0
+    from server.admin.local import has_disk_file, has_prefix_files, open_prefix_tier
+    from tiers import Purges
+
+    with open_audit(config.log.audit) as audit:
+        async with audit.act("compact", HOST, {}):
+            if has_disk_file(config) or not has_prefix_files(config):
+                before, after = compact(_folder(config))
+                print(f"{human_size(before)} before, {human_size(after)} after")
+            async with open_prefix_tier(config, Purges()) as tier:
+                if tier is not None:
+                    saved = await tier.compact()
+                    print(f"prefixes: {human_size(saved)} less")
     return 0
 
 
 async def _verify(config: Config, options: argparse.Namespace) -> int:
-    from tiers.disk.maintenance import verify
-
     async with _server(config) as client:
-        if client is None:
-            result = verify(_folder(config), repair=options.repair)._asdict()
+        if client is None and options.repair:
+            with open_audit(config.log.audit) as audit:
+                async with audit.act("repair", HOST, {}) as act:
+                    result = await _verify_files(config, repair=True)
+                    act.count = {"dropped": _damaged(result)}
+        elif client is None:
+            result = await _verify_files(config, repair=False)
         elif options.repair:
             raise AdminError(409, "stop the server first: it uses the file; or leave out --repair")
         else:
             result = await client.verify()
-    if result["problem"] is not None:
+    if result.get("problem") is not None:
         _print_note(f"the file can't be used: {result['problem']}")
         return 1
-    dropped = " and dropped" if options.repair and result["damaged"] else ""
-    print(f"{result['entries']:,} entries, {result['damaged']:,} damaged{dropped}")
-    if result["entries"]:
-        _print_note("purged and expired entries count until others take their place")
-    return int(bool(result["damaged"]) and not options.repair)
+    damaged = result.get("damaged", 0)
+    if "entries" in result:
+        print(f"{result['entries']:,} entries, {damaged:,} damaged{_dropped(damaged, options)}")
+        if result["entries"]:
+            _print_note("purged and expired entries count until others take their place")
+    if (prefix := result.get("prefix")) is not None:
+        blocks, bad = prefix["blocks"], prefix["damaged"]
+        print(f"{blocks:,} blocks of prefixes, {bad:,} damaged{_dropped(bad, options)}")
+        damaged += bad
+    return int(bool(damaged) and not options.repair)
+
+
+def _damaged(result: dict[str, Any]) -> int:
+    prefix = result.get("prefix") or {}
+    return int(result.get("damaged", 0)) + int(prefix.get("damaged", 0))
+
+
+def _dropped(damaged: int, options: argparse.Namespace) -> str:
+    return " and dropped" if options.repair and damaged else ""
+
+
+async def _verify_files(config: Config, *, repair: bool) -> dict[str, Any]:
+    from server.admin.local import has_disk_file, has_prefix_files, open_prefix_tier
+    from tiers import Purges
+    from tiers.disk.maintenance import verify
+
+    result: dict[str, Any] = {}
+    if has_disk_file(config) or not has_prefix_files(config):
+        result = verify(_folder(config), repair=repair)._asdict()
+    async with open_prefix_tier(config, Purges()) as tier:
+        if tier is not None:
+            result["prefix"] = await tier.verify(repair=repair)
+    return result
 
 
 @asynccontextmanager
@@ -238,14 +301,17 @@ async def _operations(
         if client is not None:
             yield client
             return
-        from server.admin.local import open_local
+        from server.admin.local import has_disk_file, has_prefix_files, open_local
 
+        # Looking at prefixes makes no disk tier's file.
+        with_disk = creates_file or has_disk_file(config) or not has_prefix_files(config)
         if creates_file and (disk := config.tiers.disk) is not None and disk.path is not None:
             _print_folder(disk.path, config)
-        else:
+        elif with_disk:
             _folder(config)
-        async with open_local(config) as operations:
-            yield operations
+        with open_audit(config.log.audit) as audit:
+            async with open_local(config, with_disk=with_disk) as operations:
+                yield AuditedOperations(operations, audit, HOST)
 
 
 @asynccontextmanager
@@ -304,16 +370,9 @@ def _as_cell(name: str, value: Any) -> str:
 
 def _as_row(row: dict[str, Any]) -> str:
     return _ROW.format(
-        row["key"], ",".join(row["tiers"]), row["bytes"], _duration(row["age_s"]),
-        _duration(row["ttl_s"]), row["state"], row["frequency"],
+        row["key"], ",".join(row["tiers"]), row["bytes"], duration(row["age_s"]),
+        duration(row["ttl_s"]), row["state"], row["frequency"],
     )  # fmt: skip
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if abs(seconds) >= length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 async def _write(file: Path, lines: AsyncIterator[bytes]) -> None:

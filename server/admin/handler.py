@@ -6,16 +6,20 @@ no key: every client that the listeners (`server.admin.sockets`) accept may do e
 
 import logging
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from types import MappingProxyType
 from typing import Any
 
 import orjson
 from aiohttp import hdrs, web
 
+from server.admin.audited import AuditedOperations
 from server.admin.export_format import split_lines
 from server.admin.operations import MAX_PAGE, AdminError, AdminOperations, EntryQuery
+from server.audit.acts import Audit, AuditError
 from server.protocol.labels import KINDS
+from server.web.access import actor_of
 from server.web.offload import offload
 from server.web.request import HttpRequest
 from server.web.responses import error_response, server_headers
@@ -24,10 +28,16 @@ from tiers.purges.table import ALL, KEY
 
 logger = logging.getLogger(__name__)
 
+ADMIN = "admin"
+"""Who uses the admin API, as the audit log has it."""
 JSONL = "application/jsonl"
 _is_number = re.compile("[0-9]{1,9}").fullmatch
 _Operation = Callable[[HttpRequest], Awaitable[Any]]
+Report = Callable[[], dict[str, Any]] | Callable[[], Awaitable[dict[str, Any]]]
+"""Returns the JSON of a read-only path."""
 _ENTRIES = "/entries/"
+# The report that shows beginnings of prompts. A page asks for it every few seconds.
+_PROMPTS = "/prefixes"
 # orjson holds the GIL, so large contents are encoded in pieces.
 _PIECE_CHARACTERS = 64 * 1024
 
@@ -37,6 +47,7 @@ class AdminHandler:
 
     Args:
         operations: does what the requests ask for.
+        audit: records what they change, and what shows answers and prompts.
         max_line_bytes: the longest line of an import; longer lines are cut, and so damaged.
         reports: further read-only paths, each with a function that returns its JSON.
     """
@@ -44,22 +55,25 @@ class AdminHandler:
     def __init__(
         self,
         operations: AdminOperations,
+        audit: Audit,
         *,
         max_line_bytes: int,
-        reports: Mapping[str, Callable[[], dict[str, Any]]] = MappingProxyType({}),
+        reports: Mapping[str, Report] = MappingProxyType({}),
     ) -> None:
-        self._operations, self._max_line_bytes = operations, max_line_bytes
+        self._operations, self._audit = operations, audit
+        self._max_line_bytes = max_line_bytes
         self._routes: dict[str, dict[str, _Operation]] = {
             "/stats": {"GET": lambda _: operations.stats()},
             "/entries": {"GET": self._page},
             _ENTRIES: {"GET": self._entry, "DELETE": self._delete},
+            "/chains": {"GET": self._chains},
             "/purge": {"POST": self._purge},
             "/export": {"GET": self._export},
             "/import": {"POST": self._import},
-            "/compact": {"POST": lambda _: operations.compact()},
+            "/compact": {"POST": lambda http: self._recorded(http).compact()},
             "/verify": {"POST": lambda _: operations.verify()},
         }
-        self._routes |= {path: {"GET": _reporting(report)} for path, report in reports.items()}
+        self._routes |= {path: {"GET": self._reporting(report)} for path, report in reports.items()}
 
     async def answer(self, http: HttpRequest) -> web.StreamResponse:
         """Answer one request."""
@@ -78,6 +92,8 @@ class AdminHandler:
             answer = await operation(http)
         except AdminError as exc:
             return error_response(exc.status, str(exc), param=exc.param)
+        except AuditError as exc:
+            return error_response(503, str(exc))
         if isinstance(answer, web.StreamResponse):
             return answer
         return web.Response(
@@ -86,47 +102,59 @@ class AdminHandler:
             headers={hdrs.CACHE_CONTROL: "no-store"},
         )
 
+    def _recorded(self, http: HttpRequest) -> AdminOperations:
+        if not self._audit.is_on:
+            return self._operations
+        return AuditedOperations(self._operations, self._audit, actor_of(http, ADMIN))
+
     async def _page(self, http: HttpRequest) -> Any:
         return await self._operations.page(_parse_query(http.query))
 
+    async def _chains(self, http: HttpRequest) -> Any:
+        query = _parse_query(http.query, ("limit", "label"))
+        return await self._operations.chains(query.limit, query.label)
+
     async def _entry(self, http: HttpRequest) -> Any:
-        return await self._operations.entry(_parse_key(http))
+        return await self._recorded(http).entry(_parse_key(http))
 
     async def _delete(self, http: HttpRequest) -> Any:
         key = _parse_key(http)
         await self._operations.entry(key)
-        await self._operations.purge(KEY, [key])
+        await self._recorded(http).purge(KEY, [key])
         return web.Response(status=204)
 
     async def _purge(self, http: HttpRequest) -> Any:
         kind, names = _parse_purge(await http.read_body())
-        return {"purged": await self._operations.purge(kind, names)}
+        return {"purged": await self._recorded(http).purge(kind, names)}
 
     async def _export(self, http: HttpRequest) -> web.StreamResponse:
-        lines = self._operations.export()
-        # An export that can't begin raises here, when an error can still be sent.
-        first = await anext(lines)
-        response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: JSONL} | server_headers(http))
-        await response.prepare(http)
-        await http.write(response, first)
-        try:
-            async for line in lines:
-                await http.write(response, line)
-        except OSError as exc:
-            logger.error("an export failed before its end: %s", exc)
-            raise ConnectionResetError from exc
+        async with aclosing(self._recorded(http).export()) as lines:
+            # An export that can't begin raises here, when an error can still be sent.
+            first = await anext(lines)
+            response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: JSONL} | server_headers(http))
+            await response.prepare(http)
+            await http.write(response, first)
+            try:
+                async for line in lines:
+                    await http.write(response, line)
+            except OSError as exc:
+                logger.error("an export failed before its end: %s", exc)
+                raise ConnectionResetError from exc
         await response.write_eof()
         return response
 
     async def _import(self, http: HttpRequest) -> Any:
-        return await self._operations.import_(split_lines(http.iter_body(), self._max_line_bytes))
+        lines = split_lines(http.iter_body(), self._max_line_bytes)
+        return await self._recorded(http).import_(lines)
 
+    def _reporting(self, report: Report) -> _Operation:
+        async def operation(http: HttpRequest) -> Any:
+            if http.path == _PROMPTS and self._audit.is_on:
+                self._audit.count("show_prompts", actor_of(http, ADMIN), _PROMPTS)
+            reported = report()
+            return await reported if isinstance(reported, Awaitable) else reported
 
-def _reporting(report: Callable[[], dict[str, Any]]) -> _Operation:
-    async def operation(_: HttpRequest) -> Any:
-        return report()
-
-    return operation
+        return operation
 
 
 def _encode_json(answer: dict[str, Any]) -> bytes:
@@ -139,15 +167,17 @@ def _encode_json(answer: dict[str, Any]) -> bytes:
     return b'%b,"content":"%b"}\n' % (orjson.dumps(rest)[:-1], b"".join(pieces))
 
 
-def _parse_query(params: Mapping[str, str]) -> EntryQuery:
-    """Return the query that a URL's parameters describe.
+def _parse_query(
+    params: Mapping[str, str], known: Sequence[str] = EntryQuery._fields
+) -> EntryQuery:
+    """Return the query that a URL's parameters describe, which have `known` names.
 
     Raises:
         AdminError: a parameter is wrong.
     """
-    if unknown := sorted(params.keys() - set(EntryQuery._fields)):
-        known = ", ".join(EntryQuery._fields)
-        raise AdminError(400, f"There are only {known}, no {unknown[0]}.", param=unknown[0])
+    if unknown := sorted(params.keys() - set(known)):
+        only = f"There are only {', '.join(known)}, no {unknown[0]}."
+        raise AdminError(400, only, param=unknown[0])
     limit = params.get("limit", str(EntryQuery().limit))
     if not (_is_number(limit) and 1 <= int(limit) <= MAX_PAGE):
         raise AdminError(400, f"limit should be from 1 to {MAX_PAGE}.", param="limit")

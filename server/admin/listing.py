@@ -73,7 +73,7 @@ class EntryListing:
         now = self._chain.clock()
         return {
             "key": key,
-            "tiers": [n for n, each in self._backends.items() if each is of or each.holds(key)],
+            "tiers": self.tiers_with(key, of),
             "bytes": len(entry.answer.content) + len(entry.answer.trailer),
             "age_s": round(now - entry.stored_at, 3),
             "ttl_s": round(entry.expires_at - now, 3),
@@ -81,6 +81,10 @@ class EntryListing:
             "frequency": self._chain.frequency(key),
             "labels": list(entry.labels),
         }
+
+    def tiers_with(self, key: str, known: ByteCache | None = None) -> list[str]:
+        """Return the names of the tiers that hold an entry; `known` is one that does."""
+        return [n for n, each in self._backends.items() if each is known or each.holds(key)]
 
     async def page(self, query: EntryQuery) -> dict[str, Any]:
         """Return a page as `AdminOperations.page` describes it.

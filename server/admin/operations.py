@@ -1,6 +1,6 @@
 """The administrative operations on the tiers, and their error."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 MAX_PAGE = 1000
@@ -41,7 +41,10 @@ class AdminOperations(Protocol):
     """
 
     async def stats(self) -> dict[str, Any]:
-        """Return the tiers' sizes and counters."""
+        """Return the sizes and counters of `tiers`, and of `prefix` if there is a prefix tier."""
+
+    async def chains(self, limit: int, label: str = "") -> dict[str, Any]:
+        """Return the hottest `chains` of the prefix tier; with a label, those that have it."""
 
     async def page(self, query: EntryQuery) -> dict[str, Any]:
         """Return `entries`, and `after`: the next page's `after`, or `None` on the last page.
@@ -57,10 +60,11 @@ class AdminOperations(Protocol):
     async def purge(self, kind: str, names: Sequence[str] = ()) -> list[str]:
         """Purge all entries whose key, model, tenant or tag is one of `names`, or `all` entries.
 
-        A purge covers all the names, or none if it fails. Returns the labels that were purged.
+        A purge covers all the names, or none if it fails. Returns the labels that were purged. The
+        prefix tier comes last: where it alone fails, entries are purged, and it follows later.
         """
 
-    def export(self) -> AsyncIterator[bytes]:
+    def export(self) -> AsyncGenerator[bytes, None]:
         """Yield the lines of an export of memory and disk, as `export_format` describes them."""
 
     async def import_(self, lines: AsyncIterator[bytes]) -> dict[str, Any]:
@@ -75,4 +79,7 @@ class AdminOperations(Protocol):
         """Shrink the disk tier's file; return its size in bytes `before` and `after`."""
 
     async def verify(self) -> dict[str, Any]:
-        """Return how many entries the disk tier's file has, and how many of them are damaged."""
+        """Return how many entries the disk tier's file has, and how many of them are damaged.
+
+        With a prefix tier, `prefix` holds the same of its `blocks`.
+        """

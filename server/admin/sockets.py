@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
@@ -20,10 +20,11 @@ from pathlib import Path
 
 from aiohttp import web
 
+from server.audit.acts import Audit
 from server.config.folders import log_if_new
 from server.config.schema import Config, ServerConfig
 from server.web.access import AccessCheck, allow_anyone, require_key
-from server.web.listener import addresses, listen, listen_unix, make_server
+from server.web.listener import addresses, listen, listen_at, listen_unix, make_server
 from server.web.request import Endpoint
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,11 @@ _CHECK_EVERY_S = 10
 
 @asynccontextmanager
 async def serve_admin_api(
-    config: Config, handler_for: Callable[[AccessCheck], Endpoint], tls: ssl.SSLContext | None
+    config: Config,
+    handler_for: Callable[[AccessCheck], Endpoint],
+    tls: ssl.SSLContext | None,
+    audit: Audit,
+    inherited: Sequence[socket.socket] = (),
 ) -> AsyncIterator[None]:
     """Serve the admin API at the socket and the port that are configured.
 
@@ -43,6 +48,8 @@ async def serve_admin_api(
         config: has the addresses.
         handler_for: returns the API's handler behind an access check.
         tls: of the port.
+        audit: records clients of the port that don't have the key.
+        inherited: sockets that listen already, in place of the port.
 
     Raises:
         OSError: the socket or the port can't be used.
@@ -51,8 +58,10 @@ async def serve_admin_api(
         if (path := config.admin.socket) is not None:
             at_socket = _serve_socket(path, handler_for(allow_anyone), config.server)
             await stack.enter_async_context(at_socket)
-        if config.admin.port is not None and (key := config.admin.key) is not None:
-            at_port = _serve_port(config, config.admin.port, handler_for(require_key(key)), tls)
+        key, has_port = config.admin.key, inherited or config.admin.port is not None
+        if has_port and key is not None:
+            handler = handler_for(require_key(key, audit))
+            at_port = _serve_port(config, handler, tls, inherited)
             await stack.enter_async_context(at_port)
         yield
 
@@ -108,18 +117,28 @@ async def _restore(
 
 @asynccontextmanager
 async def _serve_port(
-    config: Config, port: int, handler: Endpoint, tls: ssl.SSLContext | None
+    config: Config,
+    handler: Endpoint,
+    tls: ssl.SSLContext | None,
+    inherited: Sequence[socket.socket],
 ) -> AsyncIterator[None]:
     async with _server(handler, config.server) as server:
         try:
-            listener = await listen(server, config.admin.host, port, config.server, tls)
+            listeners = [
+                await listen_at(server, each, config.server, tls, None) for each in inherited
+            ]
+            if not listeners:
+                host, port = config.admin.host, config.admin.port or 0
+                listeners = [await listen(server, host, port, config.server, tls)]
         except OSError as exc:
             raise OSError(f"admin.port: can't be used: {exc}") from exc
-        logger.info("the admin API listens on %s", addresses(listener, tls))
+        for listener in listeners:
+            logger.info("the admin API listens on %s", addresses(listener, tls))
         try:
             yield
         finally:
-            listener.close()
+            for listener in listeners:
+                listener.close()
 
 
 @asynccontextmanager

@@ -120,6 +120,8 @@ async def _send(session: aiohttp.ClientSession, request: WarmRequest) -> tuple[s
             status = response.headers.get("Cache-Status", "")
             if response.status >= 400:
                 return "errors", f"answered with status {response.status}"
+            if model := response.headers.get("X-Tierserve-Fallback"):
+                return "errors", f"answered by {model}, its model's fallback"
     except (aiohttp.ClientError, OSError) as exc:
         return "errors", f"was not answered: {exc or type(exc).__name__}"
     if "tierserve; hit" in status:

@@ -3,6 +3,7 @@
 from hashlib import blake2b
 
 from server.auth.limits import Limits, RateLimiter
+from tiers.key import digest, scoped
 
 TENANT = "[A-Za-z0-9._-]{1,64}"
 """The pattern of a tenant's name."""
@@ -46,6 +47,11 @@ class Tenant:
     def has_key(self) -> bool:
         """Whether its key is one of ours, which no engine gets."""
         return self.limiter is not None
+
+
+def salt_of(share_scope: str, *parts: bytes) -> str:
+    """Return a salt of prompts: the scope whose prompts it salts, and a digest of the parts."""
+    return scoped(share_scope, digest(*parts))
 
 
 NOBODY = Tenant("nobody", b"\0nobody", limiter=RateLimiter(Limits()))

@@ -27,14 +27,14 @@ from multidict import MultiMapping
 from pydantic import Field, TypeAdapter, ValidationError
 
 from server.auth.credentials import bearer_key, credentials_in, presented_credentials
-from server.auth.limits import Limits, RateLimiter
-from server.auth.tenant import A_TENANT, TENANT, Tenant, open_tenant
+from server.auth.limits import NO_LIMITS, Limits, RateLimiter
+from server.auth.tenant import A_TENANT, TENANT, Tenant, open_tenant, salt_of
 from server.config.base import ConfigError, Section, expected
 from server.config.environment import hint
 from server.config.schema import TenantsConfig
 from server.config.secrets import Hash, hash_key
 from server.config.yaml_loader import Loader
-from tiers.key import digest, scope_named
+from tiers.key import scope_named
 
 _ALONE = "default"
 """The tenant of `tenants.key`."""
@@ -56,26 +56,36 @@ _Name = Annotated[str, Field(pattern=f"^{TENANT}$")]
 _records = TypeAdapter(Annotated[dict[_Name, TenantRecord], Field(min_length=1)])
 
 
+def new_limiter(_: str, limits: Limits) -> RateLimiter:
+    """Return the rate limiter of a tenant that only this process serves."""
+    return RateLimiter(limits)
+
+
 class Tenants:
     """All tenants, found by what a request presents.
 
     Args:
         section: their configuration.
-        new_limiter: makes the rate limiter of a tenant.
+        new_limiter: makes the rate limiter of a tenant of its name and limits.
+        records: what `read` has returned to another process; without them, it is called here.
 
     Raises:
         ConfigError: the file can't be read, or is wrong.
     """
 
     def __init__(
-        self, section: TenantsConfig, new_limiter: Callable[[Limits], RateLimiter] = RateLimiter
+        self,
+        section: TenantsConfig,
+        new_limiter: Callable[[str, Limits], RateLimiter] = new_limiter,
+        records: Mapping[str, TenantRecord] | None = None,
     ) -> None:
         self._section, self._new_limiter, self._revision = section, new_limiter, 0
         self._by_header: dict[str, Tenant] = {}
         self._by_hash: dict[str, Tenant] = {}
+        self._scopes: Mapping[str, bytes] = {}
         self.limiters: dict[str, RateLimiter] = {}
         self.is_open = section.file is None and section.key is None
-        self.use(self.read())
+        self.use(self.read() if records is None else records)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -97,6 +107,7 @@ class Tenants:
 
     def use(self, records: Mapping[str, TenantRecord]) -> None:
         """Accept the keys of these tenants from now on. Requests under way go on."""
+        self.records = records
         self._revision += 1
         limiters: dict[str, RateLimiter] = {}
         by_hash: dict[str, Tenant] = {}
@@ -105,7 +116,7 @@ class Tenants:
             limits = Limits(record.requests_per_minute, record.max_requests)
             limiter = self.limiters.get(name)
             if limiter is None:
-                limiter = self._new_limiter(limits)
+                limiter = self._new_limiter(name, limits)
             limiter.set_limits(limits)
             limiters[name] = limiter
             scope = _scope(name, record)
@@ -119,14 +130,17 @@ class Tenants:
                 revision=self._revision,
             )
             by_hash |= dict.fromkeys(record.keys, tenant)
+        for name in self.limiters.keys() - limiters:
+            self.limiters[name].set_limits(NO_LIMITS)
         self.limiters, self._by_hash = limiters, by_hash
+        self._scopes = {name: _scope(name, record) for name, record in records.items()}
         self._by_header.clear()
 
     def _salts(self, records: Mapping[str, TenantRecord]) -> dict[bytes, str]:
-        """Return the salt of each scope, a digest of the hashes of its keys.
+        """Return the salt of each scope: its name, and a digest of the hashes of its keys.
 
         So all servers with one file have the same salts, nobody can guess one without the hashes,
-        and a scope's salt changes with its keys.
+        and a scope's salt changes with its keys. By the name, blocks of prefixes are purged.
         """
         if not self._section.cache_salt:
             return {}
@@ -134,9 +148,30 @@ class Tenants:
         for name, record in records.items():
             hashes.setdefault(_scope(name, record), []).extend(record.keys)
         return {
-            scope: digest(b"cache_salt", scope, *(each.encode() for each in sorted(of_scope)))
+            scope: salt_of(
+                scope_named(scope), b"cache_salt", scope, *map(str.encode, sorted(of_scope))
+            )
             for scope, of_scope in hashes.items()
         }
+
+    def is_current(self, tenant: Tenant) -> bool:
+        """Return whether a tenant that was found earlier would be found again."""
+        return self.is_open or tenant.revision == self._revision
+
+    def salted_scopes(self, name: str) -> list[str]:
+        """Return the scopes with which salts of this tenant's prompts begin, or once began.
+
+        A tenant that isn't configured any more had one of its own. There are none where engines get
+        no salts.
+        """
+        if self.is_open or not self._section.cache_salt:
+            return []
+        own = _scope(name, TenantRecord())
+        return sorted({scope_named(scope) for scope in (own, self._scopes.get(name, own))})
+
+    def names_in(self, share_scope: str) -> list[str]:
+        """Return the names of the tenants that have this scope now."""
+        return [name for name, scope in self._scopes.items() if scope_named(scope) == share_scope]
 
     def find(self, headers: MultiMapping[str]) -> Tenant | None:
         """Return the tenant whose key these headers hold; `None` without a known key.

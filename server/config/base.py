@@ -33,6 +33,9 @@ CENTURY_S = 100 * 366 * 24 * 3600
 """The longest duration: longer ones mean nothing, and could overflow."""
 Seconds = Annotated[float, Field(ge=0, le=CENTURY_S)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=CENTURY_S)]
+RELOAD_MARK = "x-reload"
+RELOADED = Field(json_schema_extra={RELOAD_MARK: True})
+"""Marks a field whose value can change while the server runs (`server.config.changes`)."""
 
 
 def expand_home(path: Path) -> Path:
@@ -49,6 +52,16 @@ def expand_home(path: Path) -> Path:
 
 FilePath = Annotated[Path, AfterValidator(expand_home)]
 """A path that may begin with `~`."""
+
+
+def _check_json_lines(path: Path) -> Path:
+    if path.suffix != ".jsonl":
+        raise ValueError("should end in .jsonl")
+    return path
+
+
+JsonLinesPath = Annotated[FilePath, AfterValidator(_check_json_lines)]
+"""A path of JSON lines."""
 
 
 class Section(BaseModel):

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from server.config.base import CONFLICT, MASK, ConfigError, expected
 from server.config.environment import apply_overrides, choices, hint
 from server.config.folders import SOCKET_PATH_BYTES, cache_folder, is_socket_path
-from server.config.models import clashes
+from server.config.models import clashes, misplaced_fallbacks
+from server.config.prefix_tier import excluded_options
 from server.config.schema import Config
 from server.config.shared_url import mask_url
 from server.config.yaml_loader import EMPTY, Loader
@@ -40,28 +41,30 @@ class LoadResult(NamedTuple):
     """The paths of the fields with mistakes, such as `server.port`."""
 
 
-def load(file: Path) -> Config:
-    """Read the configuration.
+def load(file: Path, *, may_be_empty: bool = True) -> Config:
+    """Read the configuration; an empty file stands for all defaults, unless it may not be empty.
 
     Raises:
         ConfigError: the file can't be read, or has mistakes; the error names all of them.
     """
-    result = load_partially(file)
+    result = load_partially(file, may_be_empty=may_be_empty)
     if result.mistakes:
         raise ConfigError(result.mistakes)
     return result.config
 
 
-def load_partially(file: Path) -> LoadResult:
-    """Read the configuration, and leave out what is wrong.
+def load_partially(file: Path, *, may_be_empty: bool = True) -> LoadResult:
+    """Read the configuration as `load` does, and leave out what is wrong.
 
     Raises:
         ConfigError: the file can't be read.
     """
-    data, mistakes = apply_overrides(_read(file), Config, os.environ)
+    data, mistakes = apply_overrides(_read(file, may_be_empty=may_be_empty), Config, os.environ)
     result = _validate(data)
     config = _with_paths(result.config, _folder_of(file))
-    mistakes += result.mistakes + clashes(config.models)
+    mistakes += result.mistakes + clashes(config.models) + misplaced_fallbacks(config.models)
+    if config.tiers.prefix is not None:
+        mistakes += excluded_options(config.models, os.environ)
     invalid_paths = result.invalid_paths
     if (socket := config.admin.socket) is not None and not is_socket_path(socket):
         should = f"should have at most {SOCKET_PATH_BYTES} bytes, as any socket"
@@ -70,11 +73,11 @@ def load_partially(file: Path) -> LoadResult:
     return LoadResult(config, mistakes, invalid_paths)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path, *, may_be_empty: bool) -> dict[str, Any]:
     """Return the fields of a file.
 
     Raises:
-        ConfigError: the file can't be read.
+        ConfigError: the file can't be read, or is empty and may not be.
     """
     try:
         data = yaml.load(file.read_text(encoding="utf-8"), Loader)  # noqa: S506
@@ -89,6 +92,8 @@ def _read(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError, yaml.YAMLError) as exc:
         raise ConfigError([f"{file}: can't be read as YAML: {exc}"]) from exc
     if data is None or data is EMPTY:
+        if not may_be_empty:
+            raise ConfigError([f"{file}: should not be empty"])
         return {}
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise ConfigError([f"{file}: should hold sections: {', '.join(Config.model_fields)}"])
@@ -161,8 +166,16 @@ def _with_paths(config: Config, folder: Path) -> Config:
         key_file = disk.encryption_key_file and folder / disk.encryption_key_file
         paths = {"path": path and folder / path, "encryption_key_file": key_file}
         tiers = tiers.model_copy(update={"disk": disk.model_copy(update=paths)})
+    if (prefix := tiers.prefix) is not None:
+        path = prefix.path or (caches and caches / "prefix")
+        prefix = prefix.model_copy(update={"path": path and folder / path})
+        tiers = tiers.model_copy(update={"prefix": prefix})
     if log.trace is not None:
         log = log.model_copy(update={"trace": folder / log.trace})
+    if (audit := log.audit) is not None:
+        key_file = audit.key_file and folder / audit.key_file
+        paths = {"file": folder / audit.file, "key_file": key_file}
+        log = log.model_copy(update={"audit": audit.model_copy(update=paths)})
     if tenants.file is not None:
         tenants = tenants.model_copy(update={"file": folder / tenants.file})
     if (tls := server.tls) is not None:
@@ -179,7 +192,9 @@ def _explain(error: Any, path: Sequence[Any]) -> str:
     if error["type"] == "extra_forbidden":
         return f"{at}: unknown key; {hint(str(last), _keys_at(parents))}"
     value = mask_url(error["input"]) if isinstance(error["input"], str) else error["input"]
-    is_secret = _names_secret(str(last)) or (_IN_ENGINE & {*parents[2:], last})
+    # A number under a plural isn't one: `min_tokens`.
+    names_secret = _names_secret(str(last)) and (isinstance(value, str) or str(last)[-1:] != "s")
+    is_secret = names_secret or (_IN_ENGINE & {*parents[2:], last})
     is_shown = isinstance(value, str | int | float | bool) and not is_secret
     shown = f", not {value!r}" if is_shown else ""
     if error["type"] == "model_type":

@@ -1,13 +1,23 @@
 """Section `models` of the configuration."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, PlainSerializer, model_validator
+from yarl import URL
 
-from server.config.base import MASK, PositiveSeconds, Section, conflict, expand_home, is_http_url
+from server.config.base import (
+    MASK,
+    RELOADED,
+    PositiveSeconds,
+    Section,
+    conflict,
+    expand_home,
+    is_http_url,
+)
 from server.config.yaml_loader import empty_in
 
 EMBEDDED = "embedded"
@@ -92,10 +102,19 @@ class EngineConfig(Section):
     first, and doubles each time."""
 
 
+EACH_ADDRESS = "dns+"
+"""Stands before the URL of an upstream where each address of its host is one."""
+
+
 def _check_base_url(url: str) -> str:
-    if not is_http_url(url) or url.rstrip("/").endswith("/v1"):
+    if not is_http_url(url.removeprefix(EACH_ADDRESS)) or url.rstrip("/").endswith("/v1"):
         raise ValueError("should be as http://host:8000, without /v1 at its end")
     return url
+
+
+def _server_of(url: str) -> str:
+    """Return a base address without credentials, as metrics name it."""
+    return str(URL(url).with_user(None)).rstrip("/")
 
 
 def _check_home(source: str) -> str:
@@ -129,6 +148,11 @@ _Source = Annotated[str, Field(min_length=1), AfterValidator(_check_home)]
 _Token = Annotated[str, AfterValidator(_check_token)]
 
 
+Routing = Literal["prefix", "least", "round_robin"]
+# Where a source with such a beginning is a folder, as for `server.engine.weights`.
+_IS_FOLDER = ("/", "~", ".")
+
+
 class ModelConfig(Section):
     """A model: `source` and `engine` for one that tierserve runs, or `upstreams`."""
 
@@ -150,9 +174,15 @@ class ModelConfig(Section):
     upstreams: Annotated[
         tuple[Annotated[str, AfterValidator(_check_base_url)], ...],
         Field(examples=[["http://host:8000"]]),
+        RELOADED,
     ] = ()
     """Servers that answer in place of an engine of ours, and that you run yourself. They know the
-    model by the name that it has here."""
+    model by the name that it has here. `dns+http://host:8000` is one server at each address that
+    the name has by IPv4, or else by IPv6; they are looked up every 5 s."""
+    routing: Annotated[Routing | None, Field(examples=["prefix"])] = None
+    """Which upstream gets a request: with `prefix`, the default, one that knows the beginning of
+    its prompt, as long as that has not much more to do than others; with `least` the one that has
+    least to do; with `round_robin` each in turn."""
     vllm: Annotated[
         Annotated[dict[str, Any], AfterValidator(_check_options)] | None,
         Field(repr=False, examples=[{"max_model_len": 4096}]),
@@ -162,11 +192,19 @@ class ModelConfig(Section):
     and bodies are kept apart. So they are with a `middleware` among the options."""
     api_key: Annotated[_Token | None, Field(repr=False, examples=["secret"])] = None
     """Key that the upstreams get in place of what clients send; there is none by default."""
-    max_requests: Annotated[int, Field(ge=1)] = 1024
-    """How many requests one engine may have at once, those included that wait there; one more
-    gets 503."""
-    timeout_s: PositiveSeconds = 600
+    max_requests: Annotated[int, Field(ge=1), RELOADED] = 1024
+    """How many requests one engine or upstream may have at once, those included that wait there;
+    one more goes to another upstream, or gets 503."""
+    wait_for_engine_s: Annotated[float, Field(ge=0, le=3600)] = 0
+    """Seconds that a request which no tier can answer is held while the engine loads or restarts,
+    or no upstream is ready, such as where all are scaled to zero; then it gets the answer of its
+    `fallback`, or 503, as do those beyond `max_requests`. With 0 it does at once. A stale answer
+    that may be given is given at once."""
+    timeout_s: Annotated[PositiveSeconds, RELOADED] = 600
     """Seconds that an engine may send nothing, before or within an answer."""
+    fallback: Annotated[Name | None, Field(examples=["other"])] = None
+    """Another model, which answers requests for text where the engine or all upstreams of this one
+    can't. The answer says so, and is kept as the other's."""
 
     @property
     def engine_options(self) -> Mapping[str, Any] | None:
@@ -183,6 +221,11 @@ class ModelConfig(Section):
         yield from ((alias, name) for alias in self.aliases)
         yield from ((adapter, adapter) for adapter in self.adapters)
 
+    @property
+    def _is_of_hub(self) -> bool:
+        """Whether the source may be a Hugging Face name."""
+        return self.source not in (None, EMBEDDED) and not str(self.source).startswith(_IS_FOLDER)
+
     @model_validator(mode="after")
     def _has_engine_or_upstreams(self) -> Self:
         if self.upstreams and (self.source is not None or self.engine != EngineConfig()):
@@ -193,6 +236,15 @@ class ModelConfig(Section):
             raise ValueError(
                 "vllm is for upstreams; the options of an engine of ours are engine.args"
             )
+        if self.routing is not None and not self.upstreams:
+            raise ValueError("routing is among upstreams; an engine of ours is one only")
+        if self.revision is not None and not self._is_of_hub:
+            raise ValueError(
+                "revision is of a source at Hugging Face; version tells other weights apart"
+            )
+        servers = Counter(map(_server_of, self.upstreams))
+        if several := [server for server, times in servers.items() if times > 1]:
+            raise ValueError(f"upstreams should name each server once; {several[0]} is there twice")
         if self.api_key is not None and any("@" in url for url in self.upstreams):
             raise conflict("should have an api_key or a password in upstreams, and not both")
         if not (self.upstreams or self.source):
@@ -217,3 +269,27 @@ def clashes(models: Mapping[str, ModelConfig]) -> list[str]:
                 meanings.setdefault(each, []).append(f"an {kind} of {name}")
     several = [f"{n} is {' and '.join(of)}" for n, of in meanings.items() if len(of) > 1]
     return [f"models: each name should mean one thing; {'; '.join(several)}"] if several else []
+
+
+def misplaced_fallbacks(models: Mapping[str, ModelConfig]) -> list[str]:
+    """Return a line for each model whose fallback isn't a model, or leads back to it."""
+    owners = {asked: name for name, model in models.items() for asked, _ in model.asked_as(name)}
+    mistakes = []
+    for name, model in models.items():
+        if model.fallback is None:
+            continue
+        at = f"models.{name}.fallback"
+        if model.fallback not in owners:
+            known = ", ".join(each for each, owner in owners.items() if owner != name)
+            should = f"one of {known}" if known else "another model, and there is none"
+            mistakes.append(f"{at}: should be {should}, not {model.fallback!r}")
+            continue
+        path = [name]
+        while (then := models[path[-1]].fallback) is not None and then in owners:
+            path.append(owners[then])
+            if path[-1] in path[:-1]:
+                break
+        if path[-1] == name:
+            ways = " to ".join(path)
+            mistakes.append(f"{at}: should lead to another model, and not back: {ways}")
+    return mistakes

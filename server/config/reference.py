@@ -10,14 +10,15 @@ from typing import Any
 
 import yaml
 
-from server.config.base import CENTURY_S
+from server.config.base import CENTURY_S, RELOAD_MARK
 from server.config.schema import Config
 
 _HEAD = """\
 # Every field with its default value, as `tierserve config` prints it. This is a configuration; a
 # field without a value is commented out, and shows an example. Sizes may be written 256MiB.
 # Relative paths begin at the configuration's folder. The environment can override each field:
-# TIERSERVE__SERVER__PORT=9000.
+# TIERSERVE__SERVER__PORT=9000. A running server takes over fields with [reload] once the file has
+# changed, or at SIGHUP; all others change at its next start.
 """
 _COLUMNS = 86
 _UNITS = {"GiB": 1024**3, "MiB": 1024**2, "KiB": 1024, "": 1}
@@ -75,6 +76,8 @@ def _comment(name: str, field: Mapping[str, Any], kinds: Iterable[Mapping[str, A
     ranges = [_range(name, kind) for kind in kinds]
     texts = [field.get("description", ""), *(kind.get("description", "") for kind in kinds)]
     words = [*next(filter(None, texts)).split(), *filter(None, ranges)]
+    if RELOAD_MARK in field:
+        words.append("[reload]")
     lines = textwrap.wrap(" ".join(words), _COLUMNS, break_on_hyphens=False)
     return [f"# {line}" for line in lines]
 

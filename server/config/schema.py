@@ -6,14 +6,30 @@ an example.
 
 import re
 from ipaddress import IPv6Address, ip_address
-from pathlib import Path
 from socket import has_dualstack_ipv6
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, ByteSize, Field, PlainSerializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ByteSize,
+    Field,
+    PlainSerializer,
+    model_validator,
+)
 
-from server.config.base import FilePath, PositiveSeconds, Seconds, Section, conflict
+from server.config.audit import AuditConfig
+from server.config.base import (
+    RELOADED,
+    FilePath,
+    JsonLinesPath,
+    PositiveSeconds,
+    Seconds,
+    Section,
+    conflict,
+)
 from server.config.models import ModelConfig, Name, embedded
+from server.config.prefix_tier import PrefixTierConfig
 from server.config.secrets import CipherKey, KeyOrHash
 from server.config.shared_url import mask_url, validate_url
 from server.config.tracing import TracingConfig
@@ -21,8 +37,13 @@ from tiers.disk import MIN_BYTES, Durability
 from tiers.movement.demotion import WritePolicy
 from tiers.policies import DEFAULT_POLICY, POLICIES
 
+Ready = Literal["all", "any", "tiers"]
+MAX_TIER_BYTES = 64 * 1024**4
+"""Largest size of a tier: half of what a process can map. LMDB doesn't survive a map that fails."""
 MAX_VARIANTS = 64
 """Largest number of answers that are kept for one request."""
+MAX_WORKERS = 256
+"""Largest number of worker processes."""
 _has_shape_of_origin = re.compile(r"[a-z][a-z0-9+.-]*://[^/\sA-Z]+").fullmatch
 
 
@@ -38,6 +59,18 @@ def _check_origin(text: str) -> str:
     if text != "*" and not _has_shape_of_origin(text):
         raise ValueError("should be as https://app.example:8443, in lower case, or *")
     return text
+
+
+def _check_workers(value: Any) -> Any:
+    if value == "auto":
+        return value
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        number = 0
+    if not 1 <= number <= MAX_WORKERS or number != float(value):
+        raise ValueError(f"should be a number from 1 to {MAX_WORKERS}, or auto")
+    return number
 
 
 class TlsConfig(Section):
@@ -59,6 +92,10 @@ class ServerConfig(Section):
     """Name or address to listen at. `::` is every address of this machine, IPv6 and IPv4."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """TCP port to listen at; 0 takes a free one."""
+    workers: Annotated[int | Literal["auto"], BeforeValidator(_check_workers)] = 1
+    """Processes that answer clients, from 1 to 256; `auto` is the number of CPUs less what engines
+    on this machine need. With more than one, a master process has the engines and the admin API,
+    and each worker an equal part of the memory tier."""
     max_body_bytes: Annotated[ByteSize, Field(ge=1024)] = ByteSize(10 * 1024**2)
     """Size limit of a request's body; a larger one gets 413."""
     max_prompts: Annotated[int, Field(ge=1)] = 2048
@@ -72,8 +109,18 @@ class ServerConfig(Section):
     ] = ()
     """Origins, such as `https://app.example`, whose pages may send requests from a browser (CORS);
     `*` stands for all."""
+    known_requests: bool = True
+    """Whether requests that came a few times before, byte for byte, on kept connections without TLS
+    are answered without parsing them again; if not, such hits take longer, and are the same."""
+    ready: Ready = "all"
+    """When `/ready` says 200: with `all` once each model's engine or an upstream of it can answer,
+    with `any` once that of one model can, with `tiers` once the tiers can, so that hits are served
+    while engines load or are scaled to zero. `/ready?model=NAME` tells of a model by itself."""
+    drain_s: Annotated[float, Field(ge=0, le=3600)] = 0
+    """Seconds for which new connections are still taken after SIGTERM, until load balancers know
+    that `/ready` says 503; each answer closes its connection meanwhile. SIGINT doesn't wait."""
     shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = 30
-    """Seconds that requests under way get to end after SIGTERM."""
+    """Seconds that requests under way get to end after that."""
     tls: TlsConfig | None = None
 
 
@@ -122,27 +169,27 @@ class FreshnessRule(Section):
 class CacheConfig(Section):
     """Which answers are cached, and for how long they stay fresh."""
 
-    ttl_s: PositiveSeconds = 7 * 24 * 3600
+    ttl_s: Annotated[PositiveSeconds, RELOADED] = 7 * 24 * 3600
     """Seconds that an answer stays fresh."""
-    stale_while_revalidate_s: Seconds = 0
+    stale_while_revalidate_s: Annotated[Seconds, RELOADED] = 0
     """Seconds after `ttl_s` in which a stale answer is served while a new one is generated in the
     background."""
-    stale_if_error_s: Seconds = 0
+    stale_if_error_s: Annotated[Seconds, RELOADED] = 0
     """Seconds after `ttl_s` in which a stale answer is served where the engine fails or is down."""
-    rules: tuple[FreshnessRule, ...] = ()
+    rules: Annotated[tuple[FreshnessRule, ...], RELOADED] = ()
     """Other durations for some models and routes. The first rule that matches counts; there is
     none by default."""
-    ttl_jitter: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    ttl_jitter: Annotated[float, Field(ge=0, le=0.5), RELOADED] = 0.1
     """Largest part of `ttl_s` that is taken off at random, so that answers stored together don't
     expire together."""
-    nondeterministic: Literal["never", "per_request", "always"] = "per_request"
+    nondeterministic: Annotated[Literal["never", "per_request", "always"], RELOADED] = "per_request"
     """Whether to cache answers to requests with neither `temperature: 0` nor a `seed`: never, only
     where the request's field `cache.mode` is `use` (`per_request`), or always."""
-    variants: Annotated[int, Field(ge=1, le=MAX_VARIANTS)] = 1
+    variants: Annotated[int, Field(ge=1, le=MAX_VARIANTS), RELOADED] = 1
     """How many answers to one nondeterministic request are kept, and served in turn."""
-    wait_for_others_s: Annotated[float, Field(ge=0, le=3600)] = 10
+    wait_for_others_s: Annotated[float, Field(ge=0, le=3600), RELOADED] = 10
     """Seconds to wait for an answer that another process is generating; 0 never waits."""
-    obey_upstreams: bool = True
+    obey_upstreams: Annotated[bool, RELOADED] = True
     """Whether `Cache-Control` of an upstream's response can forbid to cache it, and shorten
     `ttl_s`."""
     max_answer_bytes: Annotated[ByteSize, Field(ge=1024)] = ByteSize(4 * 1024**2)
@@ -156,10 +203,12 @@ def _check_policy(name: str) -> str:
 
 
 class MemoryTierConfig(Section):
-    """The memory tier: answers in this process. `null` leaves it out."""
+    """The memory tier: answers in the server's processes. `null` leaves it out."""
 
-    max_bytes: Annotated[ByteSize, Field(ge=64 * 1024)] = ByteSize(256 * 1024**2)
-    """Size limit of all its answers."""
+    max_bytes: Annotated[ByteSize, Field(ge=64 * 1024, le=MAX_TIER_BYTES), RELOADED] = ByteSize(
+        256 * 1024**2
+    )
+    """Size limit of all its answers, in all workers together."""
     policy: Annotated[
         str, AfterValidator(_check_policy), Field(json_schema_extra={"enum": [*POLICIES]})
     ] = DEFAULT_POLICY
@@ -172,8 +221,11 @@ class DiskTierConfig(Section):
     path: Annotated[FilePath | None, Field(examples=["~/.cache/tierserve/disk"])] = None
     """Folder of the file, by default `tierserve/disk` in the cache folder (`XDG_CACHE_HOME`, or
     `~/.cache`). Servers of one machine may share it."""
-    max_bytes: Annotated[ByteSize, Field(ge=MIN_BYTES)] = ByteSize(4 * 1024**3)
-    """Size limit of the file."""
+    max_bytes: Annotated[ByteSize, Field(ge=MIN_BYTES, le=MAX_TIER_BYTES), RELOADED] = ByteSize(
+        4 * 1024**3
+    )
+    """Size limit of the file. With a smaller one answers are evicted at once; the file gets smaller
+    at the next start."""
     durability: Durability = Durability.COMMIT
     """When an answer counts as stored: once it is synced (`commit`), once it waits to be synced
     within `interval_ms` (`interval`), or once the operating system has it (`os`)."""
@@ -214,6 +266,10 @@ class SharedTierConfig(Section):
     `unix:///path/to/socket?db=0`, or `memcached://host:11211`."""
     deadline_ms: Annotated[float, Field(ge=1, le=1000)] = 20
     """Milliseconds that a lookup may take; one that takes longer is a miss."""
+    when_unreachable: Literal["serve", "miss"] = "serve"
+    """While the server can't be reached, nobody here learns what others purge. `serve` goes on with
+    what the memory and the disk hold, so a purge may reach them late; with `miss` they serve
+    nothing."""
 
 
 class TiersConfig(Section):
@@ -227,6 +283,7 @@ class TiersConfig(Section):
     memory: MemoryTierConfig | None = MemoryTierConfig()
     disk: DiskTierConfig | None = DiskTierConfig()
     shared: SharedTierConfig | None = None
+    prefix: PrefixTierConfig | None = None
 
 
 class AdminConfig(Section):
@@ -242,7 +299,7 @@ class AdminConfig(Section):
     port: Annotated[int | None, Field(ge=0, le=65535, examples=[8001])] = None
     """TCP port for clients that have the `key`; there is none by default."""
     key: Annotated[KeyOrHash | None, Field(examples=["sha256:" + 64 * "0"])] = None
-    """Key of the admin API at `port`, or the key's hash."""
+    """Key of the admin API at `port`, of 16 characters or more, or the key's hash."""
 
     @model_validator(mode="after")
     def _has_a_key(self) -> Self:
@@ -253,28 +310,27 @@ class AdminConfig(Section):
         return self
 
 
-def _check_json_lines(path: Path) -> Path:
-    if path.suffix != ".jsonl":
-        raise ValueError("should end in .jsonl")
-    return path
-
-
 class LogConfig(Section):
-    """What is logged to standard error, and the trace of requests."""
+    """What is logged to standard error, the trace of requests, and the audit log."""
 
-    level: Literal["debug", "info", "warning", "error"] = "info"
+    level: Annotated[Literal["debug", "info", "warning", "error"], RELOADED] = "info"
     """Least severe level that is logged."""
     format: Literal["auto", "json", "text"] = "auto"
     """Format of the lines; `auto` is text on a terminal and JSON elsewhere."""
-    trace: Annotated[
-        Annotated[FilePath, AfterValidator(_check_json_lines)] | None,
-        Field(examples=["requests.jsonl"]),
-    ] = None
+    trace: Annotated[JsonLinesPath | None, Field(examples=["requests.jsonl"])] = None
     """File for the trace that `tierserve simulate` replays: time, key, size, tokens, model, tier
-    and outcome of each request that may be cached. There is none by default."""
+    and outcome of each request that may be cached, and keyed digests of the beginnings of prompts
+    that an engine answered. The key is in `x.key` beside `x.jsonl`. There is none by default."""
     trace_max_bytes: Annotated[ByteSize, Field(ge=64 * 1024)] = ByteSize(256 * 1024**2)
     """Size at which the trace is renamed, `x.jsonl` to `x.1.jsonl` in place of the file of that
     name, and begun anew."""
+    audit: AuditConfig | None = None
+
+    @model_validator(mode="after")
+    def _has_two_files(self) -> Self:
+        if self.audit is not None and self.audit.file == self.trace:
+            raise conflict("trace and audit.file: should be two files")
+        return self
 
 
 class Config(Section):

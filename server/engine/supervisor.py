@@ -18,6 +18,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 
@@ -26,8 +27,10 @@ import orjson
 from server.config.environment import PREFIX
 from server.config.folders import ENGINE_SOCKET, has_home, is_socket_path, new_engine_folder
 from server.config.models import RUNTIME_LORA, ModelConfig
-from server.engine.upstream import Upstream
+from server.engine.threads import thread_variables
+from server.engine.upstream import ENGINE_URL, Upstream
 from server.engine.weights import Weights
+from tiers.prefix_kv.options import KEY_VARIABLE
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +67,9 @@ class Engine:
         weights: the weights to load.
         loading: a lock that an engine holds while it loads. vLLM measures the free memory then,
             which another engine that loads would change.
-        before_start: awaited before each start, since the engine reads its files anew.
+        before_start: awaited before each start, since the engine reads its files anew; returns
+            further options of vLLM for this start.
+        secrets: variables for vLLM that configurations can't set.
 
     Raises:
         ConfigError: the path of the folder for temporary files is too long.
@@ -77,31 +82,38 @@ class Engine:
         weights: Weights,
         loading: asyncio.Lock,
         *,
-        before_start: Callable[[], Awaitable[None]],
+        before_start: Callable[[], Awaitable[Mapping[str, Any]]],
+        secrets: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._name, self._loading, self._before_start = name, loading, before_start
         self.folder = new_engine_folder()
-        socket = str(self.folder / ENGINE_SOCKET)
+        self.socket = str(self.folder / ENGINE_SOCKET)
         self.upstream = Upstream(
-            "http://engine",
+            ENGINE_URL,
             timeout_s=model.timeout_s,
-            socket=socket,
+            socket=self.socket,
             name=f"the engine of {name}",
         )
         self.restarts = 0
         self._is_running = False
         self._last_ready_s = 0.0
         self._max_delay_s = model.engine.restart_max_delay_s
+        # `-P`, or modules would first be looked for in the working directory.
         self._command = [
-            sys.executable, "-m", "server.engine.parent_watchdog", str(self.folder),
-            sys.executable, "-m", "server.engine.signal_shield", _VLLM, "--model", weights.source,
-            "--served-model-name", name, *model.aliases, "--uds", socket,
+            sys.executable, "-P", "-m", "server.engine.parent_watchdog", str(self.folder),
+            sys.executable, "-P", "-m", "server.engine.signal_shield", _VLLM,
+            "--model", weights.source,
+            "--served-model-name", name, *model.aliases, "--uds", self.socket,
             *(("--revision", weights.revision) if weights.revision else ()),
             *_flags(_ACCESS_LOG | _lora_options(weights) | model.engine.args),
         ]  # fmt: skip
         # Variables of tierserve may hold secrets.
         env = {n: v for n, v in os.environ.items() if not n.upper().startswith(PREFIX)}
         self._env = env | model.engine.env | {RUNTIME_LORA: "0"}
+        self._env |= thread_variables(model.engine.args, self._env)
+        # One of another program's would not be that of our files.
+        self._env.pop(KEY_VARIABLE, None)
+        self._env |= secrets
         # vLLM leaves the sockets between its processes behind; they are named by UUIDs.
         if is_socket_path(self.folder / str(UUID(int=0))):
             self._env.setdefault("VLLM_RPC_BASE_PATH", str(self.folder))
@@ -142,8 +154,8 @@ class Engine:
         try:
             async with AsyncExitStack() as stack:
                 async with self._loading:
-                    await self._before_start()
-                    process = await stack.enter_async_context(self._running_process())
+                    more = await self._before_start()
+                    process = await stack.enter_async_context(self._running_process(more))
                     end = asyncio.create_task(self._wait_for_end(process))
                     stack.callback(end.cancel)
                     await self._wait_until_loaded(end)
@@ -179,8 +191,10 @@ class Engine:
             ended.cancel()
 
     @asynccontextmanager
-    async def _running_process(self) -> AsyncIterator[asyncio.subprocess.Process]:
-        """Start vLLM, and end it with all its child processes at the exit."""
+    async def _running_process(
+        self, more: Mapping[str, Any]
+    ) -> AsyncIterator[asyncio.subprocess.Process]:
+        """Start vLLM with `more` options, and end it with all its child processes at the exit."""
         # An engine that ended by itself leaves files there.
         await asyncio.to_thread(shutil.rmtree, self.folder, ignore_errors=True)
         self.folder.mkdir(mode=0o700, exist_ok=True)
@@ -188,6 +202,7 @@ class Engine:
         self.upstream.mark_started()
         start = asyncio.create_subprocess_exec(
             *self._command,
+            *_flags(more),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,

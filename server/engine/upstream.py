@@ -1,13 +1,12 @@
-"""Upstreams: the engines' HTTP servers, whether each is ready, and which one gets a request."""
+"""An upstream: an engine's HTTP server, and whether it is ready."""
 
 import asyncio
-import itertools
 import logging
+import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import aiohttp
 import orjson
@@ -16,22 +15,28 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from server.config.base import SERVER
-from server.telemetry.spans import engine_request
+from server.engine.routing.connections import PROBE_TIMEOUT_S, Connections, timeout_of
+from server.engine.routing.ejection import Ejection
 
 logger = logging.getLogger(__name__)
 
-_CONNECT_TIMEOUT_S = 5
-# A gateway may ask other servers before it lists its models.
-_PROBE_TIMEOUT_S = 30
+ENGINE_URL = "http://engine"
+"""The base address of an engine of ours, on its Unix socket."""
 # The token may wait for requests that are queued before it.
 _TOKEN_TIMEOUT_S = 60
-# vLLM closes an idle connection after five seconds, which fails a request that is on its way then.
-_KEEP_ALIVE_S = 3
 _PROBE_EVERY_DOWN_S = 0.5
 _PROBE_EVERY_UP_S = 2.0
+# A count that comes later says little.
+_METRICS_TIMEOUT_S = 2.0
+_MAX_METRICS_BYTES = 1024**2
+_requests_in = re.compile(
+    rb"^vllm:num_requests_(?:running|waiting)(?:\{.*\})? (\d+)(?:\.0)?$", re.MULTILINE
+).findall
 # Methods of requests that may be sent twice (RFC 9110, section 9.2.2).
 _IDEMPOTENT = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PUT", "TRACE"})
-_Reply = TypeVar("_Reply", aiohttp.ClientResponse, aiohttp.ClientWebSocketResponse)
+# An upstream, or what stands before it, doesn't work.
+_FAILED = frozenset({502, 503, 504})
+_TOO_MANY_REQUESTS = 429
 
 
 class UnavailableError(Exception):
@@ -49,7 +54,8 @@ class Upstream:
         timeout_s: how long it may send nothing within a reply.
         socket: the path of its Unix socket, if its engine is ours. Then a supervisor calls
             `mark_started` and `mark_stopped`.
-        name: its name in logs; by default its address.
+        ip: the address that stands for its host, if it is one of several that a name has.
+        name: its name in logs; by default its label.
         api_key: replaces clients' credentials.
         model: the model's name there; needed only where the upstream is another tierserve.
     """
@@ -60,38 +66,40 @@ class Upstream:
         *,
         timeout_s: float,
         socket: str | None = None,
+        ip: str | None = None,
         name: str = "",
         api_key: str | None = None,
         model: str = "",
     ) -> None:
         base = URL(url)
         # aiohttp refuses a request with both a user in its URL and an `Authorization` header.
-        self.url = str(base.with_user(None)).rstrip("/")
-        self._name = name or self.url
+        base_url = base.with_user(None)
+        self.url = str(base_url).rstrip("/")
+        self.label = "engine" if socket is not None else self.url
+        """Its name in metrics, and where one of several is chosen."""
+        if ip is not None:
+            self.label = str(base_url.with_host(ip)).rstrip("/")
+        self._name = name or self.label
         self._credentials = _credentials(base, api_key)
         self._ready_since: float | None = None
         self.ready_event = asyncio.Event()
         """Set while it is ready."""
+        self.on_ready: Callable[[], None] = lambda: None
+        """Called when it becomes ready."""
         self.loading = False
         """Whether it is a tierserve whose engine isn't ready: it answers what its tiers hold."""
         self._model, self._socket, self._is_stopped = model, socket, False
         self._replied_at = 0.0
+        self._ejection = Ejection()
         self._logged: tuple[bool, str] | None = None
-        timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=timeout_s
+        self._connections = Connections(
+            timeout_s=timeout_s, socket=socket, ip=ip, probe_headers=self._credentials
         )
-        reuse = aiohttp.TraceConfig()
-        reuse.on_connection_reuseconn.append(_mark_reused)
-        connector = self._connector(keepalive_timeout=_KEEP_ALIVE_S)
-        self._pooled = _session(connector, timeout, trace_configs=[reuse])
-        self.unpooled = _session(self._connector(force_close=True), timeout)
-        """The session that makes a new connection for each request."""
-        # Each probe makes a connection: old ones may work where new ones are refused.
-        self._probe_session = _session(
-            self._connector(force_close=True),
-            aiohttp.ClientTimeout(total=_PROBE_TIMEOUT_S),
-            headers=self._credentials,
-        )
+        self.set_timeout(timeout_s)
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """Let it send nothing for so long within its replies to requests that come from now on."""
+        self._timeout = timeout_of(timeout_s)
 
     def with_credentials(self, headers: Mapping[str, str]) -> Mapping[str, str]:
         """Return the headers of a request to this upstream."""
@@ -102,18 +110,12 @@ class Upstream:
         changed.update(self._credentials)
         return changed
 
-    def _connector(self, **options: Any) -> aiohttp.BaseConnector:
-        if self._socket is None:
-            return aiohttp.TCPConnector(limit=0, **options)
-        return aiohttp.UnixConnector(self._socket, limit=0, **options)
-
     async def request(
         self, method: str, path: str, data: Any, headers: Mapping[str, str], *, repeatable: bool
     ) -> aiohttp.ClientResponse:
         """Send a request, and return the reply when it begins.
 
-        An upstream may close an idle connection just when a request goes out on it. A request that
-        may be sent twice is sent once more then; any other always has a new connection.
+        One that may not be sent twice always has a new connection.
         """
         send = partial(
             aiohttp.ClientSession.request,
@@ -122,20 +124,34 @@ class Upstream:
             data=data,
             headers=self.with_credentials(headers),
             allow_redirects=False,
+            timeout=self._timeout,
         )
-        if (repeatable or method in _IDEMPOTENT) and isinstance(data, bytes | None):
-            attempt = _Attempt()
-            try:
-                reply = await send(self._pooled, trace_request_ctx=attempt)
-            except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError, ConnectionError) as exc:
-                if not attempt.met_closed_connection(exc):
-                    raise
+        try:
+            if may_be_sent_twice(method, data, repeatable=repeatable):
+                reply = await self._connections.send_again_if_closed(send)
+            else:
                 reply = await send(self.unpooled)
-        else:
-            reply = await send(self.unpooled)
+        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError, aiohttp.ServerTimeoutError):
+            # While a client's body is passed on, it may be the client that fails.
+            if isinstance(data, bytes | None):
+                self._note_failure()
+            raise
         if reply.status < 500:
             self._replied_at = time.monotonic()
+        if reply.status in _FAILED:
+            self._note_failure()
+        elif reply.status != _TOO_MANY_REQUESTS:
+            self._ejection.clear()
         return reply
+
+    def _note_failure(self) -> None:
+        if self._ejection.note_failure():
+            logger.warning("%s fails again and again, so it gets no requests for now", self._name)
+
+    @property
+    def unpooled(self) -> aiohttp.ClientSession:
+        """The session that makes a new connection for each request."""
+        return self._connections.unpooled
 
     def url_of(self, path: str) -> URL:
         """Return the URL of a path, which may have a query."""
@@ -151,7 +167,10 @@ class Upstream:
         ready = ready and not self._is_stopped
         if ready != self.ready:
             self._ready_since = time.monotonic() if ready else None
+            self._ejection.clear()
             (self.ready_event.set if ready else self.ready_event.clear)()
+            if ready:
+                self.on_ready()
 
     @property
     def ready_since(self) -> float | None:
@@ -162,6 +181,20 @@ class Upstream:
     def ready_s(self) -> float:
         """Seconds for which it has been ready; 0 if it isn't."""
         return 0.0 if self._ready_since is None else time.monotonic() - self._ready_since
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether it is ready, and hasn't failed again and again of late."""
+        return self.ready and not self._ejection.is_out
+
+    def follow(self, ready_since: float | None, *, loading: bool) -> None:
+        """Take over what another process knows of it, instead of probing it."""
+        self.loading = loading
+        if ready_since != self._ready_since:
+            # It may have been down since the last report.
+            self.ready = False
+            self.ready = ready_since is not None
+            self._ready_since = ready_since
 
     def mark_started(self) -> None:
         """Let probes find it ready again."""
@@ -178,7 +211,11 @@ class Upstream:
         """Probe the upstream and set `ready`, until cancelled."""
         while True:
             self._set_state(*await self._probe())
-            await asyncio.sleep(_PROBE_EVERY_UP_S if self.ready else _PROBE_EVERY_DOWN_S)
+            # Where a connection fails, it need not be down for longer than the next probe.
+            waited_s = 0.0
+            while waited_s < (_PROBE_EVERY_UP_S if self.ready else _PROBE_EVERY_DOWN_S):
+                await asyncio.sleep(_PROBE_EVERY_DOWN_S)
+                waited_s += _PROBE_EVERY_DOWN_S
 
     def mark_unreachable(self, exc: Exception) -> None:
         """Note that a connection to it failed. It gets requests again after a probe succeeds."""
@@ -188,8 +225,9 @@ class Upstream:
         self.ready, self.loading = ready, loading
         if (state := (ready, why)) != self._logged:
             self._logged = state
+            level = logging.INFO if ready or loading else logging.WARNING
             words = "ready" if ready else "not ready"
-            logger.info("%s is %s%s", self._name, words, why and f": {why}")
+            logger.log(level, "%s is %s%s", self._name, words, why and f": {why}")
 
     async def _probe(self) -> tuple[bool, bool, str]:
         """Return whether it is ready, whether it is loading, and why, for the log.
@@ -198,14 +236,14 @@ class Upstream:
         """
         began = time.monotonic()
         try:
-            async with self._probe_session.get(f"{self.url}/v1/models") as response:
+            async with self._connections.probing.get(f"{self.url}/v1/models") as response:
                 status = response.status
                 why = "" if status in (200, 401, 403) else f"GET /v1/models has status {status}"
                 if status >= 500:
                     return False, False, why
                 if response.headers.get("Server") != SERVER:
                     return True, False, why
-            async with self._probe_session.get(
+            async with self._connections.probing.get(
                 f"{self.url}/ready", params={"model": self._model}
             ) as response:
                 loading = response.status == 503
@@ -215,9 +253,30 @@ class Upstream:
         except TimeoutError:
             if self._replied_at > began:
                 return True, False, ""
-            return False, False, f"GET /v1/models has no answer after {_PROBE_TIMEOUT_S} s"
+            return False, False, f"GET /v1/models has no answer after {PROBE_TIMEOUT_S} s"
         except (aiohttp.ClientError, OSError) as exc:
             return False, False, f"GET /v1/models fails ({type(exc).__name__})"
+
+    async def count_requests(self) -> int | None:
+        """Return how many requests its engine runs or queues, by vLLM's metrics.
+
+        They may come from others than us. `None` if it doesn't say so in time.
+        """
+        body = bytearray()
+        try:
+            async with (
+                asyncio.timeout(_METRICS_TIMEOUT_S),
+                self._connections.probing.get(f"{self.url}/metrics") as reply,
+            ):
+                async for piece in reply.content.iter_any():
+                    body += piece
+                    if len(body) > _MAX_METRICS_BYTES:
+                        return None
+        except (aiohttp.ClientError, OSError):
+            return None
+        # Each of several engines behind one server has a line of its own.
+        counts = _requests_in(body)
+        return sum(map(int, counts)) if counts else None
 
     async def keeps_generating(
         self, *, since: float, model: str, headers: Mapping[str, str]
@@ -250,8 +309,7 @@ class Upstream:
 
     async def close(self) -> None:
         """Close all connections."""
-        for session in (self._pooled, self.unpooled, self._probe_session):
-            await session.close()
+        await self._connections.close()
 
 
 def _credentials(url: URL, api_key: str | None) -> dict[str, str]:
@@ -262,193 +320,10 @@ def _credentials(url: URL, api_key: str | None) -> dict[str, str]:
     return {"Authorization": aiohttp.encode_basic_auth(url.user, url.password or "", "utf-8")}
 
 
-def _session(
-    connector: aiohttp.BaseConnector, timeout: aiohttp.ClientTimeout, **options: Any
-) -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(
-        connector=connector,
-        timeout=timeout,
-        auto_decompress=False,
-        # Engines may treat a missing header differently from aiohttp's default.
-        skip_auto_headers=("Accept", "Content-Type", "User-Agent"),
-        **options,
-    )
-
-
-class _Attempt:
-    """One attempt to send a request over a connection that may have idled."""
-
-    def __init__(self) -> None:
-        self.is_reused = False
-        self._began = time.monotonic()
-
-    def met_closed_connection(self, exc: Exception) -> bool:
-        """Whether it failed because the connection had been closed before.
-
-        Such a failure comes at once. An upstream that closes the connection later, or has begun to
-        reply, may have received the request.
-        """
-        has_begun = isinstance(exc, aiohttp.ServerDisconnectedError) and not isinstance(
-            exc.message, str
-        )
-        is_soon = time.monotonic() - self._began < _CONNECT_TIMEOUT_S
-        return self.is_reused and is_soon and not has_begun
+def may_be_sent_twice(method: str, data: Any, *, repeatable: bool) -> bool:
+    """Whether a request may be sent once more, where the first one may have reached an engine."""
+    return (repeatable or method in _IDEMPOTENT) and isinstance(data, bytes | None)
 
 
 def _connection_failure(exc: Exception) -> str:
     return f"it takes no connection ({getattr(exc, 'strerror', None) or 'in time'})"
-
-
-async def _mark_reused(_: aiohttp.ClientSession, context: Any, __: Any) -> None:
-    if context.trace_request_ctx is not None:
-        context.trace_request_ctx.is_reused = True
-
-
-class Upstreams:
-    """The upstreams of one model, which get requests in turn.
-
-    Args:
-        upstreams: the engines' servers.
-        max_requests: the requests that each of them may have at once; an engine queues what it
-            can't run yet.
-    """
-
-    def __init__(self, upstreams: Sequence[Upstream], *, max_requests: int) -> None:
-        self.all = tuple(upstreams)
-        self._max_in_flight, self._in_flight = max_requests * len(self.all), 0
-        self._rotation = itertools.count()
-
-    @property
-    def in_flight(self) -> int:
-        """The number of requests at the upstreams now."""
-        return self._in_flight
-
-    @property
-    def ready(self) -> bool:
-        """Whether any upstream is ready."""
-        return any(upstream.ready for upstream in self.all)
-
-    @property
-    def loading(self) -> bool:
-        """Whether any upstream is a tierserve whose engine isn't ready."""
-        return any(upstream.loading for upstream in self.all)
-
-    def request(
-        self,
-        method: str,
-        path: str,
-        *,
-        data: Any,
-        headers: Mapping[str, str],
-        repeatable: bool = False,
-    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
-        """Send a request to the next upstream that takes the connection; gives its reply.
-
-        A `repeatable` request has no effect but its reply, so it may be sent twice.
-
-        Raises:
-            UnavailableError: no upstream is ready, or they have `max_requests`.
-            aiohttp.ClientError: the upstream failed.
-        """
-        return self._open(
-            method,
-            headers,
-            lambda upstream, headers: upstream.request(
-                method, path, data, headers, repeatable=repeatable
-            ),
-        )
-
-    def websocket(
-        self, path: str, headers: Mapping[str, str], protocols: Sequence[str], *, max_bytes: int
-    ) -> AbstractAsyncContextManager[aiohttp.ClientWebSocketResponse]:
-        """Open a WebSocket to the next upstream that takes the connection.
-
-        Args:
-            path: may have a query.
-            headers: of its handshake.
-            protocols: offered to the upstream.
-            max_bytes: of one message.
-
-        Raises:
-            UnavailableError: no upstream is ready, or they have `max_requests`.
-            aiohttp.ClientError: the upstream failed or refused.
-        """
-        return self._open(
-            "GET",
-            headers,
-            lambda upstream, headers: upstream.unpooled.ws_connect(
-                upstream.url_of(path),
-                headers=upstream.with_credentials(headers),
-                protocols=protocols,
-                max_msg_size=max_bytes,
-            ),
-        )
-
-    async def keeps_generating(
-        self,
-        reply: aiohttp.ClientResponse,
-        *,
-        path: str,
-        since: float,
-        model: str,
-        headers: Mapping[str, str],
-    ) -> bool:
-        """Whether the engine that gave a reply has not begun to stop since the request was sent.
-
-        Args:
-            reply: has been read to its end.
-            path: of the request.
-            since: when it was sent, or earlier (monotonic s).
-            model: by the engine's name.
-            headers: of the request.
-        """
-        upstream = next(each for each in self.all if each.url_of(path) == reply.url)
-        keeps = await upstream.keeps_generating(since=since, model=model, headers=headers)
-        if not keeps:
-            logger.info("an answer is not stored: its engine may have been stopped meanwhile")
-        return keeps
-
-    @asynccontextmanager
-    async def _open(
-        self,
-        method: str,
-        headers: Mapping[str, str],
-        send: Callable[[Upstream, Mapping[str, str]], Awaitable[_Reply]],
-    ) -> AsyncIterator[_Reply]:
-        """Give the reply of the next upstream, count it as in flight, and close it."""
-        if self._in_flight >= self._max_in_flight:
-            raise UnavailableError("The engine has as many requests as it takes; try again.")
-        self._in_flight += 1
-        try:
-            with engine_request(method) as traced:
-                headers = traced.inject(headers)
-                async with await self._send_to_next(
-                    lambda upstream: send(upstream, headers)
-                ) as reply:
-                    if isinstance(reply, aiohttp.ClientResponse):
-                        traced.set_reply(reply.status, reply.url.host, reply.url.port)
-                    yield reply
-        finally:
-            self._in_flight -= 1
-
-    async def _send_to_next(self, send: Callable[[Upstream], Awaitable[_Reply]]) -> _Reply:
-        """Return the reply of the next upstream that takes the connection."""
-        while True:
-            upstream = self._pick()
-            try:
-                return await send(upstream)
-            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:
-                # Nothing was sent, so the next upstream may get it.
-                upstream.mark_unreachable(exc)
-
-    def _pick(self) -> Upstream:
-        ready = [upstream for upstream in self.all if upstream.ready]
-        ready = ready or [upstream for upstream in self.all if upstream.loading]
-        if not ready:
-            raise UnavailableError
-        return ready[next(self._rotation) % len(ready)]
-
-    async def close(self) -> None:
-        """Close all connections."""
-        for upstream in self.all:
-            await upstream.close()

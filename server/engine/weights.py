@@ -14,11 +14,13 @@ from typing import NamedTuple
 from server.config.base import ConfigError
 from server.config.folders import NO_HOME, cache_folder
 from server.config.models import EMBEDDED, EMBEDDED_NAME, ModelConfig
+from server.engine.dtype import misbuilt_packages
 
 logger = logging.getLogger(__name__)
 
 _HUB_TIMEOUT_S = 5
 _MODEL, _ADAPTER = "config.json", "adapter_config.json"
+_PREPARED_WITH = ("accelerate", "gguf", "uv")
 _EXPECTED = {_MODEL: f"a {_MODEL}", _ADAPTER: f"an {_ADAPTER}"}
 
 
@@ -39,7 +41,7 @@ class Weights(NamedTuple):
 
 
 def embedded_folder() -> Path:
-    """Return the folder to which `scripts/prepare_model.py` writes the embedded model.
+    """Return the folder of the embedded model, which `server.preparation` makes.
 
     Raises:
         ConfigError: there is no cache folder.
@@ -57,6 +59,8 @@ def locate(name: str, model: ModelConfig) -> Weights:
     """
     if mistakes := location_mistakes(name, model):
         raise ConfigError(mistakes)
+    if lacks_embedded(model):
+        raise ConfigError([f"models.{name}.source: the embedded model isn't prepared"])
     source = model.source or EMBEDDED
     adapters = {each: _locate_adapter(name, each, path) for each, path in model.adapters.items()}
     if (folder := local_folder(model)) is not None:
@@ -75,10 +79,32 @@ def local_folder(model: ModelConfig) -> Path | None:
     return folder if (folder / _MODEL).is_file() else None
 
 
+def lacks_embedded(model: ModelConfig) -> bool:
+    """Return whether a model is the embedded one, which isn't prepared yet.
+
+    Raises:
+        ConfigError: it is the embedded one, and there is no cache folder.
+    """
+    is_embedded = not model.upstreams and (model.source or EMBEDDED) == EMBEDDED
+    return is_embedded and local_folder(model) is None
+
+
+def lacks_what_prepares() -> bool:
+    """Return whether a package is missing that prepares the embedded model."""
+    return any(find_spec(package) is None for package in _PREPARED_WITH)
+
+
 def location_mistakes(name: str, model: ModelConfig) -> list[str]:
-    """Return the mistakes in the model's `source` and `adapters`; asks no hub."""
+    """Return the mistakes in the model's `source` and `adapters`; asks no hub.
+
+    That the embedded model isn't prepared is none, where it can be.
+    """
     if find_spec("vllm") is None:
-        return [f"models.{name}: vLLM isn't installed; run scripts/setup"]
+        extras = "tierserve[cpu], or tierserve[cuda] for NVIDIA GPUs"
+        return [f"models.{name}: needs vLLM, which isn't installed: install {extras}"]
+    if misbuilt := misbuilt_packages():
+        todo = f"pip uninstall {' '.join(misbuilt)}"
+        return [f"models.{name}: vLLM can't start beside these builds for CUDA: {todo}"]
     fields = [(f"models.{name}.source", model.source or EMBEDDED, _MODEL)]
     fields += [(f"models.{name}.adapters.{n}", at, _ADAPTER) for n, at in model.adapters.items()]
     return [
@@ -97,7 +123,8 @@ def _location_mistake(source: str, file: str) -> str | None:
     if (folder / file).is_file():
         return None
     if file == _MODEL and source == EMBEDDED:
-        return "the embedded model isn't prepared; run scripts/serve"
+        needed = "the embedded model needs the extra model: install tierserve[model]"
+        return needed if lacks_what_prepares() else None
     if _is_path(source, folder):
         return f"{source} should be a folder with {_EXPECTED[file]}"
     from huggingface_hub.errors import HFValidationError

@@ -1,51 +1,49 @@
 """The handler of requests that may be cached: parse, get or generate the answer, render it."""
 
 import logging
+from collections.abc import Container
 from functools import partial
 from math import floor
 from typing import Literal, NamedTuple
 
 import aiohttp
-from aiohttp import hdrs, web
+from aiohttp import hdrs
 
 from server.engine.upstream import UnavailableError
+from server.handlers.fallback import Fallbacks
 from server.handlers.forwarding import Forwarding, forward
 from server.handlers.generation import EngineGeneration, Engines
+from server.handlers.hits import Hits
 from server.handlers.recording import NotAnAnswerError
 from server.handlers.rendering import (
-    abort_stream,
-    begin_stream,
+    cache_status_of,
     failed_generation,
-    fresh_marks,
+    generated,
     not_cached,
+    relay_stream,
+    relay_whole,
     render,
 )
-from server.handlers.upstream_headers import (
-    LOAD,
-    LOAD_FORMAT,
-    forwarded_headers,
-    with_cache_control,
-)
+from server.handlers.upstream_headers import forwarded_headers, with_cache_control
 from server.handlers.variants import Variants
-from server.protocol import convert, template
+from server.protocol import convert
 from server.protocol.cache_control import CacheControl, parse_cache_control
 from server.protocol.errors import BadRequestError
 from server.protocol.formats import Encoding
-from server.protocol.request import ParsedRequest, RequestParser, key_headers
+from server.protocol.request import ParsedRequest, key_headers, parse_request
 from server.telemetry.served import OWN, Served, attach
 from server.telemetry.spans import step
 from server.web.offload import offload
 from server.web.request import HttpRequest, Reply
-from tiers import Answer, Flight, Hit, State
+from tiers import Hit, State
 from tiers.answer_cache import AnswerCache, Pending
+from tiers.prefix_kv.options import DISK_TOKENS
 
 logger = logging.getLogger(__name__)
 
 _DEFAULT = CacheControl()
 _JSON = "application/json"
 _ENGINE = "engine"
-# `NamedTuple`'s own way to make a tuple would be a call more for each hit.
-_new = tuple.__new__
 _FRESH = State.FRESH
 
 
@@ -73,11 +71,25 @@ class CachedRoutes:
         answers: serves them, or has them generated.
         engines: generate them.
         policy: decides which requests are cached.
+        variants: says which of several answers is next.
+        hits: answers those whose bodies are known; `None` where each step is traced.
     """
 
-    def __init__(self, answers: AnswerCache, engines: Engines, policy: CachingPolicy) -> None:
+    def __init__(
+        self,
+        answers: AnswerCache,
+        engines: Engines,
+        policy: CachingPolicy,
+        variants: Variants,
+        hits: Hits | None,
+    ) -> None:
         self._answers, self._engines, self._policy = answers, engines, policy
-        self._variants, self._parser = Variants(), RequestParser()
+        self._variants, self._hits = variants, hits
+        self._fallbacks = Fallbacks(engines.models, engine_keeps=policy.engine_keeps)
+
+    def use(self, engines: Engines, policy: CachingPolicy) -> None:
+        """Answer by these from now on. What bodies mean is to be learned again: see `Hits`."""
+        self._engines, self._policy = engines, policy
 
     async def answer(self, http: HttpRequest) -> Reply:
         """Answer from a tier, from a generation under way, or from the engine.
@@ -86,24 +98,59 @@ class CachedRoutes:
             BadRequestError: the request is wrong, or has too many prompts.
         """
         raw = await http.read_body()
+        if self._hits is not None and (reply := self._hits.answer(http, raw)) is not None:
+            return reply
+        names = self._engines.models.names()
         with step("parse"):
-            names, headers = self._engines.models.names(), key_headers(http.headers)
+            headers = key_headers(http.headers)
             request = await offload(
-                len(raw), self._parser.parse, http.path, raw, http.tenant, names, headers
+                len(raw), parse_request, http.path, raw, http.tenant, names, headers
             )
         if request.id is not None:
             http.take_id_from_body(request.id)
         try:
             control = self._check(http, request)
-            if not control.no_store and self._is_cacheable(http, request):
-                try:
-                    return await self._get_or_generate(http, request, control)
-                except convert.NotConvertibleError as exc:
-                    logger.warning("an answer can't be given in the encoding asked for: %s", exc)
-            return await self._forward(http, request, control)
+            reply = await self._answer(http, control, request)
+            if reply[1].outcome == "error":
+                answer = partial(self._answer, http, control)
+                return await self._fallbacks.answer_instead(http, raw, request, reply, answer)
+            if self._hits is not None and self._is_plain_hit(request, control, reply[1]):
+                self._hits.learn(http, raw, names, request)
+            return reply
         except BaseException as exc:
             attach(exc, OWN._replace(model=request.model))
             raise
+
+    async def _answer(
+        self,
+        http: HttpRequest,
+        control: CacheControl,
+        request: ParsedRequest,
+        held_back: Container[int] | None = None,
+    ) -> Reply:
+        """Answer by the request's model; errors of some statuses are returned, but not sent yet.
+
+        By default they are those with which its fallback may answer.
+        """
+        if not control.no_store and self._is_cacheable(http, request):
+            try:
+                return await self._get_or_generate(http, request, control)
+            except convert.NotConvertibleError as exc:
+                logger.warning("an answer can't be given in the encoding asked for: %s", exc)
+        if held_back is None:
+            held_back = self._fallbacks.held_back(request)
+        return await self._forward(http, request, control, held_back)
+
+    def _is_plain_hit(self, request: ParsedRequest, control: CacheControl, served: Served) -> bool:
+        """Whether a lookup alone has answered a request, and could again."""
+        return (
+            served.outcome == "hit"
+            and served.answer is not None
+            and served.answer.encoding == request.encoding
+            and control == _DEFAULT
+            and request.id is None
+            and self._variants_of(request) == 1
+        )
 
     def _check(self, http: HttpRequest, request: ParsedRequest) -> CacheControl:
         """Return what a request says about caching.
@@ -127,8 +174,7 @@ class CachedRoutes:
     async def _get_or_generate(
         self, http: HttpRequest, request: ParsedRequest, control: CacheControl
     ) -> Reply:
-        variants = 1 if request.deterministic else request.cache.variants or self._policy.variants
-        if variants > 1:
+        if (variants := self._variants_of(request)) > 1:
             request = request._replace(key=self._variants.next(request.key, variants))
         begin = partial(EngineGeneration, self._engines, http, request, control)
         found = await self._answers.get_or_generate(request.key, begin, control.acceptance)
@@ -140,8 +186,11 @@ class CachedRoutes:
             return await self._relay(http, request, found)
         except BaseException as exc:
             # What a client hasn't got isn't counted as served.
-            attach(exc, _generated(request, found)._replace(key="", answer=None))
+            attach(exc, generated(request, found)._replace(key="", answer=None))
             raise
+
+    def _variants_of(self, request: ParsedRequest) -> int:
+        return 1 if request.deterministic else request.cache.variants or self._policy.variants
 
     async def _serve(self, http: HttpRequest, request: ParsedRequest, hit: Hit, how: str) -> Reply:
         """Answer with a tier's entry."""
@@ -152,8 +201,9 @@ class CachedRoutes:
         status = f"tierserve; {how}; ttl={ttl}; detail={hit.tier}"
         response = await render(http, request, entry.answer, status, age)
         outcome = "hit" if hit.state is _FRESH else "stale"
-        served = (hit.tier, outcome, request.model, request.key, entry.answer, entry.generation_s)
-        return response, _new(Served, served)
+        return response, Served(
+            hit.tier, outcome, request.model, request.key, entry.answer, entry.generation_s
+        )
 
     async def _relay(self, http: HttpRequest, request: ParsedRequest, pending: Pending) -> Reply:
         """Pass on what is generated, or a stale answer if that fails before anything was sent."""
@@ -163,8 +213,11 @@ class CachedRoutes:
                 with step("flight") as span:
                     span.set_attributes(joined=pending.joined)
                     if request.encoding == flight.encoding == Encoding.SSE:
-                        return await _relay_stream(http, request, pending)
-                    return await _relay_whole(http, request, pending)
+                        return await relay_stream(http, request, pending)
+                    reply = await relay_whole(http, request, pending)
+                    if (tokens := flight.notes.get(DISK_TOKENS)) is not None:
+                        span.set_attributes(disk_tokens=int(tokens))
+                    return reply
         except (NotAnAnswerError, UnavailableError, aiohttp.ClientError, OSError) as exc:
             if http.is_disconnected:
                 # The client has gone; the generation hasn't failed.
@@ -181,26 +234,32 @@ class CachedRoutes:
                 status = f"; fwd-status={exc.status}" if isinstance(exc, NotAnAnswerError) else ""
                 return await self._serve(http, request, stale, f"fwd=stale{status}")
             failed = failed_generation(exc)
-            failed.headers["Cache-Status"] = _cache_status(pending)
+            failed.headers["Cache-Status"] = cache_status_of(pending)
             outcome = "error" if failed.status >= 400 else "pass"
             return failed, Served(_ENGINE, outcome, request.model)
 
     async def _forward(
-        self, http: HttpRequest, request: ParsedRequest, control: CacheControl
+        self,
+        http: HttpRequest,
+        request: ParsedRequest,
+        control: CacheControl,
+        held_back: Container[int],
     ) -> Reply:
         """Pass on a request whose answer isn't cached."""
         if control.acceptance.only_if_cached:
             return not_cached(), OWN._replace(model=request.model)
-        prefixes = self._engines.prefixes
+        note = partial(self._engines.prompts.note, request, bypassed=True)
         forwarding = Forwarding(
             model=request.model,
             body=request.raw,
             headers=with_cache_control(forwarded_headers(http), request.cache.control),
             cache_status="tierserve; fwd=bypass",
-            # A request that isn't repeatable may start work or run tools at the engine.
-            repeatable=request.repeatable,
+            repeatable=not request.has_effect,
+            asked=request,
+            kept_id=request.continues,
             # A client that sends `no-store` wants nothing of its request to be kept.
-            on_end=None if control.no_store else lambda end: prefixes.note(request, end),
+            on_end=None if control.no_store else note,
+            held_back=held_back,
         )
         return await forward(http, self._engines.models.upstreams(request.model), forwarding)
 
@@ -221,79 +280,6 @@ class CachedRoutes:
 
     def _takes_variants(self, request: ParsedRequest) -> bool:
         return request.cache.use or self._policy.nondeterministic == "always"
-
-
-async def _relay_whole(http: HttpRequest, request: ParsedRequest, pending: Pending) -> Reply:
-    """Wait for the whole answer."""
-    flight = pending.subscriber.flight
-    async for _ in pending.subscriber:
-        pass
-    # A hit has no such header: the engine isn't involved, so its load isn't known.
-    load = flight.notes.get(http.headers.get(LOAD_FORMAT, ""))
-    response = await render(
-        http,
-        request,
-        _answer_of(flight),
-        _cache_status(pending),
-        int(flight.age_s),
-        {} if load is None else {LOAD: load},
-    )
-    return response, _generated(request, pending)
-
-
-async def _relay_stream(http: HttpRequest, request: ParsedRequest, pending: Pending) -> Reply:
-    """Pass events on as they are generated.
-
-    The stream begins when the engine's does, which may be long before its first event. Where a
-    stale answer could be given instead it begins with that event, since then it no longer can.
-    """
-    flight = pending.subscriber.flight
-    id_, created = fresh_marks(http, request)
-    response: web.StreamResponse | None = None
-    try:
-        async for event in pending.subscriber:
-            if pending.stale is not None and not event:
-                continue
-            if response is None:
-                response = await begin_stream(http, _cache_status(pending), int(flight.age_s))
-            if event:
-                item = template.render_item(event, id_, created, wants_usage=request.wants_usage)
-                await http.write(response, item)
-    except (NotAnAnswerError, aiohttp.ClientError, OSError) as exc:
-        if response is None or http.is_disconnected:
-            raise
-        error = Served(_ENGINE, "error", request.model)
-        try:
-            return await abort_stream(response, failed_generation(exc), request), error
-        except BaseException as gone:
-            attach(gone, error)
-            raise
-    if response is None:
-        response = await begin_stream(http, _cache_status(pending), int(flight.age_s))
-    usage = _answer_of(flight).trailer if request.wants_usage else b""
-    end = template.fill_marks(usage, id_, created) + request.route.format.done
-    await http.write(response, end)
-    await response.write_eof()
-    return response, _generated(request, pending)
-
-
-def _cache_status(pending: Pending) -> str:
-    """Return the `Cache-Status` of a generated answer (RFC 9211)."""
-    return f"tierserve; fwd={pending.reason}{'; collapsed' if pending.collapsed else ''}"
-
-
-def _generated(request: ParsedRequest, pending: Pending) -> Served:
-    """Return the record of a generated answer, even an incomplete one."""
-    outcome = "collapsed" if pending.collapsed else "miss"
-    flight = pending.subscriber.flight
-    answer = flight.answer if flight.kept else None
-    return Served(_ENGINE, outcome, request.model, request.key, answer)
-
-
-def _answer_of(flight: Flight) -> Answer:
-    if flight.answer is None:
-        raise AssertionError("a flight that ends without an error has an answer")
-    return flight.answer
 
 
 def _is_engine_failure(exc: Exception) -> bool:

@@ -1,24 +1,32 @@
 """Passing a request through to an engine and its reply back, unchanged and without buffering."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Container, Mapping
 from dataclasses import dataclass
 
 import aiohttp
 from aiohttp import hdrs, web
 from yarl import URL
 
-from server.engine.upstream import UnavailableError, Upstreams
-from server.handlers.errors import failure, unavailable
-from server.handlers.upstream_headers import UNBUFFERED, forwarded_headers, returned_headers
+from server.engine.routing.upstreams import Upstreams
+from server.engine.upstream import UnavailableError
+from server.handlers.rendering import failure, unavailable
+from server.handlers.upstream_headers import (
+    FALLBACK,
+    UNBUFFERED,
+    forwarded_headers,
+    returned_headers,
+)
 from server.protocol.errors import BadRequestError
+from server.protocol.request import ParsedRequest
 from server.telemetry.served import Served, attach
 from server.web.content_coding import DECODED
 from server.web.request import HttpRequest, Reply, SlowClientError
-from server.web.responses import server_headers
+from server.web.responses import close_if_unframed, server_headers
 
 # The end of an answer holds its token counts.
 _END_BYTES = 1024
+_PIECE_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +45,14 @@ class Forwarding:
     """Added to the reply (RFC 9211)."""
     repeatable: bool = False
     """Whether the request has no other effect than its reply, whatever the method."""
+    asked: ParsedRequest | None = None
+    """The request, parsed, if it was."""
+    kept_id: str | None = None
+    """The id of an answer that an upstream keeps, and that the request is about."""
     on_end: Callable[[bytes], None] | None = None
     """Called with the end of an answer, once all of it has been passed on."""
+    held_back: Container[int] = ()
+    """Statuses of error replies that are returned, but not sent yet."""
 
 
 async def forward(http: HttpRequest, upstreams: Upstreams, forwarding: Forwarding) -> Reply:
@@ -53,12 +67,23 @@ async def forward(http: HttpRequest, upstreams: Upstreams, forwarding: Forwardin
             data=_data(http, forwarding),
             headers=_headers(http, forwarding),
             repeatable=forwarding.repeatable,
+            asked=forwarding.asked,
+            kept_id=forwarding.kept_id,
+            # Whatever else is asked for, such as a page or metrics, needs no engine to be started.
+            demand="held" if http.method == hdrs.METH_POST else "none",
         ) as reply:
+            asked = forwarding.asked
+            if asked is not None and asked.cache.fallback is False and FALLBACK in reply.headers:
+                raise UnavailableError
+            if reply.status in forwarding.held_back:
+                return await _held(reply, forwarding.cache_status), error
             response = _answering(http, reply, forwarding.cache_status)
             await response.prepare(http)
-            end = await _pass_on(http, reply, response)
-            if forwarding.on_end is not None and reply.status == 200:
-                forwarding.on_end(end)
+            end = await _pass_on(http, upstreams.pieces(reply, _PIECE_BYTES), response)
+            if reply.status == 200:
+                upstreams.note_counts(reply, end)
+                if forwarding.on_end is not None:
+                    forwarding.on_end(end)
             return response, passed
     except UnavailableError as exc:
         return unavailable(exc), error
@@ -111,19 +136,32 @@ def _answering(
     response = web.StreamResponse(status=reply.status, headers=headers)
     if reply.content_length is not None and http.method != "HEAD":
         response.content_length = reply.content_length
-    if cache_status is not None:
-        # Caches nearer to the engine stand first.
-        theirs = reply.headers.get("Cache-Status")
-        response.headers["Cache-Status"] = f"{theirs}, {cache_status}" if theirs else cache_status
+    close_if_unframed(http, response)
+    _set_cache_status(response, cache_status)
     return response
 
 
+async def _held(reply: aiohttp.ClientResponse, cache_status: str | None) -> web.Response:
+    """Return the response that passes on an error, with its body, not yet sent."""
+    headers = returned_headers(reply.headers)
+    response = web.Response(status=reply.status, body=await reply.read(), headers=headers)
+    _set_cache_status(response, cache_status)
+    return response
+
+
+def _set_cache_status(response: web.StreamResponse, cache_status: str | None) -> None:
+    if cache_status is not None:
+        # Caches nearer to the engine stand first.
+        theirs = response.headers.get("Cache-Status")
+        response.headers["Cache-Status"] = f"{theirs}, {cache_status}" if theirs else cache_status
+
+
 async def _pass_on(
-    http: HttpRequest, reply: aiohttp.ClientResponse, response: web.StreamResponse
+    http: HttpRequest, pieces: AsyncIterator[bytes], response: web.StreamResponse
 ) -> bytes:
     """Pass a reply's body on, and return its end."""
     end = b""
-    async for piece in reply.content.iter_any():
+    async for piece in pieces:
         await http.write(response, piece)
         end = piece if len(piece) >= _END_BYTES else (end + piece)[-_END_BYTES:]
     await response.write_eof()

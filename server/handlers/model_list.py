@@ -5,7 +5,6 @@ left out.
 """
 
 import asyncio
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ import aiohttp
 import orjson
 from aiohttp import web
 
-from server.engine.models import Model, Models
+from server.engine.models import ServedModel, ServedModels
 from server.engine.upstream import UnavailableError
 from server.handlers.upstream_headers import forwarded_headers
 from server.web.request import HttpRequest
@@ -37,11 +36,15 @@ def is_one_model(path: str) -> bool:
 
 
 class ModelList:
-    """The handler of both routes."""
+    """The handler of both routes.
 
-    def __init__(self, models: Models) -> None:
-        self._models = models
-        self._started = int(time.time())
+    Args:
+        models: all of them.
+        started_at: when the server began (Unix s), as the time when models were made.
+    """
+
+    def __init__(self, models: ServedModels, started_at: float) -> None:
+        self._models, self._started = models, int(started_at)
 
     async def all(self, http: HttpRequest) -> web.Response:
         """Answer with all models, aliases and adapters, in the order of the configuration."""
@@ -75,7 +78,7 @@ class ModelList:
             body = next(card for card in listed if card["id"] == wanted)
         return web.Response(body=orjson.dumps(body), content_type="application/json")
 
-    def _cards(self, model: Model, cards: Cards) -> Iterator[dict[str, Any]]:
+    def _cards(self, model: ServedModel, cards: Cards) -> Iterator[dict[str, Any]]:
         for name, known_as in model.served_names():
             is_adapter = known_as != model.name
             card: dict[str, Any] = {
@@ -94,7 +97,7 @@ class ModelList:
             }
 
 
-async def _list_of_engine(http: HttpRequest, model: Model) -> tuple[int | None, Cards]:
+async def _list_of_engine(http: HttpRequest, model: ServedModel) -> tuple[int | None, Cards]:
     """Return the status and the list of an engine of the model; without status if it failed."""
     try:
         async with (

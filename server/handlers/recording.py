@@ -3,8 +3,8 @@
 A part of unknown shape is published unchanged, and then the answer isn't kept.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, NamedTuple
 
 import aiohttp
 import orjson
@@ -13,6 +13,7 @@ from aiohttp import hdrs
 from server.protocol import template
 from server.protocol.events import Event, read_events
 from server.protocol.formats import CHOICES, OPAQUE, AnswerFormat, Encoding, are_finished
+from server.protocol.usage import take_disk_tokens
 from tiers import Answer
 
 _CONTENT_TYPES = {Encoding.JSON: "application/json", Encoding.SSE: "text/event-stream"}
@@ -27,26 +28,35 @@ class NotAnAnswerError(Exception):
         self.status, self.headers, self.body = status, headers, body
 
 
+class Recorded(NamedTuple):
+    """An answer of an engine."""
+
+    answer: Answer
+    """Without content if it was too long, or of unknown shape."""
+    is_finished: bool
+    """Whether it may be stored."""
+    disk_tokens: int = 0
+    """Tokens of the prompt that the engine took from the prefix tier. A stream doesn't have it."""
+
+
 async def record_answer(
     reply: aiohttp.ClientResponse,
+    pieces: AsyncIterator[bytes],
     format_: AnswerFormat,
     encoding: Encoding,
     publish: Callable[[bytes], Awaitable[None]],
     max_bytes: int,
-) -> tuple[Answer, bool]:
+) -> Recorded:
     """Read a reply to its end.
 
     Args:
         reply: to a request for `encoding`.
+        pieces: of its body, if it is a stream.
         format_: of the route's answers.
         encoding: JSON is published whole, events one by one except the one with the token counts.
         publish: takes templates (`server.protocol.template`), and verbatim parts that don't belong
             to the answer. A stream begins with an empty template.
         max_bytes: a longer stream is published, but not kept for the answer.
-
-    Returns:
-        The answer, without content if it was too long or of unknown shape, and whether it may be
-        stored.
 
     Raises:
         NotAnAnswerError: the reply isn't an answer.
@@ -56,33 +66,35 @@ async def record_answer(
     if (reply.status, reply.content_type, coding) != (200, _CONTENT_TYPES[encoding], "identity"):
         raise NotAnAnswerError(reply.status, reply.headers, await reply.read())
     if encoding == Encoding.JSON:
-        answer, finished = _body(reply, format_, await reply.read())
-        await publish(answer.content)
-        return answer, finished
+        recorded = _body(reply, format_, await reply.read())
+        await publish(recorded.answer.content)
+        return recorded
     await publish(b"")
     if format_ is CHOICES:
         events: _ChoiceEvents | _TypedEvents = _ChoiceEvents(publish, max_bytes)
     else:
         events = _TypedEvents(format_, publish, max_bytes)
-    async for event in read_events(reply.content.iter_any()):
+    async for event in read_events(pieces):
         if await events.take(event):
             break
     return await events.end()
 
 
-def _body(reply: aiohttp.ClientResponse, format_: AnswerFormat, raw: bytes) -> tuple[Answer, bool]:
+def _body(reply: aiohttp.ClientResponse, format_: AnswerFormat, raw: bytes) -> Recorded:
+    disk_tokens = 0
     try:
         if format_ is OPAQUE:
             content, finished = template.template_of_raw(raw), True
         else:
             parsed = orjson.loads(raw)
             finished = format_.is_finished(parsed) and not parsed.get("error")
+            disk_tokens = take_disk_tokens(parsed)
             content = template.json_template(parsed, format_.marks)
     except (orjson.JSONDecodeError, TypeError, KeyError, AttributeError) as exc:
         raise NotAnAnswerError(reply.status, reply.headers, raw) from exc
     if content is None:
         raise NotAnAnswerError(reply.status, reply.headers, raw)
-    return Answer(Encoding.JSON, content), finished
+    return Recorded(Answer(Encoding.JSON, content), finished, disk_tokens)
 
 
 class _Events:
@@ -107,10 +119,10 @@ class _Events:
         if event.is_whole:
             await self._publish(template.Verbatim(event.raw))
 
-    def _answer(self, usage: bytes = b"", *, finished: bool) -> tuple[Answer, bool]:
+    def _answer(self, usage: bytes = b"", *, finished: bool) -> Recorded:
         if self._bytes > self._max_bytes or not self._is_understood:
-            return Answer(Encoding.SSE, b"", usage), False
-        return Answer(Encoding.SSE, b"".join(self._kept), usage), finished
+            return Recorded(Answer(Encoding.SSE, b"", usage), is_finished=False)
+        return Recorded(Answer(Encoding.SSE, b"".join(self._kept), usage), finished)
 
 
 class _TypedEvents(_Events):
@@ -141,8 +153,8 @@ class _TypedEvents(_Events):
             await self._keep(made)
         return False
 
-    async def end(self) -> tuple[Answer, bool]:
-        """Return what `record_answer` returns."""
+    async def end(self) -> Recorded:
+        """Return the answer."""
         if self._last in self._format.last_events:
             return self._answer(finished=self._finished)
         if self._last in self._format.failure_events:
@@ -209,8 +221,8 @@ class _ChoiceEvents(_Events):
             if event:
                 await self._keep(event)
 
-    async def end(self) -> tuple[Answer, bool]:
-        """Publish the held event; returns what `record_answer` returns."""
+    async def end(self) -> Recorded:
+        """Publish the held event, and return the answer."""
         if self._held:
             await self._keep(template.with_fingerprint(self._held, self._usage))
         reasons = [{"finish_reason": reason} for reason in self._reasons.values()]

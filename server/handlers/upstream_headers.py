@@ -19,6 +19,8 @@ from server.web.request import HttpRequest
 LOAD_FORMAT = istr("Endpoint-Load-Metrics-Format")
 LOAD = istr("Endpoint-Load-Metrics")
 """An engine's report of its load (ORCA), in the format that a load balancer asks for."""
+FALLBACK = istr("X-Tierserve-Fallback")
+"""Names the model that has answered in place of the one that was asked for."""
 _FORWARDED_OF_CACHEABLE = frozenset(map(str.lower, KEY_HEADERS)) | {
     "accept-encoding", "authorization", "cache-control", "content-type", "traceparent",
     "tracestate", "user-agent", "x-api-key", "x-request-id",
@@ -62,6 +64,12 @@ _END_TO_END = _CREDENTIALS | frozenset(map(str.lower, KEY_HEADERS))
 
 UNBUFFERED = {"X-Accel-Buffering": "no"}
 """Makes nginx, and proxies that know its header, forward a stream without buffering."""
+
+
+def fallback_headers(model: str) -> Mapping[str, str]:
+    """Return the headers of an answer by another model than the one that was asked for."""
+    # No cache on the way to the client takes it for that one's answer.
+    return {FALLBACK: model, "Cache-Control": "no-store"}
 
 
 def forwarded_headers(http: HttpRequest) -> CIMultiDict[str]:

@@ -5,8 +5,9 @@ import asyncio
 import aiohttp
 from aiohttp import web
 
-from server.engine.upstream import UnavailableError, Upstreams
-from server.handlers.errors import failure, unavailable
+from server.engine.routing.upstreams import Upstreams
+from server.engine.upstream import UnavailableError
+from server.handlers.rendering import failure, unavailable
 from server.handlers.upstream_headers import forwarded_headers
 from server.telemetry.served import Served, attach
 from server.web.request import HttpRequest, Reply

@@ -66,8 +66,12 @@ _HEADERS = {
     "Age": ("Seconds since the answer was generated", "integer"),
     "ETag": ("Identifies the answer in this encoding; absent while it is generated", "string"),
     "Retry-After": ("Seconds to wait before trying again", "integer"),
+    "X-Tierserve-Fallback": (
+        "The model that has answered in place of the one asked for; absent otherwise",
+        "string",
+    ),
 }
-_STORED_HEADERS = ("X-Request-Id", "Cache-Status", "Age", "ETag")
+_STORED_HEADERS = ("X-Request-Id", "Cache-Status", "Age", "ETag", "X-Tierserve-Fallback")
 
 
 def _parameter(
@@ -118,10 +122,10 @@ _OWN_ROUTES: Mapping[str, _OwnRoute] = {
     "/health": _OwnRoute("Answers 200 while the process runs", "", "anybody"),
     "/metrics": _OwnRoute("Prometheus metrics", "text/plain", "operators"),
     "/metrics/engine": _OwnRoute(
-        "The engine's own metrics",
+        "The engines' own metrics, with the labels `model` and `upstream`, or those of one model",
         "text/plain",
         "operators",
-        _ENGINE_STATUSES,
+        ("404", "503"),
         parameters=(_MODEL,),
     ),
     "/openapi.json": _OwnRoute("This document", _JSON, "known", has_etag=True),
@@ -129,7 +133,7 @@ _OWN_ROUTES: Mapping[str, _OwnRoute] = {
         "State of the engines, and which tiers answered in the last 24 hours", _JSON, "known"
     ),
     "/ready": _OwnRoute(
-        "Answers 200 while all engines are ready, or the one of a model",
+        "Answers 200 while the server is ready by `server.ready`, or the engine of a model is",
         _JSON,
         "anybody",
         ("404", "503"),

@@ -9,8 +9,9 @@ import aiohttp
 import orjson
 from aiohttp import web
 
-from server.engine.models import Models
-from server.engine.upstream import UnavailableError, Upstreams
+from server.engine.models import ServedModels
+from server.engine.routing.upstreams import Upstreams
+from server.engine.upstream import UnavailableError
 from server.pages.resource import ETagResource
 from server.web.request import HttpRequest
 
@@ -32,7 +33,7 @@ class OpenApiHandler:
 
     def __init__(
         self,
-        models: Models,
+        models: ServedModels,
         build: Callable[[Sequence[Mapping[str, Any] | None]], dict[str, Any]],
     ) -> None:
         self._models, self._build = models, build

@@ -10,7 +10,8 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from server.engine.models import Models
+from server.engine.models import ServedModels
+from server.prefix_tier.tier import PrefixNumbers, PrefixTier
 from server.telemetry.finished import FinishedRequests
 from server.telemetry.history import History
 from server.web.request import HttpRequest
@@ -25,22 +26,25 @@ class Overview:
         finished: has the histories of each tenant and of all together.
         models: whose engines are shown.
         version: of tierserve.
+        prefix_tier: is shown, too, if there is one.
     """
 
     def __init__(
-        self, *, chain: Chain, finished: FinishedRequests, models: Models, version: str
+        self,
+        *,
+        chain: Chain,
+        finished: FinishedRequests,
+        models: ServedModels,
+        version: str,
+        prefix_tier: PrefixTier | None = None,
     ) -> None:
         self._chain, self._finished = chain, finished
-        self._models, self._version = models, version
+        self._models, self._version, self._prefix_tier = models, version, prefix_tier
 
     async def answer(self, http: HttpRequest) -> web.Response:
         """Answer a request with what its tenant may see."""
         tenant = http.tenant
-        if tenant.operator:
-            overview = self.for_operator()
-        else:
-            history = self._finished.history_of(tenant.name)
-            overview = self._of(history) | {"tenant": tenant.name}
+        overview = self.for_operator() if tenant.operator else self.for_tenant(tenant.name)
         headers = {"Cache-Control": "no-store"}
         return web.Response(
             body=orjson.dumps(overview), content_type="application/json", headers=headers
@@ -49,7 +53,14 @@ class Overview:
     def for_operator(self) -> dict[str, Any]:
         """Return the overview of all tenants."""
         tiers = [self._tier(each) for each in self._chain.tiers]
-        return self._of(self._finished.history) | {"tiers": tiers}
+        shown: dict[str, Any] = {"tiers": tiers}
+        if self._prefix_tier is not None:
+            shown["prefix"] = _prefix(self._prefix_tier.report)
+        return self._of(self._finished.history) | shown
+
+    def for_tenant(self, name: str) -> dict[str, Any]:
+        """Return the overview of one tenant that has a key of ours."""
+        return self._of(self._finished.history_of(name)) | {"tenant": name}
 
     def _of(self, history: History) -> dict[str, Any]:
         return {
@@ -64,7 +75,19 @@ class Overview:
         }
 
     def _tier(self, tier: Tier) -> Mapping[str, Any]:
-        shown = {"tier": tier.name, "available": tier.available}
+        shown = {"tier": tier.name, "available": self._chain.is_available(tier)}
         if (backend := tier.local) is not None:
             shown |= {"entries": backend.usage.entries, "bytes": backend.usage.bytes}
         return shown
+
+
+def _prefix(report: PrefixNumbers) -> dict[str, Any]:
+    return {
+        "available": report.available,
+        "blocks": report.blocks,
+        "bytes": report.block_bytes,
+        "max_bytes": report.max_bytes,
+        "queried_tokens": report.total("queried_tokens"),
+        "loaded_tokens": report.total("loaded_tokens"),
+        "saved_seconds": report.total("saved_seconds"),
+    }

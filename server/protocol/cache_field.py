@@ -46,6 +46,8 @@ class CacheField(BaseModel):
     """Seconds for which an answer made now is good"""
     variants: Annotated[_Count | None, Field(title=_VARIANTS)] = None
     """How many answers are given in turn where the request isn't deterministic"""
+    fallback: Annotated[bool | None, Field(title="true or false")] = None
+    """Whether the model's fallback may answer, by default true"""
 
     @cached_property
     def control(self) -> CacheControl:

@@ -4,14 +4,15 @@ vLLM reuses the beginning of a prompt only under the same `cache_salt`, so no te
 an answer's timing, or from its `cached_tokens`, what another tenant has asked. vLLM finds media by
 the `uuid` that a client gives them, for all tenants alike, so these get a tenant's salt as well.
 A client's own salt or `uuid` is hashed together with its tenant's salt, so it can't name another
-tenant's. Transfers of KV or encoder caches name another request's data, and are for operators.
+tenant's. A salt begins with its tenant's scope, by which stored prefixes are purged. Transfers of
+KV or encoder caches name another request's data, and are for operators.
 """
 
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from server.auth.tenant import Tenant
+from server.auth.tenant import Tenant, salt_of
 from server.protocol.bodies import write_leniently
 from server.protocol.errors import BadRequestError
 from tiers import digest
@@ -42,7 +43,8 @@ def with_cache_salt(
     if own_salt is None:
         salted = body | {_SALT: salt}
     elif isinstance(own_salt, str) and own_salt:
-        salted = body | {_SALT: _hash(salt, own_salt)}
+        own = own_salt.encode(errors="surrogatepass")
+        salted = body | {_SALT: salt_of(tenant.share_scope, salt.encode(), own)}
     else:
         # The engine refuses it.
         return raw, body

@@ -38,6 +38,8 @@ class ModelNames:
     def __init__(self, meanings: Mapping[str, ResolvedModel]) -> None:
         self._meanings = dict(meanings)
         self.default = next(iter(self._meanings.values()))
+        self.are_vllm = all(model.is_vllm for model in self._meanings.values())
+        """Whether each means a vLLM that we know, so that no header is part of a key."""
 
     @property
     def is_single(self) -> bool:

@@ -29,7 +29,6 @@ what is nested too deeply has no key: it is refused.
 
 import re
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from multidict import MultiMapping, istr
@@ -75,9 +74,6 @@ _PLAIN_FIELDS = frozenset(
     }
 )  # fmt: skip
 _CLIENT_TOOLS = (None, "function", "custom", "namespace")
-# Together they bound the memo's bodies, each of which it may hold three times, to 48 MiB.
-_MEMO_REQUESTS = 1024
-_MEMO_BODY_BYTES = 16 * 1024
 
 
 class ParsedRequest(NamedTuple):
@@ -106,8 +102,12 @@ class ParsedRequest(NamedTuple):
     """Whether the client asks for token counts at the end of a stream."""
     deterministic: bool
     """Whether the same request gets the same answer."""
+    has_effect: bool
+    """Whether an engine may do or keep more than the answer, or the request is for one engine."""
     repeatable: bool
-    """Whether the same request means the same tomorrow."""
+    """Whether it has no effect, and the same request means the same tomorrow."""
+    continues: str | None
+    """The id of an answer that an engine keeps, and that the request goes on from."""
     engine_would_keep: bool
     """Whether an engine that keeps answers itself would keep this one."""
     key: str
@@ -116,34 +116,13 @@ class ParsedRequest(NamedTuple):
     prompts: Prompts
 
 
-class RequestParser:
-    """Parses requests, and remembers those with short bodies that came last.
-
-    The memo holds requests of one `ModelNames` and of one revision of the tenants: after a change
-    of either it starts anew. It may be used by several threads.
-    """
-
-    def __init__(self) -> None:
-        self._parse_once = lru_cache(_MEMO_REQUESTS)(parse_request)
-        self._names: ModelNames | None = None
-        self._revision = 0
-
-    def parse(
-        self, path: str, raw: bytes, tenant: Tenant, names: ModelNames, headers: Headers = ()
-    ) -> ParsedRequest:
-        """Return `parse_request` of the same arguments, and raise what it raises."""
-        if names is not self._names or tenant.revision != self._revision:
-            self._parse_once.cache_clear()
-            self._names, self._revision = names, tenant.revision
-        size = len(raw)
-        for _, value in headers:
-            size += len(value)
-        parse = self._parse_once if size <= _MEMO_BODY_BYTES else parse_request
-        return parse(path, raw, tenant, names, headers)
-
-
 def parse_request(
-    path: str, raw: bytes, tenant: Tenant, names: ModelNames, headers: Headers = ()
+    path: str,
+    raw: bytes,
+    tenant: Tenant,
+    names: ModelNames,
+    headers: Headers = (),
+    fallback: str | None = None,
 ) -> ParsedRequest:
     """Parse a body and derive the key of its answer.
 
@@ -153,6 +132,7 @@ def parse_request(
         tenant: who asks.
         names: the models that there are, and what generates their answers.
         headers: the request's, as `key_headers` returns them.
+        fallback: the name of the model that is to answer in place of the body's.
 
     Raises:
         BadRequestError: the body isn't a JSON object, or its field `cache` isn't as it should be.
@@ -161,15 +141,17 @@ def parse_request(
     route = CACHED_ROUTES[path]
     raw, body = bodies.read_object(raw)
     cache = parse_cache_field(body.get("cache"))
-    model = names.resolve(body.get("model"))
+    model = names.resolve(body.get("model") if fallback is None else fallback)
     raw = _with_engine_name(raw, body, route, model)
     streams = route.streams and body.get("stream") is True
     wants_usage = streams and _wants_usage(route, body, model)
     canonical = _canonical_request(route, body, model, streams=streams, wants_usage=wants_usage)
     key = _digest(route, canonical, tenant, model, headers)
     prompts = count_prompts(body, is_conversation=route.is_conversation)
+    continues = body.get("previous_response_id")
     if route.salted:
         raw, body = with_cache_salt(raw, body, tenant)
+    has_effect = _has_effect(route, body, model)
     return ParsedRequest(
         route=route,
         path=path,
@@ -182,8 +164,10 @@ def parse_request(
         body=raw if wants_usage or not streams else _with_usage(route, raw, body, model),
         encoding=Encoding.SSE if streams else Encoding.JSON,
         wants_usage=wants_usage,
-        repeatable=_is_repeatable(route, body, model),
+        has_effect=has_effect,
+        repeatable=not has_effect and _is_all_there(route, body),
         deterministic=route.deterministic or _is_greedy(body) or _has_seed(body),
+        continues=continues if isinstance(continues, str) and continues else None,
         engine_would_keep=route.engine_may_keep and body.get("store") is not False,
         key=key,
         cache=cache,
@@ -324,15 +308,20 @@ def _is_any_of(value: Any, others: tuple[Any, ...]) -> bool:
     return any(type(value) is type(other) and value == other for other in others)
 
 
-def _is_repeatable(route: CachedRoute, body: Mapping[str, Any], model: ResolvedModel) -> bool:
-    """Whether the same request means the same tomorrow, and to another server."""
-    fields = route.fields
+def _has_effect(route: CachedRoute, body: Mapping[str, Any], model: ResolvedModel) -> bool:
+    """Whether a request may start work, run tools or be kept, or is about what one engine has."""
     return (
-        not any(body.get(name) for name in fields.unrepeatable)
-        and not _refers_to_media_elsewhere([body[name] for name in fields.media if name in body])
-        and not _has_engine_tool(body.get("tools"))
-        and (route.format is not CHOICES or _are_options_unambiguous(body.get(_OPTIONS)))
-        and not _is_kept_elsewhere(route, model, body.get("store"))
+        any(body.get(name) for name in route.fields.unrepeatable)
+        or _has_engine_tool(body.get("tools"))
+        or _is_kept_elsewhere(route, model, body.get("store"))
+    )
+
+
+def _is_all_there(route: CachedRoute, body: Mapping[str, Any]) -> bool:
+    """Whether a body has the whole meaning of its request, and we read it as an engine does."""
+    media = [body[name] for name in route.fields.media if name in body]
+    return not _refers_to_media_elsewhere(media) and (
+        route.format is not CHOICES or _are_options_unambiguous(body.get(_OPTIONS))
     )
 
 

@@ -130,12 +130,18 @@ def render_item(item: bytes, id_: bytes, created: int, *, wants_usage: bool) -> 
     return fill_marks(strip_usage_marks(item, wants_usage=wants_usage), id_, created)
 
 
+def whole(answer: Answer, *, wants_usage: bool, done: bytes) -> bytes:
+    """Return a whole answer as a template, in its own encoding; `done` ends a stream."""
+    content = answer.content
+    if answer.encoding != Encoding.SSE:
+        return content
+    usage = answer.trailer if wants_usage else b""
+    return strip_usage_marks(content, wants_usage=wants_usage) + usage + done
+
+
 def render(answer: Answer, id_: bytes, created: int, *, wants_usage: bool, done: bytes) -> bytes:
     """Return a whole answer as a client gets it, in its own encoding; `done` ends a stream."""
-    content = answer.content
-    if answer.encoding == Encoding.SSE:
-        usage = answer.trailer if wants_usage else b""
-        content = strip_usage_marks(content, wants_usage=wants_usage) + usage + done
+    content = whole(answer, wants_usage=wants_usage, done=done)
     # As `fill_marks` does; every hit would pay for the call.
     return content.replace(ID, id_).replace(CREATED, b"%d" % created)
 

@@ -1,8 +1,10 @@
 """Token counts of answers, read without parsing them."""
 
 import re
+from typing import Any
 
 from tiers import Answer
+from tiers.prefix_kv.options import DISK_TOKENS
 
 # The counts stand at the end of a body.
 _TAIL_BYTES = 512
@@ -12,6 +14,7 @@ _INPUT = (b'"prompt_tokens":', b'"input_tokens":')
 # In Messages, these aren't part of `input_tokens`.
 _BESIDE = (b'"cache_read_input_tokens":', b'"cache_creation_input_tokens":')
 _REUSED = (b'"cached_tokens":', b'"cache_read_input_tokens":')
+_TRANSFER = "kv_transfer_params"
 # vLLM writes no space before a number; other engines may.
 _number = re.compile(rb" ?(\d{1,9})").match
 
@@ -47,6 +50,19 @@ def input_tokens_in(counts: bytes) -> int | None:
 def reused_tokens_in(counts: bytes) -> int | None:
     """Return how many of the prompt's tokens the engine found in its prefix cache."""
     return _last(counts, _REUSED)
+
+
+def take_disk_tokens(body: dict[str, Any]) -> int:
+    """Remove from an answer what our connector says in it, as if it had said nothing.
+
+    Returns the tokens of the prompt that the engine took from the prefix tier; 0 if it doesn't say.
+    """
+    reported = body.get(_TRANSFER)
+    tokens = reported.get(DISK_TOKENS) if isinstance(reported, dict) else None
+    if not isinstance(tokens, int):
+        return 0
+    body[_TRANSFER] = None
+    return tokens
 
 
 def _last(counts: bytes, names: tuple[bytes, ...]) -> int | None:

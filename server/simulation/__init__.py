@@ -1,4 +1,4 @@
-"""Simulations: replay traces against the tiers, compare policies, and recommend a memory size.
+"""Simulations: replay traces against the tiers, compare policies, and recommend sizes.
 
 Only the command `tierserve simulate` (`commands`) uses this package.
 """

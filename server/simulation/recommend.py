@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from server.config.schema import Config, MemoryTierConfig
-from server.simulation.simulate import Progress, memory_overhead_bytes, no_progress, simulate
+from server.simulation.simulate import ShowProgress, memory_overhead_bytes, no_progress, simulate
 from server.simulation.traces import Trace
 
 _GIB = 1024**3
@@ -33,7 +33,9 @@ class SizeRecommendation:
     """Hits by size, up to the size of the whole trace."""
 
 
-def recommend(config: Config, trace: Trace, progress: Progress = no_progress) -> SizeRecommendation:
+def recommend(
+    config: Config, trace: Trace, progress: ShowProgress = no_progress
+) -> SizeRecommendation:
     """Replay a trace against the memory tier alone, at sizes that double."""
     memory = config.tiers.memory or MemoryTierConfig()
     whole_bytes = trace.footprint_bytes + len(trace.sizes) * memory_overhead_bytes(memory.policy)
@@ -44,25 +46,26 @@ def recommend(config: Config, trace: Trace, progress: Progress = no_progress) ->
         result = simulate(config.model_copy(update={"tiers": tiers}), trace, progress).result
         curve.append(SizePoint(tier.max_bytes, result.hits, result.hit_ratio))
     step_bytes = min(_GIB, max(1, int(_STEP_SHARE * whole_bytes)))
-    return SizeRecommendation(_enough(curve, step_bytes), step_bytes, curve)
+    enough = enough_bytes([(point.max_bytes, point.hits) for point in curve], step_bytes)
+    return SizeRecommendation(enough, step_bytes, curve)
 
 
-def _enough(curve: Sequence[SizePoint], step_bytes: int) -> int:
-    """Return the smallest size of the curve from which on no step gains 1% of the hits."""
-    min_gain = _MIN_GAIN * max(point.hits for point in curve)
-    enough = curve[-1].max_bytes
-    for point in reversed(curve[:-1]):
-        if _hits_at(curve, point.max_bytes + step_bytes) - point.hits >= min_gain > 0:
+def enough_bytes(curve: Sequence[tuple[int, float]], step_bytes: int) -> int:
+    """Return the smallest size of a curve of gains from which on no step gains 1% of the most."""
+    min_gain = _MIN_GAIN * max(gain for _, gain in curve)
+    enough = curve[-1][0]
+    for max_bytes, gain in reversed(curve[:-1]):
+        if _gain_at(curve, max_bytes + step_bytes) - gain >= min_gain > 0:
             break
-        enough = point.max_bytes
+        enough = max_bytes
     return enough
 
 
-def _hits_at(curve: Sequence[SizePoint], max_bytes: int) -> float:
-    """Return the hits at a size, interpolated linearly."""
-    after = bisect_left(curve, max_bytes, key=lambda point: point.max_bytes)
+def _gain_at(curve: Sequence[tuple[int, float]], max_bytes: int) -> float:
+    """Return the gain at a size, interpolated linearly."""
+    after = bisect_left(curve, max_bytes, key=lambda point: point[0])
     if after == len(curve):
-        return curve[-1].hits
-    left, right = curve[after - 1], curve[after]
-    part = (max_bytes - left.max_bytes) / (right.max_bytes - left.max_bytes)
-    return left.hits + part * (right.hits - left.hits)
+        return curve[-1][1]
+    (left_bytes, left), (right_bytes, right) = curve[after - 1], curve[after]
+    part = (max_bytes - left_bytes) / (right_bytes - left_bytes)
+    return left + part * (right - left)

@@ -2,18 +2,26 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import orjson
 
 from server.config.schema import Config
 from server.simulation import references
-from server.simulation.prefix_report import PrefixReuse, measure
+from server.simulation.prefix_report import (
+    PrefixRecommendation,
+    PrefixReplay,
+    PrefixReuse,
+    PromptOptions,
+    replay_prefixes,
+)
 from server.simulation.recommend import SizeRecommendation, recommend
 from server.simulation.references import ReferenceResult
 from server.simulation.simulate import (
     ChainResult,
-    Progress,
     Replay,
+    ShowProgress,
+    Warn,
     memory_overhead_bytes,
     ratio,
     simulate,
@@ -36,42 +44,62 @@ class SimulationReport:
     chain: ChainResult
     references: list[ReferenceResult]
     """Of caches as large as the memory tier."""
-    prefixes: list[PrefixReuse]
+    prefixes: PrefixReuse | None
+    """Reuse of prompts' blocks, if the trace has any."""
     recommendation: SizeRecommendation | None
 
 
+class Simulation(NamedTuple):
+    """A report, and the replays it is made of."""
+
+    report: SimulationReport
+    replay: Replay
+    prefixes: PrefixReplay | None
+
+
 def build_report(
-    config: Config, trace: Trace, progress: Progress, *, recommends: bool
-) -> tuple[SimulationReport, Replay]:
+    config: Config,
+    trace: Trace,
+    progress: ShowProgress,
+    *,
+    recommends: bool,
+    options: PromptOptions | None = None,
+    warn: Warn = lambda _: None,
+) -> Simulation:
     """Replay a trace against the chain, reference policies, and caches of prefix blocks.
 
     Raises:
-        ConfigError: the temporary folder can't be used.
+        ConfigError: the temporary folder can't be used, or an option is wrong.
     """
     replay = simulate(config, trace, progress)
-    compared: list[ReferenceResult] = []
-    policies: tuple[str, ...] = ()
-    if (memory := config.tiers.memory) is not None:
-        policies = (memory.policy,)
-        overhead_bytes = memory_overhead_bytes(memory.policy)
-        if references.is_installed():
-            compared = [
-                references.compare(trace, policy, memory.max_bytes, overhead_bytes)
-                for policy in (*references.ONLINE, references.OPTIMUM)
-            ]
+    options = options or PromptOptions()
+    prefixes = replay_prefixes(
+        config, trace, replay, options, progress, recommends=recommends, warn=warn
+    )
     times = [request.at_s for request in trace.requests]
+    has_keys = bool(trace.requests)
     report = SimulationReport(
         trace=trace.name,
         requests=len(trace.requests),
         keys=len(trace.sizes),
         footprint_bytes=trace.footprint_bytes,
-        span_s=max(times) - times[0],
+        span_s=max(times) - times[0] if has_keys else 0.0,
         chain=replay.result,
-        references=compared,
-        prefixes=measure(trace, policies),
-        recommendation=recommend(config, trace, progress) if recommends else None,
+        references=_references(config, trace) if has_keys else [],
+        prefixes=None if prefixes is None else prefixes.report,
+        recommendation=recommend(config, trace, progress) if recommends and has_keys else None,
     )
-    return report, replay
+    return Simulation(report, replay, prefixes)
+
+
+def _references(config: Config, trace: Trace) -> list[ReferenceResult]:
+    if (memory := config.tiers.memory) is None or not references.is_installed():
+        return []
+    overhead_bytes = memory_overhead_bytes(memory.policy)
+    return [
+        references.compare(trace, policy, memory.max_bytes, overhead_bytes)
+        for policy in (*references.ONLINE, references.OPTIMUM)
+    ]
 
 
 def list_omissions(config: Config) -> list[str]:
@@ -83,7 +111,7 @@ def list_omissions(config: Config) -> list[str]:
         )
     elif not references.is_installed():
         missing.append(
-            "no reference policies: libcachesim isn't installed; it is in the extra simulate"
+            "no reference policies: libcachesim isn't installed: install tierserve[simulate]"
         )
     if config.tiers.disk is not None and config.tiers.disk.compression != "none":
         missing.append("no compression on disk: a trace has no answers to compress")
@@ -110,10 +138,12 @@ def as_text(report: SimulationReport) -> str:
     ]
     if report.references:
         parts.append(_of_references(report.references))
-    if report.prefixes:
-        parts.append(_of_prefixes(report.prefixes))
     if report.recommendation is not None:
         parts.append(_of_recommendation(report.recommendation))
+    if (prefixes := report.prefixes) is not None:
+        parts.append(_of_prefixes(prefixes))
+        if prefixes.recommendation is not None:
+            parts.append(_of_prefix_sizes(prefixes, prefixes.recommendation))
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 
@@ -155,16 +185,48 @@ def _of_references(compared: Sequence[ReferenceResult]) -> list[str]:
     return [title, *table(("policy", "hits", "hit ratio", "byte hits"), rows)]
 
 
-def _of_prefixes(prefixes: Sequence[PrefixReuse]) -> list[str]:
+def _of_prefixes(found: PrefixReuse) -> list[str]:
+    model = found.model
+    lines = [
+        f"prefix blocks of {found.requests:,} requests to the engine: {found.tokens:,} tokens, "
+        f"{found.blocks:,} different blocks of {found.block_tokens:,} tokens",
+        f"in the engine's cache of {found.engine_tokens:,} tokens: {found.engine_reused:,} tokens "
+        f"({found.engine_ratio:.2%})",
+    ]
+    if found.max_bytes is None:
+        return [*lines, "there is no prefix tier; --prefix SIZE gives one"]
+    head = ("policy", "loads", "tokens loaded", "ratio", "with engine", "s saved", "written")
     rows = [
         (
-            each.policy, f"{each.max_blocks:,}", f"{each.blocks:,}", f"{each.reused:,}",
-            f"{each.reuse_ratio:.2%}", f"{each.tokens_saved:,}",
+            each.policy, f"{each.loads:,}", f"{each.tokens:,}", f"{each.ratio:.2%}",
+            f"{each.reuse_ratio:.2%}", f"{each.saved_s:,.0f}",
+            "" if each.stored_bytes is None else human_size(each.stored_bytes),
         )
-        for each in prefixes
+        for each in found.rows
     ]  # fmt: skip
-    head = ("policy", "cache", "blocks", "reused", "ratio", "prompt tokens saved")
-    return ["prefix blocks, the leading run of each prompt", *table(head, rows)]
+    return [
+        *lines,
+        f"below it, on disk, {human_size(found.max_bytes)} at {model.bytes_per_token:,} bytes per "
+        f"token, computing {model.compute_tokens_per_s:,.0f} and loading "
+        f"{model.load_tokens_per_s:,.0f} tokens per second",
+        *table(head, rows),
+    ]
+
+
+def _of_prefix_sizes(report: PrefixReuse, found: PrefixRecommendation) -> list[str]:
+    rows = [
+        (
+            human_size(point.max_bytes), f"{point.tokens:,}", f"{point.ratio:.2%}",
+            f"{point.saved_s:,.0f}", f"{ratio(point.optimum_tokens, report.tokens):.2%}",
+        )
+        for point in found.curve
+    ]  # fmt: skip
+    return [
+        "the prefix tier by size",
+        *table(("limit", "tokens loaded", "ratio", "s saved", "optimum"), rows),
+        f"recommended: {human_size(found.max_bytes)}; beyond it, another "
+        f"{human_size(found.step_bytes)} add less than 1% to the tokens loaded",
+    ]
 
 
 def _of_recommendation(found: SizeRecommendation) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import uvloop
 from pydantic import ByteSize, TypeAdapter, ValidationError
@@ -22,7 +22,7 @@ from server.config.base import ConfigError
 from server.config.schema import Config, DiskTierConfig, MemoryTierConfig
 from server.protocol.cache_control import FreshnessRules
 from server.protocol.formats import Encoding
-from server.simulation.traces import Trace, TraceRequest
+from server.simulation.traces import Trace
 from tiers import (
     Answer,
     BackgroundWork,
@@ -43,11 +43,20 @@ NONE = "none"
 # Traces have no routes, so answers have the lifetime of this one's.
 _ROUTE = "/v1/chat/completions"
 
-Progress = Callable[[Sequence[TraceRequest], str], Iterable[TraceRequest]]
-"""Yields the requests it is given, and shows progress under a name."""
+_Request = TypeVar("_Request")
 
 
-def no_progress(requests: Sequence[TraceRequest], _name: str) -> Iterable[TraceRequest]:
+class ShowProgress(Protocol):
+    """Yields the requests it is given, and shows progress under a name."""
+
+    def __call__(self, requests: Sequence[_Request], name: str, /) -> Iterable[_Request]: ...
+
+
+Warn = Callable[[str], None]
+"""Tells the user what was changed in the options."""
+
+
+def no_progress(requests: Sequence[_Request], _name: str, /) -> Iterable[_Request]:
     """Show no progress."""
     return requests
 
@@ -101,7 +110,7 @@ def with_limits(
     trace: Trace,
     memory: str | None,
     disk: str | None,
-    warn: Callable[[str], None] = lambda _: None,
+    warn: Warn = lambda _: None,
 ) -> Config:
     """Return the configuration with other limits of its tiers.
 
@@ -112,14 +121,14 @@ def with_limits(
     Raises:
         ConfigError: a limit is none of these or too small, or no tier is left.
     """
-    tiers = config.tiers
+    tiers, whole = config.tiers, (trace.name, trace.footprint_bytes)
     if memory is not None:
-        max_bytes = _max_bytes("--memory", memory, trace, 1, warn)
+        max_bytes = parse_limit("--memory", memory, whole, 1, warn)
         tier = tiers.memory or MemoryTierConfig()
         held = None if max_bytes is None else tier.model_copy(update={"max_bytes": max_bytes})
         tiers = tiers.model_copy(update={"memory": held})
     if disk is not None:
-        max_bytes = _max_bytes("--disk", disk, trace, MIN_BYTES, warn)
+        max_bytes = parse_limit("--disk", disk, whole, MIN_BYTES, warn)
         on_disk = tiers.disk or DiskTierConfig()
         kept = None if max_bytes is None else on_disk.model_copy(update={"max_bytes": max_bytes})
         tiers = tiers.model_copy(update={"disk": kept})
@@ -128,7 +137,7 @@ def with_limits(
     return config.model_copy(update={"tiers": tiers})
 
 
-def simulate(config: Config, trace: Trace, progress: Progress = no_progress) -> Replay:
+def simulate(config: Config, trace: Trace, progress: ShowProgress = no_progress) -> Replay:
     """Replay a trace against an empty chain.
 
     Raises:
@@ -144,15 +153,27 @@ def memory_overhead_bytes(policy: str) -> int:
     return header_bytes + MemoryCache(1, policy=policy).overhead_bytes
 
 
-def _max_bytes(
-    option: str, text: str, trace: Trace, least: int, warn: Callable[[str], None]
+def parse_limit(
+    option: str, text: str, whole: tuple[str, int], least: int, warn: Warn
 ) -> int | None:
+    """Return a limit in bytes; `None` if its tier is left out.
+
+    Args:
+        option: that has the limit.
+        text: a size, a share, or `none`.
+        whole: of what it may be a share, and its bytes.
+        least: the smallest limit; a smaller share is raised to it.
+        warn: is told so.
+
+    Raises:
+        ConfigError: it is none of these, or too small.
+    """
     if text == NONE:
         return None
     is_share = text.endswith("%")
     try:
         if is_share:
-            max_bytes = int(float(text[:-1]) / 100 * trace.footprint_bytes)
+            max_bytes = int(float(text[:-1]) / 100 * whole[1])
         else:
             max_bytes = int(TypeAdapter(ByteSize).validate_python(text))
     except (ValueError, OverflowError, ValidationError):
@@ -164,7 +185,7 @@ def _max_bytes(
             [f"{option}: should be at least {terminal.human_size(least)}, not {text}"]
         )
     # A share may be too small for a small trace although it suits others.
-    share = f"{text} of {trace.name} is {terminal.human_size(max_bytes)}"
+    share = f"{text} of {whole[0]} is {terminal.human_size(max_bytes)}"
     warn(f"{option}: {share}; raised to the smallest limit, {terminal.human_size(least)}")
     return least
 
@@ -182,15 +203,15 @@ def _in(folder: Path, config: Config) -> Config:
     return config.model_copy(update={"tiers": tiers})
 
 
-async def _simulate(config: Config, trace: Trace, progress: Progress) -> Replay:
-    now = trace.requests[0].at_s
+async def _simulate(config: Config, trace: Trace, progress: ShowProgress) -> Replay:
+    now = trace.start_s
     chain, background = build(config, clock=lambda: now, chance=Random(0).random)  # noqa: S311
     freshness = FreshnessRules(config.cache).of(_ROUTE, next(iter(config.models)))
     position = {tier.name: number for number, tier in enumerate(chain.tiers)}
     answered_by = bytearray()
     tokens_saved = 0
     try:
-        for key, size, at_s, tokens, _ in progress(trace.requests, trace.name):
+        for key, size, at_s, tokens in progress(trace.requests, trace.name):
             # Virtual time never runs backwards.
             now = max(now, at_s)
             # Keys of our own traces are used as they are, since they hold the tenant's scope.

@@ -4,11 +4,15 @@ Space-Saving (Metwally, Agrawal and El Abbadi, «Efficient Computation of Freque
 in Data Streams», 2005): an item without a counter replaces the one with the least count, and takes
 over its count, as a possible excess. So with k counters after n additions no count is too low, none
 is too high by more than n/k, and each item that came more often than that has a counter.
+
+The counters of several streams merge, and keep these bounds for all streams together (Agarwal et
+al., «Mergeable Summaries», 2012): an item that one of them has no counter for may have come there
+as often as the least that is counted there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from heapq import heappush, heapreplace
+from heapq import heapify, heappush, heapreplace, nlargest
 from typing import Generic, TypeVar
 
 _Value = TypeVar("_Value")
@@ -57,6 +61,38 @@ class HeavyHitters(Generic[_Value]):
         self._counters[key] = Counter(excess + 1, excess, new)
         heapreplace(self._heap, (excess + 1, key))
         return new
+
+    def merge(
+        self,
+        others: Mapping[int, Counter[_Value]],
+        merge_values: Callable[[_Value, _Value], _Value],
+    ) -> None:
+        """Add the counters of another stream, which had as much room.
+
+        Args:
+            others: its counters by item; they become ours.
+            merge_values: returns the value of an item that both count, of ours and of theirs.
+        """
+        ours, room = self._counters, self._capacity
+        our_least = self._least()[0] if len(ours) >= room else 0.0
+        their_least = min(each.count for each in others.values()) if len(others) >= room else 0.0
+        for key, counter in ours.items():
+            if key not in others:
+                counter.count += their_least
+                counter.excess += their_least
+        for key, counter in others.items():
+            if (own := ours.get(key)) is None:
+                counter.count += our_least
+                counter.excess += our_least
+                ours[key] = counter
+            else:
+                own.count += counter.count
+                own.excess += counter.excess
+                own.value = merge_values(own.value, counter.value)
+        most = nlargest(room, ours.items(), key=lambda item: item[1].count)
+        self._counters = dict(most)
+        self._heap = [(counter.count, key) for key, counter in most]
+        heapify(self._heap)
 
     @property
     def counters(self) -> Mapping[int, Counter[_Value]]:

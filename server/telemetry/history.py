@@ -21,15 +21,15 @@ class History:
         self._first = self._step = 0
         self.saved_tokens, self.saved_s = 0, 0.0
 
-    def add(self, at: float, tier: str, tokens: int, seconds: float) -> None:
-        """Count an answer of a tier or of `engine` at the time `at`, and what it saved."""
+    def add(self, at: float, tier: str, tokens: int, seconds: float, answers: int = 1) -> None:
+        """Count answers of a tier or of `engine` at the time `at`, and what they saved together."""
         if at >= (self._step + 1) * STEP_S:
             self._go_on(int(at // STEP_S))
         slot = self._step % STEPS
         answered = self._answered.get(tier)
         if answered is None:
             answered = self._answered[tier] = _ring()
-        answered[slot] += 1
+        answered[slot] += answers
         if tokens or seconds:
             self._tokens[slot] += tokens
             self._seconds[slot] += seconds

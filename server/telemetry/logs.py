@@ -4,13 +4,14 @@ Where standard error is a file that is renamed, as by logrotate, logs continue i
 old name.
 """
 
-import asyncio
+import fcntl
 import logging
 import os
 import stat
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -22,18 +23,21 @@ from pythonjsonlogger.orjson import OrjsonFormatter
 
 from server.config.schema import LogConfig
 
-# A plain tuple: a named one would cost each hit half a microsecond more.
-_Access = tuple[float, str, str, int, str, str, str, float]
+Access = tuple[float, str, str, int, str, str, str, float, tuple[str, str] | None]
+"""A request's time (Unix s), method, path, status, id, tier, outcome, seconds, and which model was
+asked for and which has answered, if they differ: a plain tuple, since a named one would cost each
+hit half a microsecond more."""
 
-_FLUSH_S = 0.2
-_BATCH = 256
+# The kernel appends as much to a file or a Unix socket in one step, but to a pipe only one page.
+_PIECE_BYTES = 32 * 1024
 _CLOSE_S = 2
 
 
 class LogStream:
     """Standard error, written by a thread, so that a reader that stalls blocks nobody.
 
-    Writes beyond `max_bytes` of queued text are dropped; a later line has their number.
+    Writes beyond `max_bytes` of queued text are dropped; a later line has their number. Several
+    processes may share it: lines stay whole, in a pipe of any length.
     The standard library's `QueueListener` bounds records instead of bytes, and takes no access log
     that is formatted in batches without `logging`.
     """
@@ -41,6 +45,7 @@ class LogStream:
     def __init__(self, target: BinaryIO, max_bytes: int = 8 * 1024**2) -> None:
         self._target, self._max_bytes = target, max_bytes
         self._path = _file_path(target)
+        self._pipe = _pipe_lock(target)
         self._queue: SimpleQueue[bytes | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._queued_bytes = self._dropped = 0
@@ -79,10 +84,27 @@ class LogStream:
         while (data := self._queue.get()) is not None:
             with suppress(OSError, ValueError):
                 self._reopen_if_moved()
-                self._target.write(data)
-                self._target.flush()
+                self._write_whole_lines(data)
             with self._lock:
                 self._queued_bytes -= len(data)
+        if self._pipe is not None:
+            os.close(self._pipe)
+
+    def _write_whole_lines(self, data: bytes) -> None:
+        """Write data so that no other process writes within its lines."""
+        begin = 0
+        if self._pipe is not None:
+            fcntl.flock(self._pipe, fcntl.LOCK_EX)
+        try:
+            while begin < len(data):
+                end = data.rfind(b"\n", begin, begin + _PIECE_BYTES) + 1
+                end = end or data.find(b"\n", begin) + 1 or len(data)
+                self._target.write(data[begin:end])
+                self._target.flush()
+                begin = end
+        finally:
+            if self._pipe is not None:
+                fcntl.flock(self._pipe, fcntl.LOCK_UN)
 
     def _reopen_if_moved(self) -> None:
         # If the path can't be opened, such as in a removed folder, the open file stays.
@@ -102,6 +124,19 @@ def is_at(path: Path, file: int) -> bool:
         return os.path.samestat(path.stat(), os.fstat(file))
     except FileNotFoundError:
         return False
+
+
+def _pipe_lock(target: BinaryIO) -> int | None:
+    """Return a file whose lock (flock(2)) is that of a pipe; `None` if it is no pipe of ours."""
+    try:
+        file = target.fileno()
+        if not stat.S_ISFIFO(os.fstat(file).st_mode):
+            return None
+        # Opened anew, since locks belong to open files, which processes inherit. A pipe that has no
+        # reader any more must not be waited for.
+        return os.open(f"/proc/self/fd/{file}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError):
+        return None
 
 
 def _file_path(target: BinaryIO) -> Path | None:
@@ -134,56 +169,49 @@ class AccessLog:
 
     def __init__(self, log: LogConfig, stream: LogStream) -> None:
         self._stream = stream
-        self._enabled = logging.getLogger().isEnabledFor(logging.INFO)
+        self.enabled = logging.getLogger().isEnabledFor(logging.INFO)
         self._line = _json_line if _is_json(log) else _text_line
-        self._pending: list[_Access] = []
 
-    def add(self, *access: *_Access) -> None:
-        """Add a request; its line is written within a fraction of a second.
+    def set_level(self, level: str) -> None:
+        """Log from this level on in this process, requests as `info`."""
+        logging.getLogger().setLevel(level.upper())
+        self.enabled = logging.getLogger().isEnabledFor(logging.INFO)
 
-        Args:
-            access: time (Unix s), method, path, status, request id, tier, outcome, seconds.
-        """
-        if not self._enabled:
-            return
-        if not self._pending:
-            asyncio.get_running_loop().call_later(_FLUSH_S, self.flush)
-        self._pending.append(access)
-        if len(self._pending) >= _BATCH:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write the pending lines."""
-        if self._pending:
-            lines = "".join(map(self._line, self._pending))
-            self._pending.clear()
-            self._stream.write(lines)
+    def write(self, requests: Iterable[Access]) -> None:
+        """Write the lines of requests."""
+        self._stream.write("".join(map(self._line, requests)))
 
 
-def _json_line(access: _Access) -> str:
-    at, method, path, status, request_id, tier, outcome, seconds = access
+def _json_line(access: Access) -> str:
+    at, method, path, status, request_id, tier, outcome, seconds, models = access
     # The other fields are ours, and need no escaping.
     message = _message(method, path, status)
+    fallback = "" if models is None else ',"model":{},"fallback":{}'.format(*map(_quoted, models))
     return (
         f'{{"asctime":"{_stamp(at)}","levelname":"INFO","name":"tierserve.access",'
         f'"message":{message},"request_id":"{request_id}","tier":"{tier}","outcome":"{outcome}",'
-        f'"ms":{seconds * 1000:.3f}}}\n'
+        f'"ms":{seconds * 1000:.3f}{fallback}}}\n'
     )
+
+
+def _quoted(text: str) -> str:
+    return orjson.dumps(text).decode()
 
 
 @lru_cache(256)
 def _message(method: str, path: str, status: int) -> str:
     # A path may hold any character, lone surrogates included.
     text = f"{method} {path} {status}".encode(errors="backslashreplace").decode()
-    return orjson.dumps(text).decode()
+    return _quoted(text)
 
 
-def _text_line(access: _Access) -> str:
-    at, method, path, status, request_id, tier, outcome, seconds = access
+def _text_line(access: Access) -> str:
+    at, method, path, status, request_id, tier, outcome, seconds, models = access
+    fallback = "" if models is None else f" fallback {models[0]} -> {models[1]}"
     # A path may hold any character, line ends included.
     return (
         f"{_stamp(at)} INFO    tierserve.access: {method} {path!a} {status} {tier} {outcome}"
-        f" {seconds * 1000:.3f} ms {request_id}\n"
+        f" {seconds * 1000:.3f} ms {request_id}{fallback}\n"
     )
 
 

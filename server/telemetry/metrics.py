@@ -1,7 +1,7 @@
 """Prometheus metrics: requests by tier and outcome, what tiers hold, the engine's state."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry
@@ -21,6 +21,10 @@ _BOUNDS_S = (
 )  # fmt: skip
 
 
+RequestLabels = tuple[str, str, str]
+"""A request's model, which is a configured one or empty, its tier and its outcome."""
+
+
 class Metrics:
     """All metrics of one process, in a registry of their own.
 
@@ -29,6 +33,7 @@ class Metrics:
         demotions_dropped: returns how many demotions found no room in the queue.
         lock_stats: counts the waits for other processes.
         collectors: report the metrics of other packages.
+        fallbacks: names of models, each with that of its fallback.
     """
 
     def __init__(
@@ -38,35 +43,55 @@ class Metrics:
         demotions_dropped: Callable[[], int],
         lock_stats: LockStats,
         collectors: Iterable[Collector],
+        fallbacks: Iterable[tuple[str, str]] = (),
     ) -> None:
-        self._latencies: dict[tuple[str, str, str], _Latency] = {}
+        self._latencies: dict[RequestLabels, _Latency] = {}
+        # From 0, so that Prometheus sees the first one as a rise.
+        self._fallbacks = dict.fromkeys(fallbacks, 0)
         self.registry = CollectorRegistry()
-        own = _Requests(self._latencies), _Tiers(chain, demotions_dropped), _Waits(lock_stats)
+        self._requests = _Requests(self._latencies)
+        own = (
+            self._requests,
+            _Fallbacks(self._fallbacks),
+            _Tiers(chain, demotions_dropped),
+            _Waits(lock_stats),
+        )
         for collector in (*own, *collectors):
             self.registry.register(collector)
 
     def observe(
         self,
-        model: str,
-        tier: str,
-        outcome: str,
-        seconds: float,
+        labels: RequestLabels,
+        seconds: Sequence[float],
         tokens: int = 0,
         saved_s: float = 0,
     ) -> None:
-        """Count one answered request; `model` is a configured one, or empty.
+        """Count answered requests.
 
-        `tokens` are the output tokens of an answer that may be kept. `saved_s` is the time that it
-        took to generate the answer that a tier served.
+        Args:
+            labels: those of all of them.
+            seconds: how long each took.
+            tokens: the output tokens of those answers that may be kept.
+            saved_s: the time that it took to generate the answers that tiers served.
         """
         # Plain numbers, since the library's counters would cost a tenth of a hit.
-        latency = self._latencies.get((model, tier, outcome))
+        latency = self._latencies.get(labels)
         if latency is None:
-            latency = self._latencies[model, tier, outcome] = _Latency()
-        latency.counts[bisect_left(_BOUNDS_S, seconds)] += 1
-        latency.sum_s += seconds
+            latency = self._latencies[labels] = _Latency()
+        counts = latency.counts
+        for each in seconds:
+            counts[bisect_left(_BOUNDS_S, each)] += 1
+        latency.sum_s += sum(seconds)
         latency.tokens += tokens
         latency.saved_s += saved_s
+
+    def count_fallback(self, models: tuple[str, str]) -> None:
+        """Count a request for the first model that the second one has answered."""
+        self._fallbacks[models] = self._fallbacks.get(models, 0) + 1
+
+    def collect_after(self, settle: Callable[[], None]) -> None:
+        """Call `settle` before requests are reported: some may wait to be counted."""
+        self._requests.settle = settle
 
 
 class _Latency:
@@ -84,10 +109,13 @@ class _Latency:
 
 
 class _Requests(Collector):
-    def __init__(self, latencies: Mapping[tuple[str, str, str], _Latency]) -> None:
+    def __init__(self, latencies: Mapping[RequestLabels, _Latency]) -> None:
         self._latencies = latencies
+        self.settle: Callable[[], None] | None = None
 
     def collect(self) -> Iterable[Metric]:
+        if self.settle is not None:
+            self.settle()
         labels = ("model", "tier", "outcome")
         requests = CounterMetricFamily("tierserve_requests", "Requests answered", labels=labels)
         seconds = HistogramMetricFamily(
@@ -110,6 +138,20 @@ class _Requests(Collector):
             tokens.add_metric(values, latency.tokens)
             saved.add_metric(values, latency.saved_s)
         return requests, seconds, tokens, saved
+
+
+class _Fallbacks(Collector):
+    def __init__(self, counts: Mapping[tuple[str, str], int]) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterable[Metric]:
+        fallbacks = CounterMetricFamily(
+            "tierserve_fallbacks", "Requests for a model that its fallback has answered",
+            labels=("model", "fallback"),
+        )  # fmt: skip
+        for models, count in self._counts.items():
+            fallbacks.add_metric(models, count)
+        yield fallbacks
 
 
 class _Waits(Collector):
@@ -150,7 +192,7 @@ class _Tiers(Collector):
             "tierserve_tier_available", "0 while it fails and isn't called", labels=("tier",)
         )
         for tier_ in tiers:
-            available.add_metric((tier_.name,), tier_.available)
+            available.add_metric((tier_.name,), self._chain.is_available(tier_))
         yield available
         queues = {
             "demotions": self._demotions_dropped(),

@@ -1,35 +1,33 @@
 """The prefixes that prompts share most, which engines' prefix caches can reuse.
 
 A prefix ends at the end of one of a prompt's first parts (the tools, the system prompt, a message),
-or within them after 1,024, 4,096 and 16,384 characters, since long texts may differ only later. Of
-a body only the first 32 KiB are parsed, and of several prompts only the first counts, so that the
-largest request takes a millisecond or two. Only requests that an engine has answered are counted,
-so a hit costs nothing.
-
-Fields that the engine drops aren't part of its prompts (`server.protocol.vllm_fields`).
+or within long ones (`server.telemetry.prompt_text`). Of a body only the first 32 KiB are parsed,
+and of several prompts only the first counts, so that the largest request takes a millisecond or
+two. Only requests that an engine has answered are counted, so a hit costs nothing.
 
 Prompts of different tenants, models or cache salts have different prefixes, as they have in vLLM.
-All counts are halved every day.
+All counts are halved every day, at midnight UTC. Prefixes are known by digests, and days are those
+of the clock, so that the counts of several processes can be merged.
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from operator import attrgetter
 from typing import Any, NamedTuple
-
-from pydantic_core import from_json, to_json
 
 from server.protocol.request import ParsedRequest
 from server.protocol.usage import input_tokens_in, reused_tokens_in
-from server.telemetry.heavy_hitters import HeavyHitters
+from server.telemetry.heavy_hitters import Counter, HeavyHitters
+from server.telemetry.prompt_text import TOOLS, prompt_fields, prompt_parts, prompt_pieces
+from tiers.key import digest
 
 _COUNTERS = 1000
 _MAX_REPORTED = 100
-_HALVED_EVERY_S = 86400
+_DAY_S = 86400
 _PARSED_BYTES = 32 * 1024
-_PARTS = 10
-_CUTS = (1024, 4096, 16384)
+_NUMBER_BYTES = 8
 _HEAD, _TAIL = 100, 60
 """Characters of a preview."""
 
@@ -58,6 +56,9 @@ class _PrefixStats:
     reused_tokens: float = 0
 
 
+_fields = attrgetter(*_PrefixStats.__slots__)
+
+
 class Prefixes:
     """The most frequent prefixes, in 1,000 counters of less than a kilobyte each.
 
@@ -68,7 +69,7 @@ class Prefixes:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._counters: HeavyHitters[_PrefixStats] = HeavyHitters(_COUNTERS)
-        self._halve_at = clock() + _HALVED_EVERY_S
+        self._day = self._today()
 
     def note(self, request: ParsedRequest, counts: bytes) -> None:
         """Count the prefixes of a request that an engine has answered with generated text.
@@ -79,16 +80,14 @@ class Prefixes:
             return
         self._halve_if_due()
         try:
-            fields = _parse_start(request.raw)
+            fields = prompt_fields(request, _PARSED_BYTES)
         except ValueError:
             # It is nested too deeply.
             return
-        if request.is_vllm:
-            fields = request.route.fields.normalize(fields)
         model, tenant = request.model, request.tenant
-        seed = hash((model, tenant, str(fields.get("cache_salt"))))
+        seed = digest(*map(_encode, (model, tenant, str(fields.get("cache_salt"))))).encode()
         is_whole = len(request.raw) <= _PARSED_BYTES
-        parts = list(_parts(fields))
+        parts = list(prompt_parts(fields))
         prefixes = list(_prefixes_of(seed, parts, is_whole=is_whole))
         if not prefixes:
             return
@@ -131,18 +130,50 @@ class Prefixes:
         shared.sort(key=lambda counter: (-counter.least, -counter.value.characters))
         return {"prefixes": [_row(each.least, each.value) for each in shared[:_MAX_REPORTED]]}
 
+    def summary(self) -> dict[str, Any]:
+        """Return all counts, as `merge` takes them from JSON; half a megabyte at most."""
+        self._halve_if_due()
+        counters = self._counters.counters
+        rows = [(n, each.count, each.excess, _fields(each.value)) for n, each in counters.items()]
+        return {"day": self._day, "counters": rows}
+
+    def merge(self, summary: Mapping[str, Any]) -> None:
+        """Add the counts of another process, as it has summarized them."""
+        self._halve_if_due()
+        other = Prefixes(self._clock)
+        other._day = summary["day"]
+        counters = {
+            number: Counter(count, excess, _PrefixStats(*fields))
+            for number, count, excess, fields in summary["counters"]
+        }
+        other._counters.merge(counters, _merged)
+        other._halve_if_due()
+        self._counters.merge(other._counters.counters, _merged)
+
+    def _today(self) -> int:
+        return int(self._clock() // _DAY_S)
+
     def _halve_if_due(self) -> None:
-        now = self._clock()
-        if now < self._halve_at:
+        if (days := self._today() - self._day) <= 0:
             return
-        days = 1 + int((now - self._halve_at) // _HALVED_EVERY_S)
-        self._halve_at += days * _HALVED_EVERY_S
+        self._day += days
         # After 60 halvings nothing is left of a count.
         factor = 0.5 ** min(days, 60)
         self._counters.scale(factor)
         for counter in self._counters.counters.values():
             counter.value.counted_tokens *= factor
             counter.value.reused_tokens *= factor
+
+
+def _merged(one: _PrefixStats, other: _PrefixStats) -> _PrefixStats:
+    latest = max(one, other, key=lambda stats: stats.asked_at)
+    tokens = latest.tokens if latest.tokens is not None else one.tokens or other.tokens
+    return replace(
+        latest,
+        tokens=tokens,
+        counted_tokens=one.counted_tokens + other.counted_tokens,
+        reused_tokens=one.reused_tokens + other.reused_tokens,
+    )
 
 
 def _row(requests: float, stats: _PrefixStats) -> dict[str, Any]:
@@ -163,80 +194,25 @@ def _row(requests: float, stats: _PrefixStats) -> dict[str, Any]:
     }
 
 
-def _parse_start(body: bytes) -> dict[str, Any]:
-    """Return the fields of a body's start, and its tools.
-
-    Raises:
-        ValueError: it is nested too deeply.
-    """
-    fields: dict[str, Any] = from_json(
-        body[:_PARSED_BYTES], allow_partial="trailing-strings", cache_strings="none"
-    )
-    if len(body) > _PARSED_BYTES and "tools" not in fields:
-        # Clients write the tools after the messages. A quote within a text has a backslash before
-        # it, so this is a field's name. If it is no field of the body, the rest isn't valid JSON.
-        at = body.rfind(b'"tools":', len(body) - _PARSED_BYTES)
-        if at >= 0:
-            with suppress(ValueError):
-                fields["tools"] = from_json(b"{" + body[at:])["tools"]
-    return fields
-
-
-def _prefixes_of(seed: int, parts: Sequence[str], *, is_whole: bool) -> Iterator[_Prefix]:
+def _prefixes_of(seed: bytes, parts: Sequence[str], *, is_whole: bool) -> Iterator[_Prefix]:
     """Yield the prefixes of a prompt, shortest first; the last part may be cut off."""
-    number, at, head, tail, tools = seed, 0, "", "", 0
-    for index, part in enumerate(parts[:_PARTS]):
-        done = 0
-        ends = [cut - at for cut in _CUTS if at < cut < at + len(part)]
-        if is_whole or index < len(parts) - 1:
-            ends.append(len(part))
-        for end in ends:
-            piece, done = part[done:end], end
-            # Python seeds `hash` at random, so nobody can find prefixes that share a number.
-            number = hash((number, piece))
-            head, tail = (head + piece)[:_HEAD], (tail + piece)[-_TAIL:]
-            yield _Prefix(number, at + end, _preview(head, tail, at + end - tools))
-        at += len(part)
-        if index == 0 and part.startswith(_TOOLS):
+    chain, head, tail, tools = seed, "", "", 0
+    for index, piece, end in prompt_pieces(parts, is_whole=is_whole):
+        if index and not tools and parts[0].startswith(TOOLS):
             # The preview leaves the tools out: they look alike in all prompts.
-            tools, head = at, ""
+            tools, head = len(parts[0]), ""
+        # Each follows from the one before it, so a long text is digested once.
+        chain = blake2b(chain + _encode(piece), digest_size=_NUMBER_BYTES).digest()
+        head, tail = (head + piece)[:_HEAD], (tail + piece)[-_TAIL:]
+        yield _Prefix(int.from_bytes(chain), end, _preview(head, tail, end - tools))
 
 
-_TOOLS = "tools: "
+def _encode(text: str) -> bytes:
+    # A text may hold lone surrogates.
+    return text.encode(errors="surrogatepass")
 
 
 def _preview(head: str, tail: str, characters: int) -> str:
     if characters <= len(head):
         return head
     return f"{head}…{tail[-(characters - len(head)) :]}"
-
-
-def _parts(fields: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the parts of a prompt as texts."""
-    for name in ("tools", "system", "instructions"):
-        if value := fields.get(name):
-            yield f"{name}: {_text(value)}\n"
-    prompt = fields.get("messages") or fields.get("input") or fields.get("prompt")
-    if not isinstance(prompt, list):
-        if isinstance(prompt, str):
-            yield prompt
-        return
-    if prompt and isinstance(prompt[0], list | str):
-        yield _text(prompt[0])
-    elif prompt and isinstance(prompt[0], int):
-        yield _text(prompt)
-    else:
-        yield from map(_message, prompt)
-
-
-def _message(item: Any) -> str:
-    if not isinstance(item, dict):
-        return _text(item)
-    role = item.get("role")
-    rest = {name: value for name, value in item.items() if name != "role"}
-    content = rest["content"] if rest.keys() == {"content"} else rest
-    return f"{role}: {_text(content)}\n"
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else to_json(value).decode()

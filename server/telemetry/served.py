@@ -19,6 +19,10 @@ class Served(NamedTuple):
     """The answer, if it may be kept."""
     saved_s: float = 0
     """How long it took to generate the answer that a tier served."""
+    tokens: int | None = None
+    """The answer's output tokens; `None` where they haven't been read yet."""
+    asked: str = ""
+    """The model that was asked for, if another one has answered in its place."""
 
 
 OWN = Served("none", "own")

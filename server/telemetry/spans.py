@@ -11,7 +11,7 @@ from typing import Protocol, Self
 from server.telemetry.served import Served
 
 
-class Step:
+class TracedStep:
     """A step that isn't traced, and the base class of traced ones; a context manager."""
 
     __slots__ = ()
@@ -29,7 +29,7 @@ class Step:
         """End it before its context exits."""
 
 
-class EngineSpan(Step):
+class EngineSpan(TracedStep):
     """The step of an engine's request."""
 
     __slots__ = ()
@@ -45,7 +45,7 @@ class EngineSpan(Step):
 class RequestTrace(Protocol):
     """The trace of one request."""
 
-    def step(self, name: str) -> Step:
+    def step(self, name: str) -> TracedStep:
         """Begin a step."""
 
     def engine_request(self, method: str) -> EngineSpan:
@@ -58,11 +58,11 @@ class RequestTrace(Protocol):
 current: ContextVar[RequestTrace | None] = ContextVar("trace", default=None)
 """The trace of the current request, if it is traced."""
 
-UNTRACED = Step()
+UNTRACED = TracedStep()
 _UNTRACED_REQUEST = EngineSpan()
 
 
-def step(name: str) -> Step:
+def step(name: str) -> TracedStep:
     """Begin a step of the current request."""
     trace = current.get()
     return UNTRACED if trace is None else trace.step(name)

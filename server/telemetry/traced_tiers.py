@@ -11,9 +11,7 @@ from tiers.entry import Entry
 class TracedTier(Tier):
     """A tier with a span for each lookup; used only with tracing, so other hits pay nothing."""
 
-    async def get(
-        self, key: str, purges: Purges, *, counted: bool = True
-    ) -> tuple[bytes, Entry] | None:
+    async def get(self, key: str, purges: Purges, *, counted: bool = True) -> Entry | None:
         if not counted:
             # A wait for another process looks up many times; its span is the wait's.
             return await super().get(key, purges, counted=False)

@@ -30,11 +30,11 @@ def with_cors(origins: Collection[str], endpoint: Endpoint, preflight: Endpoint)
             by_origin[origin] = _EXPOSED | _BY_ORIGIN | {"Access-Control-Allow-Origin": origin}
 
     def answer(http: HttpRequest) -> Awaitable[web.StreamResponse]:
-        http.response_headers = by_origin.get(http.headers.get(hdrs.ORIGIN, ""), for_others)
+        http.cors_headers = by_origin.get(http.headers.get(hdrs.ORIGIN, ""), for_others)
         is_preflight = (
             http.method == "OPTIONS" and hdrs.ACCESS_CONTROL_REQUEST_METHOD in http.headers
         )
-        if is_preflight and hdrs.ACCESS_CONTROL_ALLOW_ORIGIN in http.response_headers:
+        if is_preflight and hdrs.ACCESS_CONTROL_ALLOW_ORIGIN in http.cors_headers:
             return preflight(http)
         return endpoint(http)
 

@@ -1,138 +1,45 @@
-"""The listening sockets, and the protocol: its timeouts, half-closed clients, and invalid HTTP."""
+"""The listening sockets, and aiohttp's server behind them, until its last connection ends."""
 
 import asyncio
 import logging
+import os
 import socket
 import ssl
+import time
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-from aiohttp import HttpVersion11, web
-from aiohttp.http_exceptions import BadHttpMethod, BadStatusLine, InvalidURLError, LineTooLong
+from aiohttp import web
 
-from server.config.base import SERVER
 from server.config.schema import ServerConfig, is_dual
-from server.web.request import CONTINUE, Endpoint, HttpRequest
-from server.web.responses import error_response
+from server.process import Draining
+from server.web.connection import Connection
+from server.web.known_requests import KnownRequests
+from server.web.request import Endpoint, HttpRequest
 
 logger = logging.getLogger(__name__)
 
-_INVALID = "The request is not valid HTTP"
-_MISTAKES = {
-    LineTooLong: (431, "The request's target or a header is longer than 8190 bytes."),
-    InvalidURLError: (400, f"{_INVALID}: its target is no URL."),
-    BadHttpMethod: (400, f"{_INVALID}: its method is invalid, or it is TLS on a port without."),
-    BadStatusLine: (400, f"{_INVALID}: its first line should end with HTTP/1.1 or HTTP/1.0."),
-}
-"""Statuses and texts by aiohttp's exceptions, subclasses first; its texts quote the request."""
-_BACKLOG = 1024
-# Longer than clients and proxies keep idle connections, so that they close them and we don't.
-_KEEP_ALIVE_S = 630
-# Between two checks whether a half-closed client is still there.
-_PRESENCE_CHECK_S = 0.5
+BACKLOG = 1024
+"""How many connections may wait at a listening socket."""
+_LOOK_EVERY_S = 0.02
+# The first request of a connection comes a round trip after it was accepted; that of a client which
+# asks one after the other, soon after the answer before.
+_IDLE_S = 1.0
+# For handlers that are cancelled. aiohttp takes 0 for no limit.
+_CUT_S = 0.5
 
 
-class _Protocol(web.RequestHandler):
-    """aiohttp's HTTP/1.1 protocol, with errors in OpenAI's shape.
-
-    A connection closes if no head comes: the first within `client_timeout_s`, a further one within
-    the keep-alive timeout.
-
-    A half-closed client may wait for its answer, as `nc -N` does, or have gone. Both look alike
-    until something is sent (RFC 9293, section 3.6). So an answer that comes soon is sent, and a
-    client that waits longer gets a `100 Continue` now and then. Clients ignore it (RFC 9110,
-    section 15.2.1), and sending it fails if the client has gone, so that no engine works for it.
-    Where none may be sent, to HTTP/1.0 and within a response, a half-closed client counts as gone.
-    So it does over TLS, which closes both directions at once, and over WebSockets.
-    """
-
-    def __init__(self, server: web.Server, timeout_s: float) -> None:
-        # None turns aiohttp's own access log off, but its type doesn't allow it.
-        super().__init__(
-            server,
-            loop=asyncio.get_running_loop(),
-            access_log=None,  # type: ignore[arg-type]
-            keepalive_timeout=_KEEP_ALIVE_S,
-            # aiohttp would accept a compressed body that was cut short.
-            auto_decompress=False,
-        )
-        self._timeout_s = timeout_s
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        loop = asyncio.get_running_loop()
-        self._deadline = loop.call_later(self._timeout_s, self._close_without_head)
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        self._deadline.cancel()
-        super().connection_lost(exc)
-
-    # aiohttp's method returns nothing, which closes the connection.
-    def eof_received(self) -> bool:  # type: ignore[override]
-        if not self._owes_response():
-            return False
-        # Of several pipelined requests, it isn't known here when the last one is answered.
-        self._close = len(self._messages) + (self._waiter is None) == 1
-        self._deadline.cancel()
-        self._deadline = self._loop.call_later(_PRESENCE_CHECK_S, self._check_presence)
-        return True
-
-    def _owes_response(self) -> bool:
-        """Whether all of the last request has come, and its response has not begun."""
-        if self.ssl_context is not None or self._upgraded or not self._request_count:
-            return False
-        if self._messages:
-            return self._messages[-1][1].is_eof()
-        if (http := self._current_request) is not None:
-            return http.content.is_eof() and not http.writer.output_size
-        return self._waiter is None
-
-    def _check_presence(self) -> None:
-        http, transport = self._current_request, self.transport
-        if transport is None:
-            return
-        if http is not None and not http.writer.output_size:
-            if http.version < HttpVersion11:
-                transport.close()
-                return
-            transport.write(CONTINUE)
-        elif self._waiter is not None and not self._messages:
-            transport.close()
-            return
-        self._deadline = self._loop.call_later(_PRESENCE_CHECK_S, self._check_presence)
-
-    def _close_without_head(self) -> None:
-        if not self._request_count:
-            self.force_close()
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        if request.writer.output_size > 0:
-            raise ConnectionError("the response has begun")
-        logger.info("a request could not be read: %s", exc or message)
-        mistakes = (known for kind, known in _MISTAKES.items() if isinstance(exc, kind))
-        status, text = next(mistakes, (status, f"{_INVALID}."))
-        response = error_response(status, text)
-        response.headers["Server"] = SERVER
-        response.force_close()
-        return response
-
-    def log_exception(self, *args: Any, **more: Any) -> None:
-        # The client got an error for an invalid body; it is no failure of ours.
-        if not isinstance(more.get("exc_info"), web.RequestPayloadError):
-            super().log_exception(*args, **more)
-
-
-def make_server(endpoint: Endpoint, options: ServerConfig) -> web.Server:
+def make_server(
+    endpoint: Endpoint, options: ServerConfig, draining: Draining | None = None
+) -> web.Server:
     """Return aiohttp's low-level server; its `Application` would double the cost of a hit."""
 
     class Request(HttpRequest):
         client_timeout_s = options.client_timeout_s
+        max_body_bytes = options.max_body_bytes
+
+    Request.draining = draining or Draining()
 
     loop = asyncio.get_running_loop()
     make_request = partial(Request, loop=loop, client_max_size=options.max_body_bytes)
@@ -141,35 +48,67 @@ def make_server(endpoint: Endpoint, options: ServerConfig) -> web.Server:
 
 
 async def listen(
-    server: web.Server, host: str, port: int, options: ServerConfig, tls: ssl.SSLContext | None
+    server: web.Server,
+    host: str,
+    port: int,
+    options: ServerConfig,
+    tls: ssl.SSLContext | None,
+    known: KnownRequests | None = None,
 ) -> asyncio.Server:
-    """Accept connections for `server`.
+    """Accept connections for `server`; requests that are `known` are answered without parsing.
 
     Raises:
         OSError: it can't listen at the address.
     """
-    protocol = partial(_Protocol, server, options.client_timeout_s)
+    protocol = partial(Connection, server, options.client_timeout_s, known)
     loop = asyncio.get_running_loop()
     timeout_s = None if tls is None else options.client_timeout_s
     address: dict[str, Any] = {"host": host, "port": port}
-    if is_dual(host):
-        address = {"sock": _dual_stack_socket(port)}
-    return await loop.create_server(
-        protocol, **address, backlog=_BACKLOG, ssl=tls, ssl_handshake_timeout=timeout_s
+    try:
+        if is_dual(host):
+            address = {"sock": _dual_stack_socket(port)}
+        return await loop.create_server(
+            protocol, **address, backlog=BACKLOG, ssl=tls, ssl_handshake_timeout=timeout_s
+        )
+    except OSError as exc:
+        why = exc.strerror if isinstance(exc, socket.gaierror) else os.strerror(exc.errno or 0)
+        raise OSError(exc.errno, f"can't listen at {host} port {port}: {why}") from exc
+
+
+async def listen_at(
+    server: web.Server,
+    bound: socket.socket,
+    options: ServerConfig,
+    tls: ssl.SSLContext | None,
+    known: KnownRequests | None,
+) -> asyncio.Server:
+    """Accept connections for `server` at a bound socket, otherwise as `listen`."""
+    protocol = partial(Connection, server, options.client_timeout_s, known)
+    return await asyncio.get_running_loop().create_server(
+        protocol,
+        sock=bound,
+        backlog=BACKLOG,
+        ssl=tls,
+        ssl_handshake_timeout=None if tls is None else options.client_timeout_s,
     )
 
 
 def _dual_stack_socket(port: int) -> socket.socket:
     """Return a socket that is bound for IPv6 and IPv4; asyncio would bind IPv6 alone."""
     return socket.create_server(
-        ("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG
+        ("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG
     )
 
 
 def addresses(listener: asyncio.Server, tls: ssl.SSLContext | None) -> str:
     """Return the URLs of a listener, for the log."""
+    return urls(listener.sockets, tls)
+
+
+def urls(sockets: Iterable[socket.socket], tls: ssl.SSLContext | None) -> str:
+    """Return the URLs of listening sockets, for the log."""
     scheme = "http" if tls is None else "https"
-    names = [each.getsockname()[:2] for each in listener.sockets]
+    names = [each.getsockname()[:2] for each in sockets]
     return ", ".join(f"{scheme}://{f'[{h}]' if ':' in h else h}:{p}" for h, p in names)
 
 
@@ -177,5 +116,35 @@ async def listen_unix(
     server: web.Server, bound: socket.socket, options: ServerConfig
 ) -> asyncio.Server:
     """Accept connections for `server` at a bound Unix socket."""
-    protocol = partial(_Protocol, server, options.client_timeout_s)
+    protocol = partial(Connection, server, options.client_timeout_s, None)
     return await asyncio.get_running_loop().create_unix_server(protocol, sock=bound)
+
+
+async def accept(server: web.Server, connection: socket.socket, options: ServerConfig) -> None:
+    """Serve one connection, which exists already."""
+    protocol = partial(Connection, server, options.client_timeout_s, None)
+    await asyncio.get_running_loop().connect_accepted_socket(protocol, connection)
+
+
+async def end_connections(server: web.Server, grace_s: float) -> None:
+    """Close each connection once nothing is under way on it, and cut the rest after `grace_s`.
+
+    The listeners are closed already. aiohttp's own shutdown would drop what still comes of a
+    request's body, and close connections on which the next request is about to come, such as after
+    a stream that had begun before it could say `Connection: close`.
+
+    A request that is on its way on a connection which has idled for a second is lost: HTTP/1.1
+    can't close one without that (RFC 9112, section 9.5). So clients are asked to leave before, by
+    `Connection: close` in the answers while the server drains (section 9.6).
+    """
+    until = time.monotonic() + grace_s
+    while server.connections and time.monotonic() <= until:
+        for connection in server.connections:
+            if isinstance(connection, Connection):
+                connection.close_if_idle(_IDLE_S)
+        await asyncio.sleep(_LOOK_EVERY_S)
+    if under_way := len(server.connections):
+        logger.warning("cutting %d connections after server.shutdown_grace_s", under_way)
+    runner = web.ServerRunner(server, shutdown_timeout=_CUT_S)
+    await runner.setup()
+    await runner.cleanup()

@@ -11,7 +11,7 @@ import secrets
 import time
 from collections.abc import Iterator
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from server.auth.credentials import DuplicateHeaderError
 from server.protocol.errors import BadRequestError
@@ -47,11 +47,11 @@ class Middleware:
 
     Args:
         finished: is given every request that has ended.
+        ids: yields ids for requests that have none.
     """
 
-    def __init__(self, finished: FinishedRequests) -> None:
-        self._finished = finished
-        self._ids = _request_ids()
+    def __init__(self, finished: FinishedRequests, ids: Iterator[str]) -> None:
+        self._finished, self._ids = finished, ids
 
     def wrap(self, handler: Handler, check: AccessCheck) -> Endpoint:
         """Return the endpoint of a handler.
@@ -68,7 +68,7 @@ class Middleware:
             status, served = CLIENT_GONE, OWN
             try:
                 if (refused := check(http)) is None:
-                    if not http.content.is_eof():
+                    if hdrs.EXPECT in http.headers:
                         await http.send_continue()
                     response, served = await handler(http)
                 else:
@@ -144,7 +144,7 @@ def _mistake(exc: Exception) -> web.Response:
     return response
 
 
-def _request_ids() -> Iterator[str]:
+def request_ids() -> Iterator[str]:
     """Yield ids that no other process gives: counted, since `uuid4` costs a system call."""
     start, ends = secrets.token_hex(12), [f"{number:02x}" for number in range(256)]
     for number in itertools.count():

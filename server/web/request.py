@@ -5,15 +5,22 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from aiohttp import hdrs, web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.helpers import reify
 from multidict import istr
 
 from server.auth.limits import RateLimiter
 from server.auth.tenant import NOBODY, Tenant
+from server.process import Draining
 from server.telemetry.served import Served
 from server.web.content_coding import DECODED, UnknownCodingError, decode
+from server.web.known_requests import KnownRequest
+
+if TYPE_CHECKING:
+    from server.web.connection import Connection
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 X_REQUEST_ID = istr("X-Request-Id")
@@ -31,6 +38,13 @@ class HttpRequest(web.BaseRequest):
     client_timeout_s: float
     """How long its client may pause; set by a subclass, since an argument would cost each hit."""
 
+    max_body_bytes: int
+    """How large its body may be; set like `client_timeout_s`."""
+
+    draining: Draining
+    """Whether its server is about to stop; set like `client_timeout_s`."""
+
+    _protocol: "Connection"
     id: str = ""
     """The `X-Request-Id` of its response: the client's own, if it has sent one, or a new one."""
     body_may_hold_id: bool = False
@@ -39,8 +53,15 @@ class HttpRequest(web.BaseRequest):
     """The client's tenant; set by the access check."""
     limiter: RateLimiter | None = None
     """Its tenant's limiter, which counts the request as under way; set by the access check."""
-    response_headers: Mapping[str, str] = MappingProxyType({})
-    """Of its response: those of CORS and of its tenant's limits."""
+    cors_headers: Mapping[str, str] = MappingProxyType({})
+    more_headers: Mapping[str, str] = MappingProxyType({})
+    """Of its response: those of its tenant's limits, and what a fallback has to say."""
+
+    # As aiohttp's, it is computed once: what is sent says what is done then.
+    @reify
+    def keep_alive(self) -> bool:
+        """Whether its connection stays open after its response."""
+        return not (self._message.should_close or self.draining.has_begun)
 
     @property
     def media_type(self) -> str:
@@ -78,7 +99,8 @@ class HttpRequest(web.BaseRequest):
 
     async def send_continue(self) -> None:
         """Ask a client for the body that waits for it (RFC 9110, section 10.1.1)."""
-        if self.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
+        expected = self.headers.get(hdrs.EXPECT, "").lower()
+        if expected == "100-continue" and not self.content.is_eof():
             await self.writer.write(CONTINUE)
             # aiohttp must not take this for the beginning of the response.
             self.writer.output_size = 0
@@ -87,23 +109,28 @@ class HttpRequest(web.BaseRequest):
         """Return the whole body, decoded.
 
         Raises:
-            web.HTTPRequestEntityTooLarge: it is larger than `client_max_size`.
+            web.HTTPRequestEntityTooLarge: it is larger than `max_body_bytes`.
             web.RequestPayloadError: it violates HTTP.
             BadRequestError: it can't be decoded.
             SlowClientError: it does not arrive in time.
         """
         if hdrs.CONTENT_ENCODING in self.headers and self.content_coding:
             return await self._decoded()
-        if not self.content.is_eof():
+        last = self._protocol.last
+        if last is not None and last.payload is self._payload and last.body is not None:
+            # It is still in the payload, too, but to read it there would take ten calls.
+            body = last.body
+        elif self.content.is_eof():
+            # `read` would take twice as long.
+            body = self.content.read_nowait()
+        else:
             try:
                 async with asyncio.timeout(self.client_timeout_s):
                     return await self.read()
             except TimeoutError as exc:
                 raise SlowClientError from exc
-        # Most bodies are complete when their handler starts; `read` would take twice as long.
-        body = self.content.read_nowait()
-        if len(body) > self.client_max_size:
-            raise web.HTTPRequestEntityTooLarge(self.client_max_size)
+        if len(body) > self.max_body_bytes:
+            raise web.HTTPRequestEntityTooLarge(self.max_body_bytes)
         return body
 
     async def _decoded(self) -> bytes:
@@ -114,18 +141,22 @@ class HttpRequest(web.BaseRequest):
             async with asyncio.timeout(self.client_timeout_s):
                 async for piece in self.iter_body():
                     body += piece
-                    if len(body) > self.client_max_size:
-                        raise web.HTTPRequestEntityTooLarge(self.client_max_size)
+                    if len(body) > self.max_body_bytes:
+                        raise web.HTTPRequestEntityTooLarge(self.max_body_bytes)
         except TimeoutError as exc:
             raise SlowClientError from exc
         return bytes(body)
+
+    def remember(self, body: bytes, request: KnownRequest) -> None:
+        """Answer its bytes by `request` when they come again; `body` is its whole body."""
+        self._protocol.remember(self, body, request)
 
     @property
     def is_disconnected(self) -> bool:
         """Whether its connection is closed, or is being closed."""
         return self.transport is None or self.transport.is_closing()
 
-    async def write(self, response: web.StreamResponse, data: bytes) -> None:
+    async def write(self, response: web.StreamResponse | AbstractStreamWriter, data: bytes) -> None:
         """Write to the client as fast as it reads.
 
         Raises:

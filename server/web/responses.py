@@ -5,6 +5,8 @@ shape on routes of its API.
 """
 
 from collections.abc import Mapping
+from email.utils import formatdate
+from functools import lru_cache
 from http import HTTPStatus
 from types import MappingProxyType
 from typing import Self
@@ -12,7 +14,6 @@ from typing import Self
 import orjson
 from aiohttp import HttpVersion11, web
 from aiohttp.abc import AbstractStreamWriter
-from aiohttp.helpers import rfc822_formatted_time
 
 from server.config.base import SERVER
 from server.protocol.routes import Dialect, route_of
@@ -33,65 +34,109 @@ _ANTHROPICS_KINDS = {
 }
 
 
+# Of a long response; the client has to take most of one piece before the next.
+_PIECE_BYTES = 256 * 1024
+
+
 def server_headers(http: HttpRequest) -> dict[str, str]:
     """Return the headers that every response has."""
-    return {"Server": SERVER, "X-Request-Id": http.id, **http.response_headers}
+    own = {"Server": SERVER, "X-Request-Id": http.id}
+    return {**own, **http.cors_headers, **http.more_headers}
+
+
+@lru_cache(2)
+def second(at: int) -> tuple[bytes, str]:
+    """Return a second (Unix s) as text, and as an HTTP date."""
+    return b"%d" % at, formatdate(at, usegmt=True)
+
+
+def whole_head(
+    content_type: str,
+    cache_status: str,
+    age_s: int,
+    etag: str,
+    id_: str,
+    now: float,
+    body_bytes: int,
+    more: str = "",
+) -> bytes:
+    """Return the head of a 200, as it is sent.
+
+    Args:
+        content_type, cache_status, age_s, etag: values of headers.
+        id_: the request's.
+        now: Unix seconds.
+        body_bytes: the size of the whole body.
+        more: further lines of the head.
+    """
+    _, date = second(int(now))
+    return (
+        f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nContent-Length: {body_bytes}\r\n"
+        f"Cache-Status: {cache_status}\r\nAge: {age_s}\r\nETag: {etag}\r\n"
+        f"X-Request-Id: {id_}\r\nServer: {SERVER}\r\nDate: {date}\r\n{more}\r\n"
+    ).encode()
+
+
+def lines_of(headers: Mapping[str, str]) -> str:
+    """Return headers as lines of a head."""
+    return "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+
+
+def more_lines(http: HttpRequest, engine_headers: Mapping[str, str] = _NONE) -> str:
+    """Return the lines of a head that only some responses have.
+
+    Args:
+        http: the request, whose version and connection decide.
+        engine_headers: of the engine's reply.
+    """
+    lines = ""
+    if not http.keep_alive:
+        lines = "Connection: close\r\n"
+    elif http.version < HttpVersion11:
+        lines = "Connection: keep-alive\r\n"
+    if http.cors_headers or http.more_headers or engine_headers:
+        lines += lines_of({**http.cors_headers, **http.more_headers, **engine_headers})
+    return lines
 
 
 class PrebuiltResponse(web.StreamResponse):
-    """A 200 with all of its body, written in one piece with its head.
+    """A response that is written as it is, with its head.
 
     aiohttp's `Response` would make a hit take a fifth longer. So this has only the attributes that
-    aiohttp uses to finish a response. It is for GET and POST, and includes `server_headers`.
+    aiohttp uses to finish a response. It is for GET and POST.
 
     Args:
         http: the request.
-        content_type, cache_status, age_s, etag: values of headers.
-        body: all of it.
-        engine_headers: of the engine's reply.
+        whole: a head, as of `whole_head`, and the body.
     """
 
-    # Not properties, which would be two calls more.
+    # Not properties, which would be three calls more.
     status = 200
     prepared = True
+    keep_alive = True
 
-    def __init__(
-        self,
-        http: HttpRequest,
-        content_type: str,
-        cache_status: str,
-        age_s: int,
-        etag: str,
-        body: bytes,
-        engine_headers: Mapping[str, str] = _NONE,
-    ) -> None:
-        self._writer = http.writer
-        self._keeps_alive = http.keep_alive
-        end = ""
-        if not self._keeps_alive:
-            end = "Connection: close\r\n"
-        elif http.version < HttpVersion11:
-            end = "Connection: keep-alive\r\n"
-        if http.response_headers or engine_headers:
-            more = {**http.response_headers, **engine_headers}
-            end += "".join([f"{name}: {value}\r\n" for name, value in more.items()])
-        head = (
-            f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
-            f"Cache-Status: {cache_status}\r\nAge: {age_s}\r\nETag: {etag}\r\n"
-            f"X-Request-Id: {http.id}\r\n"
-            f"Server: {SERVER}\r\nDate: {rfc822_formatted_time()}\r\n{end}\r\n"
-        )
-        self._whole = head.encode() + body
-
-    @property
-    def keep_alive(self) -> bool:
-        return self._keeps_alive
+    def __init__(self, http: HttpRequest, whole: bytes) -> None:
+        self._http, self._writer, self._whole = http, http.writer, whole
+        self.keep_alive = http.keep_alive
 
     async def prepare(self, _: web.BaseRequest) -> AbstractStreamWriter:
         return self._writer
 
-    async def write_eof(self, data: bytes = b"") -> None:
-        await self._writer.write_eof(self._whole + data)
+    async def write_eof(self, _: bytes = b"") -> None:
+        whole, writer = self._whole, self._writer
+        while len(whole) > _PIECE_BYTES:
+            await self._http.write(writer, whole[:_PIECE_BYTES])
+            whole = whole[_PIECE_BYTES:]
+        await writer.write_eof(whole)
+
+
+def close_if_unframed(http: HttpRequest, response: web.StreamResponse) -> None:
+    """Have the connection end with a response without length, where HTTP/1.0 knows no other end.
+
+    aiohttp means to, and then forgets it.
+    """
+    if http.version < HttpVersion11 and response.content_length is None:
+        response.force_close()
 
 
 def error_body(

@@ -27,7 +27,7 @@ from server.config.tracing import TracingConfig as Options
 from server.protocol.routes import route_of
 from server.protocol.usage import input_tokens, output_tokens
 from server.telemetry.served import OWN, Served
-from server.telemetry.spans import UNTRACED, EngineSpan, Step, current
+from server.telemetry.spans import UNTRACED, EngineSpan, TracedStep, current
 from server.web.request import Endpoint, HttpRequest
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class _Trace:
     def _context(self) -> Context:
         return set_span_in_context(self._span, Context())
 
-    def step(self, name: str) -> Step:
+    def step(self, name: str) -> TracedStep:
         if not self._span.get_span_context().trace_flags.sampled:
             return UNTRACED
         return _Step(self._tracer.start_span(name, self._context))
@@ -135,7 +135,7 @@ class _Trace:
         return _EngineRequest(span)
 
 
-class _Step(Step):
+class _Step(TracedStep):
     __slots__ = ("_span",)
 
     def __init__(self, span: Span) -> None:
@@ -255,7 +255,9 @@ def _set_request(
         if (operation := route_of(route).operation) is not None:
             attributes["gen_ai.operation.name"] = operation
     if served.model:
-        attributes["gen_ai.request.model"] = served.model
+        attributes["gen_ai.request.model"] = served.asked or served.model
+        if served.asked:
+            attributes["gen_ai.response.model"] = served.model
     if (answer := served.answer) is not None:
         attributes["tierserve.key"] = served.key
         for name, count in (("input", input_tokens(answer)), ("output", output_tokens(answer))):

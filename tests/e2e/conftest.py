@@ -40,10 +40,14 @@ class Server:
         folder: for its log and its disk tier.
         temporary: for temporary files, nobody else's. Its path is short, as a socket's has to be.
         config: the configuration, but for what is particular to a test.
+        variables: of the environment, at each start.
     """
 
-    def __init__(self, folder: Path, temporary: Path, config: Path) -> None:
+    def __init__(
+        self, folder: Path, temporary: Path, config: Path, variables: dict[str, str]
+    ) -> None:
         self.folder, self.temporary, self.config = folder, temporary, config
+        self.variables = variables
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="x", max_retries=0)
@@ -60,6 +64,7 @@ class Server:
                 "TIERSERVE__ADMIN__SOCKET": str(self.temporary / "admin.sock"),
                 "TIERSERVE__SERVER__SHUTDOWN_GRACE_S": "2",
             }
+            | self.variables
             | variables
         )
         command = [sys.executable, "-m", "server.cli", "serve", "--config", str(self.config)]
@@ -75,6 +80,14 @@ class Server:
 
     def wait_ready(self) -> None:
         self.until(lambda: self.status("/ready") == 200)
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the API's document, once the engine has made its own in time."""
+        while True:
+            with urllib.request.urlopen(f"{self.url}/openapi.json") as response:
+                document = json.load(response)
+            if "Described by the engine, once it is ready" not in json.dumps(document["paths"]):
+                return document
 
     def status(self, path: str) -> int:
         try:
@@ -105,9 +118,11 @@ class Server:
         """Return the engines' sessions, in the order in which they were started."""
         if self.process is None:
             return []
-        children = [child.pid for child in psutil.Process(self.process.pid).children()]
+        children = psutil.Process(self.process.pid).children()
         with suppress(ProcessLookupError):
-            return sorted(child for child in children if os.getsid(child) == child)
+            own = [child for child in children if os.getsid(child.pid) == child.pid]
+            # Numbers of processes begin anew after the highest.
+            return [child.pid for child in sorted(own, key=psutil.Process.create_time)]
         return []
 
     def metric(self, path: str, name: str) -> float:
@@ -126,15 +141,11 @@ def living(session: int) -> list[psutil.Process]:
     return found
 
 
-def prepare(config: Path) -> None:
-    subprocess.run([sys.executable, "scripts/prepare_model.py", config], check=True)
-
-
 @contextmanager
 def serving(folder: Path, config: Path, **variables: str) -> Iterator[Server]:
     with tempfile.TemporaryDirectory(prefix="e2e-", dir="/tmp") as temporary:
-        made = Server(folder, Path(temporary), config)
-        made.start(**variables)
+        made = Server(folder, Path(temporary), config, variables)
+        made.start()
         try:
             yield made
         finally:
@@ -142,13 +153,24 @@ def serving(folder: Path, config: Path, **variables: str) -> Iterator[Server]:
 
 
 @contextmanager
-def serving_laptop(folder: Path, engine_args: dict[str, Any]) -> Iterator[Server]:
-    """Serve the embedded model, with options of the engine beside those of the configuration."""
+def serving_laptop(
+    folder: Path, engine_args: dict[str, Any], *, keeps_prefixes: bool = True
+) -> Iterator[Server]:
+    """Serve the embedded model, with options of the engine beside those of the configuration.
+
+    Where prefixes are kept, what a prompt gets may depend on what is kept of it: bfloat16 rounds
+    another sum otherwise.
+    """
     config = Path("configs/laptop.yaml")
-    prepare(config)
     at = "TIERSERVE__MODELS__SMOLLM2_135M_INSTRUCT__ENGINE__ARGS__"
+    if not keeps_prefixes:
+        engine_args = engine_args | {"enable_prefix_caching": False}
     args = {at + name.upper(): json.dumps(value) for name, value in engine_args.items()}
-    with serving(folder, config, **args) as made:
+    # Otherwise the blocks would be in the cache folder.
+    prefix = {"TIERSERVE__TIERS__PREFIX__PATH": str(folder / "prefix")}
+    if not keeps_prefixes:
+        prefix = {"TIERSERVE__TIERS__PREFIX": "null"}
+    with serving(folder, config, **args, **prefix) as made:
         yield made
 
 

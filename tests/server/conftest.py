@@ -2,11 +2,13 @@
 
 import asyncio
 import itertools
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Self
@@ -24,6 +26,7 @@ from server.engine.weights import embedded_folder
 from server.protocol.model_names import ModelNames, ResolvedModel
 from server.protocol.request import parse_request
 from tests.servers import free_port
+from tests.waiting import HANGS_S
 
 CHAT = "/v1/chat/completions"
 USAGE = {"prompt_tokens": 1, "total_tokens": 2, "completion_tokens": 1}
@@ -106,6 +109,10 @@ async def one_token(_: web.Request) -> web.StreamResponse:
     return web.json_response({"choices": [{"index": 0, "text": "b", "finish_reason": "length"}]})
 
 
+async def nothing_measured(_: web.Request) -> web.StreamResponse:
+    return web.Response()
+
+
 async def nothing_listed(_: web.Request) -> web.StreamResponse:
     return web.json_response({"data": []})
 
@@ -113,15 +120,16 @@ async def nothing_listed(_: web.Request) -> web.StreamResponse:
 class Upstream:
     """An HTTP server that does what `handler` says, and notes what it was asked.
 
-    `lists` answers `/v1/models`, which it is asked all the time, and `token` the request for one
-    token that shows whether it keeps generating.
+    `lists` answers `/v1/models` and `metrics` `/metrics`, which it is asked all the time, and
+    `token` the request for one token that shows whether it keeps generating.
     """
 
-    def __init__(self) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+    def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
+        self.host, self.port = host, port or free_port()
+        self.url = f"http://{host}:{self.port}"
         self.handler: Callable[[web.Request], Awaitable[web.StreamResponse]] = answer
         self.lists = nothing_listed
+        self.metrics = nothing_measured
         self.token = one_token
         self.asked: list[web.Request] = []
         self.aborted = asyncio.Event()
@@ -131,7 +139,7 @@ class Upstream:
         app.router.add_route("*", "/{path:(?s:.*)}", self._handle)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
+        await web.TCPSite(self._runner, self.host, self.port).start()
 
     async def stop(self) -> None:
         await self._runner.cleanup()
@@ -146,6 +154,9 @@ class Upstream:
     async def _handle(self, http: web.Request) -> web.StreamResponse:
         if http.path == "/v1/models":
             return await self.lists(http)
+        if http.path == "/metrics" and "X-Request-Id" not in http.headers:
+            # A client's would have an id.
+            return await self.metrics(http)
         if http.path == "/v1/completions" and await http.read() == ONE_TOKEN:
             return await self.token(http)
         self.asked.append(http)
@@ -183,6 +194,8 @@ class Front:
     """
 
     wrapper: tuple[str, ...] = ()
+    inherited: tuple[int, ...] = ()
+    """Files that the process has open from its start."""
 
     def __init__(
         self,
@@ -223,15 +236,34 @@ class Front:
 
     async def start(self) -> None:
         with self.log.open("ab") as log:
-            self.process = await asyncio.create_subprocess_exec(*self.command, stderr=log)
+            self.process = await asyncio.create_subprocess_exec(
+                *self.command, stderr=log, pass_fds=self.inherited
+            )
         self.session = aiohttp.ClientSession(self.url, headers=self.headers)
         await self.until_ready()
 
     async def stop(self) -> None:
         await self.session.close()
         if self.process.returncode is None:
-            self.process.terminate()
-        await asyncio.wait_for(self.process.wait(), 60)
+            self.send(signal.SIGTERM)
+        await asyncio.wait_for(self.process.wait(), HANGS_S)
+
+    def send(self, number: int) -> None:
+        """Send the process a signal, which may have just ended.
+
+        asyncio's own methods then may take its exit status, and 255 would stand for it.
+        """
+        with suppress(ProcessLookupError):
+            os.kill(self.process.pid, number)
+
+    async def end_by_signals(self) -> int:
+        """Send SIGTERM until the process has ended; returns its exit status."""
+        async with asyncio.timeout(HANGS_S):
+            while (status := self.process.returncode) is None:
+                # The first one may come several times; a later one ends it at once.
+                self.send(signal.SIGTERM)
+                await asyncio.sleep(0.2)
+        return status
 
     async def __aenter__(self) -> Self:
         try:
@@ -246,11 +278,17 @@ class Front:
 
     async def until_ready(self, status: int = 200, model: str | None = None) -> None:
         """Wait for `/ready` to say `status`, of all models or one; 0 stands for no connection."""
-        async with asyncio.timeout(60):
-            while await self.ready(model) != status:
-                if self.process.returncode is not None:
-                    pytest.fail("tierserve ended:\n" + self.log.read_text()[-4000:])
-                await asyncio.sleep(0.05)
+        said = None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(HANGS_S):
+                while (said := await self.ready(model)) != status:
+                    if self.process.returncode is not None:
+                        break
+                    await asyncio.sleep(0.05)
+        if said != status:
+            ended = self.process.returncode
+            log = self.log.read_text()[-4000:]
+            pytest.fail(f"/ready says {said}, not {status}; exit status {ended}:\n{log}")
 
     async def ready(self, model: str | None = None) -> int:
         asked = {} if model is None else {"model": model}
@@ -258,7 +296,8 @@ class Front:
             # Also by whoever does not know its certificate.
             async with self.session.get("/ready", params=asked, ssl=False) as response:
                 return response.status
-        except aiohttp.ClientConnectorError:
+        except aiohttp.ClientConnectionError:
+            # One that waits to be accepted is closed with the listener.
             return 0
 
     def key(self, asked: dict) -> str:
@@ -279,7 +318,7 @@ class Front:
 
     async def ask_alone(self, asked: dict, **options) -> tuple[int, str, bytes]:
         """Ask until no flight is joined: the nearest tier holds the answer then, or none does."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(HANGS_S):
             while "collapsed" in (reply := await self.ask(asked, **options))[1]:
                 pass
         return reply
@@ -291,13 +330,13 @@ class Front:
 
     async def until_logged(self, text: str, times: int = 1) -> None:
         """Wait until the log has a text so many times."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(HANGS_S):
             while self.log.read_text().count(text) < times:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
 
     async def until_status(self, headers: dict[str, str], status: int) -> None:
         """Wait until a client with these headers gets this status."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(HANGS_S):
             while True:
                 # Also by whoever does not know its certificate.
                 async with self.session.get("/v1/models", headers=headers, ssl=False) as reply:
@@ -307,10 +346,16 @@ class Front:
 
     async def until_metric(self, line: str, value: float) -> None:
         """Wait until a metric that only rises has this value."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(HANGS_S):
             while (now := await self.metric(line)) != value:
                 assert now < value
                 await asyncio.sleep(0.02)
+
+    async def until_above(self, line: str, value: float) -> None:
+        """Wait until a metric is above this value."""
+        async with asyncio.timeout(HANGS_S):
+            while await self.metric(line) <= value:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
 
 
 @pytest.fixture(scope="module", autouse=True)

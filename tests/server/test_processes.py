@@ -27,10 +27,12 @@ from tests.server.conftest import (
     running,
     skip_unless_runs,
 )
+from tests.waiting import HANGS_S
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 MISS, COLLAPSED = "tierserve; fwd=miss", "tierserve; fwd=miss; collapsed"
+DISK_MISSES = 'tierserve_tier_misses_total{tier="disk"'
 ENDS = ("answered", "took_over", "gave_up", "aborted")
 
 
@@ -65,7 +67,7 @@ def at_last(go: asyncio.Event, then=answer) -> Callable[[web.Request], Awaitable
 
 
 async def until(is_so: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(HANGS_S):
         while not await is_so():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
@@ -103,10 +105,12 @@ async def ending(front: Front, *ends: str) -> AsyncIterator[None]:
 
 
 async def follow(fronts: list[Front], upstream: Upstream, *asked: dict) -> list[asyncio.Task]:
-    """Ask the first front, which generates, then the second, which waits for it."""
+    """Ask the first front, which generates, then the second, all of whose requests wait for it."""
     tasks = [asyncio.create_task(fronts[0].ask(asked[0]))]
     await until_asked(upstream)
+    misses = await fronts[1].metric(DISK_MISSES)
     tasks += [asyncio.create_task(fronts[1].ask(each)) for each in asked[1:]]
+    await fronts[1].until_metric(DISK_MISSES, misses + len(asked[1:]))
     await until_one_waits(fronts[1])
     assert len(upstream.asked) == 1
     return tasks
@@ -146,7 +150,7 @@ async def test_the_other_ones_answer_is_given_and_told_so(
     same = asked | {"stream": follows}
     if follows:
         same["stream_options"] = {"include_usage": True}
-    misses = await fronts[1].metric('tierserve_tier_misses_total{tier="disk"')
+    misses = await fronts[1].metric(DISK_MISSES)
     async with ending(fronts[1], "answered"):
         tasks = await follow(fronts, upstream, asked | {"stream": leads}, same, same)
         go.set()
@@ -158,7 +162,7 @@ async def test_the_other_ones_answer_is_given_and_told_so(
         assert b'"total_tokens":2' in text
         assert text.endswith(b"data: [DONE]\n\n") == follows
     assert len(upstream.asked) == 1
-    assert await fronts[1].metric('tierserve_tier_misses_total{tier="disk"') == misses + 2
+    assert await fronts[1].metric(DISK_MISSES) == misses + 2
 
 
 async def fail(_: web.Request) -> web.StreamResponse:
@@ -254,7 +258,7 @@ async def test_what_is_too_old_for_a_client_is_not_given_after_all(
 ) -> None:
     asked = question()
     await fronts[0].ask(asked)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(HANGS_S):
         while "; hit; " not in (await fronts[1].ask(asked))[1]:
             pass
     reply = await fronts[1].ask(asked, headers={"Cache-Control": "max-age=0"})
@@ -276,7 +280,7 @@ async def test_what_the_other_makes_anew_is_not_made_twice(
     await fronts[0].ask(asked)
     upstream.asked.clear()
     upstream.handler = at_last(go)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(HANGS_S):
         while not upstream.asked:
             # It is stale at once, and made anew when the flight that made it has landed.
             _, stale, _ = await fronts[0].ask(asked)
@@ -289,23 +293,26 @@ async def test_what_the_other_makes_anew_is_not_made_twice(
 
 
 @pytest.mark.parametrize(
-    ("text", "waits"),
+    ("text", "withholds", "waits"),
     [
-        ("cache: {wait_for_others_s: 10}", True),
-        ("cache: {wait_for_others_s: 0}", False),
+        ("cache: {wait_for_others_s: 10}", False, True),
+        ("cache: {wait_for_others_s: 0}", False, False),
         # What another process could not see when it is stored is nothing to wait for.
-        ("tiers: {write: on_evict}", False),
-        ("tiers: {disk: {durability: interval}}", False),
-        ("tiers: {disk: null}", False),
+        ("tiers: {write: on_evict}", False, False),
+        ("tiers: {disk: {durability: interval}}", False, False),
+        ("tiers: {disk: null}", False, False),
+        # Nor what isn't given out, since the shared tier's purges can't be read.
+        ("cache: {wait_for_others_s: 10}", True, False),
     ],
 )
 async def test_waits_only_for_what_can_be_seen(
-    tmp_path: Path, monkeypatch, text: str, waits: bool
+    tmp_path: Path, monkeypatch, text: str, withholds: bool, waits: bool
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "c.yaml").write_text(text)
     config = load(tmp_path / "c.yaml")
     chain, _ = build(config)
+    chain.purges.withholds = withholds
     # As another process would: its lock is that of another open file.
     turns, others = build_lock(config, chain), build_lock(config, chain)
     async with turns.acquire("k", 0, 0) as nothing:
@@ -335,7 +342,7 @@ class Contained(Front):
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         for child in map(int, children):
             os.kill(child, signal.SIGTERM)
-        await asyncio.wait_for(self.process.wait(), 60)
+        await asyncio.wait_for(self.process.wait(), HANGS_S)
         await super().stop()
 
 
@@ -360,7 +367,7 @@ async def test_containers_use_one_disk_tier_in_turn(
         assert (await second.ask(asked, headers=only))[0] == 504
         assert (await second.ask(of_second))[1] == MISS
         assert "detail=memory" in (await second.ask_alone(of_second))[1]
-        assert "processes that share a file should share a PID namespace" in second.log.read_text()
+        await second.until_logged("processes that share a file should share a PID namespace")
         assert "PID namespace" not in first.log.read_text()
         await first.stop()
 

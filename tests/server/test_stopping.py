@@ -18,6 +18,7 @@ from tests.server.conftest import (
     skip_unless_runs,
     stream,
 )
+from tests.waiting import HANGS_S
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -37,7 +38,7 @@ async def test_a_stop_lets_running_answers_end(upstream: Upstream, tmp_path, pat
             await front.until_ready(0)
             go.set()
             assert (await response.read()).endswith(b"data: [DONE]\n\n")
-        assert await asyncio.wait_for(front.process.wait(), 60) == 0
+        assert await asyncio.wait_for(front.process.wait(), HANGS_S) == 0
         if path == CHAT:
             await front.session.close()
             await front.start()
@@ -56,12 +57,7 @@ async def test_a_second_signal_ends_at_once(upstream: Upstream, tmp_path) -> Non
         front.post(question(stream=True)) as response,
     ):
         await response.content.readuntil(b"\n\n")
-        async with asyncio.timeout(60):
-            # A first one may still come several times.
-            while front.process.returncode is None:
-                front.process.terminate()
-                await asyncio.sleep(0.2)
-        assert front.process.returncode == 130
+        assert await front.end_by_signals() == 130
 
 
 async def test_a_user_without_a_home_has_to_be_given_all_paths(upstream: Upstream, tmp_path):

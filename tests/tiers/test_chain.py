@@ -241,7 +241,7 @@ async def test_on_evict_stores_in_the_shared_tier_at_once(clock, tmp_path: Path)
 
 
 class Broken(MemoryCache):
-    def read(self, key: str) -> bytes | None:
+    def read_entry(self, key: str) -> Entry | None:
         raise OSError("no such disk")
 
     async def write(self, key: str, value: bytes, expires_at: float | None) -> bool:

@@ -113,7 +113,7 @@ class ChainMachine(RuleBasedStateMachine):
             clock=clock,
         )
         self.disk = Tier("disk", self.backend)
-        purges = Purges(self.backend, clock=clock)
+        purges = Purges(self.backend, clock=clock, deadline_s=60)
         self.demotion = Demotion(
             [self.disk], frequency, transfers, purges, max_bytes=30_000, clock=clock
         )
@@ -188,11 +188,13 @@ class ChainMachine(RuleBasedStateMachine):
             self.run(self.demotion.drain())
         self.look_up([key])
 
-    @rule(keys=st.lists(st.sampled_from(KEYS), min_size=1, max_size=4))
-    def look_up(self, keys: list[str]) -> None:
+    @rule(keys=st.lists(st.sampled_from(KEYS), min_size=1, max_size=4), tries=st.booleans())
+    def look_up(self, keys: list[str], tries: bool = True) -> None:
         for key in keys:
             seen = self.run(self.chain.peek(key))
-            hit = self.run(self.chain.lookup(key))
+            hit = self.chain.find_at_once(key, JSON, self.clock.now) if tries else None
+            if hit is None:
+                hit = self.run(self.chain.lookup(key))
             if hit is None:
                 assert seen is None
                 self.misses += 1

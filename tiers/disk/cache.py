@@ -27,7 +27,6 @@ from typing import Concatenate, ParamSpec, TypeVar
 import lmdb
 
 from tiers.backend import MAX_KEY_BYTES, ByteCache, FileStatistics
-from tiers.disk.encryption import Cipher
 from tiers.disk.file import (
     DiskFile,
     OtherFormatError,
@@ -38,6 +37,8 @@ from tiers.disk.file import (
 from tiers.disk.recovery import Recovery
 from tiers.disk.transaction import Change, Outcome
 from tiers.disk.writer import Durability, Submission, Writer
+from tiers.encryption import Cipher
+from tiers.entry import Entry
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,11 @@ _Result = TypeVar("_Result")
 
 class _GrownError(OSError):
     """Another process has just grown the file, and the writer hasn't adopted that yet."""
+
+
+def _check_size(max_bytes: int) -> None:
+    if max_bytes < MIN_BYTES:
+        raise ValueError(f"max_bytes must be at least {MIN_BYTES}, not {max_bytes}")
 
 
 def _is_key(key: str) -> bool:
@@ -122,8 +128,7 @@ class DiskCache(ByteCache):
         namespace: str | None = None,
     ) -> None:
         super().__init__(max_bytes, clock=clock, namespace=namespace)
-        if max_bytes < MIN_BYTES:
-            raise ValueError(f"max_bytes must be at least {MIN_BYTES}, not {max_bytes}")
+        _check_size(max_bytes)
         self.path = path
         self._durability = durability
         self._compresses = compresses
@@ -144,6 +149,21 @@ class DiskCache(ByteCache):
         self._writer = Writer(self._wait_open, self._settle, self._recovery.distrust, interval_s)
         self._note_read = self._writer.read.append
 
+    def resize(self, max_bytes: int) -> None:
+        """Take at most `max_bytes` from now on.
+
+        What is too much is evicted by and by, and the next start makes the file smaller. Needs an
+        event loop.
+
+        Raises:
+            ValueError: `max_bytes` is too small.
+        """
+        _check_size(max_bytes)
+        self.max_bytes = self._recovery.max_bytes = max_bytes
+        if (file := self._file) is not None:
+            file.max_bytes = max_bytes
+        self._writer.wake(asyncio.get_running_loop())
+
     def read(self, key: str) -> bytes | None:
         found = self._find(key)
         if found is None or not self._is_alive(found):
@@ -157,6 +177,19 @@ class DiskCache(ByteCache):
             return None
         value, expires_at = found
         return value, None if expires_at == inf else expires_at
+
+    def peek_entry(self, key: str, now: float) -> Entry | None:
+        if (file := self._file) is not None and key not in self._pending:
+            try:
+                # A hit pays for each call.
+                return file.get_entry(key.encode(), now)
+            except (ValueError, lmdb.Error):
+                # `peek` fails as well, and does what there is to do.
+                pass
+        return super().peek_entry(key, now)
+
+    def note_read(self, key: str) -> None:
+        self._note_read(key)
 
     async def write(self, key: str, value: bytes, expires_at: float | None) -> bool:
         self._check_namespace()
@@ -475,6 +508,8 @@ class DiskCache(ByteCache):
         if (file := self._file) is None:
             self._recovery.wait()
             file = self._file = self._open()
+            # It may have been changed while the file was opened.
+            file.max_bytes = self.max_bytes
             self.usage.damaged += self._recovery.damaged
         return file
 

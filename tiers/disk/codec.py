@@ -15,7 +15,7 @@ from zstandard import (
     train_dictionary,
 )
 
-from tiers.disk.encryption import Cipher
+from tiers.encryption import Cipher
 
 PLAIN, ZSTD, ZSTD_DICTIONARY = range(3)
 ENCRYPTED = 16

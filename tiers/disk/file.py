@@ -17,8 +17,7 @@ from typing import NamedTuple
 import lmdb
 
 from tiers.backend import FileStatistics
-from tiers.disk.codec import ENCRYPTED, ZSTD_DICTIONARY, Codec
-from tiers.disk.encryption import Cipher, EncryptionKeyError
+from tiers.disk.codec import ENCRYPTED, PLAIN, ZSTD_DICTIONARY, Codec
 from tiers.disk.record_format import (
     FORMAT,
     begins_with,
@@ -38,6 +37,8 @@ from tiers.disk.transaction import (
     row_of,
     used_bytes,
 )
+from tiers.encryption import Cipher, EncryptionKeyError
+from tiers.entry import Entry
 
 DATA = "data.mdb"
 _NAMES = (b"entries", b"places", b"order", b"expiries", b"scopes", b"meta")
@@ -81,7 +82,7 @@ class DiskFile:
 
     Args:
         folder: holds the file; must exist.
-        max_bytes: the file's largest size.
+        max_bytes: the file's largest size; may be changed at any time, and the next writes follow.
         sync: whether a commit waits until the disk has it.
         compresses: whether values are stored compressed.
         clock: returns Unix seconds.
@@ -108,9 +109,7 @@ class DiskFile:
         reads_values: bool = True,
     ) -> None:
         self.folder = folder
-        self.max_bytes = max_bytes
-        self.reserve_bytes = reserve_bytes(max_bytes)
-        self._max_drops = min(self.reserve_bytes // _DROP_BYTES, _MAX_DROPS)
+        self.max_bytes = self._mapped_bytes = max_bytes
         self._sync = sync
         self._clock = clock
         self._worth = worth
@@ -122,10 +121,27 @@ class DiskFile:
         self._decrypted: dict[bytes, tuple[bytes, bytes]] = {}
         self._open()
 
+    @property
+    def reserve_bytes(self) -> int:
+        """The room for pages that a transaction copies and for gaps between pages."""
+        return reserve_bytes(self.max_bytes)
+
+    @property
+    def _max_drops(self) -> int:
+        return min(self.reserve_bytes // _DROP_BYTES, _MAX_DROPS)
+
+    @property
+    def is_shrinking(self) -> bool:
+        """Whether more writes, even empty ones, have to evict what is beyond a lower limit.
+
+        Each evicts a part, so that what is stored meanwhile needn't wait for all of them.
+        """
+        return self.max_bytes < self._mapped_bytes
+
     def _open(self) -> None:
         env = lmdb.open(
             str(self.folder),
-            map_size=self.max_bytes,
+            map_size=self._mapped_bytes,
             max_dbs=len(Databases._fields),
             max_readers=_MAX_READERS,
             mode=0o600,
@@ -178,6 +194,25 @@ class DiskFile:
                 return None
             coding, expires_at, _, payload = unpack(key, record)
             return self._decode(txn, key, coding, payload), expires_at
+
+    def get_entry(self, key: bytes, now: float) -> Entry | None:
+        """Return an entry unless it has expired for every use at `now` (Unix s).
+
+        Raises:
+            ValueError: it does not verify, or is of another format version.
+            lmdb.Error: as in `get`.
+        """
+        with self._lock, self.env.begin(db=self.dbs.entries, buffers=True) as txn:
+            record = _record(txn, key)
+            if record is None:
+                return None
+            coding, expires_at, _, payload = unpack(key, record)
+            if expires_at <= now:
+                return None
+            if coding == PLAIN and self._cipher is None:
+                # Out of the map, so that it is copied only once.
+                return Entry.decode(payload)
+            return Entry.decode(self._decode(txn, key, coding, payload))
 
     def holds(self, key: bytes) -> bool:
         """Return whether there is a record under `key`, which may be damaged or have expired.
@@ -295,7 +330,10 @@ class DiskFile:
             lmdb.MapFullError: evicting did not make room enough.
             lmdb.Error: the disk is full or fails; nothing has changed.
         """
-        target_bytes = self.max_bytes - self.reserve_bytes
+        limit_bytes = self.max_bytes
+        if limit_bytes > self._mapped_bytes:
+            self._map(limit_bytes)
+        target_bytes = limit_bytes - self.reserve_bytes
         outcome = Outcome()
         for attempt in range(1, _ROUNDS + 1):
             try:
@@ -321,12 +359,27 @@ class DiskFile:
                     if attempt < _ROUNDS:
                         time.sleep(_READER_S * 2 ** (attempt - 1))
             else:
-                if outcome.used_bytes > target_bytes + self.reserve_bytes // 4:
-                    outcome = outcome.then(self.evict(target_bytes))
+                outcome = self._evict_rest(outcome, limit_bytes, target_bytes)
                 if not self._sync and any(change.update is not None for change in changes):
                     self.env.sync(True)
                 return outcome
         raise lmdb.MapFullError("the disk tier could not make room")
+
+    def _evict_rest(self, outcome: Outcome, limit_bytes: int, target_bytes: int) -> Outcome:
+        """Evict what a transaction has left too much, if not as one of many for a lower limit."""
+        if limit_bytes < self._mapped_bytes:
+            if outcome.used_bytes <= target_bytes or not outcome.evicted:
+                self._map(limit_bytes)
+            return outcome
+        if outcome.used_bytes > target_bytes + self.reserve_bytes // 4:
+            return outcome.then(self.evict(target_bytes))
+        return outcome
+
+    def _map(self, limit_bytes: int) -> None:
+        """Let the file grow to `limit_bytes`; LMDB lets it keep the pages that it has."""
+        with self._lock:
+            self.env.set_mapsize(limit_bytes)
+        self._mapped_bytes = limit_bytes
 
     def evict(self, target_bytes: int) -> Outcome:
         """Evict, in as many transactions as it takes, until `target_bytes` hold the rest.

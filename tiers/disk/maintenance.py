@@ -17,11 +17,11 @@ from typing import NamedTuple
 import lmdb
 
 from tiers.disk.compaction import shrink
-from tiers.disk.encryption import Cipher, EncryptionKeyError
 from tiers.disk.file import DATA, OtherFormatError, check_encryption
 from tiers.disk.marks import Marks
 from tiers.disk.recovery import Recovery
 from tiers.disk.verify import VerifyReport, command, read_report
+from tiers.encryption import Cipher, EncryptionKeyError
 
 
 class Compacted(NamedTuple):

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tiers.disk.file import DATA
-from tiers.disk.pages import holds_all_pages
+from tiers.lmdb_pages import holds_all_pages
 
 CLEAN, IN_USE = "clean", "in-use"
 _FILE, _UNSYNCED, _DAMAGED, _DEATH = "file", "unsynced", "damaged", "death"

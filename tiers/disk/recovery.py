@@ -21,6 +21,7 @@ import errno
 import fcntl
 import logging
 import os
+import resource
 import signal
 import subprocess
 import threading
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 LOCK = "in-use.lock"
 
 _POLL_S = 0.1
+# Of CPU time: damage may have it loop, but a disk or a machine that stands still is no damage.
 _VERIFY_S = 60.0
 _VERIFY_BYTES_PER_S = 5e6
 _END_SIGNALS = (
@@ -60,7 +62,7 @@ class Recovery:
 
     Args:
         folder: made, private to this user, if it isn't there.
-        max_bytes: a larger file is shrunk before it is opened.
+        max_bytes: the first `max_bytes`.
         clock: returns Unix seconds, for the names of quarantined files.
         quarantines: whether a file that can't be used gives way to a new one.
 
@@ -78,7 +80,8 @@ class Recovery:
     ) -> None:
         self.folder = folder
         self._quarantines = quarantines
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
+        """A larger file is shrunk before it is opened."""
         self.damaged = 0
         """How many damaged entries were dropped when the file was verified."""
         self.waits_for_others = False
@@ -180,16 +183,16 @@ class Recovery:
             InterruptedError: `cancel` was called, or the other process was asked to end.
         """
         words, env = command(self.folder, *["--repair"] * repair)
-        bound_s = _VERIFY_S + self._data.stat().st_size / _VERIFY_BYTES_PER_S
-        output, timed_out = "", False
+        bound_s = int(_VERIFY_S + self._data.stat().st_size / _VERIFY_BYTES_PER_S)
+        output = ""
         with subprocess.Popen(  # noqa: S603
             words, env=env, pass_fds=[self._lock], stdout=subprocess.PIPE, text=True
         ) as self._verifier:
             try:
+                _, most_s = resource.prlimit(self._verifier.pid, resource.RLIMIT_CPU)
+                resource.prlimit(self._verifier.pid, resource.RLIMIT_CPU, (bound_s, most_s))
                 if not self._cancelled.is_set():
-                    output, _ = self._verifier.communicate(None, bound_s)
-            except subprocess.TimeoutExpired:
-                timed_out = True
+                    output, _ = self._verifier.communicate()
             finally:
                 self._verifier.kill()
         status = self._verifier.returncode
@@ -198,8 +201,8 @@ class Recovery:
         # A service manager may signal each process of a service; that isn't damage.
         if -status in _END_SIGNALS:
             raise InterruptedError("verifying the file was interrupted")
-        if timed_out:
-            return VerifyReport(0, 0, "verifying it took too long")
+        if -status == signal.SIGXCPU:
+            return VerifyReport(0, 0, f"verifying it took {bound_s} s of CPU")
         return read_report(output, status)
 
     def replace(self, problem: str) -> None:
@@ -254,13 +257,13 @@ class Recovery:
             self.verify_and_repair()
         if self._is_too_large():
             try:
-                shrink(self.folder, self._max_bytes)
+                shrink(self.folder, self.max_bytes)
             except OtherFormatError as exc:
                 self.quarantine(str(exc))
         self.marks.mark_clean()
 
     def _is_too_large(self) -> bool:
-        return self._data.exists() and self._data.stat().st_size > self._max_bytes
+        return self._data.exists() and self._data.stat().st_size > self.max_bytes
 
     def _is_ready(self) -> bool:
         return self.marks.is_trusted() and not self._is_too_large()

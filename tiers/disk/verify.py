@@ -22,7 +22,6 @@ import lmdb
 
 from tiers.disk.codec import ZSTD_DICTIONARY, Codec
 from tiers.disk.file import DATA, DiskFile, OtherFormatError, equal_worth
-from tiers.disk.pages import page_problems
 from tiers.disk.record_format import (
     NO_SCOPE,
     pack_order,
@@ -33,6 +32,7 @@ from tiers.disk.record_format import (
     unpack_scope_bytes,
 )
 from tiers.disk.transaction import Databases, Transaction, row_of
+from tiers.lmdb_pages import page_problems
 
 _BATCH = 10_000
 _REPAIR_BYTES = 64 * 1024 * 1024
@@ -57,7 +57,8 @@ class VerifyReport(NamedTuple):
 
 def command(folder: Path, *options: str) -> tuple[list[str], dict[str, str]]:
     """Return the command that verifies the file in `folder`, and its environment."""
-    words = [sys.executable, "-c", _MAIN, *options, str(folder)]
+    # `-P`, or modules would first be looked for in the working directory.
+    words = [sys.executable, "-P", "-c", _MAIN, *options, str(folder)]
     return words, os.environ | {"PYTHONPATH": str(_PACKAGES)}
 
 

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 _BATCH_CHANGES = 256
 _READS = 1024
 _IDLE_S = 10.0
+_PAUSE_S = 0.002
 _FIRST_DELAY_S = 1.0
 _LAST_DELAY_S = 60.0
 _CHECKED_EVERY_S = 5.0
@@ -124,8 +125,13 @@ class Writer:
         """Queue a change."""
         self._queue.put(submission)
 
-    def wake(self) -> None:
-        """Commit now, even if nothing is queued; a commit adopts the size others gave the map."""
+    def wake(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        """Commit now, even if nothing is queued: a commit adopts the size that the map is to have.
+
+        Args:
+            loop: gets the outcome, where no change has come from one yet.
+        """
+        self._loop = loop or self._loop
         if not self._is_woken:
             self._is_woken = True
             self._queue.put(_Command.COMMIT)
@@ -151,12 +157,19 @@ class Writer:
         going = True
         while going:
             batch, going = self._gather(file)
-            self._report(batch, self._commit(file, batch))
+            outcome = self._commit(file, batch)
+            # Asked before the report, which lets a caller who stores alone go on.
+            several_store = len(batch) > 1 or not self._queue.empty()
+            self._report(batch, outcome)
+            if several_store or file.is_shrinking:
+                # What comes meanwhile is one commit, which costs the event loop less than one each.
+                time.sleep(_PAUSE_S)
 
     def _gather(self, file: DiskFile) -> tuple[list[Submission], bool]:
         """Return what goes into the next commit, and whether another may follow."""
         batch: list[Submission] = []
-        batch_bytes, wait_s = 0, _IDLE_S
+        batch_bytes = 0
+        wait_s = 0.0 if file.is_shrinking and not self.is_pausing else _IDLE_S
         while len(batch) < _BATCH_CHANGES and batch_bytes < file.reserve_bytes // 4:
             try:
                 submission = self._queue.get(wait_s > 0, max(wait_s, 0.0))

@@ -15,8 +15,6 @@ class FarHit(NamedTuple):
     """An entry that a lookup has found in a farther tier."""
 
     key: str
-    value: bytes
-    """The encoded entry."""
     entry: Entry
     frequency: int
     """How often it was requested lately."""
@@ -56,7 +54,11 @@ class Promotion:
 
     async def promote(self, transfer: Transfer, hit: FarHit, tiers: Sequence[Tier]) -> None:
         """Promote `hit` to those of `tiers` that are worth it. Takes over `transfer`."""
-        tiers = [tier for tier in tiers if self._is_worth(hit, tier)]
+        tiers = [
+            tier
+            for tier in tiers
+            if tier in hit.older_in or self.is_worth(hit.entry, hit.frequency, tier)
+        ]
         at_once = [tier for tier in tiers if tier.in_memory]
         later = [tier for tier in tiers if not tier.in_memory]
         try:
@@ -69,7 +71,7 @@ class Promotion:
             raise
         if later:
             write = partial(self._write, hit, later)
-            self._queue.offer(PendingWrite(transfer, len(hit.value), write))
+            self._queue.offer(PendingWrite(transfer, hit.entry.encoded_bytes, write))
         else:
             transfer.release()
 
@@ -77,17 +79,17 @@ class Promotion:
         """Wait until the queue is empty."""
         await self._queue.drain()
 
-    def _is_worth(self, hit: FarHit, tier: Tier) -> bool:
-        if tier in hit.older_in:
-            return True
-        if hit.frequency < self._promote_after:
+    def is_worth(self, entry: Entry, frequency: int, tier: Tier) -> bool:
+        """Return whether an entry requested that often lately is promoted to a tier."""
+        if frequency < self._promote_after:
             return False
-        victim = tier.victim(len(hit.value))
-        return victim is None or hit.frequency > self._frequency.estimate(victim)
+        victim = tier.victim(entry.encoded_bytes)
+        return victim is None or frequency > self._frequency.estimate(victim)
 
     async def _write(self, hit: FarHit, tiers: Sequence[Tier]) -> None:
+        value = hit.entry.encode()
         for tier in tiers:
             left_s = hit.entry.kept_until - self._clock()
             if left_s > 0 and (tier in hit.older_in or not await tier.holds(hit.key)):
-                promoted = await tier.put(hit.key, hit.value, left_s)
+                promoted = await tier.put(hit.key, value, left_s)
                 tier.counts.promotions += promoted

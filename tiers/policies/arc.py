@@ -40,6 +40,11 @@ class ARC(Policy):
         self._ghosts = Ghosts(max_bytes)
         self._recent_target = _FIRST_SHARE * max_bytes
 
+    def resize(self, max_bytes: int) -> None:
+        self._ghosts = Ghosts(max_bytes)
+        self._recent_target *= max_bytes / self.max_bytes
+        super().resize(max_bytes)
+
     def insert(self, key: str, size: int) -> None:
         recent_ghosts, frequent_ghosts = spans = self._ghost_bytes()
         evicted_by = self._ghosts.pop(key, spans)

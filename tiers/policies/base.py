@@ -32,7 +32,22 @@ class Policy(ABC):
     @classmethod
     def within(cls, total_bytes: int) -> Self:
         """Return a policy that takes at most `total_bytes`, with its entries and its own memory."""
-        return cls(int(total_bytes / (1 + cls.FIXED_SHARE)))
+        return cls(cls.bytes_within(total_bytes))
+
+    @classmethod
+    def bytes_within(cls, total_bytes: int) -> int:
+        """Return what its entries may take of `total_bytes`."""
+        return int(total_bytes / (1 + cls.FIXED_SHARE))
+
+    def resize(self, max_bytes: int) -> None:
+        """Decide for at most `max_bytes` from now on. It is quick, however many entries there are.
+
+        The owner evicts what is too much, as it can, and may insert and access keys meanwhile.
+
+        Raises:
+            OSError: there is no memory for what it remembers; nothing has changed.
+        """
+        self.max_bytes = max_bytes
 
     @abstractmethod
     def insert(self, key: str, size: int) -> None:

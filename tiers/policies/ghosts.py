@@ -1,6 +1,6 @@
 """Ghosts: the keys that the two lists of a cache evicted lately, in little, constant memory."""
 
-from array import array
+import mmap
 
 _SLOT_BYTES = 8
 _CACHE_BYTES_PER_SLOT = 256
@@ -24,7 +24,10 @@ class Ghosts:
 
     def __init__(self, max_bytes: int) -> None:
         self._sets = max(1, max_bytes // _CACHE_BYTES_PER_SLOT // _WAYS)
-        self._slots = array("Q", bytes(_SLOT_BYTES * _WAYS * self._sets))
+        size = _SLOT_BYTES * _WAYS * self._sets
+        # Zeros that the system gives page by page, once they are used.
+        pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._slots = memoryview(pages).cast("Q")
         self._stamp_bytes = max(1, max_bytes // _STAMPS_PER_CACHE)
         self.evicted_bytes = [0, 0]
         """The bytes that each list has evicted since the cache was made."""

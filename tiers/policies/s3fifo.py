@@ -6,6 +6,8 @@ from tiers.policies.base import Policy
 
 _SMALL_SHARE = 0.1
 _MOST = 3
+# More are too many only after a resize, and needn't go at once.
+_FORGOTTEN_AT_ONCE = 64
 
 
 class S3FIFO(Policy):
@@ -30,6 +32,10 @@ class S3FIFO(Policy):
         self._ghosts_bytes = 0
         self._small_target = _SMALL_SHARE * max_bytes
         self._counts: dict[str, int] = {}
+
+    def resize(self, max_bytes: int) -> None:
+        self._small_target = _SMALL_SHARE * max_bytes
+        super().resize(max_bytes)
 
     def insert(self, key: str, size: int) -> None:
         self._counts[key] = 0
@@ -83,5 +89,7 @@ class S3FIFO(Policy):
             self._ghosts_bytes -= before
         self._ghosts[hash(key)] = size
         self._ghosts_bytes += size
-        while self._ghosts_bytes > self.max_bytes - self._small_target:
+        for _ in range(_FORGOTTEN_AT_ONCE):
+            if self._ghosts_bytes <= self.max_bytes - self._small_target:
+                break
             self._ghosts_bytes -= self._ghosts.popitem(last=False)[1]

@@ -13,6 +13,8 @@ _SAMPLE_FACTOR = 10
 _STEP_SHARE = 0.0625
 _STEP_DECAY = 0.98
 _RESTART_CHANGE = 0.05
+# More are too many only after a resize, and needn't move at once.
+_MOVED_AT_ONCE = 64
 
 
 class WTinyLFU(Policy):
@@ -39,6 +41,11 @@ class WTinyLFU(Policy):
         self._step = _STEP_SHARE * max_bytes
         self._hits = self._requests = 0
         self._hit_ratio: float | None = None
+
+    def resize(self, max_bytes: int) -> None:
+        self._window_target *= max_bytes / self.max_bytes
+        self._step *= max_bytes / self.max_bytes
+        super().resize(max_bytes)
 
     def insert(self, key: str, size: int) -> None:
         self._record(key, hit=0)
@@ -96,7 +103,9 @@ class WTinyLFU(Policy):
         self._probation_bytes -= size
         self._protected_bytes += size
         most = _PROTECTED_SHARE * (self.max_bytes - self._window_target)
-        while self._protected_bytes > most:
+        for _ in range(_MOVED_AT_ONCE):
+            if self._protected_bytes <= most:
+                break
             key, size = self._protected.popitem(last=False)
             self._protected_bytes -= size
             self._probation[key] = size

@@ -17,6 +17,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from math import inf
+from random import randrange
 from typing import Any
 
 from tiers.backend import BlobStore
@@ -36,6 +37,7 @@ FRESH_S = 0.02
 _NAME = "purges"
 _SETTLE_S = FRESH_S + 0.005  # An event loop's timers may fire a little early.
 _DEADLINE_S = 5.0
+_BY_CHANCE_US = 2**16
 _BEYOND_US = 10**6 * 86400 * 365
 """Further ahead of the clock than any lost epoch can have been."""
 
@@ -71,6 +73,8 @@ class Purges:
         self.table = PurgeTable(max_bytes=max_bytes)
         self.shared_unknown = False
         """Whether other machines may have purges that this process hasn't read yet."""
+        self.withholds = False
+        """Whether every entry counts as purged, since other machines may have purged it."""
         self._disk, self._max_bytes, self._deadline_s = disk, max_bytes, deadline_s
         self._clock, self._monotonic = clock, monotonic
         self._refresh_at = inf if disk is None else -inf
@@ -79,6 +83,12 @@ class Purges:
         # Labels get their epochs at the commit, so until then every entry with one is purged.
         self._under_way: list[frozenset[str]] = []
         self._tasks: set[asyncio.Task[bool]] = set()
+
+    def current(self) -> PurgeTable:
+        """Return the purges that are known now, those of other processes included."""
+        if self._monotonic() >= self._refresh_at:
+            self._refresh()
+        return self.table
 
     def provenance(self, labels: Iterable[str] = ()) -> Provenance:
         """Return the provenance of an answer whose generation begins now.
@@ -94,10 +104,11 @@ class Purges:
         """Return whether an entry under `key`, or an answer being generated for it, is purged."""
         if self._monotonic() >= self._refresh_at:
             self._refresh()
-        if entry.purge_epoch >= self.table.latest and not self._under_way and not self._unreadable:
+        is_unknown = self._unreadable or self.withholds
+        if entry.purge_epoch >= self.table.latest and not self._under_way and not is_unknown:
             # The common case.
             return False
-        return self._unreadable or self._covers(key, entry)
+        return is_unknown or self._covers(key, entry)
 
     def is_known_purged(self, key: str, provenance: Provenance) -> bool:
         """Return whether an answer isn't worth storing, since it is known to be purged.
@@ -152,16 +163,26 @@ class Purges:
         except ValueError:
             return self.table.with_purge(self._clock_us() + _BEYOND_US, ALL)
 
-    async def merge(self, table: PurgeTable, *, awaits_opening: bool = True) -> None:
+    async def merge(
+        self, table: PurgeTable, known: PurgeTable, *, awaits_opening: bool = True
+    ) -> None:
         """Apply the purges of another machine at once, and write them to disk.
 
-        Unless it `awaits_opening`, they are written in the background while the disk tier isn't
-        open yet.
+        Either may have purged while it couldn't know of the other's purges, whatever their clocks
+        said: the table that holds here then has these purges under later epochs.
+
+        Args:
+            table: of the other machine.
+            known: the last table that both had.
+            awaits_opening: whether to wait until they are written although the disk tier isn't
+                open yet; else they are written in the background.
 
         Raises:
             PurgeError: they could not be written in time; the next successful write includes them.
         """
-        merged, disk = self.table.merged(table), self._disk
+        # Another process may have purged without the server a moment ago.
+        self._refresh()
+        merged, disk = self.table.reconciled(table, known), self._disk
         if merged is self.table:
             return
         self.table = merged
@@ -207,9 +228,17 @@ class Purges:
         self._refresh_at = now + FRESH_S
 
     def _adopt(self, blob: bytes) -> None:
-        self.table = self.table.merged(PurgeTable.unpack(blob, max_bytes=self._max_bytes))
+        self.table = self._joined(PurgeTable.unpack(blob, max_bytes=self._max_bytes))
         self._head = blob[:HEAD_BYTES]
         self._is_damaged = False
+
+    def _joined(self, held: PurgeTable) -> PurgeTable:
+        """Return the table with the one that the file has."""
+        if self._head:
+            return self.table.merged(held)
+        # What was purged or learned before the file was open may have lower epochs than its
+        # entries.
+        return self.table.reconciled(held, held)
 
     def _purge_all_for_damage(self, disk: BlobStore, exc: ValueError) -> None:
         if self._is_damaged:
@@ -228,7 +257,7 @@ class Purges:
             nonlocal packed
             merged = self.table
             if blob is not None:
-                merged = self.read(blob).merged(merged)
+                merged = self._joined(self.read(blob))
             if labels:
                 merged = merged.with_purge(self._clock_us(), *labels)
             packed = merged.pack()
@@ -236,6 +265,7 @@ class Purges:
 
         is_written = await disk.update(_NAME, change)
         if is_written:
+            self._head = packed[:HEAD_BYTES]
             self._adopt(packed)
         return is_written
 
@@ -252,4 +282,9 @@ class Purges:
         return task
 
     def _clock_us(self) -> int:
-        return int(self._clock() * 1e6)
+        """Return the time in microseconds, and some by chance.
+
+        So two machines that purge at once, without knowing of each other, take different epochs.
+        """
+        now_us = int(self._clock() * 1e6)
+        return max(now_us, self.table.latest) + randrange(_BY_CHANCE_US)  # noqa: S311

@@ -4,7 +4,7 @@ A label is `all`, `key:KEY`, or `KIND:NAME` with any kind; what the kinds mean i
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from struct import Struct, error, pack, unpack_from
 from types import MappingProxyType
 from typing import Self
@@ -85,6 +85,28 @@ class PurgeTable:
         newer = {label: n for label, n in other._epochs.items() if n > ours.get(label, 0)}
         return type(self)(ours | newer, max_bytes=self._max_bytes) if newer else self
 
+    def reconciled(self, other: Self, known: Self) -> Self:
+        """Return a table of both, which may have been numbered without knowing each other.
+
+        A label that one of them has anew, not above the latest epoch of the other, gets an epoch
+        above both: entries of the other may carry that latest epoch, and be older than the purge.
+
+        Args:
+            other: of another machine.
+            known: the last table that both had.
+        """
+        late = [*self._late_in(other, known), *other._late_in(self, known)]
+        merged = self.merged(other)
+        return merged.with_purge(0, *late) if late else merged
+
+    def renamed(self, names: Callable[[str], Iterable[str]]) -> Self:
+        """Return a table in which each label has other names; one that has none is left out."""
+        renamed: dict[str, int] = {}
+        for each, epoch in self._epochs.items():
+            for name in names(each):
+                renamed[name] = max(epoch, renamed.get(name, 0))
+        return type(self)(renamed, max_bytes=self._max_bytes)
+
     def pack(self) -> bytes:
         """Return bytes whose first `HEAD_BYTES` differ from those of every other call."""
         count = len(self._epochs)
@@ -109,6 +131,17 @@ class PurgeTable:
         names_at = _HEAD.size + count * _EPOCH_BYTES
         names = data[names_at:].decode().split("\n") if count else []
         return cls(dict(zip(names, epochs, strict=True)), max_bytes=max_bytes)
+
+    def _late_in(self, other: Self, known: Self) -> Iterator[str]:
+        """Yield the labels that `other` has purged anew, but not above our latest epoch."""
+        ours, all_epoch, before = self._epochs, self._epochs.get(ALL, 0), known._epochs
+        for label, epoch in other._epochs.items():
+            if epoch > self.latest:
+                continue
+            own = max(ours.get(label, 0), all_epoch)
+            # A lower one may be what we knew before we purged it again.
+            if epoch > own or (epoch < own and epoch != before.get(label)):
+                yield label
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PurgeTable) and self._epochs == other._epochs

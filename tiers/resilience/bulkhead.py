@@ -32,15 +32,18 @@ class Bulkhead:
         self._places = asyncio.Semaphore(max_calls)
         self._running: set[asyncio.Task[Any]] = set()
 
-    async def run(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Return what `call` returns.
+    async def run(
+        self, call: Callable[[], Coroutine[Any, Any, T]], *, deadline_s: float | None = None
+    ) -> T:
+        """Return what `call` returns, by another deadline if one is given.
 
         Raises:
             BusyError: no place became free in time; `call` isn't called.
             TimeoutError: the call has begun and isn't done in time.
         """
+        deadline_s = self._deadline_s if deadline_s is None else deadline_s
         try:
-            async with asyncio.timeout(self._deadline_s):
+            async with asyncio.timeout(deadline_s):
                 await self._places.acquire()
         except TimeoutError:
             raise BusyError from None
@@ -49,7 +52,7 @@ class Bulkhead:
         task.add_done_callback(self._release)
         # The deadline starts when the call has, however late the event loop is.
         await asyncio.sleep(0)
-        await asyncio.wait([task], timeout=self._deadline_s)
+        await asyncio.wait([task], timeout=deadline_s)
         if not task.done():
             raise TimeoutError
         return task.result()

@@ -35,6 +35,7 @@ class SharedLeases:
         backend: an aiocache backend that stores bytes.
         deadline_s: seconds that taking, renewing or releasing may take.
         ttl_s: whole seconds after which the lease of an owner that has gone expires.
+        is_available: whether it makes sense to ask the backend.
         sleep: waits for so many seconds.
     """
 
@@ -44,16 +45,17 @@ class SharedLeases:
         *,
         deadline_s: float,
         ttl_s: int = 6,
+        is_available: Callable[[], bool] = lambda: True,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._backend, self._deadline_s, self._ttl_s = backend, deadline_s, ttl_s
-        self._sleep = sleep
+        self._is_available, self._sleep = is_available, sleep
         self._owner = secrets.token_hex(16).encode()
         self._held: dict[str, _Held] = {}
 
     async def take(self, key: str) -> bool:
         taken = True
-        if key not in self._held:
+        if key not in self._held and self._is_available():
             try:
                 async with asyncio.timeout(self._deadline_s):
                     taken = await self._add(_name_of(key))

@@ -2,9 +2,10 @@
 
 The value is a `PurgeTable`, in base64 because aiocache's Redis backend compares text. Each process
 polls it, merges it with its own table, and writes back what it lacks; a server that has lost the
-value gets it back. Only compare-and-set replaces it, so no two purges get the same epoch. Until a
-process has read it, the process takes nothing from the shared tier. A process that stood still for
-so long that it may have missed a purge reads it before it answers.
+value gets it back. Only compare-and-set replaces it, so no two purges get the same epoch; purges
+that were made without the server get later ones when it is told. A process takes nothing from the
+shared tier until it has read the value, nor while it can't. One that stood still for so long that
+it may have missed a purge reads it before it answers.
 """
 
 import asyncio
@@ -19,11 +20,14 @@ from aiocache.lock import OptimisticLock, OptimisticLockError
 
 from tiers.purges.purges import PurgeError, Purges
 from tiers.purges.table import PurgeTable, check_labels
+from tiers.server_clock import ServerClock
 
 logger = logging.getLogger(__name__)
 
 _KEY = "purges"
 _ATTEMPTS = 8
+# A poll that ends so much later than its deadline shows that the process stood still.
+_STOOD_STILL_S = 0.1
 
 
 class SharedPurges:
@@ -34,6 +38,9 @@ class SharedPurges:
         backend: an aiocache backend that returns the bytes that it was given.
         every_s: seconds between two polls of the server.
         deadline_s: seconds that one poll, with its writes, may take.
+        server_clock: is kept up to date by the polls.
+        withholds: whether nothing is served while the server can't be polled, since other machines
+            may have purged it; else what this machine's own tiers hold is.
         clock: a monotonic clock, in seconds.
     """
 
@@ -44,6 +51,8 @@ class SharedPurges:
         *,
         every_s: float = 0.2,
         deadline_s: float = 0.5,
+        server_clock: ServerClock | None = None,
+        withholds: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.errors = 0
@@ -52,9 +61,13 @@ class SharedPurges:
         self._every_s, self._deadline_s, self._clock = every_s, deadline_s, clock
         # After this time every other process has begun and ended a poll: one may just have begun.
         self._known_after_s = every_s + 2 * deadline_s
+        self._server_clock, self._withholds = server_clock, withholds
         self._polled_at = inf
         self._catching_up = asyncio.Lock()
-        self._known, self._table = b"", PurgeTable()
+        self._known: PurgeTable | None = None
+        """The last table that both the server and this process had, as far as is known."""
+        self._data = b""
+        """The same as it is in the server."""
         self._is_failing = False
         purges.shared_unknown = True
 
@@ -92,6 +105,9 @@ class SharedPurges:
         """
         check_labels(labels)
         if not await self._poll(labels):
+            if self._known is None:
+                # What is purged now is new to the server, whatever that has.
+                self._known = self._purges.table
             await self._purges.purge(*labels)
             raise PurgeError("the shared tier could not store the purge; it holds on this machine")
         await asyncio.sleep(self._known_after_s)
@@ -99,33 +115,55 @@ class SharedPurges:
     async def _poll(self, labels: Sequence[str] = ()) -> bool:
         began = self._clock()
         try:
-            async with asyncio.timeout(self._deadline_s):
-                await self._exchange(labels)
+            try:
+                await self._exchange_in_time(labels)
+            except Exception:
+                if self._clock() - began < self._deadline_s + _STOOD_STILL_S:
+                    raise
+                # The server may well have answered, and others may rely on us knowing what.
+                began = self._clock()
+                await self._exchange_in_time(labels)
         except Exception as exc:
-            self.errors += 1
-            if not self._is_failing:
-                self._is_failing = True
-                logger.error("purges can't be shared with other machines: %r", exc)
+            self._record_failure(exc)
             return False
+        self._record_success(began)
+        return True
+
+    async def _exchange_in_time(self, labels: Sequence[str]) -> None:
+        async with asyncio.timeout(self._deadline_s):
+            await self._exchange(labels)
+
+    def _record_failure(self, exc: Exception) -> None:
+        self.errors += 1
+        self._purges.shared_unknown, self._purges.withholds = True, self._withholds
+        if not self._is_failing:
+            self._is_failing = True
+            logger.error("purges can't be shared with other machines: %r", exc)
+
+    def _record_success(self, began: float) -> None:
         self._polled_at = began
+        self._purges.shared_unknown = self._purges.withholds = False
         if self._is_failing:
             self._is_failing = False
             logger.warning("purges are shared with other machines again")
-        return True
 
     async def _exchange(self, labels: Sequence[str]) -> None:
+        if self._server_clock is not None:
+            await self._server_clock.observe()
         for _ in range(_ATTEMPTS):
             data = await self._backend.get(_KEY)
-            if data is not None and data != self._known:
+            if data is not None and data != self._data:
                 # Only a purge waits for the disk, since its caller learns whether it lasts.
                 await self._merge(data, awaits_opening=bool(labels))
-            self._purges.shared_unknown = False
-            known = PurgeTable() if data is None else self._table
+            known = PurgeTable() if data is None or self._known is None else self._known
+            if known.merged(self._purges.current()) is not known:
+                # Such as purges made without the server, by another process or before a restart.
+                await self._purges.merge(known, known, awaits_opening=bool(labels))
+            elif not labels:
+                return
             # The purge holds here only once the server has it. Else an answer could begin that
             # knows this purge but not an earlier one of another machine.
             merged = self._purges.with_purge(labels) if labels else self._purges.table
-            if known.merged(merged) is known:
-                return
             packed = b64encode(merged.pack())
             if await self._compare_and_set(data, packed):
                 await self._merge(packed)
@@ -134,8 +172,9 @@ class SharedPurges:
 
     async def _merge(self, data: bytes, *, awaits_opening: bool = True) -> None:
         table = self._purges.read(_decoded(data))
-        await self._purges.merge(table, awaits_opening=awaits_opening)
-        self._known, self._table = data, table
+        known = self._purges.table if self._known is None else self._known
+        await self._purges.merge(table, known, awaits_opening=awaits_opening)
+        self._data, self._known = data, table
 
     async def _compare_and_set(self, expected: bytes | None, packed: bytes) -> bool:
         """Write `packed` if the server holds `expected`. Returns whether it is written."""

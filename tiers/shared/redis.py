@@ -48,6 +48,11 @@ class RedisBytes(RedisCache):
             connection_pool_class=lambda **_: pool,
         )
 
+    async def time_s(self) -> float:
+        """Return the Unix seconds of the server's clock."""
+        seconds, microseconds = await self.client.time()
+        return int(seconds) + int(microseconds) / 1e6
+
     async def _set(
         self, key: str, value: bytes, ttl: float | None = None, *args: Any, **kwargs: Any
     ) -> bool:

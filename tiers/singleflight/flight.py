@@ -32,12 +32,20 @@ class Flight:
         provenance: with which the answer is stored.
         is_refresh: whether it replaces an answer that tiers still serve, so that no cache on the
             way to the engine may generate it.
+        has_stale: whether tiers hold an older answer, which may be served if it fails.
     """
 
     def __init__(
-        self, encoding: int, max_bytes: int, provenance: Provenance, *, is_refresh: bool = False
+        self,
+        encoding: int,
+        max_bytes: int,
+        provenance: Provenance,
+        *,
+        is_refresh: bool = False,
+        has_stale: bool = False,
     ) -> None:
-        self.encoding, self.provenance, self.is_refresh = encoding, provenance, is_refresh
+        self.encoding, self.provenance = encoding, provenance
+        self.is_refresh, self.has_stale = is_refresh, has_stale
         self.answer: Answer | None = None
         self.collapsed = False
         """Whether another process has generated it."""
@@ -138,6 +146,19 @@ class Subscriber(AsyncIterator[bytes]):
                 raise StopAsyncIteration
             await flight._grown.wait()
 
+    def take_ready(self, max_bytes: int) -> list[bytes]:
+        """Return the next items that are there already: `max_bytes`, or a little more."""
+        flight, taken_bytes = self.flight, 0
+        taken: list[bytes] = []
+        index = flight._positions[self] - flight._dropped
+        while index + len(taken) < len(flight._log) and taken_bytes < max_bytes:
+            item = flight._log[index + len(taken)]
+            taken.append(item)
+            taken_bytes += len(item)
+        flight._positions[self] += len(taken)
+        flight._read.set()
+        return taken
+
 
 Produce = Callable[[Flight], Awaitable[None]]
 """Publishes to a flight and ends it; what it raises reaches the subscribers."""
@@ -161,6 +182,8 @@ class SingleFlight:
         self._is_purged = is_purged
         self._flights: dict[tuple[str, str], Flight] = {}
         self._being_stored: dict[str, Flight] = {}
+        self.stores_any = self._being_stored.__len__
+        """Returns how many answers are being stored. No method, since every hit pays for it."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     def join(
@@ -172,21 +195,27 @@ class SingleFlight:
         *,
         variant: str = "",
         is_refresh: bool = False,
+        has_stale: bool = False,
+        joins_ended: bool = True,
     ) -> tuple[Subscriber, bool]:
         """Subscribe to the flight under `key`, which `produce` starts if there is none.
 
         A flight stays open until `produce` has returned, so that what it stores can be found,
         unless it is purged. Flights of one key with different `variant` are kept apart. Encoding,
-        provenance and `is_refresh` are those of a flight that starts now.
+        provenance, `is_refresh` and `has_stale` are those of a flight that starts now. Unless a
+        caller `joins_ended` ones, it gets no answer that is only being stored any more.
 
         Returns:
             The subscriber, and whether it joined a flight that was under way.
         """
         at = key, variant
         flight = self._flights.get(at)
-        if flight is not None and self._is_open(key, flight):
+        may_join = flight is not None and (joins_ended or not flight.has_ended)
+        if flight is not None and may_join and self._is_open(key, flight):
             return flight.subscribe(), True
-        flight = Flight(encoding, self.max_bytes, provenance, is_refresh=is_refresh)
+        flight = Flight(
+            encoding, self.max_bytes, provenance, is_refresh=is_refresh, has_stale=has_stale
+        )
         subscriber = flight.subscribe()
         self._flights[at] = flight
         flight.task = task = asyncio.create_task(_run(flight, produce))
@@ -199,7 +228,9 @@ class SingleFlight:
     ) -> None:
         """Start a refresh without a caller, unless there is a flight under `key`."""
         if key not in self:
-            subscriber, _ = self.join(key, encoding, produce, provenance, is_refresh=True)
+            subscriber, _ = self.join(
+                key, encoding, produce, provenance, is_refresh=True, has_stale=True
+            )
             task = asyncio.create_task(_read(subscriber))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)

@@ -45,7 +45,7 @@ class GenerationLock:
     Args:
         chain: where the answers of other processes appear.
         leases: all of them are taken, in this order; without any, this process never waits.
-        wait_s: the most seconds to wait for others.
+        wait_s: the most seconds to wait for others; with 0 no leases are taken.
         clock: a monotonic clock, in seconds.
         sleep: waits for so many seconds.
     """
@@ -59,7 +59,9 @@ class GenerationLock:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        self._chain, self._leases, self._wait_s = chain, tuple(leases), wait_s
+        self._chain, self._leases = chain, tuple(leases)
+        self.wait_s = wait_s
+        """May be changed at any time."""
         self._clock, self._sleep = clock, sleep
         self.stats = LockStats()
 
@@ -76,8 +78,9 @@ class GenerationLock:
         """
         async with AsyncExitStack() as held:
             answer, lease = None, f"{key}.{purge_epoch}"
-            is_ours = not self._leases or await self._take(lease, held)
-            if self._leases and not_before < inf:
+            takes_leases = self._leases and self.wait_s > 0
+            is_ours = not takes_leases or await self._take(lease, held)
+            if takes_leases and not_before < inf:
                 # If it is ours, it may have been stored between the lookup and now.
                 find = self._chain.find_newer if is_ours else partial(self._wait, lease, held)
                 answer = await find(key, not_before)
@@ -91,7 +94,7 @@ class GenerationLock:
     async def _wait(
         self, lease: str, held: AsyncExitStack, key: str, not_before: float
     ) -> Answer | None:
-        stats, until, poll_s = self.stats, self._clock() + self._wait_s, _FIRST_POLL_S
+        stats, until, poll_s = self.stats, self._clock() + self.wait_s, _FIRST_POLL_S
         stats.waiting += 1
         try:
             while (left_s := until - self._clock()) > 0:

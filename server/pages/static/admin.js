@@ -3,7 +3,7 @@
 import { askJson, setUpKeyForm, useAdminKey } from "./api.js";
 import { at, bytes, count, el, ratio, table } from "./dom.js";
 import { search, setUpEntries } from "./entries.js";
-import { watch } from "./overview.js";
+import { prefixFigures, watch } from "./overview.js";
 import { drawPrefixes } from "./prefixes.js";
 import { setUpPurge } from "./purge.js";
 
@@ -35,8 +35,14 @@ async function drawConfig() {
     el("div", {}, el("dt", {}, el("code", {}, name)), el("dd", {}, el("code", {}, value)))));
 }
 
+function drawPrefixTier(prefix) {
+  at("prefix-tier").hidden = !prefix;
+  if (prefix) at("prefix-figures").replaceChildren(prefixFigures(prefix));
+}
+
 let isShown = false;
-const refresh = watch(async ({ tier_names: names }) => {
+const refresh = watch(async ({ tier_names: names, prefix }) => {
+  drawPrefixTier(prefix);
   await Promise.all([drawStats(), drawPrefixes()]);
   if (isShown) return;
   isShown = true;

@@ -8,6 +8,9 @@ const REFRESH_MS = 5000;
 // The last overview.
 let last = null;
 
+const asFigures = (shown) => el("dl", { class: "figures" }, ...shown.map(([name, value]) =>
+  el("div", {}, el("dt", {}, name), el("dd", {}, value))));
+
 function figures(history) {
   const answered = Object.entries(history.answered);
   const all = sum(answered.flatMap(([, ring]) => ring));
@@ -18,8 +21,19 @@ function figures(history) {
     ["Tokens saved", count(sum(history.tokens_saved))],
     ["Generation time saved", duration(sum(history.seconds_saved))],
   ];
-  return el("dl", { class: "figures" }, ...shown.map(([name, value]) =>
-    el("div", {}, el("dt", {}, name), el("dd", {}, value))));
+  return asFigures(shown);
+}
+
+// The prefix tier keeps what engines have computed of prompts' beginnings.
+export function prefixFigures(prefix) {
+  const shown = [
+    ["State", prefix.available ? "in use" : "can't be read"],
+    ["Blocks", count(prefix.blocks)],
+    ["Size", `${bytes(prefix.bytes)} of ${bytes(prefix.max_bytes)}`],
+    ["Prompt tokens loaded", ratio(prefix.loaded_tokens, prefix.queried_tokens)],
+    ["Computing time saved", duration(prefix.saved_seconds)],
+  ];
+  return asFigures(shown);
 }
 
 // Created once, so that it keeps the keyboard focus.
@@ -48,7 +62,8 @@ function drawTiers() {
   at("tiers").replaceChildren(table(
     [["Tier"], ["State"], ["Entries", true], ["Size", true]],
     last.tiers.map((tier) => [tier.tier, tier.available ? "in use" : "bypassed after failures",
-      tier.entries === undefined ? "–" : count(tier.entries), tier.bytes === undefined ? "–" : bytes(tier.bytes)])));
+      tier.entries === undefined ? "–" : count(tier.entries), tier.bytes === undefined ? "–" : bytes(tier.bytes)])),
+  ...(last.prefix ? [el("h3", {}, "Prefix tier"), prefixFigures(last.prefix)] : []));
 }
 
 // Returns the state of the engine that is furthest from ready.
@@ -62,6 +77,7 @@ const notReady = (models) =>
 // refreshes it at once.
 export function watch(then) {
   let timer = null;
+  let asked = 0;
   const badge = at("engine");
   const showState = (text, state) => {
     if (badge.textContent !== text) badge.textContent = text;
@@ -69,8 +85,13 @@ export function watch(then) {
   };
   async function refresh() {
     clearTimeout(timer);
+    asked += 1;
+    const turn = asked;
     try {
-      last = await askJson("overview");
+      const overview = await askJson("overview");
+      // With another key, or without one, it has been asked for again meanwhile.
+      if (turn !== asked) return;
+      last = overview;
       showKeyForm(null);
       // Shown before it is drawn, since the chart needs the width.
       at("all").hidden = false;
@@ -82,6 +103,7 @@ export function watch(then) {
       drawTiers();
       then(last);
     } catch (problem) {
+      if (turn !== asked) return;
       if (showKeyForm(problem)) {
         showState("locked", "");
         at("all").hidden = true;

@@ -126,8 +126,7 @@ def test_a_load_balancer_is_told_how_the_engine_is(ready: Server) -> None:
 
 
 def test_what_is_listed_is_there(ready: Server) -> None:
-    with urllib.request.urlopen(f"{ready.url}/openapi.json") as response:
-        paths = json.load(response)["paths"]
+    paths = ready.openapi()["paths"]
     assert CHAT in paths
     assert "/v1/embeddings" not in paths
     assert ready.status("/v1/embeddings") == 404

@@ -107,6 +107,9 @@ class Clients:
             asked |= {"tools": tools, "tool_choice": FORCED}
         elif kind == "structured":
             asked |= {"response_format": Verdict}
+        else:
+            # The client parses no answer that was cut, and how long one is depends on the machine.
+            asked |= {"stop": [".", ",", "\n"]}
         if stream:
             asked |= {"stream_options": {"include_usage": True}}
             with self.openai.chat.completions.stream(**asked) as events:

@@ -36,6 +36,7 @@ from tests.server.conftest import (
     running,
     stream,
 )  # fmt: skip
+from tests.waiting import HANGS_S
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -63,7 +64,7 @@ async def key_of(admin: aiohttp.ClientSession, front: Front, **more) -> str:
     key = front.key(asked)
     await front.ask(asked)
     # An answer is given before it is on disk.
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(HANGS_S):
         while not [row for row in await rows_of(admin, key) if len(row["tiers"]) == 2]:
             pass
     return key
@@ -155,7 +156,7 @@ async def paged(admin: aiohttp.ClientSession, tier: str) -> list[str]:
 async def test_pages_tell_of_each_entry_once(front: Front, admin) -> None:
     keys = {await key_of(admin, front) for _ in range(7)}
     for tier in ("", "memory", "disk"):
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(HANGS_S):
             # What waits for its commit has no place in the order yet.
             while not keys <= set(found := await paged(admin, tier)):
                 pass
@@ -268,17 +269,17 @@ async def test_what_is_asked_wrongly_is_named(
     assert error["code"] == status
 
 
-async def test_20000_entries_are_listed_while_hits_are_answered(
+async def test_many_entries_are_listed_while_hits_are_answered(
     upstream: Upstream, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setenv("TIERSERVE__TIERS__DISK__MAX_BYTES", "64MiB")
     now = time.time()
-    keys = {f"{number:064x}" for number in range(20_000)}
+    keys = {f"{number:064x}" for number in range(5000)}
     lines = export(*((key, entry("{}", now, 1e6)) for key in keys))
     async with running(tmp_path, upstream) as front, connect(front.socket) as admin:
         async with admin.post("/import", data=streamed(lines)) as response:
             result = await response.json()
-        assert (result["stored"], result["problems"]) == (20_000, [])
+        assert (result["stored"], result["problems"]) == (5000, [])
         asked = question()
         while "hit" not in (await front.ask(asked))[1]:
             pass
@@ -297,8 +298,9 @@ async def test_20000_entries_are_listed_while_hits_are_answered(
             assert "hit" in (await front.ask(asked))[1]
             hits += 1
         await listing
-        assert hits > 20
-        assert len(found) == len(set(found)) == 20_001
+        # At least one a page.
+        assert hits > 5
+        assert len(found) == len(set(found)) == 5001
         assert keys < set(found)
 
 

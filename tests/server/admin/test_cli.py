@@ -19,10 +19,12 @@ from aiohttp import web
 from server.admin.handler import AdminHandler
 from server.admin.local import LocalOperations
 from server.admin.sockets import serve_admin_api
+from server.audit.acts import Audit
 from server.cli import main
 from server.config.load import load
 from tests.server.admin.test_exports import entry, export
 from tests.server.conftest import Front, Upstream, alike, answer, body, question, running
+from tests.waiting import HANGS_S
 from tiers import Chain, DiskCache, FrequencySketch
 from tiers.disk.file import DATA
 from tiers.disk.marks import CLEAN
@@ -252,9 +254,11 @@ async def test_a_file_of_another_format_stays_where_it_is(
         (folder / CLEAN).unlink()
     held = {file.name for file in folder.iterdir()}
     before = (folder / DATA).read_bytes()
-    for arguments in (
-        ["stats"], ["ls"], ["get", "0"], ["export"], ["purge", "--all", "--yes"], ["compact"],
-    ):  # fmt: skip
+    commands = [
+        ["compact"], ["stats"], ["ls"], ["get", "0"], ["export"], ["purge", "--all", "--yes"],
+    ]  # fmt: skip
+    # What was not closed cleanly is verified each time.
+    for arguments in commands[:2] if closed == "not cleanly" else commands:
         ended = await cache(config, *arguments)
         assert (ended.status, ended.out) == (1, "")
         assert "the file can't be used: its format is b'1', not " in ended.err
@@ -326,7 +330,10 @@ async def test_warming(
     async def failing(http: web.Request) -> web.StreamResponse:
         if b"fail" in await http.read():
             return web.json_response({"error": {"message": "no"}}, status=400)
-        return await answer(http)
+        reply = await answer(http)
+        if b"instead" in await http.read():
+            reply.headers["X-Tierserve-Fallback"] = "small"
+        return reply
 
     upstream.handler = failing
     asked = question()
@@ -341,16 +348,20 @@ async def test_warming(
         b'{"route":"/v1/models","body":{}}',
         b'{"body":1}',
         b'{"body":{},"more":1}',
+        orjson.dumps(question(user="instead")),
     ]
     file = tmp_path / "requests.jsonl"
     file.write_bytes(b"\n".join(lines))
     monkeypatch.setenv("OPENAI_API_KEY", "mine")
     first = await cache(front.config, "warm", str(file))
     assert first.status == 1
-    assert first.out == "hits: 0, misses: 2, not kept: 1, errors: 1, malformed: 5\n"
+    assert first.out == "hits: 0, misses: 2, not kept: 1, errors: 2, malformed: 5\n"
     named = [line.removeprefix(f"{file}:") for line in first.err.splitlines()]
-    assert [line.partition(":")[0] for line in named] == ["5", "6", "8", "9", "10", "4"]
-    assert "4: answered with status 400" in named
+    *malformed, one, other = named
+    assert [line.partition(":")[0] for line in malformed] == ["5", "6", "8", "9", "10"]
+    assert {one, other} == {
+        "4: answered with status 400", "11: answered by small, its model's fallback"
+    }  # fmt: skip
     assert {http.headers["Authorization"] for http in upstream.asked} == {"Bearer mine"}
     file.write_bytes(b"\n".join(lines[:2]))
     again = await cache(front.config, "warm", str(file))
@@ -391,8 +402,8 @@ def administering(
 ) -> AbstractAsyncContextManager[None]:
     """Answer at the admin socket, in this process, with `operations` on no tiers."""
     chain = Chain([], frequency=FrequencySketch(1), max_answer_bytes=1)
-    admin = AdminHandler(operations(chain), max_line_bytes=99)
-    return serve_admin_api(load(config), lambda _: admin.answer, None)
+    admin = AdminHandler(operations(chain), Audit(None), max_line_bytes=99)
+    return serve_admin_api(load(config), lambda _: admin.answer, None, Audit(None))
 
 
 async def test_a_socket_that_was_removed_is_made_anew(
@@ -403,7 +414,7 @@ async def test_a_socket_that_was_removed_is_made_anew(
     lock = socket.with_name(f"{socket.name}.lock")
 
     async def until(is_so: Callable[[], bool]) -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(HANGS_S):
             while not is_so():  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
@@ -421,9 +432,7 @@ async def test_a_socket_that_was_removed_is_made_anew(
     assert not socket.exists()
 
 
-async def test_a_server_that_goes_on_is_waited_for(
-    cache: Cache, tmp_path: Path, config: Path, monkeypatch
-) -> None:
+async def test_a_server_that_goes_on_is_waited_for(cache: Cache, config: Path, monkeypatch) -> None:
     """It takes longer than it may be silent."""
     monkeypatch.setattr("server.admin.client._READ_TIMEOUT_S", 3)
     monkeypatch.setattr("server.admin.client._CHECK_EVERY_S", 0.05)
@@ -434,16 +443,8 @@ async def test_a_server_that_goes_on_is_waited_for(
             await asyncio.sleep(4)
             return result
 
-        async def import_(self, lines) -> dict:
-            async for _ in lines:
-                pass
-            await asyncio.sleep(4)
-            return {"stored": 7, "refused": 0, "problems": []}
-
     async with administering(config, Slow):
         assert (await cache(config, "verify")).out == "1 entries, 0 damaged\n"
-        ended = await cache(config, "import", exported(tmp_path, a="{}"))
-        assert ended.out == "stored: 7, refused: 0\n"
 
 
 @pytest.mark.parametrize("action", ["verify", "import"])
@@ -475,13 +476,13 @@ async def test_a_server_that_goes_on_no_more_is_not_waited_for(
 
 
 async def test_whoever_reads_may_stop(cache: Cache, tmp_path: Path, config: Path) -> None:
-    texts = {f"{number:0100}": "x" * 900 for number in range(2000)}
+    texts = {f"{number:0500}": "x" * 900 for number in range(700)}
     await cache(config, "import", exported(tmp_path, **texts))
     for arguments, first in ((["export"], b"tierserve-export"), (["ls", "--all"], b"key")):
         process = await started(config, *arguments)
         assert process.stdout is not None
         assert process.stderr is not None
-        # More follows than a pipe takes.
+        # More follows than a pipe and our reader take.
         assert first in (await process.stdout.readline()).lower()
         process.stdout._transport.close()
         err = (await process.stderr.read()).decode()

@@ -11,6 +11,7 @@ from server.admin.listing import EntryListing
 from server.admin.operations import EntryQuery
 from tests.server.admin.test_exports import NOW, entry
 from tests.tiers.conftest import Clock
+from tests.waiting import HANGS_S
 from tiers import Chain, FrequencySketch, MemoryCache, Tier
 
 
@@ -89,7 +90,7 @@ async def test_a_list_that_nobody_goes_on_with_is_dropped(monkeypatch) -> None:
     chain, backend = await made({f"{n}": 0 for n in range(10)})
     listed = EntryListing(chain, chain.tiers)
     first, after = await keys_of(listed, limit=5)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(HANGS_S):
         while listed._walks:  # noqa: ASYNC110 - a timer drops it.
             await asyncio.sleep(0)
     second, _ = await keys_of(listed, limit=5, after=after)

@@ -75,7 +75,11 @@ def test_limits_change_and_what_is_used_stays() -> None:
     assert account.acquire() is None
     assert account.acquire() is not None
     account.set_limits(Limits(requests_per_minute=2))
-    assert account.acquire() is None
+    refusal = account.check()
+    assert refusal is not None
+    assert account.acquire() == refusal
+    clock.now += 30
+    assert account.check() is account.acquire() is None
 
 
 @given(

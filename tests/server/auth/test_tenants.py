@@ -175,7 +175,7 @@ def test_the_salt_changes_what_is_sent_and_not_the_key(tmp_path: Path) -> None:
         assert one.key != parsed(salting, "c", **more).key
         assert without.raw == orjson.dumps(BODY | more)
         for sent in (one.body, one.raw):
-            assert len(orjson.loads(sent)["cache_salt"]) == 64
+            assert len(orjson.loads(sent)["cache_salt"]) == 73
         assert orjson.loads(one.body).keys() == orjson.loads(without.body).keys() | {"cache_salt"}
         assert one.labels == ("model:m", "tenant:a")
     assert parsed(salting, "a").key != parsed(salting, "a", cache_salt="mine").key
@@ -198,7 +198,7 @@ def test_a_salted_body_is_otherwise_as_it_was_sent(tmp_path: Path) -> None:
     for raw in (b'{"cache\\u005fsalt":"x"}', b'{"cache_salt":"x","a":1,"cache_salt":"y"}'):
         sent = parse_request(CHAT, raw, tenant, NAMES).raw
         assert sent.count(b"salt") == 1
-        assert len(orjson.loads(sent)["cache_salt"]) == 64
+        assert len(orjson.loads(sent)["cache_salt"]) == 73
 
 
 def sent_for(tenants: Tenants, name: str, **more) -> dict:
@@ -274,8 +274,8 @@ def test_headers_that_stand_twice_are_a_mistake(tmp_path: Path) -> None:
 def test_limiters_outlive_a_change(tmp_path: Path) -> None:
     made = []
 
-    def new_limiter(limits: Limits) -> RateLimiter:
-        made.append(limits)
+    def new_limiter(name: str, limits: Limits) -> RateLimiter:
+        made.append((name, limits))
         return RateLimiter(limits)
 
     file = tmp_path / "t.yaml"
@@ -284,7 +284,7 @@ def test_limiters_outlive_a_change(tmp_path: Path) -> None:
     tenants.limiters["a"].acquire()
     file.write_text(f"a: {{keys: ['{hash_key('other' * 9)}'], max_requests: 2}}")
     tenants.use(tenants.read())
-    assert made == [Limits(max_requests=1)]
+    assert made == [("a", Limits(max_requests=1))]
     assert tenants.limiters["a"].active == 1
     assert tenants.find(CIMultiDict({"Authorization": f"Bearer {'k' * 20}"})) is None
     assert tenants.find(CIMultiDict({"Authorization": f"Bearer {'other' * 9}"})) is not None

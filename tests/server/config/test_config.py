@@ -143,7 +143,12 @@ def test_what_others_set_is_not_ours(tmp_path: Path, monkeypatch) -> None:
     ("text", "message"),
     [
         ("models: {m: {upstreams: ['http://h:1/v1']}}", r"m.upstreams.0: should .* without /v1"),
+        (
+            "models: {m: {upstreams: ['http://h:1', 'http://u:p@h:1/']}}",
+            "models.m: upstreams should name each server once; http://h:1 is there twice",
+        ),
         ("models: {m: {upstreams: ['h:1']}}", "models.m.upstreams.0: should be as http://"),
+        ("server: {workers: .inf}", "server.workers: should be a number from 1 to 256, or auto"),
         (
             "models: {m: {upstreams: ['http://h:1'], engine: {args: {dtype: half}}}}",
             "models.m: should have an engine of ours or upstreams, and not both",
@@ -151,6 +156,26 @@ def test_what_others_set_is_not_ours(tmp_path: Path, monkeypatch) -> None:
         (
             "models: {m: {source: embedded, vllm: {}}}",
             "models.m: vllm is for upstreams; the options of an engine of ours are engine.args",
+        ),
+        ("models: {m: {source: s, routing: prefix}}", "models.m: routing is among upstreams; an"),
+        ("models: {m: {source: ./s, revision: x}}", "models.m: revision is of a source at Hugging"),
+        ("models: {m: {upstreams: ['http://h:1'], revision: x}}", "models.m: revision is of a sou"),
+        (
+            "models: {m: {source: s, fallback: n}}",
+            "should be another model, and there is none, not",
+        ),
+        (
+            "models: {m: {source: s, fallback: x}, n: {source: s, aliases: [a]}}",
+            "models.m.fallback: should be one of n, a, not 'x'",
+        ),
+        (
+            "models: {m: {source: s, aliases: [a], fallback: a}}",
+            "models.m.fallback: should lead to another model, and not back: m to m",
+        ),
+        (
+            "models: {m: {source: s, fallback: n}, n: {source: s, fallback: m}, o: {source: s, "
+            "fallback: m}}",
+            "(?s)models.m.fallback: .* not back: m to n to m\n.*n.fallback: [^\n]* n to m to n$",
         ),
         (
             "models: {m: {upstreams: ['http://h:1'], vllm: {max-model-len: 1}}}",
@@ -267,6 +292,10 @@ def test_a_boolean_is_nothing_else_and_no_value_turns_nothing_off(section, name,
         ("cache: {ttl_s: on}", "cache.ttl_s: should be a number, not True"),
         ("cache: {rules: [{ttl_s: no}]}", "cache.rules.0.ttl_s: should be a number, not False"),
         ("tiers: {memory: {max_bytes: yes}}", "tiers.memory.max_bytes: should be a number"),
+        (
+            "tiers: {disk: {max_bytes: 128TiB}}",
+            "tiers.disk.max_bytes: should be less than or equal",
+        ),
         ("models: {m: {source: s, engine: {env: {A: yes}}}}", "models.m.engine.env.A: should be"),
         ("tenants:\n  key:", "tenants.key: has no value; .* or null for none"),
         ("server:\n  port:", "server.port: has no value; leave the key out for its default"),
@@ -363,9 +392,7 @@ def test_secrets_are_not_shown(tmp_path: Path, capsys, url: str) -> None:
 )
 def test_names_the_extra_that_is_missing(tmp_path: Path, monkeypatch, url: str, extra: str) -> None:
     monkeypatch.setattr("server.config.shared_url.find_spec", lambda _: None)
-    with pytest.raises(
-        ConfigError, match=f"tiers.shared.url: needs the extra {extra}, as scripts/"
-    ):
+    with pytest.raises(ConfigError, match=f"tiers.shared.url: needs the extra {extra}: install "):
         load(write(tmp_path, f"tiers: {{shared: {{url: '{url}'}}}}"))
 
 
@@ -430,7 +457,7 @@ def test_check_shows_no_secrets(tmp_path: Path, capsys) -> None:
     env = {"HF_TOKEN": "s3cr3t", "ANYTHING": "s3cr3t", "PIN": 73577357}
     for model in (
         {"source": "s", "engine": {"args": SECRETS_IN_ARGS, "env": env}},
-        {"upstreams": ["http://user:s3cr3t@host:8000"]},
+        {"upstreams": ["http://user:s3cr3t@host:8000", "dns+http://user:s3cr3t@pods"]},
         {"upstreams": ["http://host:8000"], "api_key": "s3cr3t"},
     ):
         file.write_text(orjson.dumps({"models": {"env": model}}).decode())
@@ -440,6 +467,7 @@ def test_check_shows_no_secrets(tmp_path: Path, capsys) -> None:
         assert "7357" not in shown
         assert "***" in shown
         masked = yaml.safe_load(shown)["models"]["env"]
+        assert masked["upstreams"][1:] in ([], ["dns+http://***@pods"])
         if "source" in model:
             assert masked["engine"]["env"] == dict.fromkeys(env, "***")
             assert masked["engine"]["args"]["max_num_batched_tokens"] == 2048
@@ -550,6 +578,19 @@ def test_check_names_what_serve_would_name_at_once(tmp_path: Path, capsys) -> No
         ),
         ("{log: {trace: ./t.jsonl}}", "log.trace: should be a file that we can write, not {}/t"),
         (
+            "{log: {audit: {file: ./t.jsonl}}}",
+            "log.audit.file: should be a file that we can write, not {}/t",
+        ),
+        ("{log: {audit: {file: a.log}}}", "log.audit.file: should end in .jsonl, not"),
+        (
+            "{log: {audit: {file: a.jsonl, key_file: no.key}}}",
+            "log.audit.key_file: {}/no.key: No such file",
+        ),
+        (
+            "{log: {trace: a.jsonl, audit: {file: a.jsonl}}}",
+            "log: trace and audit.file: should be two files",
+        ),
+        (
             "{tiers: {disk: {path: sealed}}}",
             "tiers.disk.encryption_key: the file in {}/sealed stays as it is: it is encrypted, and",
         ),
@@ -614,5 +655,5 @@ def test_tracings_mistakes_are_named(tmp_path: Path, section: str, mistake: str)
 def test_names_the_extra_that_tracing_needs(tmp_path: Path, monkeypatch) -> None:
     file = write(tmp_path, "tracing: {endpoint: 'http://h'}")
     monkeypatch.setattr("server.config.tracing.find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match="tracing: needs the extra tracing, as scripts/"):
+    with pytest.raises(ConfigError, match="tracing: needs the extra tracing: install "):
         load(file)

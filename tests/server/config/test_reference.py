@@ -45,10 +45,12 @@ def test_it_is_a_configuration_with_all_defaults(tmp_path: Path) -> None:
 def test_each_example_is_valid(tmp_path: Path) -> None:
     fields: dict[str, Any] = yaml.safe_load(uncommented(reference()))
     # Of those that exclude each other, one goes.
-    (model,) = fields["models"].values()
+    ((name, model),) = fields["models"].items()
     del fields["tenants"]["key"], fields["tiers"]["disk"]["encryption_key"]
-    hosted = {name: model.pop(name) for name in ("upstreams", "vllm", "api_key")}
+    hosted = {each: model.pop(each) for each in ("upstreams", "routing", "vllm", "api_key")}
     fields["models"]["hosted"] = hosted
+    fields["models"]["of a hub"] = {"source": "Org/Model", "revision": model.pop("revision")}
+    fields["models"][model["fallback"]] = {"source": name}
     file = tmp_path / "all.yaml"
     file.write_text(yaml.safe_dump(fields))
     Draft202012Validator(json_schema()).validate(fields)
@@ -61,7 +63,15 @@ def test_each_example_is_valid(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("section", "name"), FIELDS)
 def test_each_field_is_described(section, name: str) -> None:
     field = section.model_fields[name]
-    holds = section is Config or name in {"engine", "memory", "disk", "shared", "tls"}
+    holds = section is Config or name in {
+        "engine",
+        "memory",
+        "disk",
+        "shared",
+        "prefix",
+        "tls",
+        "audit",
+    }
     assert field.description or (holds and section.__doc__)
     assert re.search(rf"^[ #]*{name}:", reference(), re.MULTILINE)
 

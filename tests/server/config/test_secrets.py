@@ -14,6 +14,7 @@ from server.cli import main
 from server.config.base import ConfigError
 from server.config.load import load
 from tests.server.conftest import Front, Upstream, alike, question
+from tests.waiting import HANGS_S
 from tiers.disk.marks import IN_USE
 
 KEY = os.urandom(32)
@@ -100,6 +101,6 @@ async def test_a_server_that_was_killed_does_not_go_on_with_another_key(
     changed["tiers"]["disk"]["encryption_key"] = os.urandom(32).hex()
     front.config.write_bytes(orjson.dumps(changed))
     process = await asyncio.create_subprocess_exec(*front.command, stderr=subprocess.PIPE)
-    _, message = await asyncio.wait_for(process.communicate(), 60)
+    _, message = await asyncio.wait_for(process.communicate(), HANGS_S)
     assert process.returncode == (2 if is_trusted else 1)
     assert b"it is encrypted with another key" in message

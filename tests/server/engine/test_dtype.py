@@ -7,8 +7,15 @@ import pytest
 from server.cli import main
 from server.config.models import ModelConfig
 from server.engine import dtype
-from server.engine.dtype import default_dtype, dtype_for, vllm_build, with_dtype
+from server.engine.dtype import (
+    default_dtype,
+    dtype_for,
+    misbuilt_packages,
+    vllm_build,
+    with_dtype,
+)
 from server.engine.models import Models
+from server.engine.weights import location_mistakes
 
 CPUINFO = {
     "sapphire rapids": """\
@@ -143,3 +150,25 @@ def test_check_shows_it(folder: Path, cpu: Path, tmp_path_factory, capsys) -> No
     assert main(["check", "--config", str(file)]) == 0
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("#")]
     assert shown == ["# models.a.engine.args.dtype: bfloat16, by this CPU's instructions"]
+
+
+@pytest.mark.parametrize(
+    ("machine", "versions", "misbuilt"),
+    [
+        ("x86_64", {"torch": "2.13.0+cpu", "torchvision": "0.28.0"}, ["torchvision"]),
+        ("x86_64", {"torch": "2.13.0+cpu", "torchvision": "0.28.0+cpu"}, []),
+        ("x86_64", {"torch": "2.13.0", "torchvision": "0.28.0"}, []),
+        ("aarch64", {"torch": "2.13.0+cpu", "torchvision": "0.28.0"}, []),
+        ("x86_64", {"torch": "2.13.0+cpu"}, []),
+        ("x86_64", {}, []),
+    ],
+)
+def test_packages_of_another_build_are_found(
+    machine: str, versions: dict[str, str], misbuilt: list[str], monkeypatch
+) -> None:
+    monkeypatch.setattr(dtype, "_version", lambda package: versions.get(package, ""))
+    monkeypatch.setattr(dtype.platform, "machine", lambda: machine)
+    assert misbuilt_packages() == misbuilt
+    mistakes = location_mistakes("m", ModelConfig(source="some/model"))
+    assert len(mistakes) == len(misbuilt)
+    assert all(mistake.endswith(": pip uninstall torchvision") for mistake in mistakes)

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import date
@@ -13,11 +14,14 @@ import orjson
 import pytest
 import pytest_asyncio
 from aiohttp import web
+from prometheus_client.parser import text_string_to_metric_families
 
 from server.config.base import ConfigError
 from server.config.models import ModelConfig
 from server.engine.models import Models
+from server.handlers import model_list
 from tests.server.conftest import CHAT, Front, Upstream, answer, held, nothing_listed, question
+from tests.waiting import HANGS_S
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -248,18 +252,27 @@ def cards(*names: str, **more) -> web.Response:
     return web.json_response({"object": "list", "data": listed})
 
 
+async def listed(two: Both, path: str = model_list.PATH, **options) -> tuple[int, str]:
+    """Return status and body of a list of models; no engine was left out because it took long."""
+    while True:
+        began = time.monotonic()
+        async with two.front.session.get(path, **options) as response:
+            text = await response.text()
+        if time.monotonic() - began < model_list._DEADLINE_S:
+            return response.status, text
+
+
 async def test_all_names_are_listed_and_no_folder(two: Both) -> None:
     async def of_m(_: web.Request) -> web.StreamResponse:
         return cards("m", "poet", "more", max_model_len=77, created=5, x="/secret/folder")
 
     two.m.lists = of_m
-    async with two.front.session.get("/v1/models") as response:
-        text = await response.text()
+    _, text = await listed(two)
     assert "secret" not in text
-    listed = orjson.loads(text)
-    assert listed["object"] == "list"
-    assert [card["id"] for card in listed["data"]] == ["m", "poet", LARGE, "large", "big"]
-    m, poet, large, alias, _ = listed["data"]
+    cards_listed = orjson.loads(text)
+    assert cards_listed["object"] == "list"
+    assert [card["id"] for card in cards_listed["data"]] == ["m", "poet", LARGE, "large", "big"]
+    m, poet, large, alias, _ = cards_listed["data"]
     common = {"object": "model", "owned_by": "vllm", "permission": []}
     assert m == common | {
         "id": "m", "created": 5, "root": "m", "parent": None, "max_model_len": 77
@@ -267,9 +280,8 @@ async def test_all_names_are_listed_and_no_folder(two: Both) -> None:
     assert (poet["root"], poet["parent"]) == ("poet", "m")
     assert (large["root"], large["parent"], large["max_model_len"]) == (LARGE, None, None)
     assert alias == large | {"id": "large"}
-    for card in listed["data"]:
-        async with two.front.session.get(f"/v1/models/{card['id']}") as response:
-            assert await response.json() == card
+    for card in cards_listed["data"]:
+        assert orjson.loads((await listed(two, f"/v1/models/{card['id']}"))[1]) == card
 
 
 async def test_no_name_is_no_model(two: Both) -> None:
@@ -309,12 +321,11 @@ async def test_who_may_not_ask_an_engine_gets_no_names(two: Both) -> None:
 
     two.m.lists = two.large.lists = refuse
     for path in ("/v1/models", "/v1/models/large"):
-        async with two.front.session.get(path) as response:
-            assert response.status == 401
-            assert "large" not in await response.text()
+        status, text = await listed(two, path)
+        assert status == 401
+        assert "large" not in text
         right = {"Authorization": "Bearer right"}
-        async with two.front.session.get(path, headers=right) as response:
-            assert response.status == 200
+        assert (await listed(two, path, headers=right))[0] == 200
 
 
 async def test_one_that_is_down_leaves_the_others_serving(two: Both) -> None:
@@ -331,7 +342,12 @@ async def test_one_that_is_down_leaves_the_others_serving(two: Both) -> None:
         async with two.front.session.get(f"/ready?model={name}") as response:
             assert response.status == status
         # A question that no tier has.
-        assert (await two.front.ask(question(model=name)))[0] == status
+        async with two.front.post(question(model=name)) as response:
+            assert response.status == status
+            said = await response.json()
+        if status == 503:
+            assert int(response.headers["Retry-After"]) > 0
+            assert said["error"]["type"] == "ServiceUnavailableError"
     assert "hit" in (await two.front.ask(asked))[1]
     assert await two.front.metric('tierserve_engine_state{model="m",state="ready"') == 1
     assert await two.front.metric('tierserve_engine_state{model="Org/Large",state="down"') == 1
@@ -351,17 +367,44 @@ async def test_metrics_name_models_that_there_are(two: Both) -> None:
             assert response.status in (200, 404)
     async with two.front.session.post("/v1/some/route", json={"model": "big"}) as response:
         assert response.status == 200
+        await response.read()
     after = [await two.front.metric(counted % name) for name in (LARGE, "poet")]
     assert [now - then for now, then in zip(after, before, strict=True)] == [2, 1]
     for name in ("no", "large", "big"):
         assert await two.front.metric(counted % name) == 0
 
 
-async def test_engines_metrics_are_given_one_by_one(two: Both) -> None:
-    for query, who in (("", "m"), ("?model=big", LARGE)):
-        async with two.front.session.get(f"/metrics/engine{query}") as response:
-            assert response.status == 200
-        assert [name for name, _ in await two.asked()] == [who]
+async def engine_metrics(two: Both, query: str = "") -> tuple[int, dict[tuple[str, str], float]]:
+    """Return the status, and the requests that run, by the labels of ours."""
+    async with two.front.session.get(f"/metrics/engine{query}") as response:
+        families = [*text_string_to_metric_families(await response.text())]
+    samples = [each for family in families for each in family.samples]
+    running = [each for each in samples if each.name == "vllm:num_requests_running"]
+    return response.status, {(s.labels["model"], s.labels["upstream"]): s.value for s in running}
+
+
+async def test_engines_metrics_are_given_together(two: Both) -> None:
+    def telling(number: int):
+        async def tell(http: web.Request) -> web.StreamResponse:
+            assert http.headers["Accept"] == "text/plain; version=0.0.4"
+            kind = "# TYPE vllm:num_requests_running gauge"
+            return web.Response(text=f"{kind}\nvllm:num_requests_running {number}\n")
+
+        return tell
+
+    two.m.handler, two.large.handler = telling(1), telling(2)
+    of_m, of_large = {("m", two.m.url): 1}, {(LARGE, two.large.url): 2}
+    assert await engine_metrics(two) == (200, of_m | of_large)
+    assert await engine_metrics(two, "?model=big") == (200, of_large)
+    two.m.handler = nothing_listed
+    two.large.handler = web.HTTPServiceUnavailable
+    assert await engine_metrics(two) == (200, {})
+    await two.m.stop()
+    async with two.front.session.get("/metrics/engine") as response:
+        assert response.status == 503
+        assert "No engine tells" in (await response.json())["error"]["message"]
+    await two.m.start()
+    await two.front.until_ready()
 
 
 @pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
@@ -374,17 +417,26 @@ async def test_adapters_can_not_be_changed(two: Both, path: str) -> None:
 
 
 async def test_each_model_has_its_own_bound(tmp_path: Path) -> None:
-    go = asyncio.Event()
+    go, known = asyncio.Event(), question()
     async with both(tmp_path, max_requests=1) as two:
+        await two.front.ask(known)
+        two.m.asked.clear()
         two.m.handler = held(go)
         waiting = asyncio.create_task(two.front.ask(question(stream=True)))
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(HANGS_S):
             while not two.m.asked:
                 await two.front.ready()
-        assert (await two.front.ask(question(model="poet")))[0] == 503
+        for more in (question(model="poet"), question(temperature=1)):
+            async with two.front.post(more) as response:
+                assert response.status == 503
+                assert int(response.headers["Retry-After"]) > 0
+                assert "as many requests" in (await response.json())["error"]["message"]
         assert (await two.front.ask(question(model="large")))[0] == 200
+        assert "hit" in (await two.front.ask(known))[1]
         go.set()
         assert (await waiting)[0] == 200
+        two.m.handler = answer
+        assert (await two.front.ask(question()))[0] == 200
 
 
 async def test_what_depends_on_the_date_has_another_identity_each_day(

@@ -8,10 +8,11 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,7 @@ from server.config.models import ModelConfig
 from server.engine.models import Models
 from server.engine.supervisor import Engine, EngineState, _flags, _log_lines
 from server.engine.weights import Weights
+from tests.waiting import HANGS_S
 
 # Connects to the test, and ends when the test closes the connection.
 CHILD = """
@@ -102,8 +104,8 @@ def temporary(tmp_path_factory, monkeypatch) -> Path:
     return made
 
 
-async def nothing() -> None:
-    pass
+async def nothing() -> Mapping[str, Any]:
+    return {}
 
 
 def supervised(name: str, model: ModelConfig, weights: Weights, loading: asyncio.Lock) -> Engine:
@@ -122,7 +124,7 @@ async def engine(temporary: Path) -> AsyncIterator[Engine]:
 async def running(engine: Engine, script: str) -> AsyncIterator[None]:
     """Run the engine's loop with `script` in vLLM's place."""
     # The watchdog and its folder stay.
-    engine._command = [*engine._command[:4], sys.executable, "-c", script]
+    engine._command = [*engine._command[:5], sys.executable, "-c", script]
     task = asyncio.create_task(engine.run())
     try:
         yield
@@ -165,6 +167,23 @@ async def test_delays_grow_up_to_the_maximum(engine: Engine, sleep: Sleep, caplo
         assert [await sleep.next_delay_s() for _ in range(5)] == [1, 2, 4, 5, 5]
         assert (engine.restarts, engine.state) == (4, EngineState.DOWN)
     assert "the engine of m ended with status 3" in messages(caplog)
+
+
+async def test_each_start_has_the_options_of_that_time(
+    engine: Engine, sleep: Sleep, caplog
+) -> None:
+    caplog.set_level(logging.INFO)
+    starts = iter(range(9))
+
+    async def read() -> Mapping[str, Any]:
+        return {"kv_transfer_config": {"start": next(starts)}}
+
+    engine._before_start = read
+    async with running(engine, "import sys; print(*sys.argv)"):
+        for _ in range(2):
+            await sleep.next_delay_s()
+    for number in range(2):
+        assert f'-c --kv-transfer-config {{"start":{number}}}' in messages(caplog)
 
 
 async def test_what_can_not_be_started_is_tried_again(engine: Engine, sleep: Sleep, caplog) -> None:
@@ -254,7 +273,7 @@ async def test_an_engine_that_nobody_can_reach_any_more_is_started_anew(
         async with children.next() as child:
             # Whoever cleans up looks for old ones.
             os.utime(socket, (0, 0))
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(HANGS_S):
                 while not socket.stat().st_mtime:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
             shutil.rmtree(engine.folder) if removed == "folder" else socket.unlink()

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from aiohttp import web
 
 from server.engine.upstream import Upstream as Asked
 from tests.server.conftest import CHAT, Front, Upstream, answer, question, running
+from tests.waiting import HANGS_S
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -45,7 +47,7 @@ async def test_an_answer_is_asked_for_again_where_a_connection_was_closed(
     reached: list[str] = []
     upstream.handler = once_each(reached)
     # A connection that has idled for long isn't used again.
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(HANGS_S):
         while not reached:
             status, _, text = await front.ask(question(**more))
             assert (status, b"yes" in text) == (200, True)
@@ -85,7 +87,7 @@ async def test_what_an_upstream_has_begun_to_answer_is_not_sent_again(
         http.transport.close()
         return web.Response()
 
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(HANGS_S):
         while True:
             upstream.handler = answer
             await front.ask(question())
@@ -99,15 +101,22 @@ async def test_what_an_upstream_has_begun_to_answer_is_not_sent_again(
     assert len(upstream.asked) == (1 if sent else 2)
 
 
-@pytest.mark.parametrize("status", [404, 405, 429])
-async def test_whatever_answers_is_ready(own_upstream: Upstream, tmp_path, status: int) -> None:
-    async def no_list(_: web.Request) -> web.StreamResponse:
-        return web.Response(status=status)
+async def test_whatever_answers_is_ready(tmp_path) -> None:
+    async with Upstream() as unlisted, Upstream() as refusing, Upstream() as busy:
+        upstreams = {404: unlisted, 405: refusing, 429: busy}
+        models = {}
+        for status, each in upstreams.items():
+            each.lists = partial(with_status, status)
+            models[str(status)] = {"upstreams": [each.url]}
+        async with Front(tmp_path, models) as front:
+            for status, each in upstreams.items():
+                assert (await front.ask(question(model=str(status))))[0] == 200
+                line = f"{each.url} is ready: GET /v1/models has status {status}"
+                await front.until_logged(line)
 
-    own_upstream.lists = no_list
-    async with running(tmp_path, own_upstream) as front:
-        assert (await front.ask(question()))[0] == 200
-        await front.until_logged(f"{own_upstream.url} is ready: GET /v1/models has status {status}")
+
+async def with_status(status: int, _: web.Request) -> web.StreamResponse:
+    return web.Response(status=status)
 
 
 async def test_what_is_not_ready_says_why_once(own_upstream: Upstream, tmp_path) -> None:
@@ -119,13 +128,18 @@ async def test_what_is_not_ready_says_why_once(own_upstream: Upstream, tmp_path)
         return web.Response(status=502)
 
     async with running(tmp_path, own_upstream) as front:
-        await own_upstream.stop()
+        # A connection that stays open shows nothing.
+        assert (await front.ask(question()))[0] == 200
+        for site in list(own_upstream._runner.sites):
+            await site.stop()
+        await front.until_ready(503)
         await front.until_logged(f"{own_upstream.url} is not ready: it takes no connection")
+        await own_upstream.stop()
         own_upstream.lists = fails
         await own_upstream.start()
         line = f"{own_upstream.url} is not ready: GET /v1/models has status 502"
         # Of four models, which have looked three times each.
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(HANGS_S):
             while looked < 12 or front.log.read_text().count(line) < 4:
                 await front.ready()
         assert front.log.read_text().count(line) == 4
@@ -150,19 +164,19 @@ async def test_who_answers_requests_may_take_its_time_to_list_models(
         while True:
             (await asked.request("GET", "/x", None, {}, repeatable=True)).release()
 
-    monkeypatch.setattr("server.engine.upstream._PROBE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("server.engine.routing.connections.PROBE_TIMEOUT_S", 0.2)
     monkeypatch.setattr(upstream, "lists", never)
     upstream.handler = empty
     asked = Asked(upstream.url, timeout_s=60)
     with caplog.at_level(logging.INFO):
         watching = asyncio.create_task(asked.watch())
-        await asyncio.wait_for(given_up.wait(), 60)
+        await asyncio.wait_for(given_up.wait(), HANGS_S)
         given_up.clear()
-        await asyncio.wait_for(given_up.wait(), 60)
+        await asyncio.wait_for(given_up.wait(), HANGS_S)
         assert not asked.ready
         assert caplog.text.count("is not ready: GET /v1/models has no answer after") == 1
         asking = asyncio.create_task(ask())
-        await asyncio.wait_for(asked.ready_event.wait(), 60)
+        await asyncio.wait_for(asked.ready_event.wait(), HANGS_S)
     for task in (watching, asking):
         task.cancel()
     await asyncio.gather(watching, asking, return_exceptions=True)
@@ -200,4 +214,19 @@ async def test_an_engine_of_ours_is_not_asked_whether_it_goes_on(
         happen[event]()
     assert asked.ready is ("stopped" not in events or "started" in events)
     assert await asked.keeps_generating(since=since, model="m", headers={}) is keeps
+    await asked.close()
+
+
+async def test_one_that_took_no_connection_is_probed_soon(
+    upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.engine.upstream._PROBE_EVERY_UP_S", 3600)
+    monkeypatch.setattr("server.engine.upstream._PROBE_EVERY_DOWN_S", 0.01)
+    asked = Asked(upstream.url, timeout_s=60)
+    watching = asyncio.create_task(asked.watch())
+    for _ in range(3):
+        await asyncio.wait_for(asked.ready_event.wait(), HANGS_S)
+        asked.mark_unreachable(ConnectionRefusedError())
+        assert not asked.ready
+    watching.cancel()
     await asked.close()

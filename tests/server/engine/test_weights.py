@@ -159,7 +159,7 @@ def test_a_hubs_model_is_pinned_to_the_local_commit(tmp_path: Path, monkeypatch)
 @pytest.mark.parametrize(
     ("source", "mistake"),
     [
-        ("embedded", "the embedded model isn't prepared; run scripts/serve"),
+        ("embedded", "the embedded model isn't prepared"),
         ("./nowhere", "should be a folder with a config.json"),
         ("{empty}", "should be a folder with a config.json"),
         ("a b", "should be 'embedded', a folder, or a hub's name, not 'a b'"),
@@ -177,7 +177,7 @@ def test_serve_prints_the_mistakes_and_ends(tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
     config.write_text("models: {m: {source: ./nowhere}, n: {source: ./none}}\n")
     command = [sys.executable, "-m", "server.cli", "serve", "--config", config]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         "models.m.source: ./nowhere should be a folder with a config.json",

@@ -25,9 +25,9 @@ from tests.server.conftest import (
     chunk,
     held,
     question,
-    running,
     stream,
 )
+from tests.waiting import HANGS_S
 from tiers import Answer, Chain, DiskCache, FrequencySketch, Freshness, Tier
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -39,7 +39,7 @@ async def test_a_hit_is_the_miss_with_an_id_of_its_own(front: Front, upstream: U
     for status in ("tierserve; fwd=miss", r"tierserve; hit; ttl=\d+; detail=memory"):
         async with front.post(asked) as response:
             assert re.fullmatch(status, response.headers["Cache-Status"])
-            assert response.headers["Age"] == "0"
+            assert 0 <= int(response.headers["Age"]) < 60
             assert response.headers["Server"] == "tierserve"
             answers.append(await response.json())
             assert answers[-1].pop("id") == "chatcmpl-" + response.headers["X-Request-Id"]
@@ -64,6 +64,23 @@ async def test_a_stream_is_passed_on_and_replayed_event_by_event(
         same = b'"id":"chatcmpl-x","object":"chat.completion.chunk","created":1'
         assert re.sub(fresh, same, text) == expected
     assert len(upstream.asked) == 1
+
+
+@pytest.mark.parametrize("streams", [False, True])
+async def test_a_known_request_gets_its_encoding_when_the_answer_gets_another(
+    front: Front, upstream: Upstream, streams: bool
+) -> None:
+    asked = question(stream=streams)
+    # Until its bytes are known.
+    for _ in range(4):
+        await front.ask_alone(asked)
+    other = asked | {"stream": not streams, "cache": {"mode": "no-cache"}}
+    assert (await front.ask(other))[1] == "tierserve; fwd=request"
+    for _ in range(2):
+        _, status, text = await front.ask_alone(asked)
+        assert "; hit; " in status
+        assert text.startswith(b"data: " if streams else b"{")
+    assert len(upstream.asked) == 2
 
 
 @pytest.mark.parametrize("stream_it", [False, True])
@@ -100,7 +117,8 @@ async def test_a_stream_that_breaks_ends_with_an_error_and_is_not_stored(
 ) -> None:
     async def breaking(http: web.Request) -> web.StreamResponse:
         response = await stream(http, *pieces)
-        if http.transport is not None and len(pieces) == 2:
+        # What is read of a connection is lost once its end is noticed, an error as well.
+        if http.transport is not None and message == CUT:
             http.transport.close()
         return response
 
@@ -189,7 +207,7 @@ async def test_hanging_up_ends_the_engines_work(
     async with front.session.post(path, json=question(stream=True)) as response:
         await response.content.readuntil(b"\n\n")
         response.close()
-    await asyncio.wait_for(upstream.aborted.wait(), 60)
+    await asyncio.wait_for(upstream.aborted.wait(), HANGS_S)
     assert await front.metric('tierserve_requests_total{model="m",outcome="aborted"') == before + 1
 
 
@@ -240,7 +258,7 @@ async def test_cache_control_of_a_request(
     headers = {"Content-Type": "application/json"} | sent
     data = orjson.dumps(asked)
     statuses = []
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(HANGS_S):
         while len(statuses) < 2:
             async with front.session.post(CHAT, data=data, headers=headers) as response:
                 assert response.status == 200
@@ -307,7 +325,7 @@ async def test_bad_requests_get_errors_in_openais_shape(
 ) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
     writer.write(sent + (b"x" * 999_999 if status == 413 else b""))
-    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), HANGS_S)
     length = int(re.search(rb"Content-Length: (\d+)", head)[1])
     error = orjson.loads(await reader.readexactly(length))["error"]
     writer.close()
@@ -329,10 +347,13 @@ async def test_a_stale_answer_is_given_while_a_new_one_is_made(
     await front.ask(asked)
     upstream.handler = newer
     texts = []
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(HANGS_S):
         while not texts or b"newer" not in texts[-1]:
             _, cache_status, text = await front.ask(asked)
-            assert re.fullmatch(r"tierserve; hit; ttl=-\d+; detail=memory", cache_status)
+            # The newer answer may still be on its way to the tiers.
+            is_joined = b"newer" in text and cache_status == "tierserve; fwd=miss; collapsed"
+            hit = r"tierserve; hit; ttl=-\d+; detail=memory"
+            assert is_joined or re.fullmatch(hit, cache_status)
             texts.append(text)
     assert b"yes" in texts[0]
     assert len(upstream.asked) >= 2
@@ -418,14 +439,20 @@ async def plant(front: Front, asked: dict, stored_at: float, ttl_s: float) -> No
     await chain.close()
 
 
-async def test_an_age_is_counted_from_when_the_answer_was_stored(
-    upstream: Upstream, tmp_path
-) -> None:
-    asked = question()
+async def test_what_was_stored_at_another_time(upstream: Upstream, tmp_path) -> None:
+    async def no_store(_: web.Request) -> web.StreamResponse:
+        return web.json_response(body(), headers={"Cache-Control": "no-store"})
+
+    asked, early = question(), [question(), question()]
     stored_at = time.time() - 1000
-    front = Front(tmp_path, alike(upstream.url))
+    front = Front(tmp_path, alike(upstream.url), sections={"cache": {"obey_upstreams": False}})
+    for each in early:
+        await plant(front, each, time.time() + 3600, 3)
+    # Last: it would have expired by then.
     await plant(front, asked, stored_at, 2000)
     async with front:
+        await front.until_metric('tierserve_tier_entries{tier="disk"}', 3)
+        # Its age counts from then.
         for stream_it in (False, True):
             before = time.time()
             async with front.post(asked | {"stream": stream_it}) as response:
@@ -435,20 +462,17 @@ async def test_an_age_is_counted_from_when_the_answer_was_stored(
             after = time.time()
             assert int(before - stored_at) <= age <= int(after - stored_at)
             assert int(stored_at + 2000 - after) <= ttl <= int(stored_at + 2000 - before)
-    assert upstream.asked == []
-
-
-async def test_an_entry_from_the_future_is_a_miss(upstream: Upstream, tmp_path) -> None:
-    asked = [question(), question()]
-    front = Front(tmp_path, alike(upstream.url))
-    for each in asked:
-        await plant(front, each, time.time() + 3600, 3)
-    async with front:
-        for each, headers in zip(asked, ({}, {"Cache-Control": "max-age=1"}), strict=True):
+        assert upstream.asked == []
+        # What comes from the future is a miss.
+        for each, headers in zip(early, ({}, {"Cache-Control": "max-age=1"}), strict=True):
             status, how, text = await front.ask(each, headers=headers)
             assert (status, how, b"old" in text) == (200, "tierserve; fwd=miss", False)
-        _, how, text = await front.ask_alone(asked[0])
+        _, how, text = await front.ask_alone(early[0])
         assert ("hit; ttl=" in how, b"old" in text) == (True, False)
+        # What an upstream forbids doesn't count where the configuration says so.
+        upstream.handler, forbidden = no_store, question()
+        await front.ask(forbidden)
+        assert "hit" in (await front.ask_alone(forbidden))[1]
 
 
 async def test_cache_control_may_stand_on_several_lines(front: Front, upstream: Upstream) -> None:
@@ -480,17 +504,3 @@ async def test_an_upstreams_cache_control_bounds_freshness(
     asked = question(stream=stream_it)
     assert (await front.ask(asked))[1] == "tierserve; fwd=miss"
     assert re.fullmatch(then, (await front.ask_alone(asked))[1])
-
-
-async def test_an_upstreams_cache_control_may_be_ignored(
-    upstream: Upstream, tmp_path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def no_store(_: web.Request) -> web.StreamResponse:
-        return web.json_response(body(), headers={"Cache-Control": "no-store"})
-
-    monkeypatch.setenv("TIERSERVE__CACHE__OBEY_UPSTREAMS", "false")
-    upstream.handler = no_store
-    asked = question()
-    async with running(tmp_path, upstream) as front:
-        await front.ask(asked)
-        assert "hit" in (await front.ask_alone(asked))[1]

@@ -8,6 +8,7 @@ from aiohttp import web
 
 from server.protocol.routes import CACHED_ROUTES
 from tests.server.conftest import Front, Upstream, body, running, stream
+from tests.waiting import HANGS_S
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -72,7 +73,7 @@ def json(parsed: dict):
 
 async def send(front: Front, path: str, request: dict, **options) -> tuple[str, bytes]:
     """Return Cache-Status and body of a request that joins no other."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(HANGS_S):
         while True:
             async with front.session.post(path, json=request, **options) as reply:
                 status, content = reply.headers["Cache-Status"], await reply.read()
@@ -218,7 +219,7 @@ async def test_what_an_engine_that_is_no_vllm_calls_whole_is_stored(
     upstream.handler, upstream.token = json(response()), ends_with(None, 404)
     request = asked()
     await send(front, RESPONSES, request)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(HANGS_S):
         while "hit" not in (await send(front, RESPONSES, request))[0]:
             pass
 

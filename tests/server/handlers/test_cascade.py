@@ -8,6 +8,7 @@ import pytest_asyncio
 from aiohttp import web
 
 from tests.server.conftest import Front, Upstream, answer, body, question, running
+from tests.waiting import HANGS_S
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 NAMED = {"Server": "tierserve"}
@@ -74,7 +75,7 @@ async def test_a_refresh_asks_for_a_new_answer(front: Front, upstream: Upstream)
     await front.ask_alone(asked)
     assert "Cache-Control" not in upstream.asked[-1].headers
     assert (await front.ask(asked))[1].startswith("tierserve; hit; ttl=-")
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(HANGS_S):
         while len(upstream.asked) < 2:
             await front.ask(asked)
     assert upstream.asked[-1].headers["Cache-Control"] == "no-cache"
@@ -116,7 +117,7 @@ async def test_who_wants_a_new_answer_does_not_join_who_takes_an_old_one(
     asked = question()
     first = asyncio.create_task(front.ask(asked))
     try:
-        await asyncio.wait_for(comes.wait(), 60)
+        await asyncio.wait_for(comes.wait(), HANGS_S)
         for control in ("no-cache", "max-age=60"):
             async with front.post(asked, headers={"Cache-Control": control}) as response:
                 assert (await response.json())["choices"][0]["message"]["content"] == "new"

@@ -12,6 +12,7 @@ from tests.server.conftest import (
     Upstream,
     stream,
 )
+from tests.waiting import HANGS_S
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -34,15 +35,19 @@ async def test_other_routes_pass_without_buffering(front: Front, upstream: Upstr
 
 
 async def test_a_cut_pass_through_is_seen_as_cut(front: Front, upstream: Upstream) -> None:
+    go = asyncio.Event()
+
     async def cut(http: web.Request) -> web.StreamResponse:
-        response = await stream(http, b"some")
+        response = await stream(http, b"some", go)
         assert http.transport is not None
         http.transport.close()
         return response
 
     upstream.handler = cut
-    with pytest.raises(aiohttp.ClientPayloadError):
-        async with front.session.get("/elsewhere") as response:
+    async with front.session.get("/elsewhere") as response:
+        assert await response.content.readexactly(4) == b"some"
+        go.set()
+        with pytest.raises(aiohttp.ClientPayloadError):
             await response.read()
 
 
@@ -124,7 +129,7 @@ async def test_a_websocket_that_is_refused_or_left(front: Front, upstream: Upstr
     upstream.handler = listen
     async with front.session.ws_connect("/v1/realtime"):
         pass
-    await asyncio.wait_for(upstream.aborted.wait(), 60)
+    await asyncio.wait_for(upstream.aborted.wait(), HANGS_S)
 
 
 @pytest.mark.parametrize("length", [True, False])

@@ -4,7 +4,6 @@ import asyncio
 import gzip
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -24,6 +23,7 @@ from tests.server.conftest import (
     question,
     stream,
 )
+from tests.waiting import HANGS_S
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -217,7 +217,7 @@ async def test_a_typed_stream_with_odd_events(front: Front, upstream: Upstream, 
 
 
 async def test_an_engine_that_we_do_not_know_is_sent_what_came(
-    upstream: Upstream, tmp_path: Path
+    front: Front, upstream: Upstream
 ) -> None:
     async def strict(http: web.Request) -> web.StreamResponse:
         asked = orjson.loads(await http.read())
@@ -226,12 +226,12 @@ async def test_an_engine_that_we_do_not_know_is_sent_what_came(
         return await (stream(http, ROLE, YES, END, DONE) if "stream" in asked else answer(http))
 
     upstream.handler = strict
-    async with Front(tmp_path, {"m": {"upstreams": [upstream.url]}}) as front:
-        for more in ({}, {"stream": True}):
-            # None is made of the other.
-            await asked_twice(front, {"messages": [], "temperature": 0} | more, kept=True)
-        status, _, text = await front.ask(question(**WITH_USAGE))
-        assert (status, b"no ['stream_options']" in text) == (422, True)
+    for more in ({}, {"stream": True}):
+        # None is made of the other.
+        asked = {"model": "n", "messages": [], "temperature": 0} | more
+        await asked_twice(front, asked, kept=True)
+    status, _, text = await front.ask(question(model="n", **WITH_USAGE))
+    assert (status, b"no ['stream_options']" in text) == (422, True)
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -298,7 +298,7 @@ async def test_a_reply_of_another_kind_is_for_who_asked_for_that_form(
     upstream.handler = page
     asked = question()
     waiting = [asyncio.create_task(front.ask(asked | {"stream": first_stream}))]
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(HANGS_S):
         while not upstream.asked:
             await front.ready()
     waiting.append(asyncio.create_task(front.ask(asked | {"stream": not first_stream})))
@@ -313,3 +313,31 @@ async def until_heard(front: Front) -> None:
     """Wait until what was asked before has been read: each answer is a turn of its event loop."""
     for _ in range(20):
         await front.ready()
+
+
+async def test_a_miss_tells_what_came_from_disk_and_a_hit_does_not(
+    front: Front, upstream: Upstream
+) -> None:
+    async def loaded(_: web.Request) -> web.StreamResponse:
+        return web.json_response(body() | {"kv_transfer_params": {"prefix_disk_tokens": 1920}})
+
+    upstream.handler, asked = loaded, question()
+    _, status, text = await front.ask_alone(asked)
+    assert status == 'tierserve; fwd=miss; detail="1920 prompt tokens from disk"'
+    assert orjson.loads(text)["kv_transfer_params"] is None
+    _, status, text = await front.ask_alone(asked)
+    assert "from disk" not in status
+    assert "hit" in status
+    assert orjson.loads(text)["kv_transfer_params"] is None
+
+
+async def test_transfers_of_another_connector_stay_as_they_are(
+    front: Front, upstream: Upstream
+) -> None:
+    async def loaded(_: web.Request) -> web.StreamResponse:
+        return web.json_response(body() | {"kv_transfer_params": {"remote_host": "a"}})
+
+    upstream.handler = loaded
+    _, status, text = await front.ask_alone(question())
+    assert status == "tierserve; fwd=miss"
+    assert orjson.loads(text)["kv_transfer_params"] == {"remote_host": "a"}

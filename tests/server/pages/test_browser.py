@@ -13,12 +13,16 @@ from aiohttp import web
 
 from server.config.secrets import hash_key, new_key
 from tests.server.conftest import CHAT, ROLE, WHOLE, answer, body, chunk, question, running, stream
+from tests.server.prefix_blocks import opened, store_chain
+from tests.server.telemetry.test_prefixes import until_the_day_is_long
 from tests.servers import free_port
+from tests.waiting import HANGS_S
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 playwright = pytest.importorskip("playwright.async_api", reason="needs playwright")
 expect = playwright.expect
-expect.set_options(timeout=15_000)
+TIMEOUT_MS = HANGS_S * 1000
+expect.set_options(timeout=TIMEOUT_MS)
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
@@ -47,7 +51,8 @@ async def chromium() -> AsyncIterator[playwright.Browser]:
     async with playwright.async_playwright() as driver:
         # Without its sandbox, since tests may run as root; no other host has an address.
         options = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
-        browser = await driver.chromium.launch(executable_path=CHROMIUM, args=options)
+        launching = {"executable_path": CHROMIUM, "args": options, "timeout": TIMEOUT_MS}
+        browser = await driver.chromium.launch(**launching)
         yield browser
         await browser.close()
 
@@ -61,7 +66,7 @@ class Visit:
         page.on("console", self._on_console)
         page.on("pageerror", lambda error: self.wrong.append(str(error)))
         page.on("request", self._on_request)
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(TIMEOUT_MS)
 
     def _on_console(self, message: playwright.ConsoleMessage) -> None:
         if message.type in ("error", "warning"):
@@ -94,7 +99,17 @@ async def guarded(_upstream, tmp_path_factory):
         "tenants": {"file": "tenants.yaml"},
         "admin": {"port": port, "key": ADMIN_KEY},
     }
-    options = {"sections": sections, "headers": {"Authorization": f"Bearer {KEY}"}}
+    store = opened(folder / "prefix")
+    store_chain(store, "a", "model:m")
+    counts = {"queried_tokens": 200, "loaded_tokens": 50, "saved_seconds": 90}
+    store.index.save({("m", name): count for name, count in counts.items()}, {})
+    store.close()
+    prefix = {"path": str(folder / "prefix"), "max_bytes": "64MiB"}
+    options = {
+        "prefix": prefix,
+        "sections": sections,
+        "headers": {"Authorization": f"Bearer {KEY}"},
+    }
     async with running(folder, _upstream, **options) as made:
         made.admin = f"http://127.0.0.1:{port}/admin"
         yield made
@@ -143,8 +158,11 @@ async def test_a_prompt_may_be_sent_before_all_models_are_listed(front, upstream
 
 async def test_after_a_restart_the_disk_answers(upstream, visit, tmp_path) -> None:
     page = visit.page
-    for title in ("Answered by the engine (miss)", "Answered by disk (hit)"):
+    titles = ("Answered by the engine (miss)", "Answered by disk (hit)")
+    for held, title in enumerate(titles):
         async with running(tmp_path, upstream, memory=None) as front:
+            # Its file is opened beside.
+            await front.until_metric('tierserve_tier_entries{tier="disk"}', held)
             await page.goto(front.url)
             await page.get_by_role("button", name="Send").click()
             await expect(page.locator(".answer")).to_contain_text(title)
@@ -205,6 +223,38 @@ async def test_a_tenant_gives_its_key_and_sees_itself(guarded, upstream, visit) 
     visit.wrong.clear()
 
 
+async def test_what_comes_after_the_key_was_forgotten_is_not_shown(guarded, visit) -> None:
+    page, asked, go = visit.page, asyncio.Event(), asyncio.Event()
+
+    async def late(route: playwright.Route) -> None:
+        if "authorization" in route.request.headers:
+            asked.set()
+            await go.wait()
+        await route.continue_()
+
+    await page.goto(guarded.url)
+    await page.get_by_label("API key").fill(KEY)
+    await page.get_by_label("API key").press("Enter")
+    forget = page.get_by_role("button", name="Forget the key")
+    await expect(forget).to_be_visible()
+    await page.route("**/overview", late)
+    # As when the page is looked at again.
+    await page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    await asyncio.wait_for(asked.wait(), HANGS_S)
+    await forget.click()
+    needed = page.get_by_role("heading", name="An API key is needed")
+    await expect(needed).to_be_visible()
+    async with page.expect_response("**/overview") as reply:
+        go.set()
+    await (await reply.value).finished()
+    await page.evaluate("new Promise((done) => setTimeout(done))")
+    assert await needed.is_visible()
+    assert await page.locator("#all").is_hidden()
+    # One for each time without a key.
+    assert len(visit.wrong) == 2
+    visit.wrong.clear()
+
+
 async def test_an_entry_is_found_looked_at_and_purged(guarded, upstream, visit) -> None:
     upstream.handler = evil
     page, asked, other = visit.page, question(cache={"tags": [EVIL]}), question()
@@ -242,6 +292,7 @@ async def test_an_entry_is_found_looked_at_and_purged(guarded, upstream, visit) 
 
 
 async def test_what_prompts_begin_with_is_shown(guarded, upstream, visit) -> None:
+    await until_the_day_is_long()
     page = visit.page
     for number in range(3):
         system = {"role": "system", "content": EVIL}
@@ -255,6 +306,16 @@ async def test_what_prompts_begin_with_is_shown(guarded, upstream, visit) -> Non
     await expect(row.locator("td").nth(1)).to_have_text("3")
     await expect(row).to_contain_text("acme")
     assert await page.title() == "tierserve: tiers"
+
+
+async def test_the_prefix_tier_is_shown(guarded, visit) -> None:
+    page = visit.page
+    await page.goto(guarded.admin)
+    await page.get_by_label("Admin key").fill(ADMIN_KEY)
+    await page.get_by_role("button", name="Use it").click()
+    shown = page.locator("#prefix-tier")
+    for text in ("in use", "3", "24.0 KiB of 64.0 MiB", "25.0 %", "90 s"):
+        await expect(shown.locator("dd").filter(has_text=text)).to_have_count(1)
 
 
 async def test_the_api_is_described(front, visit) -> None:

@@ -19,6 +19,7 @@ from server.protocol.routes import CACHED_ROUTES, CachedRoute
 from tests.openapi import RIGHT, check, operations, requests_of, send
 from tests.server.conftest import Front, Upstream, answer, body, free_port, question, running
 from tests.server.pages.test_openapi import engine_document
+from tests.waiting import HANGS_S
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -26,7 +27,6 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 KEY = new_key()
 ADMIN_KEY = "0123456789abcdef"
 EXAMPLES = 5
-HANGS_S = 60
 
 FIELDS = {
     "input": {"type": ["string", "array"]},
@@ -58,7 +58,9 @@ async def front(_upstream: Upstream, tmp_path_factory) -> AsyncIterator[Front]:
     admin = {"port": free_port(), "key": ADMIN_KEY}
     sections = {"tenants": {"file": "tenants.json"}, "admin": admin}
     headers = {"Authorization": f"Bearer {KEY}"}
-    async with running(folder, _upstream, sections=sections, headers=headers) as made:
+    prefix = {"path": str(folder / "prefix"), "max_bytes": "64MiB"}
+    options = {"prefix": prefix, "sections": sections, "headers": headers}
+    async with running(folder, _upstream, **options) as made:
         made.admin = f"http://127.0.0.1:{admin['port']}"
         yield made
 
@@ -135,7 +137,7 @@ async def test_what_the_document_of_the_admin_api_says_is_so(
 
         document = session.get(f"{front.admin}/openapi.json", timeout=HANGS_S).json()
         described = {(each.method, each.path): each for each in operations(document)}
-        assert len(described) == 13
+        assert len(described) == 14
         await front.ask(question())
         page = await ask(described["get", "/entries"].Case())
         key = page.json()["entries"][0]["key"]

@@ -69,7 +69,9 @@ async def recorded(raw: bytes, form: Encoding) -> Answer:
     async def publish(_: bytes) -> None:
         pass
 
-    answer, finished = await record_answer(Reply(raw, form), CHOICES, form, publish, 1_000_000)
+    answer, finished, _ = await record_answer(
+        reply := Reply(raw, form), reply.iter_any(), CHOICES, form, publish, 1_000_000
+    )
     assert finished
     return answer
 

@@ -1,17 +1,15 @@
 """Keys of requests: what can change the answer changes the key, and what can't doesn't."""
 
-import gc
-import weakref
 from functools import cache
 
 import orjson
 import pytest
 
-from server.auth.tenant import Tenant, open_tenant
+from server.auth.tenant import open_tenant
 from server.engine.vllm_options import engine_keeps_responses
 from server.protocol.errors import BadRequestError
 from server.protocol.model_names import ModelNames, UnknownModelError
-from server.protocol.request import ParsedRequest, RequestParser, parse_request
+from server.protocol.request import ParsedRequest, parse_request
 from tests.server.conftest import of_vllm
 
 CHAT = "/v1/chat/completions"
@@ -335,32 +333,3 @@ def test_a_model_that_is_no_text_is_the_engines_to_refuse(asked) -> None:
 def test_an_unknown_model_is_refused() -> None:
     with pytest.raises(UnknownModelError, match=r"The model `no` does not exist. Valid aliases: m"):
         request(BODY | {"model": "no"})
-
-
-def test_a_parser_remembers_short_bodies() -> None:
-    parser, tenant, one = RequestParser(), open_tenant(""), names("i")
-    raw, long = orjson.dumps(BODY), orjson.dumps(BODY | {"user": "u" * 16384})
-    made = parser.parse(CHAT, raw, tenant, one)
-    assert made == parse_request(CHAT, raw, tenant, one)
-    assert parser.parse(CHAT, raw, tenant, one) is made
-    assert RequestParser().parse(CHAT, raw, tenant, one) is not made
-    assert parser.parse(CHAT, raw, open_tenant(""), one) is not made
-    assert parser.parse(CHAT, raw, tenant, one, (("openai-beta", "b"),)) is not made
-    assert parser.parse(CHAT, long, tenant, one) is not parser.parse(CHAT, long, tenant, one)
-    with pytest.raises(UnknownModelError):
-        parser.parse(CHAT, orjson.dumps(BODY | {"model": "no"}), tenant, one)
-
-
-def test_a_parser_forgets_what_was_parsed_before_a_change() -> None:
-    parser, raw = RequestParser(), orjson.dumps(BODY)
-    tenants = [Tenant("t", b"t", revision=number) for number in (1, 2)]
-    one, other = (ModelNames({"m": of_vllm("m", identity)}) for identity in ("i", "j"))
-    gone = weakref.ref(one)
-    old = parser.parse(CHAT, raw, tenants[0], one)
-    new = parser.parse(CHAT, raw, tenants[0], other)
-    assert new.key != old.key
-    del one
-    gc.collect()
-    assert gone() is None
-    parser.parse(CHAT, raw, tenants[1], other)
-    assert parser.parse(CHAT, raw, tenants[0], other) is not new

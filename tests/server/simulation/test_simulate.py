@@ -12,10 +12,9 @@ from server.cli import main
 from server.config.base import ConfigError
 from server.config.schema import CacheConfig, Config, MemoryTierConfig, TiersConfig
 from server.simulation import references
-from server.simulation.prefix_report import PrefixReuse, measure, reuse
 from server.simulation.recommend import recommend
 from server.simulation.simulate import memory_overhead_bytes, simulate, with_limits
-from server.simulation.traces import Trace, TraceError, TraceRequest, read
+from server.simulation.traces import Trace, TraceError, TracePrompt, TraceRequest, read
 from tests.tiers.policies.replay import SEED_EXAMPLE, count_hits, count_hits_of_optimum
 from tiers import WritePolicy, digest
 from tiers.policies import POLICIES
@@ -187,16 +186,6 @@ def test_wrong_limits_are_mistakes(memory: str | None, disk: str | None, message
         with_limits(Config(), SEED, memory, disk)
 
 
-def test_prefixes_are_reused_from_their_beginning_only() -> None:
-    prompts = [(1, 2, 3), (1, 2, 4), (9, 2, 3), (1, 2, 3)]
-    trace = Trace("p", [TraceRequest(str(blocks), 1, blocks=blocks) for blocks in prompts])
-    assert reuse(trace, "lru", 100) == PrefixReuse("lru", 100, 12, 5, 5 / 12, 5 * 512)
-    # Of (1, 2, 3) the end leaves first, so (1, 2) is there for the next one.
-    assert reuse(Trace("p", trace.requests[:2]), "lru", 2).reused == 2
-    assert measure(SEED, ("lru",)) == []
-    assert [each.policy for each in measure(trace, ("lru", "arc"))] == ["lru"] * 3 + ["arc"] * 3
-
-
 def test_recommends_the_size_beyond_which_more_buys_little() -> None:
     # Two keys are asked for again and again, and a hundred once.
     keys = [key for number in range(100) for key in ("A", f"once{number}", "B")]
@@ -240,8 +229,11 @@ def test_reads_mooncake() -> None:
     first = trace.requests[0]
     assert len(trace.requests) == 60
     assert (first.size, first.at_s, first.tokens) == (512 + 4 * 6, 0, 6)
-    assert first.blocks == tuple(range(79))
-    assert first.key == str(list(first.blocks))
+    assert first.key == str(list(range(79)))
+    prompt = trace.prompts[first.key]
+    # The last of the 79 blocks isn't full.
+    assert prompt == TracePrompt(40160, tuple(range(78)), 6, 0)
+    assert trace.block_tokens == 512
 
 
 @pytest.mark.parametrize(
@@ -259,6 +251,8 @@ def test_reads_mooncake() -> None:
         ("t.jsonl", "[1]\n", "t.jsonl:1: should be a JSON object"),
         ("t.jsonl", '{"key":1,"size":1.5}', "t.jsonl:1: size should be a whole number, not '1.5'"),
         ("t.jsonl", '{"timestamp":0,"output_length":1,"hash_ids":3}', "hash_ids should be"),
+        ("t.jsonl", '{"time":1,"key":"a","blocks":[1]}', "blocks should be a list of digests"),
+        ("t.jsonl", '{"time":1,"blocks":[]}', "t.jsonl:1: key is missing"),
     ],
 )  # fmt: skip
 def test_mistakes_name_the_line(
@@ -281,11 +275,13 @@ def test_a_missing_trace_is_a_mistake(tmp_path: Path, capsys) -> None:
 def test_prints_tables_for_every_trace(capsys) -> None:
     traces = ["azure_llm_code.csv", "mooncake_synthetic_trace.jsonl"]
     paths = [str(DATA / name) for name in traces]
-    assert main(["simulate", *paths, "--memory", "50%", "--disk", "1MiB", "--recommend"]) == 0
+    options = ["--memory", "50%", "--disk", "1MiB", "--prefix", "4GiB", "--engine-tokens", "300000"]
+    assert main(["simulate", *paths, *options, "--recommend"]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
     for part in ("azure_llm_code: 200 requests", "mooncake_synthetic_trace: 60 requests",
                  "promotions", "disk writes per request", "output tokens saved", "prefix blocks",
+                 "LRU, stores all", "optimum", "the prefix tier by size",
                  "recommended"):  # fmt: skip
         assert part in printed.out
 
@@ -298,7 +294,8 @@ def test_prints_json(tmp_path: Path, capsys) -> None:
     (report,) = printed["traces"]
     assert report["requests"] == 60
     assert [tier["name"] for tier in report["chain"]["tiers"]] == ["memory", "disk"]
-    assert report["prefixes"][2]["blocks"] > report["prefixes"][2]["reused"] > 0
+    assert 0 < report["prefixes"]["engine_reused"] < report["prefixes"]["tokens"]
+    assert report["prefixes"]["rows"] == []
     assert any("compression" in note for note in printed["notes"])
 
 
@@ -324,8 +321,11 @@ def test_says_that_libcachesim_is_missing(monkeypatch, capsys) -> None:
 def test_plots(tmp_path: Path, capsys, name: str, start: bytes, options: list[str]) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib isn't installed")
     file = tmp_path / name
-    trace = str(DATA / "azure_llm_code.csv")
-    assert main(["simulate", trace, "--disk", "none", "--plot", str(file), *options]) == 0
+    trace, prompts = (
+        str(DATA / name) for name in ("azure_llm_code.csv", "mooncake_synthetic_trace.jsonl")
+    )
+    options = [*options, "--disk", "none", "--prefix", "1GiB"]
+    assert main(["simulate", trace, prompts, *options, "--plot", str(file)]) == 0
     assert file.read_bytes().startswith(start)
     assert main(["simulate", trace, "--plot", str(tmp_path / "no" / name)]) == 2
     assert "--plot: should be a writable path, not " in capsys.readouterr().err

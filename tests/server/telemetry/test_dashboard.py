@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.config.secrets import new_key
 from tests.server.conftest import Front, question, running
+from tests.server.prefix_blocks import opened
 from tests.servers import RedisServer
 
 CONFIGS = Path("configs")
@@ -26,7 +27,8 @@ PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 # Prometheus adds these itself.
 OF_PROMETHEUS = {"up": set()}
 LABELS_OF_PROMETHEUS = {"instance", "job"}
-LABELS_OF_VLLM = {"engine", "model_name"}
+LABELS_OF_VLLM = {"engine", "model_name", "model", "upstream"}
+"""The last two are those that `/metrics/engine` adds."""
 WORDS = {"and", "bool", "offset", "or", "unless"}
 
 
@@ -78,14 +80,23 @@ async def exported(_upstream, redis, tmp_path_factory) -> dict[str, set[str]]:
     key = new_key()
     options = {
         "shared": {"url": redis.url},
-        "sections": {"tenants": {"key": key}},
+        "prefix": {"path": str(folder / "prefix"), "max_bytes": "64MiB"},
+        "sections": {
+            "tenants": {"key": key},
+            "models": {"f": {"upstreams": [_upstream.url], "fallback": "m"}},
+        },
         "headers": {"Authorization": f"Bearer {key}"},
     }
+    # As engines count, of which there is none here.
+    store = opened(folder / "prefix")
+    store.index.save({("m", "hits"): 1}, {})
+    store.close()
     front: Front
     async with running(folder, _upstream, **options) as front:
         asked = question()
         await front.ask(asked)
         assert "; hit; " in (await front.ask_alone(asked))[1]
+        await front.until_metric("tierserve_prefix_available ", 1)
         async with front.session.get("/metrics") as response:
             text = await response.text()
     labels: dict[str, set[str]] = defaultdict(set)

@@ -18,6 +18,7 @@ from tests.server.conftest import (
     running,
     stream,
 )
+from tests.waiting import HANGS_S
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -28,9 +29,11 @@ async def test_each_answer_leaves_a_line_with_its_id(front: Front, upstream: Ups
     await front.ask(asked, headers={"X-Request-Id": "the-hit"})
     async with front.session.get("/a%0Ab%1B%22", headers={"X-Request-Id": "odd"}) as response:
         assert response.headers["X-Request-Id"] == "odd"
+        # One who leaves before the end is logged as 499.
+        await response.read()
     assert upstream.asked[-1].raw_path == "/a%0Ab%1B%22"
     logged = {}
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(HANGS_S):
         while not logged.keys() >= {"the-miss", "the-hit", "odd"}:
             await asyncio.sleep(0.05)
             # The last one may be on its way.
@@ -60,7 +63,7 @@ async def outcomes(front: Front) -> Counter[tuple[str, str]]:
 async def until_counted(front: Front, expected: Counter[tuple[str, str]]) -> None:
     """Wait for these: a stream is counted when its end has been sent."""
     found: Counter[tuple[str, str]] = Counter()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(HANGS_S):
         while found.total() < expected.total():
             found = await outcomes(front)
             await asyncio.sleep(0)

@@ -42,3 +42,27 @@ def test_what_came_earlier_counts_less(before: list[int], after: list[int], capa
     counters = hitters.counters
     least = (len(before) / 2 + len(after)) / capacity
     assert all(key in counters for key, times in true.items() if times > least)
+
+
+@given(st.lists(streams, min_size=1, max_size=4), st.integers(1, 20))
+def test_streams_merge(parts: list[list[int]], capacity: int) -> None:
+    merged: HeavyHitters[int] = HeavyHitters(capacity)
+    for part in parts:
+        hitters: HeavyHitters[int] = HeavyHitters(capacity)
+        for key in part:
+            hitters.add(key, 1)
+        merged.merge(hitters.counters, lambda one, other: one + other)
+    true, counters = Counter(key for part in parts for key in part), merged.counters
+    most = true.total() / capacity
+    assert len(counters) == min(capacity, len(true))
+    for key, counter in counters.items():
+        assert counter.least <= true[key] <= counter.count
+        assert counter.excess <= most
+        assert 1 <= counter.value <= sum(key in part for part in parts)
+    assert all(key in counters for key, times in true.items() if times > most)
+    # It goes on counting.
+    for key in parts[0]:
+        merged.add(key, 1)
+    true.update(parts[0])
+    for key, counter in merged.counters.items():
+        assert counter.least <= true[key] <= counter.count

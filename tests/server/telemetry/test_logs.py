@@ -15,10 +15,13 @@ import pytest
 import server.telemetry.logs
 from server.config.schema import LogConfig
 from server.telemetry.logs import AccessLog, LogStream, configure
+from tests.waiting import HANGS_S
 
 
-def access(path: str = "/v1/models", request_id: str = "id-7") -> tuple:
-    return (1e9, "GET", path, 200, request_id, "memory", "hit", 0.0012345)
+def access(
+    path: str = "/v1/models", request_id: str = "id-7", models: tuple[str, str] | None = None
+) -> tuple:
+    return (1e9, "GET", path, 200, request_id, "memory", "hit", 0.0012345, models)
 
 
 class Stalling(io.RawIOBase):
@@ -33,6 +36,12 @@ class Stalling(io.RawIOBase):
         self.go_on.wait()
         self.written += data
         return len(data)
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch) -> None:
+    """Let the thread take its time to write what is left."""
+    monkeypatch.setattr(server.telemetry.logs, "_CLOSE_S", HANGS_S)
 
 
 @pytest.fixture
@@ -85,7 +94,7 @@ def test_a_target_that_was_closed_is_no_failure() -> None:
 def test_a_reader_that_stalls_costs_lines_and_nothing_else(stalling: Stalling) -> None:
     stream = LogStream(stalling, max_bytes=10)
     stream.write(b"12345678\n")
-    assert stalling.waited_for.wait(60)
+    assert stalling.waited_for.wait(HANGS_S)
     for _ in range(3):
         stream.write(b"dropped\n")
     # What fits is still taken, with the number of what didn't.
@@ -100,7 +109,7 @@ def test_closing_does_not_wait_for_a_reader_that_stalls(stalling: Stalling, monk
     monkeypatch.setattr(server.telemetry.logs, "_CLOSE_S", 0)
     stream = LogStream(stalling)
     stream.write("x\n")
-    assert stalling.waited_for.wait(60)
+    assert stalling.waited_for.wait(HANGS_S)
     stream.close()
     assert stalling.written == b""
 
@@ -136,9 +145,8 @@ async def access_lines(form: str, *accesses: tuple, level: str = "info") -> list
     stream = LogStream(target)
     logging.root.setLevel(level.upper())
     log = AccessLog(LogConfig(format=form), stream)
-    for each in accesses:
-        log.add(*each)
-    log.flush()
+    if log.enabled:
+        log.write(accesses)
     stream.close()
     *lines, empty = target.getvalue().decode().split("\n")
     assert empty == ""
@@ -157,6 +165,10 @@ async def test_an_access_says_who_asked_for_what_and_what_came_of_it() -> None:
     (line,) = await access_lines("text", access())
     expected = " INFO    tierserve.access: GET '/v1/models' 200 memory hit 1.234 ms id-7"
     assert line == stamp + expected
+    (line,) = await access_lines("json", access(models=('m "', "n")))
+    assert json.loads(line) == record | {"asctime": stamp, "model": 'm "', "fallback": "n"}
+    (line,) = await access_lines("text", access(models=("m", "n")))
+    assert line == stamp + expected + " fallback m -> n"
 
 
 @pytest.mark.usefixtures("root")

@@ -5,7 +5,7 @@ from socket import socket
 import pytest
 
 from server.cache import open_cache
-from server.engine.collector import EngineCollector
+from server.engine.collector import EngineCollector, ModelState
 from server.engine.supervisor import EngineState
 from server.telemetry.metrics import _BOUNDS_S, Metrics
 from tiers import Chain, DiskCache, FrequencySketch, MemoryCache, Purges, Tier
@@ -46,7 +46,7 @@ def test_a_bound_belongs_to_its_bucket(number: int) -> None:
     bound = _BOUNDS_S[number]
     for seconds, first in ((bound * 0.999, number), (bound, number), (bound * 1.001, number + 1)):
         metrics = made()
-        metrics.observe("m", "engine", "miss", seconds)
+        metrics.observe(("m", "engine", "miss"), [seconds])
         assert buckets(metrics) == [0] * first + [1] * (len(_BOUNDS_S) + 1 - first)
 
 
@@ -57,7 +57,7 @@ def test_bounds_are_in_order() -> None:
 def test_buckets_count_all_below_them() -> None:
     metrics = made()
     for seconds in (1000, 0.00005, 0.002, 0.002, 400):
-        metrics.observe("m", "engine", "miss", seconds)
+        metrics.observe(("m", "engine", "miss"), [seconds])
     counts = dict(zip((*_BOUNDS_S, "+Inf"), buckets(metrics), strict=True))
     assert [counts[bound] for bound in (0.0001, 0.001, 0.0025, 300, "+Inf")] == [1, 1, 3, 3, 5]
     assert value(metrics, "request_seconds_sum", **MISS) == pytest.approx(1400.00405)
@@ -68,7 +68,7 @@ def test_buckets_count_all_below_them() -> None:
 def test_requests_are_counted_by_tier_and_outcome() -> None:
     metrics = made()
     for tier, outcome in (("memory", "hit"), ("memory", "hit"), ("disk", "hit"), ("disk", "stale")):
-        metrics.observe("m", tier, outcome, 0.001)
+        metrics.observe(("m", tier, outcome), [0.001])
     assert value(metrics, "requests_total", model="m", tier="memory", outcome="hit") == 2
     assert value(metrics, "requests_total", model="m", tier="disk", outcome="hit") == 1
     assert value(metrics, "requests_total", model="m", tier="disk", outcome="stale") == 1
@@ -78,8 +78,8 @@ def test_requests_are_counted_by_tier_and_outcome() -> None:
 def test_what_tiers_saved_is_told() -> None:
     metrics = made()
     for tokens, saved_s in ((3, 0.5), (4, 1.5), (0, 0)):
-        metrics.observe("m", "memory", "hit", 0.001, tokens, saved_s)
-    metrics.observe("m", "engine", "miss", 2, 5)
+        metrics.observe(("m", "memory", "hit"), [0.001], tokens, saved_s)
+    metrics.observe(("m", "engine", "miss"), [2], 5)
     hits = {"model": "m", "tier": "memory", "outcome": "hit"}
     assert value(metrics, "output_tokens_total", **hits) == 7
     assert value(metrics, "output_tokens_total", **MISS) == 5
@@ -138,11 +138,15 @@ async def test_looks_at_shared_purges_that_failed_are_told() -> None:
 
 @pytest.mark.parametrize("state", EngineState)
 def test_the_engine_is_in_one_state(state: EngineState) -> None:
-    metrics = made(models=[("m", state, 3, 7), ("n", EngineState.READY, 0, 0)])
+    metrics = made(
+        models=[ModelState("m", state, 3, 7, 2, 1), ModelState("n", EngineState.READY, 0, 0, 0, 0)]
+    )
     states = {each: value(metrics, "engine_state", model="m", state=each) for each in EngineState}
     assert states == {each: each is state for each in EngineState}
     assert value(metrics, "engine_state", model="n", state="ready") == 1
     assert value(metrics, "engine_restarts_total", model="m") == 3
+    assert value(metrics, "no_engine_total", model="m") == 2
+    assert value(metrics, "held_requests", model="m") == 1
     assert value(metrics, "engine_restarts_total", model="n") == 0
     assert value(metrics, "engine_requests", model="m") == 7
 

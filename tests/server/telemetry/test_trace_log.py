@@ -17,6 +17,7 @@ from server.protocol.formats import Encoding
 from server.simulation.traces import TraceRequest, read
 from server.telemetry.trace_log import TraceLog, rotated
 from tests.server.conftest import Front, Upstream, alike, body, running
+from tests.waiting import HANGS_S
 from tiers import Answer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -125,7 +126,7 @@ async def test_goes_on_in_a_new_file_when_its_own_is_moved(tmp_path: Path) -> No
     file, moved = tmp_path / "t.jsonl", tmp_path / "moved.jsonl"
     trace = TraceLog(file, 5000)
     add(trace, 0)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(HANGS_S):
         while not file.stat().st_size:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         file.rename(moved)

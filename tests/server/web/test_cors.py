@@ -9,6 +9,7 @@ from aiohttp import web
 
 from server.config.secrets import hash_key, new_key
 from tests.server.conftest import CHAT, ROLE, Front, Upstream, answer, question, running, stream
+from tests.waiting import HANGS_S
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -118,4 +119,4 @@ async def test_without_origins_nobody_is_allowed(front: Front, upstream: Upstrea
     for path in (CHAT, CHAT, "/v1/others"):
         async with front.session.post(path, json=asked, headers={"Origin": APP}) as response:
             assert cors_headers(response)[0] is None
-            await asyncio.wait_for(response.read(), 60)
+            await asyncio.wait_for(response.read(), HANGS_S)

@@ -2,8 +2,10 @@
 
 import asyncio
 import re
+from contextlib import suppress
 from pathlib import Path
 
+import aiohttp
 import orjson
 import pytest
 from aiohttp import web
@@ -18,6 +20,7 @@ from tests.server.conftest import (
     question,
     running,
 )
+from tests.waiting import HANGS_S
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -36,12 +39,12 @@ async def test_connections_stay_or_close_as_asked(
         )
         for _ in range(2 if wish == b"keep-alive" else 1):
             writer.write(asked)
-            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), HANGS_S)
             assert (b"Connection: close" in head) is (wish == b"close")
             length = int(re.search(rb"Content-Length: (\d+)", head)[1])
             await reader.readexactly(length)
         if wish == b"close":
-            assert await asyncio.wait_for(reader.read(), 60) == b""
+            assert await asyncio.wait_for(reader.read(), HANGS_S) == b""
         writer.close()
 
 
@@ -61,7 +64,7 @@ async def test_connections_stay_or_close_as_asked(
 async def test_invalid_http_gets_a_reason(front: Front, sent: bytes, why: str) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
     writer.write(sent)
-    reply = await asyncio.wait_for(reader.read(), 60)
+    reply = await asyncio.wait_for(reader.read(), HANGS_S)
     writer.close()
     error = orjson.loads(reply.partition(b"\r\n\r\n")[2])["error"]
     assert error["message"] == f"The request is not valid HTTP{why}"
@@ -69,9 +72,9 @@ async def test_invalid_http_gets_a_reason(front: Front, sent: bytes, why: str) -
 
 async def test_a_taken_port_is_logged(front: Front, upstream: Upstream) -> None:
     process = await asyncio.create_subprocess_exec(*front.command, stderr=asyncio.subprocess.PIPE)
-    _, log = await asyncio.wait_for(process.communicate(), 60)
+    _, log = await asyncio.wait_for(process.communicate(), HANGS_S)
     assert process.returncode == 1
-    assert b"address already in use" in log
+    assert f"can't listen at 127.0.0.1 port {front.port}: Address already in use" in log.decode()
 
 
 async def test_slow_clients_get_408(
@@ -82,12 +85,13 @@ async def test_slow_clients_get_408(
 
     async def send_half(front: Front, path: str) -> None:
         reply = b""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(HANGS_S):
             # Who is too slow for half of it is told nothing.
             while not reply:
                 reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
                 writer.write(b"POST " + path.encode() + b" HTTP/1.1\r\n" + half)
-                reply = await reader.read()
+                with suppress(ConnectionError):
+                    reply = await reader.read()
                 writer.close()
         assert reply.startswith(b"HTTP/1.1 408 ")
         assert b'"type":"RequestTimeoutError"' in reply
@@ -98,9 +102,17 @@ async def test_slow_clients_get_408(
         for beginning in (b"", b"POST " + CHAT.encode() + b" HT"):
             reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
             writer.write(beginning)
-            assert await asyncio.wait_for(reader.read(), 60) == b""
+            # By a reset, if it was too slow for that as well.
+            with suppress(ConnectionError):
+                assert await asyncio.wait_for(reader.read(), HANGS_S) == b""
             writer.close()
-        assert (await front.ask(question()))[0] == 200
+        status = None
+        async with asyncio.timeout(HANGS_S):
+            while status is None:
+                # As above, where this needs a new connection.
+                with suppress(aiohttp.ClientConnectionError):
+                    status, _, _ = await front.ask(question())
+        assert status == 200
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
@@ -122,11 +134,19 @@ async def test_a_client_that_stops_reading_gives_its_place_up(
 
     upstream.handler = endless
     async with running(tmp_path, upstream) as front:
-        _, writer = await asyncio.open_connection("127.0.0.1", front.port, limit=1024)
-        writer.write(sent(path, question(stream=True)))
-        async with asyncio.timeout(60):
+        asked = sent(path, question(stream=True))
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port, limit=1024)
+        writer.write(asked)
+        async with asyncio.timeout(HANGS_S):
             while not any(each.path == path for each in upstream.asked):
                 await front.ready()
+                if reader.at_eof() or reader.exception():
+                    # It was too slow for its first request.
+                    writer.close()
+                    reader, writer = await asyncio.open_connection(
+                        "127.0.0.1", front.port, limit=1024
+                    )
+                    writer.write(asked)
             refused = 0
             while (await front.ask(question()))[0] != 200:
                 refused += 1
@@ -166,13 +186,14 @@ async def test_a_half_closed_client_is_answered(front: Front, upstream: Upstream
         sent("/v1/others", {"a": 1}),
     ):
         reader, writer = await half_closed(front, data)
-        reply = await asyncio.wait_for(reader.read(), 60)
-        heads = re.findall(rb"HTTP/1.[01] (\d+) ", reply)
+        reply = await asyncio.wait_for(reader.read(), HANGS_S)
+        # Where its answer takes long, it is asked whether it is still there.
+        heads = re.findall(rb"HTTP/1.[01] ((?!100)\d+) ", reply)
         assert heads == [b"200"] * data.count(b" HTTP/1."), data
         writer.close()
     for data in (b"", b"GET", sent(CHAT, asked)[:-1]):
         reader, writer = await half_closed(front, data)
-        assert await asyncio.wait_for(reader.read(), 60) == b""
+        assert await asyncio.wait_for(reader.read(), HANGS_S) == b""
         writer.close()
 
 
@@ -191,14 +212,14 @@ async def test_a_half_closed_client_that_has_gone_is_noticed(
     reader, writer = await half_closed(front, sent(path, question()))
     if gone:
         writer.close()
-        await asyncio.wait_for(upstream.aborted.wait(), 60)
+        await asyncio.wait_for(upstream.aborted.wait(), HANGS_S)
         return
     # Two of them, so that the first has been answered by no reset.
     for _ in range(2):
-        reply = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
+        reply = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), HANGS_S)
         assert reply == b"HTTP/1.1 100 Continue\r\n\r\n"
     go.set()
-    reply = await asyncio.wait_for(reader.read(), 60)
+    reply = await asyncio.wait_for(reader.read(), HANGS_S)
     assert b"HTTP/1.1 200 OK\r\n" in reply
     assert b'"content":"yes"' in reply.replace(b'": "', b'":"')
     assert not upstream.aborted.is_set()

@@ -17,13 +17,14 @@ from tests.server.conftest import (
     Upstream,
     question,
 )
+from tests.waiting import HANGS_S
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 async def test_expect_continue_is_answered(front: Front) -> None:
     for asked in (question(), question(temperature=1)):
-        status, _, text = await asyncio.wait_for(front.ask(asked, expect100=True), 60)
+        status, _, text = await asyncio.wait_for(front.ask(asked, expect100=True), HANGS_S)
         assert status == 200
         assert orjson.loads(text)["object"] == "chat.completion"
 

@@ -24,6 +24,7 @@ from server.cli import main
 from server.config.secrets import hash_key, new_key
 from tests.server.conftest import CHAT, Front, Upstream, alike, question
 from tests.servers import free_port
+from tests.waiting import HANGS_S
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -137,7 +138,7 @@ async def test_old_versions_of_tls_are_refused(secure: TlsFront, version) -> Non
 
 async def test_a_handshake_that_does_not_begin_is_ended(secure: TlsFront) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", secure.port)
-    assert await asyncio.wait_for(reader.read(), 60) == b""
+    assert await asyncio.wait_for(reader.read(), HANGS_S) == b""
     writer.close()
 
 
@@ -223,7 +224,7 @@ async def test_files_behind_links_are_found_where_these_lead_now(upstream, tmp_p
 
 
 async def until_shown(front: Front, expected: bytes) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(HANGS_S):
         while True:
             if await certificate_shown(front) == expected:
                 return

@@ -23,7 +23,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from tests.collector import Collector, attributes, context, is_sampled
-from tests.server.conftest import CHAT, Front, Upstream, held, question, running
+from tests.server.conftest import CHAT, Front, Upstream, body, held, question, running
+from tests.server.shared_tier import AVAILABLE, DEADLINE_MS
 from tests.server.test_processes import at_last, until_asked, until_one_waits
 from tests.servers import RedisServer
 
@@ -36,10 +37,11 @@ SERVER, CLIENT = Span.SPAN_KIND_SERVER, Span.SPAN_KIND_CLIENT
 async def traced(
     folder: Path, upstream: Upstream, *, shared: str | None = None, **tracing: object
 ) -> AsyncIterator[Front]:
-    tiers = {} if shared is None else {"shared": {"url": shared, "deadline_ms": 500}}
+    tiers = {} if shared is None else {"shared": {"url": shared, "deadline_ms": DEADLINE_MS}}
     async with AsyncExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TIERSERVE__TRACING", orjson.dumps(tracing).decode())
+            patch.setenv("TIERSERVE__MODELS__N__FALLBACK", "m")
             front = await stack.enter_async_context(running(folder, upstream, **tiers))
         yield front
 
@@ -120,6 +122,37 @@ async def test_a_miss_and_a_hit(front, upstream, collector, form: dict) -> None:
     assert attributes(spans["lookup memory"]) == found
 
 
+async def test_a_fallback_is_the_model_of_the_response(front, upstream, collector) -> None:
+    async def only_m(http: web.Request) -> web.StreamResponse:
+        is_m = orjson.loads(await http.read())["model"] == "m"
+        return web.json_response(body(), status=200 if is_m else 503)
+
+    upstream.handler = only_m
+    trace, _, headers = context()
+    assert (await front.ask(question(model="n"), headers=headers))[0] == 200
+
+    def tops() -> list[Span]:
+        # Other steps are there twice: of each model.
+        return [s for s in collector.spans if s.trace_id.hex() == trace and s.name == TOP]
+
+    await collector.until(tops)
+    values = attributes(tops()[0])
+    models = values["gen_ai.request.model"], values["gen_ai.response.model"]
+    assert (models, values["tierserve.outcome"]) == (("n", "m"), "miss")
+
+
+async def test_a_flight_tells_what_came_from_disk(front, upstream, collector) -> None:
+    async def loaded(_: web.Request) -> web.StreamResponse:
+        return web.json_response(body() | {"kv_transfer_params": {"prefix_disk_tokens": 1920}})
+
+    upstream.handler = loaded
+    trace, _, headers = context()
+    await front.ask_alone(question(), headers=headers)
+    spans = await collector.trace(trace, TOP, *MISS)
+    expected = {"tierserve.joined": False, "tierserve.disk_tokens": 1920}
+    assert attributes(spans["flight"]) == expected
+
+
 async def test_who_joins_a_flight_waits_for_another_ones_engine(front, upstream, collector) -> None:
     go = asyncio.Event()
     upstream.handler = held(go)
@@ -153,6 +186,9 @@ async def test_who_waits_for_another_process_has_a_turn(upstream, collector, tmp
                 )
                 fronts.append(await stack.enter_async_context(made))
             one, other = fronts
+            for each in fronts:
+                # Until then each generates by itself.
+                await each.until_metric(AVAILABLE, 1)
             asked, (trace, _, headers) = question(), context()
             first = asyncio.create_task(one.ask(asked))
             await until_asked(upstream)
@@ -207,6 +243,7 @@ async def test_other_routes_are_traced_but_ours_are_not(front, upstream, collect
     for path in ("/health", "/ready", "/metrics", "/version?key=s3cr3t"):
         async with front.session.get(path, headers=headers) as response:
             assert response.status == 200
+            await response.read()
     spans = await collector.trace(trace, "GET", "engine")
     assert spans.keys() == {"GET", "engine"}
     assert attributes(spans["GET"])["url.path"] == "/version"

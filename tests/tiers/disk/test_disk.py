@@ -4,6 +4,8 @@ import asyncio
 import logging
 import os
 import random
+import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from math import inf
@@ -18,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiers.conftest import Clock
+from tests.waiting import HANGS_S
 from tiers import DiskCache
 from tiers.disk import Durability, compact, verify_in_use
 from tiers.disk.file import DATA, DiskFile
@@ -87,6 +90,37 @@ async def test_interval_answers_before_the_commit_and_commits_once(opened, monke
     assert len(commits) <= 2
 
 
+async def test_those_who_store_at_the_same_time_share_a_commit(opened, monkeypatch) -> None:
+    commits, pauses, write = [], [], DiskFile.write
+    queued = threading.Event()
+    queued.set()
+
+    def counted(self, changes, read):
+        queued.wait(HANGS_S)
+        commits.append(len(changes))
+        return write(self, changes, read)
+
+    monkeypatch.setattr(DiskFile, "write", counted)
+    monkeypatch.setattr(
+        "tiers.disk.writer.time", SimpleNamespace(monotonic=time.monotonic, sleep=pauses.append)
+    )
+    cache = await opened()
+    for number in range(3):
+        await cache.set(f"alone{number}", b"1")
+    assert commits == [1, 1, 1]
+    assert pauses == []
+    queued.clear()
+    together = [asyncio.create_task(cache.set(f"{number}", b"1")) for number in range(20)]
+    await asyncio.sleep(0)
+    queued.set()
+    assert all(await asyncio.gather(*together))
+    assert sum(commits) == 23
+    assert len(commits) <= 5
+    # The thread pauses only after it has told who waited, so let it end.
+    await cache.close()
+    assert pauses
+
+
 @pytest.mark.parametrize(
     ("durability", "sync"),
     [(Durability.COMMIT, True), (Durability.INTERVAL, True), (Durability.OS, False)],
@@ -116,6 +150,54 @@ async def test_a_smaller_limit_shrinks_the_file(opened, tmp_path: Path) -> None:
     assert await again.get("0") is None
     assert await again.set("new", os.urandom(5000))
     assert (tmp_path / "data.mdb").stat().st_size <= 2 * MIB
+
+
+async def store_many(cache: DiskCache, name: str, number: int) -> None:
+    """Store answers of 8 kB."""
+    keys = [f"{name} {each}" for each in range(number)]
+    assert all(await asyncio.gather(*(cache.set(key, key.encode() * 800) for key in keys)))
+
+
+async def test_a_limit_may_change_while_it_is_open(opened, tmp_path: Path) -> None:
+    cache = await opened(8 * MIB)
+    await store_many(cache, "first", 500)
+    full = cache.usage.bytes
+    assert full > 3 * MIB
+    cache.resize(2 * MIB)
+    async with asyncio.timeout(HANGS_S):
+        while cache.usage.bytes > 2 * MIB:
+            # What is stored meanwhile waits for a part of the eviction, not for all of it.
+            assert await cache.set("meanwhile", b"1")
+    assert cache.read("meanwhile") == b"1"
+    assert cache.max_bytes == 2 * MIB
+    grown = (tmp_path / DATA).stat().st_size
+    await store_many(cache, "later", 300)
+    assert cache.usage.bytes <= 2 * MIB
+    assert (tmp_path / DATA).stat().st_size <= grown
+    cache.resize(8 * MIB)
+    await store_many(cache, "again", 600)
+    assert cache.usage.bytes >= full
+    await cache.close()
+    again = await opened(2 * MIB)
+    assert (tmp_path / DATA).stat().st_size <= 2 * MIB
+    assert again.usage.entries
+    with pytest.raises(ValueError, match="at least"):
+        again.resize(1)
+
+
+async def test_a_limit_that_changes_before_the_file_is_open(tmp_path, monkeypatch) -> None:
+    go = threading.Event()
+    monkeypatch.setattr(Recovery, "try_open", lambda self: False)
+    monkeypatch.setattr(Recovery, "wait", lambda self: go.wait() and None)
+    cache = DiskCache(tmp_path, 2 * MIB, durability=Durability.OS)
+    cache.resize(8 * MIB)
+    go.set()
+    await cache.opened()
+    try:
+        await store_many(cache, "first", 400)
+        assert cache.usage.bytes > 2 * MIB
+    finally:
+        await cache.close()
 
 
 async def test_what_is_worth_least_leaves_first(opened) -> None:
@@ -382,10 +464,12 @@ async def test_a_full_map_makes_room(opened, monkeypatch) -> None:
 
 
 async def test_the_shortest_wait_for_more_ends(opened, monkeypatch) -> None:
-    monkeypatch.setattr("tiers.disk.writer.time", SimpleNamespace(monotonic=lambda: 1.0))
+    monkeypatch.setattr(
+        "tiers.disk.writer.time", SimpleNamespace(monotonic=lambda: 1.0, sleep=lambda _: None)
+    )
     cache = await opened()
     cache._writer._interval_s = 1e-7
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(HANGS_S):
         for _ in range(3000):
             assert all(await asyncio.gather(*[cache.set(key, b"1") for key in "abc"]))
 
@@ -634,10 +718,10 @@ async def test_a_file_in_use_is_checked(opened, tmp_path: Path) -> None:
     await asyncio.gather(*(cache.set(f"{number}", b"text%d" % number * 9) for number in range(9)))
     assert await verify_in_use(tmp_path) == (9, 0, None)
     data = tmp_path / DATA
-    at = data.read_bytes().index(b"text7text7")
+    # A page that a later commit has replaced may still hold it, too.
+    damaged = data.read_bytes().replace(b"text7text7", b"TEXT7text7")
     with data.open("r+b") as file:
-        file.seek(at)
-        file.write(b"TEXT")
+        file.write(damaged)
     assert await verify_in_use(tmp_path) == (9, 1, None)
     with pytest.raises(OSError, match="No such file"):
         await verify_in_use(tmp_path / "none")

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from tiers import DiskCache, Purges
 from tiers.disk import EncryptionKeyError, compact, verify_in_use
-from tiers.disk.encryption import Cipher
 from tiers.disk.file import DATA, DiskFile
 from tiers.disk.maintenance import verify
 from tiers.disk.record_format import pack, unpack
+from tiers.encryption import TAG_BYTES, Cipher
 from tiers.purges.purges import FRESH_S
 
 MIB = 1024 * 1024
@@ -136,7 +136,7 @@ async def test_what_was_changed_without_the_key_is_a_miss(opened, tmp_path: Path
 
 async def test_purges_are_known_after_a_restart_and_name_nothing(opened, tmp_path) -> None:
     cache = await opened()
-    purges = Purges(cache)
+    purges = Purges(cache, deadline_s=60)
     origin = purges.provenance(["tag:top-secret-tag"])
     await purges.purge("tag:top-secret-tag")
     await cache.close()
@@ -155,7 +155,7 @@ async def test_an_unchanged_table_of_purges_is_opened_once(opened, monkeypatch) 
         return decrypt(cipher, name, data)
 
     cache, now = await opened(), 0.0
-    here, elsewhere = (Purges(cache, monotonic=lambda: now) for _ in range(2))
+    here, elsewhere = (Purges(cache, monotonic=lambda: now, deadline_s=60) for _ in range(2))
     origin = here.provenance(["tag:a"])
     await elsewhere.purge("tag:a")
     monkeypatch.setattr(Cipher, "decrypt", counted)
@@ -170,6 +170,15 @@ async def test_an_unchanged_table_of_purges_is_opened_once(opened, monkeypatch) 
     now += FRESH_S
     assert here.is_purged("k", origin._replace(packed_labels=b"tag:b"))
     assert times == 3
+
+
+def test_values_and_large_values_with_one_number_never_share_a_nonce(monkeypatch) -> None:
+    monkeypatch.setattr("os.urandom", lambda count: (b"\1\0\0\0" * 4)[-count:])
+    cipher = Cipher(KEY)
+    cipher.begin()
+    large = bytearray(TAG_BYTES + 4)
+    cipher.encrypt_large(7, b"same", large)
+    assert cipher.encrypt(b"", b"same", 7)[12:-TAG_BYTES] != large[:-TAG_BYTES]
 
 
 @given(name=st.binary(), plain=st.binary(), number=st.none() | st.integers(0, 2**64 - 1))

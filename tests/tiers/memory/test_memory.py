@@ -1,16 +1,20 @@
 """What only the memory tier promises, with every policy: bounded, and it reports what it evicts."""
 
+import asyncio
+import errno
 import gc
+import mmap
 import tracemalloc
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from tests.tiers.conftest import Clock
-from tiers import MemoryCache, digest
-from tiers.policies import LRU, POLICIES
+from tests.tiers.conftest import JSON, Clock
+from tiers import Answer, Entry, MemoryCache, digest
+from tiers.policies import ARC, LRU, POLICIES
 
 MAX_BYTES = 8000
 EVERY = pytest.mark.parametrize("policy", POLICIES)
@@ -94,7 +98,7 @@ def test_never_answers_wrong_never_grows_and_tells_what_it_evicts(policy: str) -
 async def test_what_expired_is_not_told(clock: Clock) -> None:
     evicted: list[str] = []
     cache = MemoryCache(
-        2000, policy="lru", on_evict=lambda key, value, expires_at: evicted.append(key), clock=clock
+        3000, policy="lru", on_evict=lambda key, value, expires_at: evicted.append(key), clock=clock
     )
     await cache.set("a", bytes(500), ttl=10)
     await cache.set("b", bytes(500), ttl=99)
@@ -106,15 +110,21 @@ async def test_what_expired_is_not_told(clock: Clock) -> None:
 
 @EVERY
 async def test_takes_what_it_says(policy: str) -> None:
-    entries, value_bytes = 3000, 300
+    entries, content_bytes = 3000, 300
     gc.collect()
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
-        cache = MemoryCache(entries * (value_bytes + 600), policy=policy)
+        cache = MemoryCache(entries * (content_bytes + 1000), policy=policy)
         for number in range(4 * entries):
-            await cache.write(digest(b"%d" % number), bytes(value_bytes), 1e12 + number)
-            cache.read(digest(b"%d" % (number // 2)))
+            answer = Answer(JSON, bytes(content_bytes))
+            entry = Entry(answer, number + 0.5, 1e12 + number, 1.5, packed_labels=b"model:m")
+            await cache.write(digest(b"%d" % number), entry.encode(), entry.expires_at)
+            cache.read_entry(digest(b"%d" % (number // 2)))
+        # What is asked for is kept decoded.
+        for key in [*cache.keys()]:
+            cache.peek_entry(key, 0)
+        del answer, entry
         gc.collect()
         taken = tracemalloc.get_traced_memory()[0] - before
     finally:
@@ -131,3 +141,40 @@ async def test_takes_a_policy_that_fits() -> None:
         MemoryCache(1000, policy=policy)
     with pytest.raises(ValueError, match=r"policy should be one of arc, .* not 'mru'"):
         MemoryCache(3000, policy="mru")
+
+
+async def test_a_size_that_memory_does_not_allow_changes_nothing(monkeypatch) -> None:
+    cache = MemoryCache(100_000, policy=ARC.NAME)
+    await cache.write("a", bytes(100), None)
+    before = vars(cache.policy) | vars(cache)
+    monkeypatch.setattr(mmap, "mmap", Mock(side_effect=OSError(errno.ENOMEM, "no memory")))
+    with pytest.raises(OSError, match="no memory"):
+        cache.resize(200_000)
+    assert vars(cache.policy) | vars(cache) == before
+
+
+@EVERY
+async def test_a_new_size_holds_at_once_and_never_keeps_the_loop(policy: str) -> None:
+    evicted: list[str] = []
+    cache = MemoryCache(8 * 1024**2, policy=policy, on_evict=lambda key, *_: evicted.append(key))
+    for number in range(5_000):
+        await cache.write(str(number), bytes(1000), None)
+    held = cache.usage.bytes
+    cache.resize(512 * 1024)
+    assert cache.max_bytes == 512 * 1024 < cache.usage.bytes < held
+    turns = 0
+    while cache.usage.bytes > 512 * 1024:
+        # What is stored meanwhile takes no more than its own room.
+        before = len(evicted)
+        await cache.write(f"new {turns}", bytes(1000), None)
+        assert len(evicted) - before <= 2
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns > 1
+    assert len(evicted) == cache.usage.evictions == 5_000 + turns - cache.usage.entries
+    assert sorted(cache.keys()) == sorted({*cache.keys()} - {*evicted})
+    cache.resize(16 * 1024**2)
+    before = len(evicted)
+    for number in range(5_000):
+        await cache.write(f"more {number}", bytes(1000), None)
+    assert len(evicted) == before

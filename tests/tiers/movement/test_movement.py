@@ -40,7 +40,7 @@ class House:
         )
         disk = Tier("disk", self.disk)
         transfers = Transfers()
-        purges = Purges(self.disk, clock=clock)
+        purges = Purges(self.disk, clock=clock, deadline_s=60)
         demotion = Demotion(
             [disk], self.frequency, transfers, purges, max_bytes=10_000, clock=clock
         )

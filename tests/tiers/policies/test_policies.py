@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from fractions import Fraction
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,28 @@ def test_keeps_its_contract(make: Make, steps: list[tuple[str, str, int]]) -> No
             evict()
     while held:
         evict()
+    assert policy.victim() is None
+
+
+@EVERY
+@given(STEPS, st.lists(st.integers(1, MAX_BYTES), min_size=1))
+def test_keeps_its_contract_when_it_is_resized(
+    make: Make, steps: list[tuple[str, str, int]], sizes: list[int]
+) -> None:
+    policy, held, room = make(MAX_BYTES), {}, MAX_BYTES
+    for (_, key, size), max_bytes in zip(steps, cycle(sizes), strict=False):
+        policy.resize(max_bytes)
+        if key in held:
+            policy.access(key)
+        elif size <= max_bytes:
+            policy.insert(key, size)
+            held[key] = size
+        # What is too much leaves by and by.
+        room = max(max_bytes, room - MAX_BYTES // 8)
+        while sum(held.values()) > room:
+            del held[policy.evict()]
+    while held:
+        del held[policy.evict()]
     assert policy.victim() is None
 
 

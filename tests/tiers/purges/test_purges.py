@@ -102,7 +102,7 @@ def chain_of(disk: DiskCache, clock, **options) -> Chain:
         tiers,
         frequency=FrequencySketch(1024),
         max_answer_bytes=1000,
-        purges=Purges(disk, clock=clock, **options),
+        purges=Purges(disk, clock=clock, **{"deadline_s": 60} | options),
         clock=clock,
     )
 

@@ -20,19 +20,19 @@ async def test_a_call_that_misses_its_deadline_goes_on_and_keeps_its_place() -> 
         ended.append(1)
         return 1
 
-    calls = Bulkhead(2, 0.01, limit_s=60)
+    calls = Bulkhead(2, 60, limit_s=60)
     for _ in range(2):
         with pytest.raises(TimeoutError):
-            await calls.run(call)
+            await calls.run(call, deadline_s=0.01)
     for _ in range(2):
         with pytest.raises(BusyError):
-            await calls.run(call)
+            await calls.run(call, deadline_s=0.01)
     go.set()
     assert await calls.run(call) == 1
     assert len(ended) == 3
     go.clear()
     with pytest.raises(TimeoutError):
-        await calls.run(call)
+        await calls.run(call, deadline_s=0.01)
     await calls.close()
     assert len(asyncio.all_tasks()) == 1
 

@@ -2,6 +2,7 @@
 
 import asyncio
 
+from tests.waiting import HANGS_S
 from tiers.resilience.circuit_breaker import CircuitBreaker
 
 
@@ -16,7 +17,7 @@ async def test_the_breaker_waits_for_a_probe_that_succeeds() -> None:
     breaker = CircuitBreaker(probe, closed.set, pause_s=0)
     assert [breaker.failed() for _ in range(4)] == [False, False, True, False]
     assert breaker.is_open
-    await asyncio.wait_for(closed.wait(), 60)
+    await asyncio.wait_for(closed.wait(), HANGS_S)
     assert not breaker.is_open
     assert outcomes == []
     assert not breaker.failed()

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from tests.tiers.conftest import JSON, SSE
+from tests.waiting import HANGS_S
 from tiers import Answer, Flight, Provenance, SingleFlight
 
 ANSWER = Answer(SSE, b"")
@@ -35,6 +36,25 @@ async def test_many_listeners_share_one_generation() -> None:
     assert len(flights) == 0
 
 
+async def test_a_listener_takes_at_once_what_is_there() -> None:
+    flights = SingleFlight(max_bytes=8)
+
+    async def produce(flight: Flight) -> None:
+        for number in range(10):
+            await flight.publish(b"%d" % number)
+        flight.end(ANSWER)
+
+    listener, _ = flights.join("k", SSE, produce)
+    async with asyncio.timeout(HANGS_S), listener:
+        assert listener.take_ready(100) == []
+        assert await anext(listener) == b"0"
+        # The log holds eight, and the producer waits until some are read.
+        assert listener.take_ready(3) == [b"1", b"2", b"3"]
+        assert listener.take_ready(100) == [b"4", b"5", b"6", b"7"]
+        assert await anext(listener) == b"8"
+        assert [item async for item in listener] == [b"9"]
+
+
 async def test_ends_when_the_last_listener_leaves() -> None:
     flights, cancelled = SingleFlight(max_bytes=1000), asyncio.Event()
 
@@ -53,8 +73,8 @@ async def test_ends_when_the_last_listener_leaves() -> None:
             assert await anext(first) == b"first"
         assert await anext(second) == b"first"
         assert not cancelled.is_set()
-    await asyncio.wait_for(cancelled.wait(), 60)
-    await flights.drain(1)
+    await asyncio.wait_for(cancelled.wait(), HANGS_S)
+    await flights.drain(60)
     assert len(flights) == 0
 
 
@@ -70,6 +90,31 @@ async def test_a_newcomer_does_not_join_a_flight_that_is_ending() -> None:
     listener, collapsed = flights.join("k", SSE, produce)
     assert not collapsed
     assert await read(listener) == [b"x"]
+
+
+async def test_who_wants_a_newer_answer_joins_none_that_is_only_stored() -> None:
+    flights, stored, started = SingleFlight(max_bytes=1000), asyncio.Event(), 0
+
+    async def produce(flight: Flight) -> None:
+        nonlocal started
+        started += 1
+        await flight.publish(b"%d" % started)
+        flight.end(ANSWER)
+        await stored.wait()
+
+    async with asyncio.timeout(HANGS_S):
+        assert await read(flights.join("k", SSE, produce)[0]) == [b"1"]
+        again, joined = flights.join("k", SSE, produce)
+        assert joined
+        assert await read(again) == [b"1"]
+        newer, joined = flights.join("k", SSE, produce, joins_ended=False)
+        assert not joined
+        # It is generated now, so another one who wants a newer answer gets the same.
+        other, joined = flights.join("k", SSE, produce, joins_ended=False)
+        assert joined
+        assert [await read(newer), await read(other)] == [[b"2"], [b"2"]]
+        stored.set()
+        await flights.drain(60)
 
 
 async def test_an_error_reaches_every_listener() -> None:
@@ -187,6 +232,6 @@ async def test_a_flight_is_being_stored_until_its_producer_returns() -> None:
     assert flights.being_stored("k") is None
     purged.clear()
     went[second.flight].set()
-    await flights.drain(1)
+    await flights.drain(60)
     assert flights.being_stored("k") is None
     assert not flights._being_stored

@@ -1,0 +1,1 @@
+"""The audit log: what administrators and operators did, and who was refused."""

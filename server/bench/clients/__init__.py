@@ -1,0 +1,1 @@
+"""Client processes: when requests are due, how they are sent, and what came of each."""

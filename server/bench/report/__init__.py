@@ -1,0 +1,1 @@
+"""What a run looks like: live, as a table, and as a page."""

@@ -1,0 +1,1 @@
+"""What measured requests tell: figures, a verdict, files, comparisons and ramps."""

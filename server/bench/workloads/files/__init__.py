@@ -1,0 +1,1 @@
+"""Workloads that are read from files: prompts, chats, requests, and traces."""

@@ -1,0 +1,1 @@
+"""Worker processes, and the state that holds over all of them."""
