@@ -11,9 +11,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -84,20 +86,24 @@ class Server:
     def openapi(self) -> dict[str, Any]:
         """Return the API's document, once the engine has made its own in time."""
         while True:
-            with urllib.request.urlopen(f"{self.url}/openapi.json") as response:
-                document = json.load(response)
+            document = json.loads(self.get("/openapi.json")[1])
             if "Described by the engine, once it is ready" not in json.dumps(document["paths"]):
                 return document
+            time.sleep(0.2)
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Return the status and the body of a path; 0 if nobody answers."""
+        try:
+            with urllib.request.urlopen(self.url + path) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as exc:
+            with exc:
+                return exc.code, exc.read().decode()
+        except (OSError, HTTPException):
+            return 0, ""
 
     def status(self, path: str) -> int:
-        try:
-            with urllib.request.urlopen(self.url + path, timeout=10) as response:
-                return response.status
-        except urllib.error.HTTPError as exc:
-            exc.close()
-            return exc.code
-        except OSError:
-            return 0
+        return self.get(path)[0]
 
     def until(self, holds: Callable[[], bool]) -> None:
         """Wait as long as the server runs; a test that takes too long shows its log."""
@@ -126,8 +132,10 @@ class Server:
         return []
 
     def metric(self, path: str, name: str) -> float:
-        with urllib.request.urlopen(self.url + path) as response:
-            lines = response.read().decode().splitlines()
+        """Return the sum of a metric's samples, once an engine that has it tells it in time."""
+        while (told := self.get(path))[0] != 200:
+            self.until(lambda: self.status("/health") == 200)
+        lines = told[1].splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
 
 
@@ -145,27 +153,32 @@ def living(session: int) -> list[psutil.Process]:
 def serving(folder: Path, config: Path, **variables: str) -> Iterator[Server]:
     with tempfile.TemporaryDirectory(prefix="e2e-", dir="/tmp") as temporary:
         made = Server(folder, Path(temporary), config, variables)
-        made.start()
         try:
+            made.start()
             yield made
         finally:
             made.stop()
+            made.client.close()
 
 
 @contextmanager
 def serving_laptop(
-    folder: Path, engine_args: dict[str, Any], *, keeps_prefixes: bool = True
+    folder: Path, engine_args: dict[str, Any], *, keeps_prefixes: bool = True, wait_s: float = 0
 ) -> Iterator[Server]:
     """Serve the embedded model, with options of the engine beside those of the configuration.
 
     Where prefixes are kept, what a prompt gets may depend on what is kept of it: bfloat16 rounds
-    another sum otherwise.
+    another sum otherwise. With `wait_s`, requests wait for an engine that seems to be gone since
+    the machine stands still.
     """
     config = Path("configs/laptop.yaml")
-    at = "TIERSERVE__MODELS__SMOLLM2_135M_INSTRUCT__ENGINE__ARGS__"
+    at = "TIERSERVE__MODELS__SMOLLM2_135M_INSTRUCT__"
     if not keeps_prefixes:
         engine_args = engine_args | {"enable_prefix_caching": False}
-    args = {at + name.upper(): json.dumps(value) for name, value in engine_args.items()}
+    args = {
+        f"{at}ENGINE__ARGS__{name.upper()}": json.dumps(engine_args[name]) for name in engine_args
+    }
+    args[f"{at}WAIT_FOR_ENGINE_S"] = str(wait_s)
     # Otherwise the blocks would be in the cache folder.
     prefix = {"TIERSERVE__TIERS__PREFIX__PATH": str(folder / "prefix")}
     if not keeps_prefixes:
