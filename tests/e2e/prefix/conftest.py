@@ -3,11 +3,11 @@
 import os
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 
@@ -23,6 +23,8 @@ R = TypeVar("R")
 LONG = os.environ.get("TIERSERVE_LONG") == "1"
 ADAPTED = 4
 """Prompts that the adapter has answered."""
+BLOCKS = 10
+"""Of a small cache; one of them is never used."""
 
 
 class Written(NamedTuple):
@@ -38,14 +40,22 @@ class Written(NamedTuple):
     """Prompts whose blocks were being stored at the end."""
 
 
-def pair(folder: Path, store: Path, seeds: tuple[int, int] = (0, 0)) -> tuple[Engine, Engine]:
+Pair = tuple[Engine, Engine]
+
+
+def pair(folder: Path, store: Path, seeds: tuple[int, int] = (0, 0), **arguments: Any) -> Pair:
     """Return two engines of one store, with one thread each, and adapters made of seeds."""
     cpus = sorted(os.sched_getaffinity(0))
     made = []
     for name, cpu, seed in zip("ab", (cpus[0], cpus[-1]), seeds, strict=True):
         make_adapter(folder / name / POET, seed)
         binding = {"VLLM_CPU_OMP_THREADS_BIND": str(cpu)}
-        made.append(Engine(folder / name, store, adapter=folder / name / POET, environment=binding))
+        made.append(
+            Engine(
+                folder / name, store, adapter=folder / name / POET, environment=binding,
+                arguments=arguments,
+            )
+        )  # fmt: skip
     return made[0], made[1]
 
 
@@ -136,3 +146,18 @@ def written(tmp_path_factory) -> Written:
         last = [unlike(number, 4) for number in range(2)]
         kill_while_storing(engines, last)
     return Written(folder / "store", asked, answers[0] + answers[1], by_poet, last)
+
+
+@pytest.fixture(scope="package")
+def engines(tmp_path_factory, written: Written) -> Iterator[Pair]:
+    """Two engines on the store, with small caches of their own.
+
+    The second has other contents in the adapter's file.
+    """
+    made = pair(
+        tmp_path_factory.mktemp("engines"), written.store, seeds=(0, 1),
+        num_gpu_blocks_override=BLOCKS,
+    )  # fmt: skip
+    with ExitStack() as stack:
+        start(stack, *made)
+        yield made

@@ -122,8 +122,7 @@ class Engine:
             # As it is called in its folder, since its path is part of a block's name.
             flags += ["--enable-lora", "--lora-modules", f"{POET}={self.adapter.name}"]
         if self.store is not None:
-            options |= self.connector().engine_options()
-            options["kv_transfer_config"]["kv_connector_module_path"] = _CONNECTOR
+            options |= patient(self.connector().engine_options())
         options |= self._arguments
         pairs = [(f"--{name.replace('_', '-')}", value) for name, value in options.items()]
         texts = [
@@ -141,7 +140,9 @@ class Engine:
         )  # fmt: skip
 
     def start(self) -> None:
-        environment = os.environ | _ENVIRONMENT | self._environment
+        # Where its processes meet. vLLM would take one that any other program may be given.
+        meeting = {"VLLM_PORT": str(free_port())}
+        environment = os.environ | _ENVIRONMENT | meeting | self._environment
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command(), env=environment, stdout=log, stderr=log, start_new_session=True,
@@ -227,6 +228,12 @@ class Engine:
     def open_store(self) -> PrefixStore:
         assert self.store is not None
         return PrefixStore(self.connector().store(self._environment))
+
+
+def patient(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options of vLLM with which the connector waits for the disk."""
+    made = options["kv_transfer_config"] | {"kv_connector_module_path": _CONNECTOR}
+    return options | {"kv_transfer_config": made}
 
 
 def _events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:

@@ -3,41 +3,17 @@
 Run in the order written.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import closing
 
 import pytest
 
 from tiers.prefix_kv.maintenance import verify
 
-from .conftest import (
-    ADAPTED,
-    LONG,
-    Written,
-    halves,
-    kill_while_storing,
-    pair,
-    start,
-    times_stored,
-    together,
-    unlike,
-    until,
-)
+from .conftest import ADAPTED, LONG, Pair, Written, halves, times_stored, together, unlike, until
 from .engine import BLOCK, POET, Answer, Engine
 from .prompts import Prompt
 
 pytestmark = pytest.mark.engine
-
-Pair = tuple[Engine, Engine]
-
-
-@pytest.fixture(scope="module")
-def engines(tmp_path_factory, written: Written) -> Iterator[Pair]:
-    """Two engines, of which the second has other contents in the adapter's file."""
-    made = pair(tmp_path_factory.mktemp("engines"), written.store, seeds=(0, 1))
-    with ExitStack() as stack:
-        start(stack, *made)
-        yield made
 
 
 def test_what_killed_engines_have_indexed_verifies(written: Written, engines: Pair) -> None:
@@ -124,11 +100,3 @@ def test_a_prefix_is_loaded_once_for_all_who_wait_for_it(engines: Pair) -> None:
     answers = engines[0].ask_all([prompt] * 4, at_once=4)
     assert [each.cached for each in answers] == [2 * BLOCK] * 4
     assert sum(each.loaded for each in answers) == 2 * BLOCK
-
-
-def test_both_killed_while_storing_leave_a_whole_store(engines: Pair) -> None:
-    kill_while_storing(engines, [unlike(number, 4) for number in (102, 103)])
-    with closing(engines[0].open_store()) as store:
-        blocks, damaged = verify(store)
-    assert blocks > 0
-    assert damaged == 0

@@ -1,27 +1,23 @@
-"""A vLLM with a small cache of its own, whose store is damaged while it runs.
+"""Two vLLMs with small caches of their own, whose store is damaged while they run.
 
-Run in the order written.
+Run in the order written, after those of the answers.
 """
 
 import os
 import random
 import resource
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from pathlib import Path
+from contextlib import closing, contextmanager
 
 import lmdb
 import pytest
 
-from .conftest import LONG, Written, counters, start, unlike, until
+from .conftest import LONG, Pair, Written, counters, unlike, until
 from .engine import Answer, Engine
 from .prompts import LONGEST, Prompt
 
 pytestmark = pytest.mark.engine
 
-_BLOCKS = 10
-"""Of the engine's own cache; one of them is never used."""
 _FLIPPED = 300
 _ROUNDS = 20
 _FEW = 4
@@ -42,23 +38,9 @@ def _file_limit(engine: Engine, limit_bytes: int) -> Iterator[None]:
         resource.prlimit(pid, kind, limits)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, written: Written) -> Path:
-    """A copy of what the others have written."""
-    made = tmp_path_factory.mktemp("troubles")
-    shutil.copytree(written.store, made / "store")
-    return made
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> Iterator[Engine]:
-    made = Engine(
-        folder, folder / "store", arguments={"num_gpu_blocks_override": _BLOCKS},
-        environment={"VLLM_CPU_KVCACHE_SPACE": "1"},
-    )  # fmt: skip
-    with ExitStack() as stack:
-        start(stack, made)
-        yield made
+@pytest.fixture
+def engine(engines: Pair) -> Engine:
+    return engines[0]
 
 
 def firsts(written: Written) -> list[tuple[Prompt, Answer]]:
