@@ -4,8 +4,8 @@ Makes a prompt of each request of a trace with prompts: 128 seeded tokens for ea
 blocks, so that prompts begin alike as far as those of the trace do, and 8 tokens of its own. The
 engine, a vLLM with the embedded model, small caches and one token of output, gets them one after
 the other. Prints which part of all tokens of prompts it took from its own cache and from disk, by
-`usage.prompt_tokens_details.cached_tokens` and by the tier's counters, and what the simulation of
-the same prompts says. Only the times of the requests and the size of a block come from the engine.
+its answers (`cached_tokens`, and `prefix_disk_tokens` of the tier), and what the simulation of the
+same prompts says. Only the times of the requests and the size of a block come from the engine.
 
 Usage: prefix_replay.py TRACE [--requests N] [--blocks N] [--engine-blocks N] [--prefix SIZE]
 """
@@ -31,12 +31,12 @@ from server.simulation.engine_cache import EngineCache
 from server.simulation.prefix_tier import PrefixModel, replay_tier
 from server.simulation.simulate import no_progress
 from server.simulation.traces import Trace, TracePrompt, read
-from tiers.prefix_kv.options import ConnectorOptions
+from tiers.prefix_kv.options import DISK_TOKENS, ConnectorOptions
 from tiers.prefix_kv.store import PrefixStore, StoreConfig
 
 BLOCK_TOKENS, OWN_TOKENS = 128, 8
 _TOKEN_IDS = range(1000, 40_000)
-_ASK_S, _COUNTED_S = 300, 5
+_ASK_S = 300
 
 
 class Answered(NamedTuple):
@@ -45,6 +45,8 @@ class Answered(NamedTuple):
     at_s: float
     tokens: int
     cached: int
+    loaded: int
+    """Those of them that came from disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +84,6 @@ def main() -> int:
         )  # fmt: skip
         with running_vllm(Path(folder), _options(tier, options.engine_blocks)) as port:
             answers = [_ask(port, tokens_of(each, at)) for at, each in enumerate(prompts)]
-            # The tier writes its counters every two seconds.
-            time.sleep(_COUNTED_S)
         measured, block_bytes = _measured(tier, answers)
     timed = [each._replace(at_s=answer.at_s) for each, answer in zip(prompts, answers, strict=True)]
     predicted = predict(timed, tier, options.engine_blocks, block_bytes)
@@ -138,7 +138,6 @@ def _measured(tier: ConnectorOptions, answers: Sequence[Answered]) -> tuple[Reus
     """Return what the engine reused, and the size of a block."""
     store = PrefixStore(StoreConfig(Path(tier.folder), tier.max_bytes))
     try:
-        loaded = store.index.counters().get((MODEL, "loaded_tokens"), 0)
         block_bytes = max((block.size for block in store.index.blocks()), default=0)
     finally:
         store.close()
@@ -146,6 +145,7 @@ def _measured(tier: ConnectorOptions, answers: Sequence[Answered]) -> tuple[Reus
         raise ValueError("the engine has stored nothing; its log says why")
     whole = sum(answer.tokens for answer in answers)
     cached = sum(answer.cached for answer in answers)
+    loaded = sum(answer.loaded for answer in answers)
     return Reuse((cached - loaded) / whole, loaded / whole), block_bytes
 
 
@@ -163,9 +163,11 @@ def _ask(port: int, tokens: list[int]) -> Answered:
     status, answer = _send(port, "POST", "/v1/completions", json.dumps(body).encode())
     if status != HTTPStatus.OK:
         raise ValueError(f"expected an answer, not {status} {answer[:1000]!r}")
-    usage = json.loads(answer)["usage"]
+    told = json.loads(answer)
+    usage = told["usage"]
     details = usage.get("prompt_tokens_details") or {}
-    return Answered(at_s, usage["prompt_tokens"], details.get("cached_tokens") or 0)
+    loaded = (told.get("kv_transfer_params") or {}).get(DISK_TOKENS, 0)
+    return Answered(at_s, usage["prompt_tokens"], details.get("cached_tokens") or 0, loaded)
 
 
 def _send(port: int, method: str, path: str, body: bytes | None) -> tuple[int, bytes]:
