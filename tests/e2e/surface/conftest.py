@@ -6,6 +6,7 @@ from typing import TypeVar
 import pytest
 
 from tests.e2e.conftest import Server, serving_laptop
+from tests.waiting import HANGS_S
 
 T = TypeVar("T")
 
@@ -24,7 +25,8 @@ def kept(ask: Callable[[], T], status: Callable[[T], str]) -> T:
 def server(tmp_path_factory) -> Iterator[Server]:
     # Answers are compared to the last digit, which depends on what is computed together.
     args = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes", "max_num_seqs": 1}
-    with serving_laptop(tmp_path_factory.mktemp("surface"), args, keeps_prefixes=False) as made:
+    folder = tmp_path_factory.mktemp("surface")
+    with serving_laptop(folder, args, keeps_prefixes=False, wait_s=HANGS_S) as made:
         yield made
 
 

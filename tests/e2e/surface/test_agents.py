@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.e2e.conftest import MODEL, Server, serving
+from tests.waiting import HANGS_S
 
 from .agents import AGENTS, Call, claude_code_counts
 from .conftest import kept
@@ -43,8 +44,13 @@ def send(url: str, call: Call) -> Reply:
 @pytest.fixture(scope="module")
 def front(ready: Server, tmp_path_factory) -> Iterator[Server]:
     folder: Path = tmp_path_factory.mktemp("front")
+    model = {
+        "upstreams": [ready.url],
+        "vllm": {"tool_call_parser": "hermes"},
+        "wait_for_engine_s": HANGS_S,
+    }
     config = {
-        "models": {MODEL: {"upstreams": [ready.url], "vllm": {"tool_call_parser": "hermes"}}},
+        "models": {MODEL: model},
         "cache": {"nondeterministic": "always"},
     }
     (folder / "config.yaml").write_text(json.dumps(config))

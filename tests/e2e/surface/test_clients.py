@@ -232,7 +232,9 @@ def start_ai_sdk(url: str) -> subprocess.Popen[bytes]:
         folder.mkdir(parents=True, exist_ok=True)
         for file in (AI_SDK / "package.json", lock):
             shutil.copy(file, folder)
-        subprocess.run([npm, "ci", "--ignore-scripts", "--no-audit"], cwd=folder, check=True)
+        # A registry may fail for a while.
+        install = [npm, "ci", "--ignore-scripts", "--no-audit", "--fetch-retries=5"]
+        subprocess.run(install, cwd=folder, check=True)
         (folder / "installed").touch()
     asked = {
         "url": url,
