@@ -415,12 +415,13 @@ def test_another_format_is_set_aside(tmp_path: Path, caplog, monkeypatch) -> Non
     assert len(list(tmp_path.glob(f"{DATA}.aside-*"))) == 1
 
 
-async def test_what_is_not_lmdb_is_set_aside(tmp_path: Path) -> None:
+async def test_what_is_not_lmdb_is_set_aside(tmp_path: Path, may_verify) -> None:
     (tmp_path / DATA).write_bytes(b"not a database" * 1000)
     cache = DiskCache(tmp_path, MIB)
     assert await cache.get("a") is None
     assert not await cache.set("a", b"1")
     assert await cache.get("a") == b"1"
+    may_verify.set()
     await cache.opened()
     assert await cache.set("b", b"1")
     assert await cache.get("a") == b"1"
@@ -500,7 +501,7 @@ def grow_and_purge(connection: Connection, folder: Path) -> None:
         await disk.opened()
         for number in range(100):
             await disk.set(f"{number}", os.urandom(50_000))
-        connection.send(await Purges(disk, deadline_s=60).purge("key:purged"))
+        connection.send(await Purges(disk, deadline_s=HANGS_S).purge("key:purged"))
         await asyncio.Event().wait()
 
     asyncio.run(main())
@@ -523,7 +524,8 @@ async def test_a_file_that_another_process_grows_is_read_again_soon(tmp_path, mo
         await chain.close()
 
 
-async def test_closing_does_not_wait_for_the_verifier(tmp_path: Path) -> None:
+async def test_closing_does_not_wait_for_the_verifier(tmp_path: Path, monkeypatch) -> None:
+    stands_in("exec sleep 3600", tmp_path, monkeypatch)
     (tmp_path / DATA).write_bytes(b"not a database" * 1000)
     cache = DiskCache(tmp_path, MIB)
     waiting = asyncio.ensure_future(cache.delete("a"))
@@ -556,7 +558,7 @@ LABELS = ["model:m"]
 def chain_on(folder: Path, durability: Durability = Durability.COMMIT) -> Chain:
     disk = DiskCache(folder, MIB, durability=durability)
     tiers = [Tier("memory", MemoryCache(MIB)), Tier("disk", disk)]
-    sketch, purges = FrequencySketch(1024), Purges(disk, deadline_s=60)
+    sketch, purges = FrequencySketch(1024), Purges(disk, deadline_s=HANGS_S)
     return Chain(tiers, frequency=sketch, max_answer_bytes=1000, purges=purges)
 
 
