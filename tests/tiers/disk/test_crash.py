@@ -5,6 +5,8 @@ runs in a process of its own, forked from a server that has imported everything 
 """
 
 import asyncio
+import contextlib
+import json
 import logging
 import os
 import random
@@ -23,7 +25,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.tiers.child import Child, processes
+from tests.tiers.child import Child
 from tests.tiers.conftest import JSON
 from tests.waiting import HANGS_S
 from tiers import (
@@ -39,8 +41,8 @@ from tiers import (
 from tiers.disk import Durability
 from tiers.disk.file import DATA, DiskFile
 from tiers.disk.marks import MAX_DEATHS
-from tiers.disk.recovery import _END_SIGNALS
-from tiers.disk.verify import command, verify
+from tiers.disk.recovery import _END_SIGNALS, Recovery
+from tiers.disk.verify import VerifyReport, command, read_report, verify
 from tiers.lmdb_pages import PageVerifier
 
 MIB = 1024 * 1024
@@ -49,8 +51,6 @@ KILLS = 200 if LONG else 30
 FLIPS = 1000 if LONG else 60
 PAGE_BITS = 4096 * 8
 NOBODY = 65534
-
-processes.set_forkserver_preload(["tests.tiers.disk.test_crash"])
 
 
 def value_of(key: str) -> bytes:
@@ -325,8 +325,28 @@ def test_a_folder_of_somebody_else(tmp_path: Path) -> None:
     assert "the disk tier can't use the folder: Permission denied" in message
 
 
+def verify_in_fork(recovery: Recovery, *, repair: bool) -> VerifyReport:
+    """Verify as `Recovery.verify` does, in a process that needn't import everything first."""
+    read, write = os.pipe()
+    if not (child := os.fork()):
+        with contextlib.suppress(BaseException):
+            resource.setrlimit(resource.RLIMIT_CPU, (HANGS_S, HANGS_S))
+            try:
+                report = verify(recovery.folder, repair=repair)
+            except ValueError as exc:
+                report = VerifyReport(0, 0, str(exc))
+            os.write(write, json.dumps(report._asdict()).encode())
+        os._exit(0)
+    os.close(write)
+    with open(read, "rb") as ours:  # noqa: PTH123
+        output = ours.read()
+    _, status = os.waitpid(child, 0)
+    return read_report(output, os.waitstatus_to_exitcode(status))
+
+
 def serve_damaged(connection: Connection, whole: Path, folder: Path, trials: list[int]) -> None:
     """Flip a bit in a copy of the file, open it, read all and write; once for each trial."""
+    Recovery.verify = verify_in_fork
 
     async def serve(place: int) -> tuple[int, int, int]:
         shutil.rmtree(folder, ignore_errors=True)
@@ -364,7 +384,6 @@ def tree_pages(data: Path) -> list[int]:
         return [0, 1] + [page for page in live if pages.read_page(page)[10] in (1, 2)]
 
 
-# Each trial starts a verifier, which takes seconds where engines have the cores.
 @pytest.mark.timeout(3600 if LONG else 1800)
 async def test_flipped_bits(tmp_path: Path) -> None:
     cache = DiskCache(tmp_path / "whole", 8 * MIB)

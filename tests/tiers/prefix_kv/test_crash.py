@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiers.child import Child, processes
+from tests.tiers.child import Child
 from tests.tiers.prefix_kv.blocks import (
     chain_of,
     check_store,
@@ -37,8 +37,6 @@ VAST = FileLimits(64 * 1024**2, 2**20)
 TIGHT = FileLimits(1024**2, 60)
 MOST_READ = 8
 """Records that opening may read, however many there are."""
-
-processes.set_forkserver_preload(["tests.tiers.prefix_kv.test_crash"])
 
 
 def path_of(number: int) -> tuple[int, int, int]:

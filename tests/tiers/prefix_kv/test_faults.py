@@ -15,7 +15,7 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from tests.tiers.child import Child, processes
+from tests.tiers.child import Child
 from tests.tiers.prefix_kv.blocks import (
     LARGEST,
     ROOMY,
@@ -51,8 +51,6 @@ KEY = bytes(32)
 PATHS = [(number, *range(5)) for number in range(12)]
 BLOCKS = 6 * len(PATHS)
 SMALL = 3000
-
-processes.set_forkserver_preload(["tests.tiers.prefix_kv.test_faults"])
 
 
 @pytest.fixture

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiers.child import Child, processes
+from tests.tiers.child import Child
 from tiers.file_locks import set_lock
 from tiers.prefix_kv import folder as folder_module
 from tiers.prefix_kv.folder import MAX_DEATHS, Folder
-
-processes.set_forkserver_preload(["tests.tiers.prefix_kv.test_folder"])
 
 
 def join(path: Path) -> Folder:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiers.child import Child, processes
+from tests.tiers.child import Child
 from tests.tiers.prefix_kv.blocks import (
     LARGEST,
     ROOMY,
@@ -25,8 +25,6 @@ from tiers.purges.table import ALL
 
 VAST = FileLimits(64 * 1024**2, 2**20)
 """However much one process stores while another stands still, nothing is evicted."""
-
-processes.set_forkserver_preload(["tests.tiers.prefix_kv.test_maintenance"])
 
 
 @pytest.fixture(params=[None, bytes(32)], ids=["plain", "encrypted"])
