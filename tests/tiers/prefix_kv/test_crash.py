@@ -44,7 +44,6 @@ def path_of(number: int) -> tuple[int, int, int]:
 
 
 def store_for_ever(connection: Connection, folder: Path, limits: FileLimits, start: int) -> None:
-    # The other one may hold the lock while the disk stands still.
     folder_module.LOCK_WAIT_S = HANGS_S
     store = opened(folder, limits)
     for number in range(start, start + 10_000):
