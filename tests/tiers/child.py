@@ -27,6 +27,7 @@ class Child:
     def __exit__(self, *exc: object) -> None:
         self.process.kill()
         self.process.join()
+        self.connection.close()
 
     def receive(self) -> Iterator[object]:
         """Yield what the process sends until it ends."""

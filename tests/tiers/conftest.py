@@ -13,6 +13,7 @@ from aiocache.serializers import NullSerializer
 from tests.waiting import HANGS_S
 from tiers import DiskCache, MemoryCache
 from tiers.backend import ByteCache
+from tiers.disk import Durability
 from tiers.disk.recovery import Recovery
 from tiers.disk.verify import VerifyReport
 from tiers.policies import POLICIES
@@ -63,7 +64,7 @@ OWN = [*POLICIES, "disk"]
 
 def make_own(name: str, clock: Clock, folder: Path) -> ByteCache:
     if name == "disk":
-        return DiskCache(folder / "disk", 1024 * 1024, clock=clock)
+        return DiskCache(folder / "disk", 1024 * 1024, durability=Durability.OS, clock=clock)
     return MemoryCache(1024 * 1024, policy=name, clock=clock)
 
 

@@ -105,8 +105,7 @@ async def test_upkeep_needs_no_key(opened, tmp_path: Path) -> None:
     cache = await opened(compresses=True)
     await fill(cache, 600)
     assert (await verify_in_use(tmp_path)).damaged == 0
-    for n in range(300):
-        await cache.delete(f"{n}")
+    await asyncio.gather(*(cache.delete(f"{n}") for n in range(300)))
     await cache.close()
     assert compact(tmp_path).after < 4 * MIB
     assert (await asyncio.to_thread(verify, tmp_path, repair=True)) == (300, 0, None)

@@ -42,7 +42,7 @@ class Server(aiocache.SimpleMemoryCache):
     """One of several machines' ways to a server, which may be cut."""
 
     def __init__(self, held: dict) -> None:
-        super().__init__(serializer=NullSerializer(encoding=None))
+        super().__init__(serializer=NullSerializer(encoding=None), timeout=0)
         self._cache, self.is_cut = held, False
 
     async def _get(self, *args, **options):

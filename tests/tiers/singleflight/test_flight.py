@@ -226,7 +226,9 @@ async def test_a_flight_is_being_stored_until_its_producer_returns() -> None:
     assert flights.being_stored("other") is None
     # The one that lands first is another.
     went[first.flight].set()
-    await asyncio.sleep(0.01)
+    assert first.flight.task is not None
+    await first.flight.task
+    await asyncio.sleep(0)
     assert flights.being_stored("k") is last
     purged.append("k")
     assert flights.being_stored("k") is None
