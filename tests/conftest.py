@@ -32,6 +32,9 @@ class _ByFile(LoadFileScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
+        if file.startswith("tests/tiers/prefix_kv/engine/"):
+            # Most import vLLM, so one process does it for all.
+            return "connector"
         return "engines" if file.startswith("tests/e2e/") else file
 
 

@@ -2,21 +2,33 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 from aiocache.base import BaseCache
 from aiocache.serializers import NullSerializer
 
+from tests.waiting import HANGS_S
 from tiers import DiskCache, MemoryCache
 from tiers.backend import ByteCache
+from tiers.disk import Durability
+from tiers.disk.recovery import Recovery
+from tiers.disk.verify import VerifyReport
 from tiers.policies import POLICIES
 from tiers.shared.memcached import MemcachedBytes
 from tiers.shared.redis import RedisBytes
 
 JSON, SSE = 0, 1
 """Two encodings; tiers don't know what they mean."""
+
+
+@pytest.fixture(autouse=True)
+def _machine_may_stand_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raise the bounds that can't be configured, since no test here is about them."""
+    monkeypatch.setattr("tiers.tier._WRITE_S", HANGS_S)
+    monkeypatch.setattr("tiers.shared.redis._CONNECT_S", HANGS_S)
 
 
 class Clock:
@@ -32,12 +44,27 @@ def clock() -> Clock:
     return Clock()
 
 
+@pytest.fixture
+def may_verify(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Until it is set, no file is verified, and so none is opened that has to be."""
+    goes_on, verify = threading.Event(), Recovery.verify
+
+    def wait(self: Recovery, *, repair: bool) -> VerifyReport:
+        while not (goes_on.wait(0.01) or self._cancelled.is_set()):
+            pass
+        return verify(self, repair=repair)
+
+    monkeypatch.setattr(Recovery, "verify", wait)
+    yield goes_on
+    goes_on.set()
+
+
 OWN = [*POLICIES, "disk"]
 
 
 def make_own(name: str, clock: Clock, folder: Path) -> ByteCache:
     if name == "disk":
-        return DiskCache(folder / "disk", 1024 * 1024, clock=clock)
+        return DiskCache(folder / "disk", 1024 * 1024, durability=Durability.OS, clock=clock)
     return MemoryCache(1024 * 1024, policy=name, clock=clock)
 
 

@@ -6,6 +6,7 @@ from math import inf
 import pytest
 
 from tests.tiers.conftest import JSON, SSE
+from tests.waiting import HANGS_S
 from tiers import Answer, Chain, Entry, Flight, FrequencySketch, Freshness, Hit, MemoryCache, State
 from tiers.acceptance import ANY, Acceptance
 from tiers.answer_cache import AnswerCache, Decision, Pending, decide, not_before, reason_of
@@ -127,7 +128,7 @@ async def test_generates_once_and_serves_from_then_on() -> None:
     house, generation = House(), Generation()
     assert await house.ask(generation, ONLY_IF_CACHED) == "refused"
     assert await house.ask(generation) == "miss new"
-    await house.flights.drain(60)
+    await house.flights.drain(HANGS_S)
     assert await house.ask(generation) == await house.ask(generation, ONLY_IF_CACHED) == "FRESH new"
     assert await house.ask(generation, NO_CACHE) == "request new"
     assert generation.times == 2
@@ -147,7 +148,7 @@ async def test_what_is_not_to_be_kept_is_generated_again() -> None:
     house, generation = House(), Generation(freshness=None)
     for _ in range(2):
         assert await house.ask(generation) == "miss new"
-        await house.flights.drain(60)
+        await house.flights.drain(HANGS_S)
     assert not house.flights.being_stored("k")
     assert generation.times == 2
 
@@ -160,7 +161,7 @@ async def test_a_stale_answer_is_served_and_refreshed_once() -> None:
     served = [await house.ask(generation) for _ in range(3)]
     assert served == ["STALE_WHILE_REVALIDATE old"] * 3
     generation.go.set()
-    await house.flights.drain(60)
+    await house.flights.drain(HANGS_S)
     assert await house.ask(generation) == "FRESH new"
     assert generation.times == generation.refreshes == 1
 
@@ -171,7 +172,7 @@ async def test_nothing_is_refreshed_that_cannot_be_generated() -> None:
     await house.chain.store("k", OLD, Freshness(10, stale_while_revalidate_s=100))
     house.now += 20
     assert await house.ask(generation) == "STALE_WHILE_REVALIDATE old"
-    await house.flights.drain(60)
+    await house.flights.drain(HANGS_S)
     assert generation.times == 0
 
 
@@ -193,7 +194,7 @@ async def test_a_stale_answer_may_stand_in_until_it_is_purged() -> None:
     limited = await house.answers.get_or_generate("k", lambda: generation, YOUNG)
     assert isinstance(limited, Pending)
     assert limited.stale is None
-    await house.flights.drain(60)
+    await house.flights.drain(HANGS_S)
 
 
 async def test_nobody_gets_an_older_answer_than_others_have_got() -> None:
@@ -210,7 +211,7 @@ async def test_nobody_gets_an_older_answer_than_others_have_got() -> None:
     # The tier still holds the old answer.
     assert await house.ask(generation) == "collapsed new"
     stored.set()
-    await house.flights.drain(60)
+    await house.flights.drain(HANGS_S)
     assert await house.ask(generation) == "FRESH new"
     assert generation.times == 1
 

@@ -119,7 +119,7 @@ async def test_an_event_loop_that_is_late_is_no_outage(clock) -> None:
 
 async def test_many_calls_take_turns(clock) -> None:
     far = Remote(clock, delay=lambda: 2)
-    tier = Tier("far", far, deadline_s=10, clock=clock)
+    tier = Tier("far", far, deadline_s=HANGS_S, clock=clock)
     await tier.put("k", entry(b"1", clock.now), 60)
     assert all(await asyncio.gather(*(tier.get("k", PURGES) for _ in range(100))))
     assert far.most_at_once == 8
@@ -290,7 +290,9 @@ async def test_what_a_server_elsewhere_has_damaged_is_a_miss(clock, value: bytes
     assert await chain.lookup("k") is not None
 
 
-async def test_what_waits_for_a_file_to_be_opened_hides_nothing(clock, tmp_path) -> None:
+async def test_what_waits_for_a_file_to_be_opened_hides_nothing(
+    clock, tmp_path, may_verify
+) -> None:
     before = DiskCache(tmp_path, 1 << 20, clock=clock)
     tier = Tier("disk", before, clock=clock)
     for key in "ab":
@@ -307,6 +309,7 @@ async def test_what_waits_for_a_file_to_be_opened_hides_nothing(clock, tmp_path)
     assert not disk.is_open
     assert tier._failed_writes.is_empty
     assert await content_of(tier, "b") == b"2"
+    may_verify.set()
     await disk.opened()
     assert [await content_of(tier, key) for key in "abf"] == [b"1", b"2", b"2"]
     await tier.close()

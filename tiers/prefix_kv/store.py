@@ -132,7 +132,10 @@ class PrefixStore:
         if why is None and is_ours:
             try:
                 return self._open()
-            except (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError) as exc:
+            except (
+                ForeignIndexError, lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError,
+            ) as exc:  # fmt: skip
+                # Of an index that we have made, what names it may be damaged.
                 why, is_ours = str(exc), folder.is_ours
             except OtherVersionError as exc:
                 why = str(exc)

@@ -5,6 +5,8 @@ runs in a process of its own, forked from a server that has imported everything 
 """
 
 import asyncio
+import contextlib
+import json
 import logging
 import os
 import random
@@ -23,7 +25,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.tiers.child import Child, processes
+from tests.tiers.child import Child
 from tests.tiers.conftest import JSON
 from tests.waiting import HANGS_S
 from tiers import (
@@ -39,8 +41,8 @@ from tiers import (
 from tiers.disk import Durability
 from tiers.disk.file import DATA, DiskFile
 from tiers.disk.marks import MAX_DEATHS
-from tiers.disk.recovery import _END_SIGNALS
-from tiers.disk.verify import command, verify
+from tiers.disk.recovery import _END_SIGNALS, Recovery
+from tiers.disk.verify import VerifyReport, command, read_report, verify
 from tiers.lmdb_pages import PageVerifier
 
 MIB = 1024 * 1024
@@ -49,8 +51,6 @@ KILLS = 200 if LONG else 30
 FLIPS = 1000 if LONG else 60
 PAGE_BITS = 4096 * 8
 NOBODY = 65534
-
-processes.set_forkserver_preload(["tests.tiers.disk.test_crash"])
 
 
 def value_of(key: str) -> bytes:
@@ -325,8 +325,28 @@ def test_a_folder_of_somebody_else(tmp_path: Path) -> None:
     assert "the disk tier can't use the folder: Permission denied" in message
 
 
+def verify_in_fork(recovery: Recovery, *, repair: bool) -> VerifyReport:
+    """Verify as `Recovery.verify` does, in a process that needn't import everything first."""
+    read, write = os.pipe()
+    if not (child := os.fork()):
+        with contextlib.suppress(BaseException):
+            resource.setrlimit(resource.RLIMIT_CPU, (HANGS_S, HANGS_S))
+            try:
+                report = verify(recovery.folder, repair=repair)
+            except ValueError as exc:
+                report = VerifyReport(0, 0, str(exc))
+            os.write(write, json.dumps(report._asdict()).encode())
+        os._exit(0)
+    os.close(write)
+    with open(read, "rb") as ours:  # noqa: PTH123
+        output = ours.read()
+    _, status = os.waitpid(child, 0)
+    return read_report(output, os.waitstatus_to_exitcode(status))
+
+
 def serve_damaged(connection: Connection, whole: Path, folder: Path, trials: list[int]) -> None:
     """Flip a bit in a copy of the file, open it, read all and write; once for each trial."""
+    Recovery.verify = verify_in_fork
 
     async def serve(place: int) -> tuple[int, int, int]:
         shutil.rmtree(folder, ignore_errors=True)
@@ -364,7 +384,6 @@ def tree_pages(data: Path) -> list[int]:
         return [0, 1] + [page for page in live if pages.read_page(page)[10] in (1, 2)]
 
 
-# Each trial starts a verifier, which takes seconds where engines have the cores.
 @pytest.mark.timeout(3600 if LONG else 1800)
 async def test_flipped_bits(tmp_path: Path) -> None:
     cache = DiskCache(tmp_path / "whole", 8 * MIB)
@@ -415,12 +434,13 @@ def test_another_format_is_set_aside(tmp_path: Path, caplog, monkeypatch) -> Non
     assert len(list(tmp_path.glob(f"{DATA}.aside-*"))) == 1
 
 
-async def test_what_is_not_lmdb_is_set_aside(tmp_path: Path) -> None:
+async def test_what_is_not_lmdb_is_set_aside(tmp_path: Path, may_verify) -> None:
     (tmp_path / DATA).write_bytes(b"not a database" * 1000)
     cache = DiskCache(tmp_path, MIB)
     assert await cache.get("a") is None
     assert not await cache.set("a", b"1")
     assert await cache.get("a") == b"1"
+    may_verify.set()
     await cache.opened()
     assert await cache.set("b", b"1")
     assert await cache.get("a") == b"1"
@@ -500,7 +520,7 @@ def grow_and_purge(connection: Connection, folder: Path) -> None:
         await disk.opened()
         for number in range(100):
             await disk.set(f"{number}", os.urandom(50_000))
-        connection.send(await Purges(disk, deadline_s=60).purge("key:purged"))
+        connection.send(await Purges(disk, deadline_s=HANGS_S).purge("key:purged"))
         await asyncio.Event().wait()
 
     asyncio.run(main())
@@ -523,7 +543,8 @@ async def test_a_file_that_another_process_grows_is_read_again_soon(tmp_path, mo
         await chain.close()
 
 
-async def test_closing_does_not_wait_for_the_verifier(tmp_path: Path) -> None:
+async def test_closing_does_not_wait_for_the_verifier(tmp_path: Path, monkeypatch) -> None:
+    stands_in("exec sleep 3600", tmp_path, monkeypatch)
     (tmp_path / DATA).write_bytes(b"not a database" * 1000)
     cache = DiskCache(tmp_path, MIB)
     waiting = asyncio.ensure_future(cache.delete("a"))
@@ -556,7 +577,7 @@ LABELS = ["model:m"]
 def chain_on(folder: Path, durability: Durability = Durability.COMMIT) -> Chain:
     disk = DiskCache(folder, MIB, durability=durability)
     tiers = [Tier("memory", MemoryCache(MIB)), Tier("disk", disk)]
-    sketch, purges = FrequencySketch(1024), Purges(disk, deadline_s=60)
+    sketch, purges = FrequencySketch(1024), Purges(disk, deadline_s=HANGS_S)
     return Chain(tiers, frequency=sketch, max_answer_bytes=1000, purges=purges)
 
 

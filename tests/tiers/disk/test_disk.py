@@ -77,7 +77,8 @@ async def test_interval_answers_before_the_commit_and_commits_once(opened, monke
     commits, write = [], DiskFile.write
 
     def counted(self, changes, read):
-        commits.append(len(changes))
+        # An idle writer commits nothing now and then.
+        commits.extend([len(changes)] if changes else [])
         return write(self, changes, read)
 
     monkeypatch.setattr(DiskFile, "write", counted)
@@ -97,7 +98,7 @@ async def test_those_who_store_at_the_same_time_share_a_commit(opened, monkeypat
 
     def counted(self, changes, read):
         queued.wait(HANGS_S)
-        commits.append(len(changes))
+        commits.extend([len(changes)] if changes else [])
         return write(self, changes, read)
 
     monkeypatch.setattr(DiskFile, "write", counted)

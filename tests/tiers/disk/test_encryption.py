@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.waiting import HANGS_S
 from tiers import DiskCache, Purges
 from tiers.disk import EncryptionKeyError, compact, verify_in_use
 from tiers.disk.file import DATA, DiskFile
@@ -104,8 +105,7 @@ async def test_upkeep_needs_no_key(opened, tmp_path: Path) -> None:
     cache = await opened(compresses=True)
     await fill(cache, 600)
     assert (await verify_in_use(tmp_path)).damaged == 0
-    for n in range(300):
-        await cache.delete(f"{n}")
+    await asyncio.gather(*(cache.delete(f"{n}") for n in range(300)))
     await cache.close()
     assert compact(tmp_path).after < 4 * MIB
     assert (await asyncio.to_thread(verify, tmp_path, repair=True)) == (300, 0, None)
@@ -136,7 +136,7 @@ async def test_what_was_changed_without_the_key_is_a_miss(opened, tmp_path: Path
 
 async def test_purges_are_known_after_a_restart_and_name_nothing(opened, tmp_path) -> None:
     cache = await opened()
-    purges = Purges(cache, deadline_s=60)
+    purges = Purges(cache, deadline_s=HANGS_S)
     origin = purges.provenance(["tag:top-secret-tag"])
     await purges.purge("tag:top-secret-tag")
     await cache.close()
@@ -155,7 +155,7 @@ async def test_an_unchanged_table_of_purges_is_opened_once(opened, monkeypatch) 
         return decrypt(cipher, name, data)
 
     cache, now = await opened(), 0.0
-    here, elsewhere = (Purges(cache, monotonic=lambda: now, deadline_s=60) for _ in range(2))
+    here, elsewhere = (Purges(cache, monotonic=lambda: now, deadline_s=HANGS_S) for _ in range(2))
     origin = here.provenance(["tag:a"])
     await elsewhere.purge("tag:a")
     monkeypatch.setattr(Cipher, "decrypt", counted)

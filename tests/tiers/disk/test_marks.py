@@ -48,7 +48,7 @@ def boot_id(tmp_path: Path, monkeypatch) -> Path:
 @pytest.mark.parametrize("is_other_boot", [False, True], ids=["kill", "system crash"])
 @pytest.mark.parametrize("durability", Durability)
 async def test_only_unsynced_commits_of_another_boot_are_verified(
-    tmp_path: Path, boot_id: Path, caplog, durability: Durability, is_other_boot: bool
+    tmp_path: Path, boot_id: Path, caplog, may_verify, durability: Durability, is_other_boot: bool
 ) -> None:
     folder = tmp_path / "disk"
     kill(folder, durability)
@@ -58,6 +58,7 @@ async def test_only_unsynced_commits_of_another_boot_are_verified(
     is_verified = is_other_boot and durability is Durability.OS
     cache = DiskCache(folder, MIB)
     assert cache.is_open is not is_verified
+    may_verify.set()
     await cache.opened()
     assert cache.read("a") == b"1" * 9000
     await cache.close()
@@ -66,13 +67,14 @@ async def test_only_unsynced_commits_of_another_boot_are_verified(
     assert not (folder / IN_USE).exists()
 
 
-async def test_what_kills_again_and_again_is_verified(tmp_path: Path, caplog) -> None:
+async def test_what_kills_again_and_again_is_verified(tmp_path: Path, caplog, may_verify) -> None:
     """A damaged file may be what kills, and must not do so for ever."""
     folder = tmp_path / "disk"
     for _ in range(MAX_DEATHS):
         kill(folder)
     cache = DiskCache(folder, MIB)
     assert not cache.is_open
+    may_verify.set()
     await cache.opened()
     assert cache.read("a") == b"1" * 9000
     assert "may be damaged; verifying" in caplog.text
@@ -101,21 +103,23 @@ async def test_who_syncs_does_not_hide_who_does_not(tmp_path: Path, boot_id: Pat
     assert not Marks(tmp_path / "disk").is_trusted()
 
 
-async def test_a_copy_is_verified(tmp_path: Path) -> None:
+async def test_a_copy_is_verified(tmp_path: Path, may_verify) -> None:
     kill(tmp_path / "disk")
     shutil.copytree(tmp_path / "disk", tmp_path / "copy")
     cache = DiskCache(tmp_path / "copy", MIB)
     assert not cache.is_open
+    may_verify.set()
     await cache.opened()
     assert cache.read("a") == b"1" * 9000
     await cache.close()
 
 
-async def test_a_truncated_file_is_quarantined(tmp_path: Path, caplog) -> None:
+async def test_a_truncated_file_is_quarantined(tmp_path: Path, caplog, may_verify) -> None:
     kill(tmp_path)
     os.truncate(tmp_path / DATA, (tmp_path / DATA).stat().st_size - 4096)
     cache = DiskCache(tmp_path, MIB)
     assert not cache.is_open
+    may_verify.set()
     await cache.opened()
     assert cache.read("a") is None
     assert "the file is quarantined as" in caplog.text
@@ -127,7 +131,7 @@ async def test_a_truncated_file_is_quarantined(tmp_path: Path, caplog) -> None:
 
 @pytest.mark.parametrize("is_killed", [False, True])
 async def test_what_looked_damaged_is_verified_also_after_a_kill(
-    tmp_path: Path, is_killed: bool
+    tmp_path: Path, may_verify, is_killed: bool
 ) -> None:
     cache = DiskCache(tmp_path, MIB)
     await cache.set("a", b"1")
@@ -138,6 +142,7 @@ async def test_what_looked_damaged_is_verified_also_after_a_kill(
     await cache.close()
     again = DiskCache(tmp_path, MIB)
     assert not again.is_open
+    may_verify.set()
     await again.opened()
     assert again.read("a") == b"1"
     await again.close()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiers.conftest import JSON, Remote
+from tests.waiting import HANGS_S
 from tiers import (
     Answer,
     BackgroundWork,
@@ -40,7 +41,7 @@ class House:
         )
         disk = Tier("disk", self.disk)
         transfers = Transfers()
-        purges = Purges(self.disk, clock=clock, deadline_s=60)
+        purges = Purges(self.disk, clock=clock, deadline_s=HANGS_S)
         demotion = Demotion(
             [disk], self.frequency, transfers, purges, max_bytes=10_000, clock=clock
         )
@@ -112,7 +113,9 @@ async def test_on_evict_writes_to_disk_what_memory_evicts(tmp_path: Path, clock)
 
 
 @pytest.mark.parametrize("write", WritePolicy)
-async def test_ends_while_the_file_is_still_being_verified(tmp_path: Path, clock, write) -> None:
+async def test_ends_while_the_file_is_still_being_verified(
+    tmp_path: Path, clock, may_verify, write
+) -> None:
     house = House(tmp_path, clock)
     await house.close()
     (tmp_path / CLEAN).unlink()

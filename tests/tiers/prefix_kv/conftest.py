@@ -1,4 +1,4 @@
-"""A folder for tests that commit hundreds of times."""
+"""Patience with locks, and a folder for tests that commit hundreds of times."""
 
 import tempfile
 from collections.abc import Iterator
@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import HANGS_S
+from tiers.prefix_kv import folder as folder_module
+
 MEMORY = Path("/dev/shm")
+
+
+@pytest.fixture(autouse=True)
+def _locks_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for who holds a lock while the disk or the machine stands still."""
+    monkeypatch.setattr(folder_module, "LOCK_WAIT_S", HANGS_S)
 
 
 @pytest.fixture

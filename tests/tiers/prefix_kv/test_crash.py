@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiers.child import Child, processes
+from tests.tiers.child import Child
 from tests.tiers.prefix_kv.blocks import (
     chain_of,
     check_store,
@@ -38,15 +38,12 @@ TIGHT = FileLimits(1024**2, 60)
 MOST_READ = 8
 """Records that opening may read, however many there are."""
 
-processes.set_forkserver_preload(["tests.tiers.prefix_kv.test_crash"])
-
 
 def path_of(number: int) -> tuple[int, int, int]:
     return number // 4, number // 2, number
 
 
 def store_for_ever(connection: Connection, folder: Path, limits: FileLimits, start: int) -> None:
-    # The other one may hold the lock while the disk stands still.
     folder_module.LOCK_WAIT_S = HANGS_S
     store = opened(folder, limits)
     for number in range(start, start + 10_000):

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiers.child import Child, processes
+from tests.tiers.child import Child
+from tests.waiting import HANGS_S
 from tiers.file_locks import set_lock
 from tiers.prefix_kv import folder as folder_module
 from tiers.prefix_kv.folder import MAX_DEATHS, Folder
-
-processes.set_forkserver_preload(["tests.tiers.prefix_kv.test_folder"])
 
 
 def join(path: Path) -> Folder:
@@ -134,6 +133,7 @@ def test_one_writes_at_a_time_and_may_nest(tmp_path, monkeypatch) -> None:
 
 
 def write_for_ever(connection: Connection, path: Path) -> None:
+    folder_module.LOCK_WAIT_S = HANGS_S
     folder = join(path)
     connection.send("open")
     while True:

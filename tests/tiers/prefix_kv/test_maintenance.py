@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiers.child import Child, processes
+from tests.tiers.child import Child
 from tests.tiers.prefix_kv.blocks import (
     LARGEST,
     ROOMY,
@@ -17,6 +17,8 @@ from tests.tiers.prefix_kv.blocks import (
     read,
     store_chain,
 )
+from tests.waiting import HANGS_S
+from tiers.prefix_kv import folder as folder_module
 from tiers.prefix_kv.data_file import DATA, PAGE_BYTES, DamagedBlockError
 from tiers.prefix_kv.index.index_file import FileLimits
 from tiers.prefix_kv.maintenance import compact, verify
@@ -25,8 +27,6 @@ from tiers.purges.table import ALL
 
 VAST = FileLimits(64 * 1024**2, 2**20)
 """However much one process stores while another stands still, nothing is evicted."""
-
-processes.set_forkserver_preload(["tests.tiers.prefix_kv.test_maintenance"])
 
 
 @pytest.fixture(params=[None, bytes(32)], ids=["plain", "encrypted"])
@@ -119,6 +119,7 @@ def test_a_move_that_fails_leaves_all_as_it_was(store, monkeypatch) -> None:
 
 
 def store_and_remove(connection: Connection, folder: Path) -> None:
+    folder_module.LOCK_WAIT_S = HANGS_S
     store = opened(folder, VAST)
     connection.send("open")
     for number in count():

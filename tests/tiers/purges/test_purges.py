@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tiers.conftest import JSON
+from tests.waiting import HANGS_S
 from tiers import (
     Answer,
     Chain,
@@ -102,7 +103,7 @@ def chain_of(disk: DiskCache, clock, **options) -> Chain:
         tiers,
         frequency=FrequencySketch(1024),
         max_answer_bytes=1000,
-        purges=Purges(disk, clock=clock, **{"deadline_s": 60} | options),
+        purges=Purges(disk, clock=clock, **{"deadline_s": HANGS_S} | options),
         clock=clock,
     )
 
@@ -273,7 +274,7 @@ async def test_requests_that_are_alike_join_before_the_file_is_open(clock, tmp_p
         known = purges.provenance(["tag:a"])
         assert flights.join("k", JSON, produce, known)[1] is joins
     go.set()
-    await flights.drain(60)
+    await flights.drain(HANGS_S)
     await disk.close()
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.waiting import HANGS_S
 from tiers.resilience.bulkhead import Bulkhead, BusyError
 
 
@@ -20,7 +21,7 @@ async def test_a_call_that_misses_its_deadline_goes_on_and_keeps_its_place() -> 
         ended.append(1)
         return 1
 
-    calls = Bulkhead(2, 60, limit_s=60)
+    calls = Bulkhead(2, HANGS_S, limit_s=HANGS_S)
     for _ in range(2):
         with pytest.raises(TimeoutError):
             await calls.run(call, deadline_s=0.01)
@@ -38,7 +39,7 @@ async def test_a_call_that_misses_its_deadline_goes_on_and_keeps_its_place() -> 
 
 
 async def test_a_call_ends_at_its_limit_and_frees_its_place() -> None:
-    calls = Bulkhead(1, 60, limit_s=0.01)
+    calls = Bulkhead(1, HANGS_S, limit_s=0.01)
     for _ in range(2):
         with pytest.raises(TimeoutError):
             await calls.run(asyncio.Event().wait)
@@ -58,7 +59,7 @@ async def test_an_event_loop_that_is_late_in_every_turn_reads_the_reply() -> Non
         theirs.send(b"!")
         return await reader.readexactly(1)
 
-    hogging, calls = asyncio.create_task(hog()), Bulkhead(1, 0.001, limit_s=60)
+    hogging, calls = asyncio.create_task(hog()), Bulkhead(1, 0.001, limit_s=HANGS_S)
     for _ in range(20):
         assert await calls.run(call) == b"!"
     hogging.cancel()
@@ -69,7 +70,7 @@ async def test_an_event_loop_that_is_late_in_every_turn_reads_the_reply() -> Non
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12))
 async def test_cancelled_callers_leak_no_place(steps: list[tuple[int, int]]) -> None:
     """Each call takes so many turns of the loop, and its caller is cancelled after so many."""
-    calls = Bulkhead(2, 60, limit_s=60)
+    calls = Bulkhead(2, HANGS_S, limit_s=HANGS_S)
 
     async def call(turns: int) -> None:
         for _ in range(turns):

@@ -39,7 +39,7 @@ async def leases(connect) -> AsyncIterator[Callable[..., SharedLeases]]:
 
         def make(**options) -> SharedLeases:
             # No deadline passes and no lease expires, unless that is what a test is about.
-            made = SharedLeases(connect(), **{"deadline_s": 60, "ttl_s": 3600} | options)
+            made = SharedLeases(connect(), **{"deadline_s": HANGS_S, "ttl_s": 3600} | options)
             stack.push_async_callback(made.close)
             return made
 

@@ -53,7 +53,8 @@ async def connect(request, tmp_path: Path) -> AsyncIterator[Callable[[], BaseCac
 
 def shared_of(purges: Purges, backend: BaseCache, **options) -> SharedPurges:
     """Return what waits for a slow server, and answers a purge before others have polled."""
-    return SharedPurges(purges, backend, **{"every_s": -120, "deadline_s": 60} | options)
+    given = {"every_s": -2 * HANGS_S, "deadline_s": HANGS_S} | options
+    return SharedPurges(purges, backend, **given)
 
 
 class Machine:
@@ -153,7 +154,7 @@ async def test_says_that_the_server_was_not_told_and_tells_it_later(kind, caplog
     assert one.purges.is_purged("k", entry)
     assert one.shared.errors == 2
     # So soon only what never answers is to be given up.
-    server.is_gone, one.shared._deadline_s = False, 60
+    server.is_gone, one.shared._deadline_s = False, HANGS_S
     assert await one.shared.sync()
     assert await two.shared.sync()
     assert two.purges.is_purged("k", entry)
@@ -167,7 +168,7 @@ async def test_a_disk_that_is_not_open_holds_up_no_look(tmp_path, caplog) -> Non
     with (tmp_path / "disk" / LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         disk = DiskCache(tmp_path / "disk", 1 << 20)
-        purges = Purges(disk, clock=lambda: 1.0, deadline_s=60)
+        purges = Purges(disk, clock=lambda: 1.0, deadline_s=HANGS_S)
         # Nothing ends but by itself.
         shared = SharedPurges(purges, server, every_s=0, deadline_s=3600)
         entry = purges.provenance(["tag:a", "tag:b"])
@@ -192,7 +193,7 @@ async def test_nothing_shared_is_given_out_before_the_purges_are_known(clock, co
     value = Entry(Answer(JSON, b"1"), clock.now, clock.now + 60).encode()
     await one.shared.sync()
     for key in ("k", "purged"):
-        await tier.put(key, value, 60)
+        await tier.put(key, value, 3600)
         assert await tier.get(key, one.purges) is not None
     restarted = Machine(backend, clock)
     assert [await tier.get(key, restarted.purges) for key in ("k", "purged")] == [None, None]
@@ -206,7 +207,7 @@ async def test_a_process_that_stood_still_looks_before_it_gives_anything_out(
 ) -> None:
     now_s, backend = 0.0, connect()
     one = Machine(connect(), clock)
-    two = Machine(backend, clock, every_s=0.2, deadline_s=60, clock=lambda: now_s)
+    two = Machine(backend, clock, every_s=0.2, deadline_s=HANGS_S, clock=lambda: now_s)
     chain = Chain(
         [Tier("memory", MemoryCache(10_000, clock=clock), clock=clock)],
         frequency=FrequencySketch(64),
@@ -218,10 +219,10 @@ async def test_a_process_that_stood_still_looks_before_it_gives_anything_out(
     assert await two.shared.sync()
     assert await chain.store("k", Answer(JSON, b"1"), Freshness(60))
     await one.shared.purge("all")
-    now_s = 120.2
+    now_s = known_s = 0.2 + 2 * HANGS_S
     assert await chain.lookup("k") is not None
     # Only now those who purged take it for done.
-    now_s = 120.3
+    now_s = known_s + 0.1
     get, looks = backend.get, []
 
     async def counted(*args, **options):
@@ -241,7 +242,7 @@ async def test_takes_and_stores_nothing_there_while_purges_cannot_be_read(clock)
     server = Gone(serializer=NullSerializer(encoding=None))
     server.is_gone = False
     purges = Purges(clock=clock)
-    shared = SharedPurges(purges, server, every_s=0, deadline_s=60)
+    shared = SharedPurges(purges, server, every_s=0, deadline_s=HANGS_S)
     near = Tier("memory", MemoryCache(10_000, clock=clock), clock=clock)
     far = Tier("shared", server, shared=True, clock=clock)
     chain = Chain(
@@ -337,7 +338,7 @@ async def test_a_purge_without_the_server_may_come_while_others_are_written_to_t
     await Purges(disk, clock=lambda: 1e9).purge("tag:c")
     two = Purges(Slow(), clock=lambda: 1e9)
     two.current()
-    shared = SharedPurges(two, server, every_s=0, deadline_s=60)
+    shared = SharedPurges(two, server, every_s=0, deadline_s=HANGS_S)
     syncing = asyncio.create_task(shared.sync())
     while len(two.table) < 2:  # noqa: ASYNC110
         await asyncio.sleep(0)
@@ -393,7 +394,7 @@ async def test_what_was_purged_while_it_was_being_stored_reaches_no_other_machin
 async def test_without_the_server_gives_out_what_it_has_or_nothing(clock, withholds) -> None:
     server = Gone(serializer=NullSerializer(encoding=None))
     purges = Purges(clock=clock)
-    shared = SharedPurges(purges, server, every_s=0, deadline_s=60, withholds=withholds)
+    shared = SharedPurges(purges, server, every_s=0, deadline_s=HANGS_S, withholds=withholds)
     provenance = purges.provenance()
     for server.is_gone in (False, True, False):
         assert await shared.sync() is not server.is_gone
@@ -410,7 +411,7 @@ async def test_a_process_that_stood_still_in_a_poll_tries_again_at_once(clock) -
             nonlocal now_s
             if self.stops:
                 # As by SIGSTOP: when it goes on, the deadline is over before the reply is read.
-                self.stops, now_s = False, now_s + 63
+                self.stops, now_s = False, now_s + HANGS_S + 3
                 raise TimeoutError
             return await super()._get(key, encoding, _conn)
 

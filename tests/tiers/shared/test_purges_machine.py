@@ -16,6 +16,7 @@ from aiocache.serializers import NullSerializer
 
 from tests.tiers.conftest import JSON
 from tests.tiers.shared.conftest import Disk
+from tests.waiting import HANGS_S
 from tiers import (
     Answer,
     Chain,
@@ -41,7 +42,7 @@ class Server(aiocache.SimpleMemoryCache):
     """One of several machines' ways to a server, which may be cut."""
 
     def __init__(self, held: dict) -> None:
-        super().__init__(serializer=NullSerializer(encoding=None))
+        super().__init__(serializer=NullSerializer(encoding=None), timeout=0)
         self._cache, self.is_cut = held, False
 
     async def _get(self, *args, **options):
@@ -110,7 +111,7 @@ class Machines:
             monotonic=self.monotonic,
         )
         # A purge is answered once the others have polled, which they do here in no time.
-        shared = SharedPurges(purges, server, every_s=-120, deadline_s=60)
+        shared = SharedPurges(purges, server, every_s=-2 * HANGS_S, deadline_s=HANGS_S)
         self.purges[machine], self.shared[machine] = purges, shared
         self.chains[machine] = Chain(
             [Tier("shared", server, shared=True, clock=lambda: self.now_s)],

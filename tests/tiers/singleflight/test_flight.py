@@ -74,7 +74,7 @@ async def test_ends_when_the_last_listener_leaves() -> None:
         assert await anext(second) == b"first"
         assert not cancelled.is_set()
     await asyncio.wait_for(cancelled.wait(), HANGS_S)
-    await flights.drain(60)
+    await flights.drain(HANGS_S)
     assert len(flights) == 0
 
 
@@ -114,7 +114,7 @@ async def test_who_wants_a_newer_answer_joins_none_that_is_only_stored() -> None
         assert joined
         assert [await read(newer), await read(other)] == [[b"2"], [b"2"]]
         stored.set()
-        await flights.drain(60)
+        await flights.drain(HANGS_S)
 
 
 async def test_an_error_reaches_every_listener() -> None:
@@ -226,12 +226,14 @@ async def test_a_flight_is_being_stored_until_its_producer_returns() -> None:
     assert flights.being_stored("other") is None
     # The one that lands first is another.
     went[first.flight].set()
-    await asyncio.sleep(0.01)
+    assert first.flight.task is not None
+    await first.flight.task
+    await asyncio.sleep(0)
     assert flights.being_stored("k") is last
     purged.append("k")
     assert flights.being_stored("k") is None
     purged.clear()
     went[second.flight].set()
-    await flights.drain(60)
+    await flights.drain(HANGS_S)
     assert flights.being_stored("k") is None
     assert not flights._being_stored

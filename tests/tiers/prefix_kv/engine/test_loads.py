@@ -104,7 +104,7 @@ def test_a_load_goes_on_after_its_request_was_aborted(new_engine, slow_disk):
     second = new_engine(blocks=16)
     second.add("warm", prompt(10))
     second.step()
-    assert slow_disk.begun.wait(30)
+    assert slow_disk.begun.wait(HANGS_S)
     second.abort("warm")
     for _ in range(3):
         second.step()
@@ -171,9 +171,9 @@ def test_a_load_that_takes_too_long_is_computed_and_writes_nothing_later(
 ):
     new_engine().ask("cold", prompt(10))
     second = new_engine(blocks=16)
-    monkeypatch.setattr(second.planner.gate, "deadline_s", lambda tokens: 60)
+    monkeypatch.setattr(second.planner.gate, "deadline_s", lambda tokens: HANGS_S)
     # It is late as soon as it reads.
-    late = lambda: time.monotonic() + 100 * slow_disk.begun.is_set()  # noqa: E731
+    late = lambda: time.monotonic() + 2 * HANGS_S * slow_disk.begun.is_set()  # noqa: E731
     monkeypatch.setattr(second.worker.loader, "_clock", late)
     assert second.ask("late", prompt(10)) == 161
     assert second.counts()["failed_loads"] == 1

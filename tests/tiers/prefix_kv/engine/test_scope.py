@@ -1,9 +1,6 @@
 """What makes a scope: each fact that changes blocks' bytes or meaning makes another."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -135,20 +132,6 @@ def test_the_size_of_the_cache_does_not_matter(tmp_path):
 
 def test_where_the_weights_are_does_not_matter(tmp_path):
     assert Facts(tmp_path / "here").scope() == Facts(tmp_path / "there").scope()
-
-
-def test_another_process_has_the_same_scope(tmp_path):
-    program = (
-        "import sys; from pathlib import Path;"
-        "from tests.tiers.prefix_kv.engine.test_scope import Facts;"
-        "sys.__stdout__.write(Facts(Path(sys.argv[1])).scope().hex())"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONHASHSEED"}
-    other = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)],
-        capture_output=True, text=True, check=True, env=environment,
-    )  # fmt: skip
-    assert other.stdout.endswith(Facts(tmp_path).scope().hex())
 
 
 def test_weights_and_adapters_make_scopes_of_their_own():

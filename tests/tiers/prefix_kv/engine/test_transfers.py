@@ -184,7 +184,7 @@ def test_a_late_load_is_given_up_and_writes_nothing_more(worker, monkeypatch):
     begun, goes_on = blocked(monkeypatch, worker, "read")
     worker.load("late", locations)
     worker.load("next", locations, at=12)
-    assert begun.wait(30)
+    assert begun.wait(HANGS_S)
     assert worker.loader.finished() == []
     worker.now += 6
     # The second one has waited for as long.
@@ -232,7 +232,7 @@ def test_what_can_not_begin_is_not_reported(worker, monkeypatch):
 def test_blocks_that_find_no_room_are_dropped(worker, monkeypatch):
     begun, goes_on = blocked(monkeypatch, worker, "write")
     worker.save([0])
-    assert begun.wait(30)
+    assert begun.wait(HANGS_S)
     worker.save([1, 2, 3, 4, 5])
     assert worker.counts.take()["dropped_blocks"] == 2
     assert worker.saver.over == 2
@@ -244,7 +244,7 @@ def test_blocks_that_find_no_room_are_dropped(worker, monkeypatch):
 def test_the_engine_may_overwrite_a_block_that_is_staged(worker, monkeypatch):
     begun, goes_on = blocked(monkeypatch, worker, "write")
     worker.save([0])
-    assert begun.wait(30)
+    assert begun.wait(HANGS_S)
     worker.cache[0][0] = worker.cache[1][0] = 99
     goes_on.set()
     worker.drain()
@@ -289,7 +289,7 @@ def test_a_shutdown_stores_what_is_staged(new_worker, monkeypatch):
     worker = new_worker()
     begun, goes_on = blocked(monkeypatch, worker, "write")
     worker.save([0])
-    assert begun.wait(30)
+    assert begun.wait(HANGS_S)
     worker.save([1, 2])
     threading.Timer(0.05, goes_on.set).start()
     worker.close()
@@ -301,7 +301,7 @@ def test_a_shutdown_does_not_wait_for_a_disk_that_hangs(new_worker, monkeypatch)
     worker = new_worker()
     begun, goes_on = blocked(monkeypatch, worker, "write")
     worker.save([0])
-    assert begun.wait(30)
+    assert begun.wait(HANGS_S)
     worker.saver.close()
     assert worker.saver._thread.is_alive()
     goes_on.set()
