@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -16,6 +17,7 @@ import orjson
 import pytest
 from aiohttp import web
 
+from server.admin.client import _READ_TIMEOUT_S
 from server.admin.handler import AdminHandler
 from server.admin.local import LocalOperations
 from server.admin.sockets import serve_admin_api
@@ -433,15 +435,32 @@ async def test_a_socket_that_was_removed_is_made_anew(
 
 
 async def test_a_server_that_goes_on_is_waited_for(cache: Cache, config: Path, monkeypatch) -> None:
-    """It takes longer than it may be silent."""
-    monkeypatch.setattr("server.admin.client._READ_TIMEOUT_S", 3)
-    monkeypatch.setattr("server.admin.client._CHECK_EVERY_S", 0.05)
-    result = {"entries": 1, "damaged": 0, "problem": None}
+    """It takes longer than it may be silent, by a clock of which the client sleeps minutes."""
+    servers, sleep, slept_s = asyncio.get_running_loop(), asyncio.sleep, 0.0
+    looks, has_looked = itertools.count(1), asyncio.Event()
+
+    async def sleep_long(delay_s: float) -> None:
+        nonlocal slept_s
+        if asyncio.get_running_loop() is not servers:
+            slept_s += 2 * _READ_TIMEOUT_S
+            delay_s = 0
+        await sleep(delay_s)
+
+    def now(loop: asyncio.AbstractEventLoop) -> float:
+        return time.monotonic() + (0 if loop is servers else slept_s)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep_long)
+    monkeypatch.setattr(asyncio.BaseEventLoop, "time", now)
 
     class Slow(LocalOperations):
+        async def stats(self) -> dict:
+            if next(looks) == 3:
+                has_looked.set()
+            return {}
+
         async def verify(self) -> dict:
-            await asyncio.sleep(4)
-            return result
+            await has_looked.wait()
+            return {"entries": 1, "damaged": 0, "problem": None}
 
     async with administering(config, Slow):
         assert (await cache(config, "verify")).out == "1 entries, 0 damaged\n"
