@@ -98,6 +98,8 @@ async def test_what_the_document_says_is_so(front: Front, upstream: Upstream) ->
     ]
     assert len(cases) > 150
     with requests.Session() as session:
+        # The environment may have a proxy, or a key for this host.
+        session.trust_env = False
         session.headers.update(front.headers)
 
         async def sent(case: Case, **headers: str) -> Response:
@@ -125,7 +127,6 @@ async def test_what_the_document_of_the_admin_api_says_is_so(
 ) -> None:
     upstream.handler = engine(give)
     with requests.Session() as session:
-        # The environment may have one for this host.
         session.trust_env = False
         session.headers["Authorization"] = f"Bearer {ADMIN_KEY}"
 
