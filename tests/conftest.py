@@ -25,11 +25,16 @@ settings.load_profile("tierserve")
 
 
 class _ByFile(LoadFileScheduling):
-    """Has a file's tests run one after another, and so those of all the real engines."""
+    """Has a file's tests run one after another, and so those of all the real engines.
+
+    And those of vLLM's server, which takes each process a quarter of a minute to import.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
-        return "engines" if file.startswith("tests/e2e/") else file
+        if file.startswith("tests/e2e/"):
+            return "engines"
+        return "vllm" if file.endswith("_vllm.py") else file
 
 
 @pytest.hookimpl(optionalhook=True)
