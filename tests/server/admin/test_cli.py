@@ -8,10 +8,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import NamedTuple
 
 import orjson
 import pytest
@@ -22,47 +21,24 @@ from server.admin.handler import AdminHandler
 from server.admin.local import LocalOperations
 from server.admin.sockets import serve_admin_api
 from server.audit.acts import Audit
-from server.cli import main
 from server.config.load import load
 from tests.server.admin.test_exports import entry, export
-from tests.server.conftest import Front, Upstream, alike, answer, body, question, running
+from tests.server.conftest import (
+    Cache,
+    Front,
+    Upstream,
+    alike,
+    answer,
+    body,
+    question,
+    running,
+)
 from tests.waiting import HANGS_S
 from tiers import Chain, DiskCache, FrequencySketch
 from tiers.disk.file import DATA
 from tiers.disk.marks import CLEAN
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-class Ended(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-    @property
-    def rows(self) -> list[dict]:
-        return [orjson.loads(line) for line in self.out.splitlines()]
-
-
-Cache = Callable[..., Awaitable[Ended]]
-
-
-@pytest.fixture
-def cache(capsys) -> Cache:
-    """Runs the command, with a loop of its own."""
-
-    async def run(config: Path, action: str, *rest: str) -> Ended:
-        def ended() -> int:
-            try:
-                return main(["cache", action, "--config", str(config), *rest])
-            except SystemExit as exc:
-                return exc.code
-
-        capsys.readouterr()
-        status = await asyncio.to_thread(ended)
-        return Ended(status, *capsys.readouterr())
-
-    return run
 
 
 async def started(config: Path, action: str, *rest: str) -> asyncio.subprocess.Process:
