@@ -28,14 +28,18 @@ settings.load_profile("tierserve")
 
 
 class _ByFile(LoadFileScheduling):
-    """Has a file's tests run one after another, and so those of all the real engines."""
+    """Has a file's tests run one after another, and so those of all the real engines.
+
+    And those of vLLM's server, which takes each process a quarter of a minute to import.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
-        if file.startswith("tests/tiers/prefix_kv/engine/"):
-            # Most import vLLM, so one process does it for all.
-            return "connector"
-        return "engines" if file.startswith("tests/e2e/") else file
+        if file.startswith("tests/e2e/"):
+            return "engines"
+        # One process imports vLLM for all of these.
+        in_process = file.startswith("tests/tiers/prefix_kv/engine/") or file.endswith("_vllm.py")
+        return "vllm" if in_process else file
 
 
 @pytest.hookimpl(optionalhook=True)

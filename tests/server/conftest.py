@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import Self
+from typing import NamedTuple, Self
 
 import aiohttp
 import orjson
@@ -20,6 +20,7 @@ import pytest_asyncio
 from aiohttp import web
 
 from server.auth.tenant import open_tenant
+from server.cli import main
 from server.config.load import load
 from server.engine.identity import identity
 from server.engine.weights import embedded_folder
@@ -356,6 +357,39 @@ class Front:
         async with asyncio.timeout(HANGS_S):
             while await self.metric(line) <= value:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
+
+
+class Ended(NamedTuple):
+    """A command that has ended."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def rows(self) -> list[dict]:
+        return [orjson.loads(line) for line in self.out.splitlines()]
+
+
+Cache = Callable[..., Awaitable[Ended]]
+
+
+@pytest.fixture
+def cache(capsys) -> Cache:
+    """Runs `tierserve cache`, with a loop of its own."""
+
+    async def run(config: Path, action: str, *rest: str) -> Ended:
+        def ended() -> int:
+            try:
+                return main(["cache", action, "--config", str(config), *rest])
+            except SystemExit as exc:
+                return exc.code
+
+        capsys.readouterr()
+        status = await asyncio.to_thread(ended)
+        return Ended(status, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,6 +1,6 @@
 """Blocks of prefixes as an engine would store them, for tests without one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
@@ -44,6 +44,22 @@ def chain_of(name: str, labels: Sequence[str] = (), blocks: int = 3) -> BlockCha
     return BlockChain(SCOPE, names, tuple(labels))
 
 
+def stored(folder: Path, chains: Mapping[str, Sequence[str]]) -> dict[str, BlockChain]:
+    """Store chains, each a name with labels, and close the store again."""
+    store = opened(folder)
+    made = {name: store_chain(store, name, *labels) for name, labels in chains.items()}
+    store.close()
+    return made
+
+
 def held(store: PrefixStore, chain: BlockChain) -> int:
     """Return how many of the chain's blocks an engine finds."""
     return len(store.index.lookup(chain))
+
+
+def held_in(folder: Path, chain: BlockChain) -> int:
+    """Return how many of the chain's blocks an engine that starts now would find."""
+    store = opened(folder)
+    number = held(store, chain)
+    store.close()
+    return number

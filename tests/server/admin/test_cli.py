@@ -7,60 +7,38 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import NamedTuple
 
 import orjson
 import pytest
 from aiohttp import web
 
+from server.admin.client import _READ_TIMEOUT_S
 from server.admin.handler import AdminHandler
 from server.admin.local import LocalOperations
 from server.admin.sockets import serve_admin_api
 from server.audit.acts import Audit
-from server.cli import main
 from server.config.load import load
 from tests.server.admin.test_exports import entry, export
-from tests.server.conftest import Front, Upstream, alike, answer, body, question, running
+from tests.server.conftest import (
+    Cache,
+    Front,
+    Upstream,
+    alike,
+    answer,
+    body,
+    question,
+    running,
+)
 from tests.waiting import HANGS_S
 from tiers import Chain, DiskCache, FrequencySketch
 from tiers.disk.file import DATA
 from tiers.disk.marks import CLEAN
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-class Ended(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-    @property
-    def rows(self) -> list[dict]:
-        return [orjson.loads(line) for line in self.out.splitlines()]
-
-
-Cache = Callable[..., Awaitable[Ended]]
-
-
-@pytest.fixture
-def cache(capsys) -> Cache:
-    """Runs the command, with a loop of its own."""
-
-    async def run(config: Path, action: str, *rest: str) -> Ended:
-        def ended() -> int:
-            try:
-                return main(["cache", action, "--config", str(config), *rest])
-            except SystemExit as exc:
-                return exc.code
-
-        capsys.readouterr()
-        status = await asyncio.to_thread(ended)
-        return Ended(status, *capsys.readouterr())
-
-    return run
 
 
 async def started(config: Path, action: str, *rest: str) -> asyncio.subprocess.Process:
@@ -433,15 +411,32 @@ async def test_a_socket_that_was_removed_is_made_anew(
 
 
 async def test_a_server_that_goes_on_is_waited_for(cache: Cache, config: Path, monkeypatch) -> None:
-    """It takes longer than it may be silent."""
-    monkeypatch.setattr("server.admin.client._READ_TIMEOUT_S", 3)
-    monkeypatch.setattr("server.admin.client._CHECK_EVERY_S", 0.05)
-    result = {"entries": 1, "damaged": 0, "problem": None}
+    """It takes longer than it may be silent, by a clock of which the client sleeps minutes."""
+    servers, sleep, slept_s = asyncio.get_running_loop(), asyncio.sleep, 0.0
+    looks, has_looked = itertools.count(1), asyncio.Event()
+
+    async def sleep_long(delay_s: float) -> None:
+        nonlocal slept_s
+        if asyncio.get_running_loop() is not servers:
+            slept_s += 2 * _READ_TIMEOUT_S
+            delay_s = 0
+        await sleep(delay_s)
+
+    def now(loop: asyncio.AbstractEventLoop) -> float:
+        return time.monotonic() + (0 if loop is servers else slept_s)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep_long)
+    monkeypatch.setattr(asyncio.BaseEventLoop, "time", now)
 
     class Slow(LocalOperations):
+        async def stats(self) -> dict:
+            if next(looks) == 3:
+                has_looked.set()
+            return {}
+
         async def verify(self) -> dict:
-            await asyncio.sleep(4)
-            return result
+            await has_looked.wait()
+            return {"entries": 1, "damaged": 0, "problem": None}
 
     async with administering(config, Slow):
         assert (await cache(config, "verify")).out == "1 entries, 0 damaged\n"

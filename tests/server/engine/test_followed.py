@@ -7,9 +7,9 @@ from server.auth.limits import LocalUsage
 from server.config.models import ModelConfig
 from server.engine.followed import FollowedModels, ModelReport, UpstreamReport, report_on
 from server.engine.models import Models
-from server.engine.routing.ejection import FAILURES
 from server.engine.supervisor import EngineState
 from server.engine.upstream import ENGINE_URL
+from tests.server.engine.routing.ejected import eject
 
 
 class Process:
@@ -73,8 +73,7 @@ async def test_state_and_names_are_those_of_the_last_report(configs) -> None:
 async def test_one_that_was_down_between_two_reports_gets_requests_at_once(configs) -> None:
     models = follow(configs, Process(), of_engine(ready_since=1.0))
     (upstream,) = models.all[0].upstreams.all
-    for _ in range(FAILURES):
-        upstream._note_failure()
+    eject(upstream)
     models.follow([passed(of_engine(ready_since=1.0))])
     assert not upstream.takes_requests
     models.follow([passed(of_engine(ready_since=2.0))])

@@ -50,6 +50,7 @@ class Waiting(Front):
     def __init__(self, folder: Path, upstream: Upstream, server=None, **fields) -> None:
         models = alike(upstream.url)
         models["m"] |= fields
+        models["n"] |= {"wait_for_engine_s": 0.01}
         super().__init__(folder, models, sections={"server": {"ready": "tiers"} | (server or {})})
 
     async def until(self, line: str, value: float) -> None:
@@ -100,18 +101,15 @@ async def test_holding_has_bounds(absent: Absent, tmp_path: Path) -> None:
         held = asyncio.create_task(front.ask(question()))
         await front.until(HELD, 1)
         assert await front.metric(FOUND_NONE) == 3
+        # One that has waited for long is refused.
+        for more in ({}, {"stream": True}):
+            assert (await front.ask(question(model="n", **more)))[0] == 503
+        of_n = [each.replace('"m"', '"n"') for each in (FOUND_NONE, HELD)]
+        assert [await front.metric(each) for each in of_n] == [2, 0]
         front.process.terminate()
         async with asyncio.timeout(HANGS_S):
             assert (await held)[0] == 503
             assert await front.process.wait() == 0
-
-
-async def test_one_that_has_waited_for_long_is_refused(absent: Absent, tmp_path: Path) -> None:
-    async with Waiting(tmp_path, absent, wait_for_engine_s=0.01) as front:
-        for more in ({}, {"stream": True}):
-            assert (await front.ask(question(**more)))[0] == 503
-        assert await front.metric(FOUND_NONE) == 2
-        assert await front.metric(HELD) == 0
 
 
 async def test_a_stale_answer_is_not_held(own_upstream: Upstream, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from tests.waiting import HANGS_S
 
+MAIN = ("-m", "server.engine.parent_watchdog")
 Start = Callable[..., subprocess.Popen[bytes]]
 WAITS = "print('on', flush=True); signal.pause()"
 STOPS = "signal.signal(signal.SIGRTMIN, signal.SIG_DFL); "
@@ -49,13 +50,17 @@ if __name__ == "__main__":
     while True:
         signal.pause()
 """
-MAIN = ("-m", "server.engine.parent_watchdog")
-KILLS_AT_ONCE = """
-import sys
-from server.engine import parent_watchdog
-parent_watchdog._KILL_AFTER_S = 0
-sys.exit(parent_watchdog.main())
-"""
+
+
+def killing_after(seconds: float) -> tuple[str, ...]:
+    """Return Python's arguments for a watchdog that gives its command so long to end."""
+    return "-c", (
+        "import sys; from server.engine import parent_watchdog; "
+        f"parent_watchdog._KILL_AFTER_S = {seconds}; sys.exit(parent_watchdog.main())"
+    )
+
+
+PATIENT = killing_after(HANGS_S)
 
 
 @pytest.fixture
@@ -118,14 +123,14 @@ def test_the_commands_status_is_passed_on(start: Start, script: str, status: int
     [(STOPS + WAITS, 128 + signal.SIGRTMIN), (CLEANS_UP + WAITS, 5), (STOPS_AT_THE_SECOND, 5)],
 )
 def test_the_command_is_asked_to_end(start: Start, script: str, status: int) -> None:
-    watchdog = start(script)
+    watchdog = start(script, main=PATIENT)
     assert watchdog.stdout.readline() == b"on\n"
     watchdog.stdin.close()
     assert ended(watchdog) == status
 
 
 def test_a_command_that_does_not_end_is_killed(start: Start) -> None:
-    watchdog = start(IGNORES + WAITS, main=("-c", KILLS_AT_ONCE))
+    watchdog = start(IGNORES + WAITS, main=killing_after(0))
     assert watchdog.stdout.readline() == b"on\n"
     watchdog.stdin.close()
     assert ended(watchdog) == 128 + 9
@@ -136,7 +141,7 @@ def test_a_signal_to_all_ends_none(start: Start, tmp_path: Path, monkeypatch, me
     (tmp_path / "shielded_program.py").write_text(SHIELDED)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     command = (sys.executable, "-m", "server.engine.signal_shield", "shielded_program", method)
-    watchdog = start("", command=command)
+    watchdog = start("", main=PATIENT, command=command)
     assert watchdog.stdout.readline() == b"on\n"
     for number in TO_ALL:
         os.killpg(watchdog.pid, number)

@@ -23,6 +23,7 @@ from server.config.models import ModelConfig
 from server.engine.models import Models
 from server.engine.supervisor import Engine, EngineState, _flags, _log_lines
 from server.engine.weights import Weights
+from tests.server.engine.test_parent_watchdog import MAIN, PATIENT
 from tests.waiting import HANGS_S
 
 # Connects to the test, and ends when the test closes the connection.
@@ -81,6 +82,13 @@ class Children:
         writer.close()
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch) -> None:
+    """Let children take their time to end: one that is killed has no last words."""
+    monkeypatch.setattr(server.engine.supervisor, "_STOP_S", HANGS_S)
+    monkeypatch.setattr(server.engine.supervisor, "_DRAIN_OUTPUT_S", HANGS_S)
+
+
 @pytest.fixture
 def sleep(monkeypatch) -> Sleep:
     made = Sleep()
@@ -121,10 +129,13 @@ async def engine(temporary: Path) -> AsyncIterator[Engine]:
 
 
 @asynccontextmanager
-async def running(engine: Engine, script: str) -> AsyncIterator[None]:
+async def running(
+    engine: Engine, script: str, watchdog: tuple[str, ...] = MAIN
+) -> AsyncIterator[None]:
     """Run the engine's loop with `script` in vLLM's place."""
-    # The watchdog and its folder stay.
-    engine._command = [*engine._command[:5], sys.executable, "-c", script]
+    own = [sys.executable, "-P", *watchdog, str(engine.folder)]
+    assert watchdog != MAIN or own == engine._command[:5]
+    engine._command = [*own, sys.executable, "-c", script]
     task = asyncio.create_task(engine.run())
     try:
         yield
@@ -223,7 +234,8 @@ async def test_cancelling_ends_the_child_and_removes_its_folder(
     engine: Engine, children: Children, monkeypatch, script: str
 ) -> None:
     # One that heeds a signal is never killed.
-    monkeypatch.setattr(server.engine.supervisor, "_STOP_S", 0.01 if script == STUBBORN else 1000)
+    if script == STUBBORN:
+        monkeypatch.setattr(server.engine.supervisor, "_STOP_S", 0.01)
     async with running(engine, script.format(port=children.port)):
         child = await children._came.get()
         assert engine.folder.stat().st_mode & 0o777 == 0o700
@@ -266,7 +278,6 @@ async def test_an_engine_that_nobody_can_reach_any_more_is_started_anew(
     engine: Engine, children: Children, monkeypatch, caplog, removed: str
 ) -> None:
     monkeypatch.setattr(server.engine.supervisor, "_SOCKET_CHECK_S", 0.01)
-    monkeypatch.setattr(server.engine.supervisor, "_STOP_S", 1000)
     socket = engine.folder / "engine.sock"
     script = LISTENS.format(socket=str(socket)) + CHILD.format(port=children.port)
     async with running(engine, script):
@@ -286,10 +297,8 @@ async def test_an_engine_that_nobody_can_reach_any_more_is_started_anew(
     )
 
 
-async def test_last_words_are_logged(engine: Engine, sleep: Sleep, caplog, monkeypatch) -> None:
+async def test_last_words_are_logged(engine: Engine, sleep: Sleep, caplog) -> None:
     caplog.set_level(logging.INFO)
-    # However slow this machine is.
-    monkeypatch.setattr(server.engine.supervisor, "_DRAIN_OUTPUT_S", 1000)
     script = "for n in range(5000): print('word', n)\nprint('ERROR last', end='', flush=True)"
     async with running(engine, script):
         await sleep.delays.get()
@@ -304,7 +313,8 @@ async def test_output_of_a_stop_is_for_debugging(
     caplog.set_level(logging.DEBUG)
     stop = "print('ERROR ended', flush=True), sys.exit(0)"
     script = f"import signal, sys; signal.signal(signal.SIGRTMIN, lambda *_: ({stop}))"
-    async with running(engine, script + CHILD.format(port=children.port)):
+    script += CHILD.format(port=children.port)
+    async with running(engine, script, watchdog=PATIENT):
         child = await children._came.get()
     child[1].close()
     assert ("DEBUG", "ERROR ended") in [(each.levelname, each.message) for each in caplog.records]

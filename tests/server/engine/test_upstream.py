@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from aiohttp import web
 
+from server.engine.routing.connections import CONNECT_TIMEOUT_S
 from server.engine.upstream import Upstream as Asked
 from tests.server.conftest import CHAT, Front, Upstream, answer, question, running
 from tests.waiting import HANGS_S
@@ -46,11 +48,16 @@ async def test_an_answer_is_asked_for_again_where_a_connection_was_closed(
 ) -> None:
     reached: list[str] = []
     upstream.handler = once_each(reached)
-    # A connection that has idled for long isn't used again.
+    # A connection that has idled for long isn't used again, and one that is closed late may have
+    # brought the request.
+    is_soon = False
     async with asyncio.timeout(HANGS_S):
-        while not reached:
+        while not (reached and is_soon):
+            reached.clear()
+            began = time.monotonic()
             status, _, text = await front.ask(question(**more))
-            assert (status, b"yes" in text) == (200, True)
+            is_soon = time.monotonic() - began < CONNECT_TIMEOUT_S
+            assert (status, b"yes" in text) == (200, True) or not is_soon
     assert reached == [CHAT]
 
 

@@ -19,6 +19,7 @@ from server.engine.routing.upstreams import Upstreams
 from server.engine.turns import Turns
 from server.engine.upstream import Upstream
 from server.engine.warm_start import WarmStart
+from tests.waiting import HANGS_S
 from tiers.prefix_kv.index.transaction import NewBlock
 from tiers.prefix_kv.options import DISK_TOKENS, WARM
 from tiers.prefix_kv.record import BlockChain, BlockName
@@ -96,7 +97,7 @@ async def upstreams(engine: Engine) -> AsyncIterator[Upstreams]:
     async with TestServer(app) as server:
         made = Upstreams(
             Addresses([str(server.make_url(""))]),
-            lambda address: Upstream(address.url, timeout_s=5),
+            lambda address: Upstream(address.url, timeout_s=HANGS_S),
             max_requests=4,
             turns=Turns(),
         )
@@ -226,7 +227,7 @@ async def test_every_start_is_warmed(engine: Engine, upstreams: Upstreams) -> No
         engine.got.clear()
         upstream.mark_started()
         upstream.ready = True
-        await asyncio.wait_for(engine.got.wait(), 30)
+        await asyncio.wait_for(engine.got.wait(), HANGS_S)
         upstream.mark_stopped()
     assert engine.prompts == [[1], [1]]
     running.cancel()
@@ -242,7 +243,8 @@ async def test_a_store_that_fails_is_no_failure_of_the_server(
     running = asyncio.create_task(warm_start(engine, upstreams).run())
     upstream.mark_started()
     upstream.ready = True
-    while "isn't warmed" not in caplog.text:  # noqa: ASYNC110
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(HANGS_S):
+        while "isn't warmed" not in caplog.text:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
     assert not running.done()
     running.cancel()

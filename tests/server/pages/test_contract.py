@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 import requests
 from aiohttp import web
-from schemathesis import Case, Response
+from schemathesis import APIOperation, Case, GenerationMode, Response
 
 from server.config.secrets import hash_key, new_key
 from server.protocol.routes import CACHED_ROUTES, CachedRoute
@@ -89,15 +89,24 @@ def engine(respond: Handler) -> Handler:
     return handle
 
 
+async def made_requests(operation: APIOperation, most: int) -> list[tuple[GenerationMode, Case]]:
+    """Make requests beside the upstream of this loop, which is to go on answering probes."""
+    return await asyncio.to_thread(requests_of, operation, most)
+
+
 async def test_what_the_document_says_is_so(front: Front, upstream: Upstream) -> None:
     upstream.handler = engine(refuse)
     async with front.session.get("/openapi.json") as reply:
         document = await reply.json()
     cases = [
-        case for operation in operations(document) for _, case in requests_of(operation, EXAMPLES)
+        case
+        for operation in operations(document)
+        for _, case in await made_requests(operation, EXAMPLES)
     ]
     assert len(cases) > 150
     with requests.Session() as session:
+        # The environment may have a proxy, or a key for this host.
+        session.trust_env = False
         session.headers.update(front.headers)
 
         async def sent(case: Case, **headers: str) -> Response:
@@ -125,7 +134,6 @@ async def test_what_the_document_of_the_admin_api_says_is_so(
 ) -> None:
     upstream.handler = engine(give)
     with requests.Session() as session:
-        # The environment may have one for this host.
         session.trust_env = False
         session.headers["Authorization"] = f"Bearer {ADMIN_KEY}"
 
@@ -145,7 +153,7 @@ async def test_what_the_document_of_the_admin_api_says_is_so(
             named = described[method, "/entries/{key}"].Case(path_parameters={"key": key})
             assert (await ask(named)).status_code == status
         for (_, path), operation in described.items():
-            for mode, case in requests_of(operation, 4 * EXAMPLES):
+            for mode, case in await made_requests(operation, 4 * EXAMPLES):
                 response = await ask(case)
                 if mode is RIGHT and path in ("/export", "/prefixes", "/verify"):
                     assert response.status_code == 200, case.as_curl_command()
@@ -155,5 +163,5 @@ async def test_what_the_document_of_the_admin_api_says_is_so(
             assert response.status_code == (200 if len(asked) == 1 else 400)
         session.headers["Authorization"] = "Bearer wrong"
         for operation in described.values():
-            for _, case in requests_of(operation, 1):
+            for _, case in await made_requests(operation, 1):
                 assert (await ask(case)).status_code == 401

@@ -20,6 +20,7 @@ from server.prefix_tier.tier import PrefixTier, PrefixTierError
 from tests.server.prefix_blocks import BLOCK_BYTES, TOKENS, held, opened, store_chain
 from tests.tiers.child import Child
 from tests.tiers.prefix_kv.test_folder import join, join_for_ever
+from tests.waiting import HANGS_S
 from tiers import Purges
 from tiers.key import scope_named
 from tiers.prefix_kv.folder import MAX_DEATHS
@@ -28,6 +29,13 @@ from tiers.prefix_kv.store import MIN_BYTES, Location, PrefixStore, StoreConfig
 from tiers.purges.table import PurgeTable
 
 ACME, PARTNERS = scope_named(b"\0tenant\0acme"), scope_named(b"\0scope\0partners")
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch) -> None:
+    """Let the disk take its time."""
+    for name in ("_PURGE_S", "_STALE_S"):
+        monkeypatch.setattr(tier_module, name, HANGS_S)
 
 
 def tenants_of(folder: Path, *, cache_salt: bool = True, **scopes: str | None) -> Tenants:
@@ -286,7 +294,7 @@ async def test_a_report_of_a_store_that_hangs_grows_stale(tmp_path: Path) -> Non
     tier = PrefixTier(config, Purges(), PrefixLabels(tenants_of(tmp_path)), clock=lambda: now)
     await tier.refresh()
     assert tier.report.available
-    now += 60
+    now += HANGS_S + 1
     assert not tier.report.available
     await tier.refresh()
     assert tier.report.available

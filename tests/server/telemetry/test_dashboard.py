@@ -17,7 +17,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from server.config.secrets import new_key
 from tests.server.conftest import Front, question, running
 from tests.server.prefix_blocks import opened
-from tests.servers import RedisServer
 
 CONFIGS = Path("configs")
 DASHBOARD = json.loads((CONFIGS / "grafana" / "tierserve.json").read_text())
@@ -66,20 +65,13 @@ def test_what_an_expression_asks_for() -> None:
     assert asked_for(promql) == ({"a_total", "vllm:b", "c"}, {"le", "tier", "x", "z", "w"})
 
 
-@pytest.fixture(scope="module")
-def redis(tmp_path_factory) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
-    yield server
-    server.kill()
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def exported(_upstream, redis, tmp_path_factory) -> dict[str, set[str]]:
+async def exported(_upstream, redis_server, tmp_path_factory) -> dict[str, set[str]]:
     """The metrics of a server with all tiers and a tenant, and the labels of each."""
     folder = tmp_path_factory.mktemp("front")
     key = new_key()
     options = {
-        "shared": {"url": redis.url},
+        "shared": {"url": redis_server.url},
         "prefix": {"path": str(folder / "prefix"), "max_bytes": "64MiB"},
         "sections": {
             "tenants": {"key": key},
@@ -189,7 +181,7 @@ def test_prometheus_takes_the_configuration() -> None:
 
 
 def test_alerts_fire_when_they_should() -> None:
-    promtool("test", "rules", Path("tests", "data", "alerts_test.yaml"))
+    promtool("test", "rules", *sorted(Path("tests", "data").glob("alerts*_test.yaml")))
 
 
 def test_prometheus_takes_the_panels(tmp_path) -> None:

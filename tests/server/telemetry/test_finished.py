@@ -15,7 +15,6 @@ from tests.server.conftest import (
     Upstream,
     held,
     question,
-    running,
     stream,
 )
 from tests.waiting import HANGS_S
@@ -70,14 +69,14 @@ async def until_counted(front: Front, expected: Counter[tuple[str, str]]) -> Non
     assert found == expected
 
 
-async def test_requests_are_counted_by_tier_and_outcome(upstream: Upstream, tmp_path) -> None:
+async def test_requests_are_counted_by_tier_and_outcome(front: Front, upstream: Upstream) -> None:
     async def refuses(_: web.Request) -> web.StreamResponse:
         return web.json_response({"error": {"message": "no"}}, status=500)
 
     async def breaks(http: web.Request) -> web.StreamResponse:
         return await stream(http, ROLE)
 
-    counts: Counter[tuple[str, str]] = Counter()
+    counts = await outcomes(front)
 
     async def asks(asked: dict, tier: str, outcome: str, **options) -> None:
         while "collapsed" in (await front.ask(asked, **options))[1]:
@@ -86,41 +85,39 @@ async def test_requests_are_counted_by_tier_and_outcome(upstream: Upstream, tmp_
         counts[tier, outcome] += 1
         await until_counted(front, counts)
 
-    async with running(tmp_path, upstream) as front:
-        plain, spare, old = question(), question(model="sie"), question(model="swr")
-        for asked in (plain, spare, old):
-            await asks(asked, "engine", "miss")
-        await asks(plain, "memory", "hit")
-        await asks(plain | {"stream": True}, "memory", "hit")
-        await asks(plain, "engine", "pass", headers={"Cache-Control": "no-store"})
-        await asks(question(temperature=1), "engine", "pass")
-        await asks(old, "memory", "stale")
-        upstream.handler = refuses
-        await asks(question(), "engine", "error")
-        await asks(spare, "memory", "stale")
-        upstream.handler = breaks
-        await asks(question(stream=True), "engine", "error")
+    plain, spare, old = question(), question(model="sie"), question(model="swr")
+    for asked in (plain, spare, old):
+        await asks(asked, "engine", "miss")
+    await asks(plain, "memory", "hit")
+    await asks(plain | {"stream": True}, "memory", "hit")
+    await asks(plain, "engine", "pass", headers={"Cache-Control": "no-store"})
+    await asks(question(temperature=1), "engine", "pass")
+    await asks(old, "memory", "stale")
+    upstream.handler = refuses
+    await asks(question(), "engine", "error")
+    await asks(spare, "memory", "stale")
+    upstream.handler = breaks
+    await asks(question(stream=True), "engine", "error")
 
 
-async def test_collapsed_and_aborted_requests_are_counted(upstream: Upstream, tmp_path) -> None:
-    go = asyncio.Event()
-
+async def test_collapsed_and_aborted_requests_are_counted(front: Front, upstream: Upstream) -> None:
+    go, counts = asyncio.Event(), await outcomes(front)
     upstream.handler = held(go)
     asked = question(stream=True)
-    async with running(tmp_path, upstream) as front:
-        async with (
-            front.post(asked) as first,
-            front.post(asked) as second,
-            front.post(asked) as third,
-        ):
-            await third.content.readuntil(b"\n\n")
-            third.close()
-            await until_counted(front, Counter({("engine", "aborted"): 1}))
-            go.set()
-            for each in (first, second):
-                await each.read()
-        counts = dict.fromkeys(("aborted", "miss", "collapsed"), 1)
-        await until_counted(front, Counter({("engine", how): n for how, n in counts.items()}))
+    async with (
+        front.post(asked) as first,
+        front.post(asked) as second,
+        front.post(asked) as third,
+    ):
+        await third.content.readuntil(b"\n\n")
+        third.close()
+        counts["engine", "aborted"] += 1
+        await until_counted(front, counts)
+        go.set()
+        for each in (first, second):
+            await each.read()
+    counts.update([("engine", "miss"), ("engine", "collapsed")])
+    await until_counted(front, counts)
 
 
 def sent(path: str, asked: dict | None = None, version: str = "1.1") -> bytes:

@@ -38,12 +38,6 @@ class Stalling(io.RawIOBase):
         return len(data)
 
 
-@pytest.fixture(autouse=True)
-def _patient(monkeypatch) -> None:
-    """Let the thread take its time to write what is left."""
-    monkeypatch.setattr(server.telemetry.logs, "_CLOSE_S", HANGS_S)
-
-
 @pytest.fixture
 def stalling() -> Iterator[Stalling]:
     made = Stalling()

@@ -295,7 +295,7 @@ def bearer(key: str) -> dict[str, str]:
 
 async def until_the_day_is_long() -> None:
     """Wait for midnight, where it is near: a server halves its counts then."""
-    if (left_s := -time.time() % DAY_S) < 60:
+    if (left_s := -time.time() % DAY_S) < HANGS_S:
         await asyncio.sleep(left_s + 1)
 
 

@@ -10,11 +10,11 @@ import pytest
 from aiohttp import web
 
 from server.engine.routing.addresses import Addresses, UpstreamAddress, look_up
-from server.engine.routing.ejection import FAILURES
 from server.engine.routing.upstreams import Upstreams
 from server.engine.turns import Turns
 from server.engine.upstream import Upstream as EngineServer
 from tests.server.conftest import CHAT, WHOLE, Upstream, held, question, skip_unless_runs
+from tests.server.engine.routing.ejected import eject
 from tests.server.workers.fleet import Fleet
 from tests.servers import free_port
 from tests.waiting import HANGS_S
@@ -108,9 +108,7 @@ async def test_a_machine_with_both_families_counts_once(monkeypatch, found, addr
     assert list(ips) == sorted(ips)
 
 
-async def test_requests_go_to_each_address_under_the_same_name(monkeypatch) -> None:
-    # However slow this machine is.
-    monkeypatch.setattr("server.engine.routing.ejection.FIRST_S", 3600)
+async def test_requests_go_to_each_address_under_the_same_name() -> None:
     port = free_port()
     names = Names("127.0.0.2", "127.0.0.3")
     go = asyncio.Event()
@@ -138,8 +136,7 @@ async def test_requests_go_to_each_address_under_the_same_name(monkeypatch) -> N
                 assert await reply.text() == f"engines.test:{port}"
             assert (len(one.asked), len(two.asked)) == (1, 1)
             kept = upstreams.members[1]
-            for _ in range(FAILURES):
-                kept.upstream._note_failure()
+            eject(kept.upstream)
             names.addresses = ["127.0.0.3", "127.0.0.4"]
             await until(lambda: [each.label for each in upstreams.all] == [two.url, three.url])
             await until(lambda: upstreams.all[1].ready)

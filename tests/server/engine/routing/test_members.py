@@ -13,7 +13,6 @@ from aiohttp import ConnectionTimeoutError, web
 from server.auth.limits import Limits
 from server.auth.tenant import open_tenant
 from server.engine.routing.addresses import Addresses, LookUp, UpstreamAddress, look_up
-from server.engine.routing.ejection import FAILURES
 from server.engine.routing.held import HeldRequests
 from server.engine.routing.load import Estimate
 from server.engine.routing.members import Members
@@ -25,6 +24,7 @@ from server.protocol.model_names import ModelNames
 from server.protocol.request import ParsedRequest, parse_request
 from server.workers.shared_counters import SharedCounters
 from tests.server.conftest import CHAT, WHOLE, Upstream, held, of_vllm
+from tests.server.engine.routing.ejected import eject
 from tests.waiting import HANGS_S
 
 GET = {"data": None, "headers": {}}
@@ -116,8 +116,7 @@ async def test_those_that_stay_keep_their_state(engines: list[Upstream]) -> None
         await until(lambda: all(each.ready for each in upstreams.all))
         kept = upstreams.members[0]
         assert kept.load.begin(1000.0)
-        for _ in range(FAILURES):
-            kept.upstream._note_failure()
+        eject(kept.upstream)
         since = kept.upstream.ready_since
         upstreams.replace([three.url, one.url, one.url])
         assert [each.address.url for each in upstreams.members] == [three.url, one.url]

@@ -4,11 +4,11 @@ import pytest
 
 from server.auth.limits import Limits, LocalUsage
 from server.engine.routing.addresses import UpstreamAddress
-from server.engine.routing.ejection import FAILURES
 from server.engine.routing.load import Estimate
 from server.engine.routing.members import Member, Members
 from server.engine.routing.placement import Placement, Placing
 from server.engine.upstream import UnavailableError, Upstream
+from tests.server.engine.routing.ejected import eject
 
 
 @pytest.fixture
@@ -26,18 +26,13 @@ async def members():
     await made.close()
 
 
-def eject(member: Member) -> None:
-    for _ in range(FAILURES):
-        member.upstream._note_failure()
-
-
 def place(members: tuple[Member, ...], kept_id: str | None = None) -> Placement:
     return Placing(Estimate(), "least", b"").place(members, {}, None, kept_id)
 
 
 async def test_those_that_fail_again_and_again_get_nothing(members) -> None:
-    eject(members[0])
-    eject(members[1])
+    eject(members[0].upstream)
+    eject(members[1].upstream)
     assert set(place(members).order) == {*members[2:]}
     # One of them may keep an answer.
     assert set(place(members, "resp_1").order) == {*members}
@@ -45,7 +40,7 @@ async def test_those_that_fail_again_and_again_get_nothing(members) -> None:
 
 async def test_where_most_fail_all_are_asked(members) -> None:
     for member in members[:3]:
-        eject(member)
+        eject(member.upstream)
     assert set(place(members).order) == {*members}
     # Those that are down count for nothing.
     members[0].upstream.ready = False
