@@ -272,5 +272,5 @@ def test_a_kill_loses_no_line_that_was_reported(tmp_path: Path) -> None:
         reported += 20 + number + rest.count(b"\n")
     found = found_in(tmp_path)
     assert found.problems == []
-    # A cut line of an earlier kill is counted in a line of its own.
-    assert found.lines >= reported
+    # A cut line of an earlier kill is counted in a line of its own, and many lines rotate.
+    assert found.last.number >= reported
