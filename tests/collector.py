@@ -9,7 +9,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from tests.servers import free_port
-from tests.waiting import HANGS_S
+from tests.waiting import HANGS_S, until_accepted
 
 
 class Collector:
@@ -32,6 +32,7 @@ class Collector:
         await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
 
     async def stop(self) -> None:
+        await until_accepted()
         await self._runner.cleanup()
 
     async def _take(self, http: web.Request) -> web.Response:

@@ -44,6 +44,8 @@ from server.workers.shared_counters import SharedCounters
 logger = logging.getLogger(__name__)
 
 _TELL_AGAIN_S = 0.5
+# The server ends where a first worker gives up, and engines that load beside it take all CPUs.
+_START_S = 120.0
 
 
 def main() -> int:
@@ -160,14 +162,14 @@ async def _run(setup: Setup, outputs: Outputs) -> int:
     @asynccontextmanager
     async def manage() -> AsyncIterator[None]:
         tasks.start(server.open_tiers())
-        if orjson.loads(await link.call("POST", "/ready")):
+        if orjson.loads(await link.call("POST", "/ready", within_s=_START_S)):
             server.draining.begin()
         yield
 
     try:
         await link.start(orders.answer)
         # An engine may have become ready since it was started; another worker may say so already.
-        reports = orjson.loads(await link.call("GET", "/models"))
+        reports = orjson.loads(await link.call("GET", "/models", within_s=_START_S))
         models.follow([ModelReport.of_json(each) for each in reports])
         has_stored = await server.run(stop, listen, manage)
     finally:

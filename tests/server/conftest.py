@@ -27,7 +27,7 @@ from server.engine.weights import embedded_folder
 from server.protocol.model_names import ModelNames, ResolvedModel
 from server.protocol.request import parse_request
 from tests.servers import free_port
-from tests.waiting import HANGS_S
+from tests.waiting import HANGS_S, until_accepted
 
 CHAT = "/v1/chat/completions"
 USAGE = {"prompt_tokens": 1, "total_tokens": 2, "completion_tokens": 1}
@@ -143,6 +143,7 @@ class Upstream:
         await web.TCPSite(self._runner, self.host, self.port).start()
 
     async def stop(self) -> None:
+        await until_accepted()
         await self._runner.cleanup()
 
     async def __aenter__(self) -> Self:

