@@ -30,16 +30,15 @@ settings.load_profile("tierserve")
 class _ByFile(LoadFileScheduling):
     """Has a file's tests run one after another, and so those of all the real engines.
 
-    And those of vLLM's server, which takes each process a quarter of a minute to import.
+    So do those that import vLLM, which takes each process a quarter of a minute.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
         if file.startswith("tests/e2e/"):
             return "engines"
-        # One process imports vLLM for all of these.
-        in_process = file.startswith("tests/tiers/prefix_kv/engine/") or file.endswith("_vllm.py")
-        return "vllm" if in_process else file
+        imports_vllm = file.startswith("tests/tiers/prefix_kv/engine/") or file.endswith("_vllm.py")
+        return "vllm" if imports_vllm else file
 
 
 @pytest.hookimpl(optionalhook=True)
