@@ -196,6 +196,7 @@ class Front:
     wrapper: tuple[str, ...] = ()
     inherited: tuple[int, ...] = ()
     """Files that the process has open from its start."""
+    end_signal = signal.SIGTERM
 
     def __init__(
         self,
@@ -252,7 +253,7 @@ class Front:
     async def stop(self) -> None:
         await self.session.close()
         if self.process.returncode is None:
-            self.send(signal.SIGTERM)
+            self.send(self.end_signal)
         try:
             await asyncio.wait_for(self.process.wait(), HANGS_S)
         except TimeoutError:

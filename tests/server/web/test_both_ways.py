@@ -1,8 +1,8 @@
 """Both ways in: a server that answers known requests at once does as one that never does."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -53,14 +53,12 @@ async def sides(
     assert other.answered_at_once == 0
 
 
-async def have_same_metrics(one: Side, other: Side) -> bool:
+async def until_same_metrics(one: Side, other: Side) -> None:
     """Wait until what goes on beside requests has ended, and is the same."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(10):
-            while await one.metrics() != await other.metrics():  # noqa: ASYNC110
-                await asyncio.sleep(0.05)
-            return True
-    return False
+    until = time.monotonic() + HANGS_S
+    while (found := await one.metrics()) != (expected := await other.metrics()):
+        assert time.monotonic() < until or found == expected
+        await asyncio.sleep(0.05)
 
 
 @differential
@@ -71,5 +69,4 @@ async def test_scripts(sides: tuple[Side, Side], batch: list[Script]) -> None:
         said, expected = await asyncio.gather(one.play(script), other.play(script))
         if said != expected or one.engine.times != other.engine.times:
             pytest.fail(difference(script, said, expected))
-    if not await have_same_metrics(one, other):
-        assert await one.metrics() == await other.metrics()
+    await until_same_metrics(one, other)
