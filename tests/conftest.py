@@ -13,6 +13,9 @@ from .servers import SERVERS, MemcachedServer, RedisServer, StoreServer
 
 # Shells have their background jobs ignore it, and tests' children would, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# A proxy of this machine would be asked for the tests' own servers.
+for _name in ("NO_PROXY", "no_proxy"):
+    os.environ[_name] = ",".join(filter(None, [os.environ.get(_name), "127.0.0.1", "localhost"]))
 # How long an example takes is the machine's affair. New ones are looked for in the long tests, so
 # that no change is blamed for what it didn't touch.
 settings.register_profile(
