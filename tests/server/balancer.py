@@ -1,6 +1,7 @@
 """A plain TCP balancer, as HAProxy in its mode `tcp`: passes bytes on to servers that are ready."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Self
@@ -25,6 +26,7 @@ class Balancer:
         self.port = free_port()
         self._ports, self._turn = [*ports], 0
         self._joins: set[asyncio.Task[None]] = set()
+        self._given: Counter[int] = Counter()
         self.ready: set[int] = set()
         self.lost = 0
         """How many connections found no server."""
@@ -49,6 +51,12 @@ class Balancer:
             while self.ready != {*ports}:  # noqa: ASYNC110
                 await asyncio.sleep(_CHECK_EVERY_S)
 
+    async def until_left(self, port: int, *, but: int) -> None:
+        """Wait until a server has no connections, but perhaps so many."""
+        async with asyncio.timeout(HANGS_S):
+            while self._given[port] > but:  # noqa: ASYNC110
+                await asyncio.sleep(_CHECK_EVERY_S)
+
     async def _check(self, port: int) -> None:
         while True:
             status = 0
@@ -63,6 +71,8 @@ class Balancer:
         task = asyncio.create_task(self._join(reader, writer))
         self._joins.add(task)
         task.add_done_callback(self._joins.discard)
+        # Also if it was cancelled before it began.
+        task.add_done_callback(lambda _: writer.close())
 
     async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._turn += 1
@@ -74,16 +84,16 @@ class Balancer:
                 break
         else:
             self.lost += 1
-            writer.close()
             return
+        self._given[port] += 1
         asking = asyncio.create_task(_pass_on(reader, server[1]))
         try:
             # Until the server ends; the client may end before, and wait for its answer.
             await _pass_on(server[0], writer)
         finally:
+            self._given[port] -= 1
             asking.cancel()
-            for each in (server[1], writer):
-                each.close()
+            server[1].close()
 
 
 async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -198,6 +198,7 @@ class Front:
     wrapper: tuple[str, ...] = ()
     inherited: tuple[int, ...] = ()
     """Files that the process has open from its start."""
+    end_signal = signal.SIGTERM
 
     def __init__(
         self,
@@ -215,14 +216,21 @@ class Front:
         self.socket = folder / "admin.sock"
         self.config = folder / "config.yaml"
         made = {
-            "server": {"port": self.port, "max_body_bytes": 100_000, "shutdown_grace_s": 20},
+            # Its bounds are no test's affair, unless the test sets them.
+            "server": {
+                "port": self.port,
+                "max_body_bytes": 100_000,
+                "client_timeout_s": HANGS_S,
+                "shutdown_grace_s": HANGS_S,
+            },
             "models": models,
             "cache": {
+                "wait_for_others_s": HANGS_S,
                 "rules": [
                     # Stale at once, so that nobody waits for it.
                     {"model": "swr", "ttl_s": 1e-6, "stale_while_revalidate_s": 3600},
                     {"model": "sie", "ttl_s": 1e-6, "stale_if_error_s": 3600},
-                ]
+                ],
             },
             "admin": {"socket": str(self.socket)},
             "tiers": {"disk": {"path": str(folder / "disk"), "max_bytes": "4MiB"}} | tiers,
@@ -247,8 +255,13 @@ class Front:
     async def stop(self) -> None:
         await self.session.close()
         if self.process.returncode is None:
-            self.send(signal.SIGTERM)
-        await asyncio.wait_for(self.process.wait(), HANGS_S)
+            self.send(self.end_signal)
+        try:
+            await asyncio.wait_for(self.process.wait(), HANGS_S)
+        except TimeoutError:
+            self.send(signal.SIGKILL)
+            await self.process.wait()
+            raise
 
     def send(self, number: int) -> None:
         """Send the process a signal, which may have just ended.
@@ -326,8 +339,13 @@ class Front:
         return reply
 
     async def metric(self, line: str) -> float:
-        async with self.session.get("/metrics") as response:
-            lines = (await response.text()).splitlines()
+        status = 503
+        async with asyncio.timeout(HANGS_S):
+            # Of several processes others may not have answered in time.
+            while status == 503:
+                async with self.session.get("/metrics") as response:
+                    status, lines = response.status, (await response.text()).splitlines()
+        assert status == 200
         return sum(float(each.rsplit(" ", 1)[1]) for each in lines if each.startswith(line))
 
     async def until_logged(self, text: str, times: int = 1) -> None:

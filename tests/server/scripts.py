@@ -212,7 +212,7 @@ OPTIONS: list[Option] = [
         header("Cache-Control", value)
         for value in (
             "no-cache", "no-store", "max-age=0", "max-age=100000", "min-fresh=10",
-            "min-fresh=99999999", "max-stale", "max-stale=100", "only-if-cached",
+            "min-fresh=99999999", "max-stale", "max-stale=100000", "only-if-cached",
             "max-age=0, only-if-cached", "no-transform",
         )
     ),

@@ -25,5 +25,5 @@ async def stored(front: Front, asked: dict) -> bytes:
         before = await front.metric(STORES)
         _, _, raw = await front.ask(asked, headers={"Cache-Control": "no-cache"})
         with suppress(TimeoutError):
-            await asyncio.wait_for(front.until_metric(STORES, before + 1), _GIVEN_UP_S)
+            await asyncio.wait_for(front.until_above(STORES, before), _GIVEN_UP_S)
             return raw

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.servers import free_port
+from tests.waiting import HANGS_S
 
 
 # Calls of one hit, aiohttp's included. Lower them when a way gets shorter.
@@ -19,6 +20,6 @@ def test_a_hit_makes_few_calls(tmp_path: Path, way: str, tier: str, budget: int)
     ports = str(free_port()), str(free_port())
     counted = subprocess.run(
         [sys.executable, "-m", "tests.server.hit_calls", str(tmp_path), *ports, way, tier],
-        capture_output=True, text=True, timeout=240, check=True,
+        capture_output=True, text=True, timeout=HANGS_S, check=True,
     )  # fmt: skip
     assert float(counted.stdout) <= budget

@@ -71,6 +71,8 @@ class Relay:
         task = asyncio.create_task(self._relay(reader, writer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        # Also if it was cancelled before it began.
+        task.add_done_callback(lambda _: writer.close())
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there = None
@@ -83,7 +85,6 @@ class Relay:
         except* OSError:
             pass
         finally:
-            writer.close()
             if there is not None:
                 there.close()
 

@@ -6,6 +6,7 @@ their connections, and send nothing twice.
 
 import asyncio
 import itertools
+import signal
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -25,11 +26,31 @@ from tests.waiting import HANGS_S
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 ROUNDS, WORKERS = (20, [1, 2]) if LONG else (1, [2])
-DRAIN_S = 2
-"""Longer than a client or the balancer's health check pauses."""
-PIECE_S = 0.02
+PIECE_S, TOKENS = 0.02, 20
 # Streams of the last two are longer than a server drains, and so don't say that they close.
-TOKENS = [20] * 6 + [int(1.5 * DRAIN_S / PIECE_S)] * 2 * LONG
+MORE_TOKENS = [150] * 2 * LONG
+UNTIL_TOLD = """
+import asyncio, signal, sys
+from server import process
+handle = process.handle_signals
+def handle_signals(stop, *options):
+    handle(stop, *options)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, stop.set)
+process.handle_signals = handle_signals
+from server.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+class Draining(Front):
+    """A server that drains until it gets SIGUSR1: as long as it has to, however slow others are."""
+
+    end_signal = signal.SIGINT
+
+    @property
+    def command(self) -> list[str]:
+        python, _, _, *arguments = super().command
+        return [python, "-c", UNTIL_TOLD, *arguments]
 
 
 async def slowly(http: web.Request) -> web.StreamResponse:
@@ -101,7 +122,8 @@ class Client:
 @asynccontextmanager
 async def load(port: int, lost: list[str]) -> AsyncIterator[list[Client]]:
     """Clients that ask all the time."""
-    clients, ended = [Client(port, lost, tokens) for tokens in TOKENS], asyncio.Event()
+    tokens, ended = [TOKENS] * 6 + MORE_TOKENS, asyncio.Event()
+    clients = [Client(port, lost, each) for each in tokens]
     runs = [asyncio.create_task(client.run(ended)) for client in clients]
     try:
         yield clients
@@ -114,18 +136,22 @@ async def load(port: int, lost: list[str]) -> AsyncIterator[list[Client]]:
 async def test_no_request_is_lost(upstream: Upstream, tmp_path: Path, workers: int) -> None:
     upstream.handler = slowly
     lost: list[str] = []
-    sections = {"server": {"drain_s": DRAIN_S, "workers": workers}}
+    sections = {"server": {"drain_s": 3600, "workers": workers}}
     made = []
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
-        made.append(Front(tmp_path / name, alike(upstream.url), sections=sections))
+        made.append(Draining(tmp_path / name, alike(upstream.url), sections=sections))
     one, other = made
     async with one, other, Balancer([one.port, other.port]) as balancer:
         await balancer.until_ready(one.port, other.port)
         async with load(balancer.port, lost) as clients:
             for _ in range(ROUNDS):
-                for front in made:
+                for front, stays in ((one, other), (other, one)):
                     front.process.terminate()
+                    await balancer.until_ready(stays.port)
+                    # Each answer has closed its connection.
+                    await balancer.until_left(front.port, but=len(MORE_TOKENS))
+                    front.send(signal.SIGUSR1)
                     assert await asyncio.wait_for(front.process.wait(), HANGS_S) == 0
                     await front.session.close()
                     await front.start()

@@ -34,12 +34,12 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 async def test_a_hit_is_the_miss_with_an_id_of_its_own(front: Front, upstream: Upstream) -> None:
-    asked = question()
+    asked, began = question(), time.time()
     answers = []
     for status in ("tierserve; fwd=miss", r"tierserve; hit; ttl=\d+; detail=memory"):
         async with front.post(asked) as response:
             assert re.fullmatch(status, response.headers["Cache-Status"])
-            assert 0 <= int(response.headers["Age"]) < 60
+            assert 0 <= int(response.headers["Age"]) <= time.time() - began
             assert response.headers["Server"] == "tierserve"
             answers.append(await response.json())
             assert answers[-1].pop("id") == "chatcmpl-" + response.headers["X-Request-Id"]
@@ -198,7 +198,8 @@ async def test_hanging_up_ends_the_engines_work(
     front: Front, upstream: Upstream, path: str
 ) -> None:
     never = asyncio.Event()
-    before = await front.metric('tierserve_requests_total{model="m",outcome="aborted"')
+    aborted = 'tierserve_requests_total{model="m",outcome="aborted"'
+    before = await front.metric(aborted)
 
     async def endless(http: web.Request) -> web.StreamResponse:
         return await stream(http, ROLE, never)
@@ -208,7 +209,7 @@ async def test_hanging_up_ends_the_engines_work(
         await response.content.readuntil(b"\n\n")
         response.close()
     await asyncio.wait_for(upstream.aborted.wait(), HANGS_S)
-    assert await front.metric('tierserve_requests_total{model="m",outcome="aborted"') == before + 1
+    await front.until_metric(aborted, before + 1)
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/others"])
@@ -388,7 +389,7 @@ async def test_a_request_limits_the_age_of_its_answer(front: Front, upstream: Up
     stale = question(model="sie")
     await front.ask(stale)
     assert re.fullmatch(hit, (await status_of(stale, "max-stale"))[1])
-    assert re.fullmatch(hit, (await status_of(stale, "max-stale=60, only-if-cached"))[1])
+    assert re.fullmatch(hit, (await status_of(stale, "max-stale=3600, only-if-cached"))[1])
     assert (await status_of(stale, "only-if-cached"))[0] == 504
     await upstream.stop()
     await front.until_ready(503)
@@ -488,7 +489,7 @@ async def test_cache_control_may_stand_on_several_lines(front: Front, upstream: 
     [
         ("no-store", "tierserve; fwd=miss"),
         ("private", "tierserve; fwd=miss"),
-        ("public, max-age=90", r"tierserve; hit; ttl=\d\d; detail=memory"),
+        ("public, max-age=9000", r"tierserve; hit; ttl=\d{4}; detail=memory"),
     ],
 )
 async def test_an_upstreams_cache_control_bounds_freshness(

@@ -10,6 +10,7 @@ from aiohttp import web
 
 from server.auth.tenant import open_tenant
 from tests.server.conftest import ROLE, WHOLE, Front, Upstream, body, chunk, question, stream
+from tests.waiting import HANGS_S
 from tiers import DiskCache, Purges
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -20,8 +21,10 @@ async def purges_of(front: Front) -> AsyncIterator[Purges]:
     """What another process on the same disk tier does."""
     disk = DiskCache(front.config.parent / "disk", 4 * 1024 * 1024)
     await disk.opened()
-    yield Purges(disk)
-    await disk.close()
+    try:
+        yield Purges(disk, deadline_s=HANGS_S)
+    finally:
+        await disk.close()
 
 
 @pytest.mark.parametrize("stream_it", [False, True])

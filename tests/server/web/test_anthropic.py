@@ -1,7 +1,9 @@
 """Errors of ours where Anthropic's API is asked, as its documentation and its client have them."""
 
+import asyncio
 from collections.abc import AsyncIterator
 
+import aiohttp
 import anthropic
 import orjson
 import pytest
@@ -27,7 +29,7 @@ async def front(_upstream: Upstream, tmp_path_factory) -> AsyncIterator[Front]:
     few = {"keys": [hash_key(KEYS["few"])], "requests_per_minute": 1}
     tenants = {"one": {"keys": [hash_key(KEYS["one"])], "operator": True}, "few": few}
     (folder / "tenants.json").write_bytes(orjson.dumps(tenants))
-    sections = {"tenants": {"file": "tenants.json"}, "server": {"client_timeout_s": 1}}
+    sections = {"tenants": {"file": "tenants.json"}}
     async with running(folder, _upstream, sections=sections, headers=key("one")) as made:
         yield made
 
@@ -37,15 +39,19 @@ def key(name: str) -> dict[str, str]:
 
 
 async def error(front: Front, path: str, **options) -> tuple[int, str]:
-    """Return status and type of an error that is as Anthropic has it."""
     async with front.session.post(path, **options) as reply:
-        assert reply.content_type == "application/json"
-        body = await reply.json()
-        assert body.keys() == {"type", "error"}
-        assert body["type"] == "error"
-        assert body["error"].keys() == {"type", "message"}
-        assert body["error"]["message"]
-        return reply.status, body["error"]["type"]
+        return await error_in(reply)
+
+
+async def error_in(reply: aiohttp.ClientResponse) -> tuple[int, str]:
+    """Return status and type of an error that is as Anthropic has it."""
+    assert reply.content_type == "application/json"
+    body = await reply.json()
+    assert body.keys() == {"type", "error"}
+    assert body["type"] == "error"
+    assert body["error"].keys() == {"type", "message"}
+    assert body["error"]["message"]
+    return reply.status, body["error"]["type"]
 
 
 @pytest.mark.parametrize("path", [MESSAGES, COUNT])
@@ -57,7 +63,6 @@ async def error(front: Front, path: str, **options) -> tuple[int, str]:
         ({"data": b"x", "headers": {"Content-Encoding": "gzip"}}, (400, "invalid_request_error")),
         ({"json": HELLO, "headers": {"x-api-key": "x"}}, (401, "authentication_error")),
         ({"json": HELLO | {"model": "no"}}, (404, "not_found_error")),
-        ({"data": b"x", "headers": {"Content-Length": "2"}}, (408, "timeout_error")),
         ({"data": bytes(100_001)}, (413, "request_too_large")),
         ({"json": HELLO | {"temperature": 0}, "headers": ONLY_CACHED}, (504, "timeout_error")),
     ],
@@ -66,6 +71,13 @@ async def error(front: Front, path: str, **options) -> tuple[int, str]:
 async def test_what_is_refused(front, upstream, path: str, sent: dict, expected: tuple) -> None:
     assert await error(front, path, **sent) == expected
     assert upstream.asked == []
+
+
+async def test_whoever_is_slow(upstream, tmp_path) -> None:
+    late = {"data": b"x", "headers": {"Content-Length": "2"}}
+    async with running(tmp_path, upstream, sections={"server": {"client_timeout_s": 1}}) as front:
+        errors = await asyncio.gather(*(error(front, path, **late) for path in (MESSAGES, COUNT)))
+    assert errors == [(408, "timeout_error")] * 2
 
 
 @pytest.mark.parametrize("temperature", [0, 1], ids=["kept", "passed"])
@@ -85,15 +97,23 @@ async def test_whoever_asks_too_much_or_for_what_is_an_operators(front, upstream
         return web.json_response(message())
 
     upstream.handler = message_of
-    async with front.session.post(MESSAGES, json=HELLO, headers=key("few")) as reply:
-        assert reply.status == 200
-    assert await error(front, MESSAGES, json=HELLO, headers=key("few")) == (429, "rate_limit_error")
+    refusal = None
+    # A minute later one more is answered.
+    while refusal is None:
+        async with front.session.post(MESSAGES, json=HELLO, headers=key("few")) as reply:
+            refusal = None if reply.status == 200 else await error_in(reply)
+    assert refusal == (429, "rate_limit_error")
     client = anthropic.AsyncAnthropic(
         base_url=front.url, api_key=KEYS["few"], auth_token=None, max_retries=0
     )
+
+    async def ask_again_and_again() -> None:
+        while True:
+            await client.messages.create(**HELLO)
+
     async with client:
         with pytest.raises(anthropic.RateLimitError) as caught:
-            await client.messages.create(**HELLO)
+            await ask_again_and_again()
     assert caught.value.type == "rate_limit_error"
     assert int(caught.value.response.headers["Retry-After"]) > 0
 

@@ -29,6 +29,7 @@ from tests.waiting import HANGS_S
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 ADMIN_KEY = new_key()
+TLS = {"certificate_file": "certificate.pem", "key_file": "key.pem"}
 
 
 def certificate(folder: Path, name: str, password: bytes | None = None) -> bytes:
@@ -73,10 +74,7 @@ async def secure(_upstream: Upstream, tmp_path_factory) -> AsyncIterator[TlsFron
     shown = certificate(folder, "first")
     port = free_port()
     sections = {
-        "server": {
-            "tls": {"certificate_file": "certificate.pem", "key_file": "key.pem"},
-            "client_timeout_s": 5,
-        },
+        "server": {"tls": TLS},
         "admin": {"port": port, "key": ADMIN_KEY},
     }
     made = TlsFront(folder, alike(_upstream.url), sections=sections)
@@ -136,10 +134,13 @@ async def test_old_versions_of_tls_are_refused(secure: TlsFront, version) -> Non
         await connecting
 
 
-async def test_a_handshake_that_does_not_begin_is_ended(secure: TlsFront) -> None:
-    reader, writer = await asyncio.open_connection("127.0.0.1", secure.port)
-    assert await asyncio.wait_for(reader.read(), HANGS_S) == b""
-    writer.close()
+async def test_a_handshake_that_does_not_begin_is_ended(upstream, tmp_path: Path) -> None:
+    certificate(tmp_path, "first")
+    sections = {"server": {"tls": TLS, "client_timeout_s": 1}}
+    async with TlsFront(tmp_path, alike(upstream.url), sections=sections) as front:
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        assert await asyncio.wait_for(reader.read(), HANGS_S) == b""
+        writer.close()
 
 
 async def test_the_admin_port_has_the_same_certificate(secure: TlsFront) -> None:
@@ -173,11 +174,12 @@ async def test_a_renewed_certificate_is_shown_without_a_restart(secure: TlsFront
         assert begun.status == 200
     renewed = certificate(secure.folder, "second")
     await until_shown(secure, renewed)
-    # One that doesn't fit its key isn't.
-    key = (secure.folder / "key.pem").read_bytes()
-    certificate(secure.folder, "third")
-    (secure.folder / "key.pem").write_bytes(key)
-    await secure.until_logged("server.tls: should be a certificate")
+    # One that doesn't fit its key isn't. The one before may have been read half written.
+    times = secure.log.read_text().count(mistake := "server.tls: should be a certificate")
+    (other := secure.folder / "other").mkdir()
+    certificate(other, "third")
+    (other / "certificate.pem").replace(secure.folder / "certificate.pem")
+    await secure.until_logged(mistake, times + 1)
     assert await certificate_shown(secure) == renewed
     secure.shown = certificate(secure.folder, "fourth")
     secure.process.send_signal(1)
@@ -206,8 +208,7 @@ def mount(folder: Path, number: int) -> tuple[dict[str, str], bytes]:
 
 
 async def test_files_behind_links_are_found_where_these_lead_now(upstream, tmp_path: Path) -> None:
-    tls = {"certificate_file": "certificate.pem", "key_file": "key.pem"}
-    sections = {"server": {"tls": tls}, "tenants": {"file": "tenants.yaml"}}
+    sections = {"server": {"tls": TLS}, "tenants": {"file": "tenants.yaml"}}
     front = TlsFront(tmp_path, alike(upstream.url), sections=sections)
     old, shown = mount(tmp_path, 0)
     front.config = Path(os.path.relpath(front.config))

@@ -274,11 +274,16 @@ async def test_a_context_that_is_wrong_is_none(front, upstream, collector, given
 
 
 async def test_nothing_that_was_said_is_told(front, upstream, collector) -> None:
+    async def answer(_: web.Request) -> web.Response:
+        return web.json_response(body("4nswer"))
+
+    upstream.handler = answer
     trace, _, headers = context()
     asked = question(messages=[{"role": "user", "content": "pr0mpt"}])
     await front.ask(asked, headers=headers | {"Authorization": "Bearer s3cr3t"})
     await collector.trace(trace, TOP, "store")
-    for secret in (b"pr0mpt", b"s3cr3t", b"yes"):
+    # Random ids are there, too, in which shorter ones would be found by chance.
+    for secret in (b"pr0mpt", b"s3cr3t", b"4nswer"):
         assert secret not in collector.raw
     assert collector.resource["service.name"] == "tierserve"
 

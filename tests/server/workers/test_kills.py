@@ -14,11 +14,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.conftest import Upstream, alike, question
+from tests.server.sides import LONG
 from tests.server.workers.fleet import Client, Fleet, until_gone
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-KILLS = 30
+KILLS = 30 if LONG else 12
 
 
 class Load:
@@ -43,6 +44,9 @@ class Load:
 
     async def _look_at_metrics(self) -> None:
         async with self.client.session.get("/metrics") as reply:
+            if reply.status == 503:
+                # The other processes haven't answered in time.
+                return
             assert reply.status == 200
             text = await reply.text()
         for family in text_string_to_metric_families(text):

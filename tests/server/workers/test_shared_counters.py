@@ -162,7 +162,7 @@ while sys.stdin.readline():
         if usage.begin(limits, 1000.0) is None:
             let_in += 1
             # Without the lock, one may begin that was looked at, after another one has ended.
-            assert counters.lock(60)
+            assert counters.lock(240)
             assert usage.active <= most
             counters.unlock()
             usage.end()
