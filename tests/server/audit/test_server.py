@@ -47,7 +47,8 @@ def sections(folder: Path) -> dict[str, dict]:
 
 def lines(front: Front) -> list[dict]:
     text = (front.config.parent / "audit.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+    # The last may be half written.
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def of(front: Front, act: str) -> list[dict]:
@@ -224,7 +225,8 @@ async def test_kills_starts_and_acts_without_a_server_are_in_the_chain(
     front.headers = bearer(KEYS["ops"])
     await front.start()
     await front.ask(question())
-    (start,) = of(front, "start")
+    # It is written while the server begins to answer.
+    (start,) = await until_line(front, "start")
     assert (start["what"]["pid"], start["what"]["workers"]) == (front.process.pid, 1)
     front.process.kill()
     await front.stop()
