@@ -14,8 +14,6 @@ Needs `scripts/setup bench` and the embedded model. Usage: headline.py [search]
 """
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -23,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rows import print_row
-from servers import MODEL, best_dtype, running_tierserve, running_vllm
+from servers import MODEL, best_dtype, loaded, running_tierserve, running_vllm
 
 SEARCH = "search:prompts=40"
 NEW = "search:unique=1"
@@ -96,19 +94,9 @@ def _conversation(folder: Path, seconds: int) -> None:
 
 def _bench(url: str, workload: str, users: int, seconds: int) -> dict[str, Any]:
     """Run `tierserve bench`, with a warm cache where queries repeat; returns its result."""
-    command = [
-        sys.executable, "-m", "server.cli", "bench", url, "--workload", workload, "--ignore-eos",
-        "--cache", "warm" if workload == SEARCH else "cold", "--model", MODEL, "--json",
-        "--users", str(users), "--duration", str(seconds),
-        *(["--max-tokens", str(_CHAT_TOKENS)] if workload == CHATS else []),
-    ]  # fmt: skip
-    print(f"{workload}, {users} users, {seconds} s, {url}", file=sys.stderr)
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
-    # 1 is a run that isn't valid, which its row says.
-    if done.returncode not in (0, 1) or not done.stdout:
-        raise ChildProcessError(f"tierserve bench ended with status {done.returncode}")
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+    options = ["--max-tokens", str(_CHAT_TOKENS)] if workload == CHATS else []
+    cache = "warm" if workload == SEARCH else "cold"
+    return loaded(url, workload, users, seconds, *options, cache=cache)
 
 
 def _print_table(title: str, runs: Mapping[str, Mapping[str, Any]]) -> None:

@@ -12,18 +12,16 @@ routing.py [--rounds N] [--seconds N]
 """
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from http.client import HTTPConnection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rows import print_row
-from servers import MODEL, running_tierserve, running_vllm
+from servers import MODEL, loaded, running_tierserve, running_vllm
 
 ROUTINGS = ("round_robin", "prefix")
 _CHATS = "conversation:think=12,turns=6,system=200,user=40,assistant=120,repeat=0"
@@ -97,17 +95,8 @@ def _forget(port: int) -> None:
 
 def _bench(url: str, workload: str, seconds: int, *, seed: int) -> Run:
     """Run `tierserve bench`."""
-    command = [
-        sys.executable, "-m", "server.cli", "bench", url, "--workload", workload, "--ignore-eos",
-        "--cache", "cold", "--model", MODEL, "--json", "--users", str(_USERS),
-        "--duration", str(seconds), "--max-tokens", str(_TOKENS), "--seed", str(seed),
-    ]  # fmt: skip
-    print(f"{_USERS} users, {seconds} s, {url}", file=sys.stderr)
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
-    # 1 is a run that isn't valid, which its row says.
-    if done.returncode not in (0, 1) or not done.stdout:
-        raise ChildProcessError(f"tierserve bench ended with status {done.returncode}")
-    result: dict[str, Any] = json.loads(done.stdout)
+    options = ("--max-tokens", str(_TOKENS), "--seed", str(seed))
+    result = loaded(url, workload, _USERS, seconds, *options)
     whole = result["whole"]
     first = whole["ttft_s"]
     return Run(

@@ -177,6 +177,27 @@ def running_tierserve(
         yield process, port
 
 
+def loaded(
+    url: str, workload: str, users: int, seconds: int, *options: str, cache: str = "cold"
+) -> dict[str, Any]:
+    """Load a server that serves `MODEL` by `tierserve bench`; returns its result.
+
+    Raises ChildProcessError if there is none.
+    """
+    command = [
+        sys.executable, "-m", "server.cli", "bench", url, "--workload", workload, "--ignore-eos",
+        "--cache", cache, "--model", MODEL, "--json", "--users", str(users),
+        "--duration", str(seconds), *options,
+    ]  # fmt: skip
+    print(f"{workload}, {users} users, {seconds} s, {url}", file=sys.stderr)
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    # 1 is a run that isn't valid, which its row says.
+    if done.returncode not in (0, 1) or not done.stdout:
+        raise ChildProcessError(f"tierserve bench ended with status {done.returncode}")
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
 def best_dtype() -> str:
     """Return the dtype in which this machine computes best."""
     return default_dtype(ModelConfig(source=EMBEDDED), embedded_folder()) or "auto"
